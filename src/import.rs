@@ -1,0 +1,4 @@
+//! CSV bytes to rows and row errors.
+
+pub mod reader;
+pub mod row;
