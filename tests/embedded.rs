@@ -1,0 +1,370 @@
+//! The embedded PostgreSQL, with real servers: what it outlives, and whom it leaves alone.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use issue_tracker::db::embedded::{Cluster, Durability};
+use tokio_postgres::{NoTls, SimpleQueryMessage};
+use uuid::Uuid;
+
+/// A test that waits longer than this hangs.
+const HANG: Duration = Duration::from_secs(120);
+const TICK: Duration = Duration::from_millis(20);
+/// Set in the process that a test starts to be killed: the data directory to use.
+const CHILD_DATA_DIR: &str = "EMBEDDED_TEST_DATA_DIR";
+
+/// A directory that goes away with everything that a cluster in it left elsewhere.
+struct DataDir(PathBuf);
+
+impl DataDir {
+    fn new() -> DataDir {
+        let dir = std::env::temp_dir().join(format!("embedded-test-{}", Uuid::new_v4()));
+        fs::create_dir(&dir).unwrap();
+        DataDir(dir)
+    }
+
+    fn start(&self) -> Cluster {
+        Cluster::start(&self.0, Durability::Throwaway).unwrap()
+    }
+
+    /// For tests that kill the server: a throwaway one may lose its last commits then.
+    fn start_durable(&self) -> Cluster {
+        Cluster::start(&self.0, Durability::Durable).unwrap()
+    }
+
+    fn cluster(&self) -> PathBuf {
+        self.0.join("cluster")
+    }
+}
+
+impl Drop for DataDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.cluster().canonicalize().unwrap_or_default());
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn try_sql(cluster: &Cluster, statements: &str) -> Result<Vec<String>, tokio_postgres::Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (client, connection) = cluster.connect_config("postgres").connect(NoTls).await?;
+        tokio::spawn(connection);
+        let messages = client.simple_query(statements).await?;
+        Ok(messages
+            .into_iter()
+            .filter_map(|message| match message {
+                SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+                _ => None,
+            })
+            .collect())
+    })
+}
+
+fn sql(cluster: &Cluster, statements: &str) -> Vec<String> {
+    try_sql(cluster, statements).unwrap()
+}
+
+fn write_row(cluster: &Cluster) {
+    sql(cluster, "CREATE TABLE kept (body text); INSERT INTO kept VALUES ('a row')");
+}
+
+fn assert_row_kept(cluster: &Cluster) {
+    assert_eq!(sql(cluster, "SELECT body FROM kept"), ["a row"]);
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < HANG, "waited in vain until {what}");
+        std::thread::sleep(TICK);
+    }
+}
+
+fn kill(pid: u32) {
+    assert!(pid > 1);
+    // SAFETY: kill takes two numbers; the pid is that of a process that the test started.
+    assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGKILL) }, 0);
+}
+
+fn is_root() -> bool {
+    // SAFETY: reads a number.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Runs `test` of this file again, in a process of its own that can be killed.
+fn spawn_again(test: &str, data_dir: &DataDir) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env(CHILD_DATA_DIR, &data_dir.0)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// In the process that `spawn_again` started: a service with a row in its database, until it's killed.
+fn serve_if_child() {
+    let Some(data_dir) = std::env::var_os(CHILD_DATA_DIR) else {
+        return;
+    };
+    let data_dir = PathBuf::from(data_dir);
+    let cluster = Cluster::start(&data_dir, Durability::Durable).unwrap();
+    write_row(&cluster);
+    fs::write(data_dir.join("pid"), cluster.server_pid().to_string()).unwrap();
+    fs::rename(data_dir.join("pid"), data_dir.join("serving")).unwrap();
+    std::thread::sleep(HANG);
+    std::process::exit(1);
+}
+
+fn server_pid_of_child(data_dir: &DataDir) -> u32 {
+    let path = data_dir.0.join("serving");
+    wait_until("the child serves", || path.exists());
+    fs::read_to_string(path).unwrap().parse().unwrap()
+}
+
+/// Lets a process no longer run, so that it starts no other server when its own dies.
+fn freeze(pid: u32) {
+    // SAFETY: kill takes two numbers; the pid is that of a child.
+    assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGSTOP) }, 0);
+}
+
+/// The kernel takes a moment to close a killed process's files, and with them its lock.
+fn wait_for_start(data_dir: &DataDir) -> Cluster {
+    let mut started = None;
+    wait_until("the dead service's lock is free", || {
+        started = Cluster::start(&data_dir.0, Durability::Throwaway).ok();
+        started.is_some()
+    });
+    started.unwrap()
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_restart_keeps_the_data() {
+    let data_dir = DataDir::new();
+    let nested = data_dir.0.join("not/yet/there");
+    let cluster = Cluster::start(&nested, Durability::Durable).unwrap();
+    write_row(&cluster);
+    cluster.stop().unwrap();
+
+    let cluster = Cluster::start(&nested, Durability::Durable).unwrap();
+    assert_row_kept(&cluster);
+    drop(cluster);
+    assert_eq!(names_in(&nested), ["cluster", "lock"]);
+}
+
+#[test]
+fn durable_is_durable_and_keeps_statements_out_of_the_log() {
+    let data_dir = DataDir::new();
+    let cluster = data_dir.start_durable();
+    let settings = "SELECT setting FROM pg_settings WHERE name IN \
+        ('fsync', 'full_page_writes', 'listen_addresses', 'synchronous_commit', 'TimeZone') \
+        ORDER BY name COLLATE \"C\"";
+    assert_eq!(sql(&cluster, settings), ["UTC", "on", "on", "", "on"]);
+
+    try_sql(&cluster, "SELECT 'a secret'::int").unwrap_err();
+    assert!(cluster.bin_dir().join("psql").exists());
+    cluster.stop().unwrap();
+    let log = fs::read_to_string(data_dir.cluster().join("server.log")).unwrap();
+    assert!(!log.contains("a secret"), "{log}");
+}
+
+#[test]
+fn a_data_dir_in_use_is_refused() {
+    let data_dir = DataDir::new();
+    let cluster = data_dir.start();
+
+    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+
+    let text = format!("{error:#}");
+    assert!(text.contains("in use by another issue-tracker"), "{text}");
+    write_row(&cluster);
+    cluster.stop().unwrap();
+    assert_row_kept(&data_dir.start());
+}
+
+#[test]
+fn a_killed_server_is_started_again() {
+    let data_dir = DataDir::new();
+    let cluster = data_dir.start_durable();
+    write_row(&cluster);
+    for _ in 0..2 {
+        let killed = cluster.server_pid();
+        kill(killed);
+        wait_until("there is another server", || cluster.server_pid() != killed);
+        assert_row_kept(&cluster);
+    }
+}
+
+#[test]
+fn a_long_query_of_a_killed_server_does_not_hold_up_the_next() {
+    let data_dir = DataDir::new();
+    let cluster = data_dir.start_durable();
+    write_row(&cluster);
+    std::thread::scope(|scope| {
+        // A busy backend doesn't notice that the server's main process is dead.
+        let query = scope.spawn(|| try_sql(&cluster, "DO 'BEGIN LOOP NULL; END LOOP; END'"));
+        let running = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'DO %'";
+        wait_until("the query runs", || !sql(&cluster, running).is_empty());
+
+        let killed = cluster.server_pid();
+        kill(killed);
+        wait_until("there is another server", || cluster.server_pid() != killed);
+
+        query.join().unwrap().unwrap_err();
+        assert_row_kept(&cluster);
+    });
+}
+
+#[test]
+fn root_uses_a_data_dir_that_the_servers_user_cannot_reach() {
+    let data_dir = DataDir::new();
+    fs::set_permissions(&data_dir.0, fs::Permissions::from_mode(0o700)).unwrap();
+    let cluster = data_dir.start();
+    write_row(&cluster);
+    cluster.stop().unwrap();
+
+    assert_row_kept(&data_dir.start());
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+    assert_eq!(mode(&data_dir.0), 0o700);
+    assert_eq!(mode(&data_dir.cluster()), 0o700);
+    if is_root() {
+        let elsewhere = fs::read_link(data_dir.cluster()).unwrap();
+        assert!(elsewhere.starts_with("/var/lib/issue-tracker"));
+        assert_ne!(fs::metadata(&elsewhere).unwrap().uid(), 0);
+    }
+}
+
+#[test]
+fn a_lost_cluster_is_not_replaced_by_an_empty_one() {
+    let data_dir = DataDir::new();
+    std::os::unix::fs::symlink("/var/lib/issue-tracker/not-mounted", data_dir.cluster()).unwrap();
+
+    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+
+    let text = format!("{error:#}");
+    assert!(text.contains("bring back what it points to"), "{text}");
+}
+
+#[test]
+fn a_path_too_long_for_a_socket_is_no_obstacle() {
+    let data_dir = DataDir::new();
+    let long = data_dir.0.join("long".repeat(30));
+    let cluster = Cluster::start(&long, Durability::Throwaway).unwrap();
+    let socket_dir = cluster.socket_dir().to_owned();
+    write_row(&cluster);
+    assert!(socket_dir.starts_with("/tmp"));
+
+    cluster.stop().unwrap();
+    assert!(!socket_dir.exists());
+    assert_eq!(names_in(&long), ["cluster", "lock"]);
+}
+
+#[test]
+fn a_half_made_cluster_is_replaced() {
+    let data_dir = DataDir::new();
+    let half_made = data_dir.0.join("cluster.new-0");
+    fs::create_dir(&half_made).unwrap();
+    fs::write(half_made.join("PG_VERSION"), "15\n").unwrap();
+    fs::create_dir(data_dir.cluster()).unwrap();
+
+    let cluster = data_dir.start();
+    write_row(&cluster);
+    cluster.stop().unwrap();
+    assert_eq!(names_in(&data_dir.0), ["cluster", "lock"]);
+}
+
+#[test]
+fn a_service_killed_during_initdb_is_recovered_from() {
+    serve_if_child();
+    let data_dir = DataDir::new();
+    let mut child = spawn_again("a_service_killed_during_initdb_is_recovered_from", &data_dir);
+    wait_until("the child makes a cluster", || names_in(&data_dir.0).iter().any(|name| name.starts_with("cluster")));
+    kill(child.id());
+    child.wait().unwrap();
+
+    let cluster = data_dir.start();
+    write_row(&cluster);
+    cluster.stop().unwrap();
+    let names = names_in(&data_dir.0);
+    assert!(!names.iter().any(|name| name.starts_with("cluster.new-")));
+}
+
+#[test]
+fn a_killed_service_leaves_its_rows_to_the_next() {
+    serve_if_child();
+    let data_dir = DataDir::new();
+    let mut child = spawn_again("a_killed_service_leaves_its_rows_to_the_next", &data_dir);
+    server_pid_of_child(&data_dir);
+    kill(child.id());
+    // Not waited for before the start: neither the child nor its server need be gone by then.
+    let cluster = wait_for_start(&data_dir);
+    child.wait().unwrap();
+    assert_row_kept(&cluster);
+}
+
+#[test]
+fn a_service_killed_with_its_server_leaves_its_rows_to_the_next() {
+    serve_if_child();
+    let data_dir = DataDir::new();
+    let name = "a_service_killed_with_its_server_leaves_its_rows_to_the_next";
+    let mut child = spawn_again(name, &data_dir);
+    let server = server_pid_of_child(&data_dir);
+    freeze(child.id());
+    kill(server);
+    kill(child.id());
+    child.wait().unwrap();
+
+    let cluster = data_dir.start();
+    assert_row_kept(&cluster);
+}
+
+#[test]
+fn a_pid_file_that_names_a_foreign_process_is_replaced_and_the_process_left_alone() {
+    let data_dir = DataDir::new();
+    let cluster = data_dir.start();
+    write_row(&cluster);
+    cluster.stop().unwrap();
+    // Of the same user as the server, or else PostgreSQL itself would see that it isn't a server.
+    let owner = fs::metadata(data_dir.cluster()).unwrap();
+    let mut command = Command::new("sleep");
+    command.arg("600");
+    if is_root() {
+        use std::os::unix::process::CommandExt;
+        command.uid(owner.uid()).gid(owner.gid());
+    }
+    let mut foreign = command.spawn().unwrap();
+    let path = data_dir.cluster().canonicalize().unwrap();
+    let pid_file = format!("{}\n{}\n1700000000\n5432\n", foreign.id(), path.display());
+    fs::write(path.join("postmaster.pid"), pid_file).unwrap();
+
+    let cluster = data_dir.start();
+
+    assert_row_kept(&cluster);
+    assert!(foreign.try_wait().unwrap().is_none());
+    cluster.stop().unwrap();
+    assert!(foreign.try_wait().unwrap().is_none());
+    foreign.kill().unwrap();
+    foreign.wait().unwrap();
+}
+
+#[test]
+fn a_failing_start_quotes_the_servers_log() {
+    let data_dir = DataDir::new();
+    data_dir.start().stop().unwrap();
+    fs::write(data_dir.cluster().join("PG_VERSION"), "7\n").unwrap();
+
+    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+
+    let text = format!("{error:#}");
+    assert!(text.contains("database files are incompatible"), "{text}");
+}
