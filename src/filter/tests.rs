@@ -1,0 +1,412 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const ID: &str = "0198c0de-0000-7000-8000-00000000abcd";
+
+fn terms(text: &str) -> Vec<Term> {
+    parse(text).unwrap_or_else(|error| panic!("{text:?}: {error}")).terms
+}
+
+fn search(text: &str) -> Term {
+    Term::Search(text.into())
+}
+
+fn label(name: &str) -> Term {
+    Term::Label(LabelRef::Name(name.into()))
+}
+
+fn assignee(name: &str) -> Term {
+    Term::Assignee(UserRef::Username(name.into()))
+}
+
+fn id() -> Uuid {
+    Uuid::try_parse(ID).unwrap()
+}
+
+/// `text` is refused at `position`, with all of `parts` in the message.
+#[track_caller]
+fn refused(text: &str, position: usize, parts: &[&str]) {
+    let error = parse(text).expect_err(text);
+    assert_eq!(error.position, position, "{text:?}: {error}");
+    let place = format!("at character {}: ", position + 1);
+    assert!(error.message.starts_with(&place), "{text:?}: {error}");
+    for part in parts {
+        assert!(error.message.contains(part), "{text:?}: {part:?} is not in {error}");
+    }
+}
+
+#[test]
+fn an_empty_or_blank_filter_has_no_terms() {
+    assert_eq!(parse(""), Ok(Filter::default()));
+    assert_eq!(parse(" \t\r\n\u{a0}"), Ok(Filter::default()));
+}
+
+#[test]
+fn terms_are_joined_by_and_or_by_whitespace() {
+    let expected = vec![Term::Status(Status::Open), label("ui"), search("crash")];
+    assert_eq!(terms("status = OPEN AND label = ui AND crash"), expected);
+    assert_eq!(terms("status = OPEN label = ui crash"), expected);
+    assert_eq!(terms("status=OPEN\nlabel  =\tui   AND crash"), expected);
+}
+
+#[test]
+fn status_is_read_in_any_case_and_under_its_full_name() {
+    for text in ["status=OPEN", "status = open", "status = Status_Open", "status = \"OPEN\""] {
+        assert_eq!(terms(text), [Term::Status(Status::Open)], "{text}");
+    }
+    assert_eq!(terms("status = in_progress"), [Term::Status(Status::InProgress)]);
+    assert_eq!(terms("status = STATUS_CLOSED"), [Term::Status(Status::Closed)]);
+    for value in ["done", "STATUS_UNSPECIFIED", "STATUS_", "1", "\"\""] {
+        let values = "the values are OPEN, IN_PROGRESS, CLOSED";
+        refused(&format!("status = {value}"), 9, &["unknown status", values]);
+    }
+    refused("status = done", 9, &["`done`"]);
+}
+
+#[test]
+fn priority_is_read_in_any_case_and_none_is_one() {
+    for (name, priority) in [
+        ("LOW", Priority::Low),
+        ("medium", Priority::Medium),
+        ("High", Priority::High),
+        ("PRIORITY_CRITICAL", Priority::Critical),
+        ("none", Priority::Unspecified),
+        ("PRIORITY_UNSPECIFIED", Priority::Unspecified),
+    ] {
+        assert_eq!(terms(&format!("priority = {name}")), [Term::Priority(priority)]);
+    }
+    let values = "the values are NONE, LOW, MEDIUM, HIGH, CRITICAL";
+    refused("priority = urgent", 11, &["unknown priority `urgent`", values]);
+}
+
+#[test]
+fn users_are_names_or_uuids() {
+    assert_eq!(terms("assignee = alice"), [assignee("alice")]);
+    assert_eq!(terms("assignee = me@example.com"), [assignee("me@example.com")]);
+    assert_eq!(terms("assignee = 'Alice B.'"), [assignee("Alice B.")]);
+    let reporter = Term::Reporter(UserRef::Username("bob".into()));
+    assert_eq!(terms("reporter = bob"), [reporter]);
+    for field in ["assignee", "assignee_id"] {
+        let expected = [Term::Assignee(UserRef::Id(id()))];
+        assert_eq!(terms(&format!("{field} = {ID}")), expected);
+        assert_eq!(terms(&format!("{field} = '{}'", ID.to_uppercase())), expected);
+    }
+    for field in ["reporter", "reporter_id"] {
+        assert_eq!(terms(&format!("{field} = {ID}")), [Term::Reporter(UserRef::Id(id()))]);
+    }
+    refused("assignee_id = alice", 14, &["assignee_id needs a UUID", "alice"]);
+    refused("assignee_id = ''", 14, &["assignee_id needs a UUID"]);
+    refused("reporter_id = bob", 14, &["reporter_id needs a UUID", "bob"]);
+}
+
+#[test]
+fn only_a_hyphenated_uuid_is_one() {
+    let simple = ID.replace('-', "");
+    assert_eq!(terms(&format!("assignee = {simple}")), [assignee(&simple)]);
+    assert_eq!(terms(&format!("label = {{{ID}}}")), [label(&format!("{{{ID}}}"))]);
+}
+
+#[test]
+fn the_empty_assignee_is_nobody_and_nothing_else_may_be_blank() {
+    assert_eq!(terms("assignee = \"\""), [Term::Assignee(UserRef::Nobody)]);
+    assert_eq!(terms("assignee=''"), [Term::Assignee(UserRef::Nobody)]);
+    refused("assignee = \" \"", 11, &["assignee needs a username", "nobody"]);
+    refused("reporter = \"\"", 11, &["reporter needs a username", "nobody"]);
+    refused("label = \"\"", 8, &["label needs a name"]);
+    refused("label = '\t'", 8, &["label needs a name"]);
+    refused("a \"\"", 2, &["a phrase to search for is not blank"]);
+    refused("''", 0, &["not blank"]);
+    refused("\"  \"", 0, &["not blank"]);
+}
+
+#[test]
+fn labels_are_names_or_uuids_and_may_be_several() {
+    let both = [label("bug"), label("needs triage")];
+    assert_eq!(terms("label = bug label = \"needs triage\""), both);
+    assert_eq!(terms("labels = bug AND labels = 'needs triage'"), both);
+    for field in ["label", "labels", "label_id"] {
+        assert_eq!(terms(&format!("{field} = {ID}")), [Term::Label(LabelRef::Id(id()))]);
+    }
+    refused("label_id = bug", 11, &["label_id needs a UUID", "bug"]);
+}
+
+#[test]
+fn an_unknown_field_is_refused_with_the_known_ones() {
+    refused("a title = x", 2, &["unknown field `title`", "status, priority, assignee"]);
+    refused("title = ", 0, &["unknown field `title`"]);
+    refused("Status = OPEN", 0, &["unknown field `Status`"]);
+    refused("issue.status = OPEN", 0, &["unknown field `issue.status`"]);
+    refused("\"status\" = OPEN", 0, &["not quoted", "`status`"]);
+}
+
+#[test]
+fn words_may_have_punctuation() {
+    for word in [
+        "don't",
+        "users'",
+        "foo.bar",
+        "re-open",
+        "C++",
+        "#42",
+        "100%",
+        "x_y",
+        "a/b",
+        "a;b",
+        ";",
+        "a&b",
+        "a|b",
+        "me@example.com",
+        "日本語",
+        "naïve",
+        "🦀",
+        r"\d+",
+        "char*",
+        "*",
+        "[x]",
+        "{y}",
+        "$HOME",
+        "a?b",
+        "~",
+        "`",
+        "don’t",
+    ] {
+        assert_eq!(terms(word), [search(word)], "{word}");
+    }
+    assert_eq!(terms("#42 don't"), [search("#42"), search("don't")]);
+}
+
+#[test]
+fn a_value_is_one_word() {
+    assert_eq!(terms("assignee = alice bob"), [assignee("alice"), search("bob")]);
+}
+
+#[test]
+fn the_name_of_a_field_alone_is_a_word() {
+    assert_eq!(terms("status OPEN"), [search("status"), search("OPEN")]);
+}
+
+#[test]
+fn phrases_take_either_quote_and_three_escapes() {
+    assert_eq!(terms(r#""login page""#), [search("login page")]);
+    assert_eq!(terms("'login page'"), [search("login page")]);
+    assert_eq!(terms(r#""it's" 'a "b"'"#), [search("it's"), search("a \"b\"")]);
+    assert_eq!(terms(r#""\"\'\\" '\"\'\\'"#), [search(r#""'\"#), search(r#""'\"#)]);
+    assert_eq!(terms("\"a\nb\""), [search("a\nb")]);
+    assert_eq!(terms(r#""(a) = b, c: -d! <e>""#), [search("(a) = b, c: -d! <e>")]);
+    refused(r#""a\nb""#, 2, &[r"unknown escape `\n`"]);
+    refused(r#"'\*'"#, 1, &[r"unknown escape `\*`"]);
+}
+
+#[test]
+fn quotes_have_to_be_closed_and_stand_apart() {
+    refused("\"unclosed", 0, &["this \" is not closed", "`\"unclosed`"]);
+    refused("a '", 2, &["this ' is not closed"]);
+    refused("'", 0, &["this ' is not closed"]);
+    refused(r#""a\"#, 0, &["is not closed"]);
+    refused(r#""a\""#, 0, &["is not closed"]);
+    refused("'; DROP TABLE issues; --", 0, &["this ' is not closed", "DROP TABLE"]);
+    refused("'don''t'", 5, &["a space is missing", r"\'"]);
+    refused("\"a\"b", 3, &["a space is missing"]);
+    refused("a \"b\"\"c\"", 5, &["a space is missing"]);
+    refused("foo\"bar baz\"", 3, &["no \" inside", "foo"]);
+    refused("label = “needs triage”", 8, &["curly quotes"]);
+}
+
+#[test]
+fn keywords_are_capitals_and_unquoted() {
+    let words = [search("and"), search("Or"), search("not"), search("ANDROID"), search("NOTE")];
+    assert_eq!(terms("and Or not ANDROID NOTE"), words);
+    assert_eq!(terms("\"AND\" 'OR' \"NOT\""), [search("AND"), search("OR"), search("NOT")]);
+    assert_eq!(terms("label = \"OR\""), [label("OR")]);
+}
+
+#[test]
+fn and_needs_a_term_on_both_sides() {
+    refused("a AND", 2, &["AND needs a term after it"]);
+    refused("AND a", 0, &["AND needs a term before it"]);
+    refused("AND", 0, &["AND needs a term before it"]);
+    refused("a AND AND b", 6, &["AND needs a term before it"]);
+}
+
+#[test]
+fn equals_needs_a_field_and_a_value() {
+    refused("= OPEN", 0, &["`=` needs a field before it"]);
+    refused("=", 0, &["`=` needs a field before it"]);
+    refused("status = ", 9, &["expected a value after `=`", "the end"]);
+    refused("status =", 8, &["expected a value after `=`", "the end"]);
+    refused("status = AND a", 9, &["expected a value after `=`, found AND"]);
+    refused("status = = OPEN", 9, &["expected a value after `=`, found another `=`"]);
+    refused("status = OPEN = x", 14, &["`=` needs a field before it"]);
+}
+
+#[test]
+fn what_is_not_supported_is_named() {
+    refused("status = OPEN OR status = CLOSED", 14, &["OR is not supported"]);
+    refused("OR", 0, &["OR is not supported"]);
+    refused("a AND OR b", 6, &["OR is not supported"]);
+    refused("label = OR", 8, &["OR is not supported", "in quotes"]);
+    refused("NOT crash", 0, &["NOT is not supported"]);
+    refused("NOT(crash)", 0, &["NOT is not supported"]);
+    refused("-crash", 0, &["`-` before a term (not) is not supported"]);
+    refused("a - b", 2, &["`-`"]);
+    refused("a --", 2, &["`-`"]);
+    refused("label = -x", 8, &["`-`"]);
+    refused("a && b", 2, &["`&&` is not supported, write AND"]);
+    refused("a || b", 2, &["`||` (OR) is not supported"]);
+    refused("(status = OPEN)", 0, &["parentheses are not supported"]);
+    refused("a )", 2, &["parentheses are not supported"]);
+    refused("status IN (OPEN)", 10, &["parentheses are not supported"]);
+    refused("status = (OPEN)", 9, &["parentheses are not supported"]);
+    refused("a regex(title, 'x')", 2, &["functions are not supported", "`regex(`"]);
+    refused("status = f()", 9, &["functions are not supported", "`f(`"]);
+    refused("label = bug*", 8, &["wildcards (`*`) are not supported", "`bug*`"]);
+    assert_eq!(terms("label = 'bug*'"), [label("bug*")]);
+}
+
+#[test]
+fn operators_other_than_equals_are_named() {
+    for operator in ["==", "!=", "<", "<=", ">", ">=", "<>", ":"] {
+        let named = format!("`{operator}` is not supported");
+        refused(&format!("priority {operator} LOW"), 9, &[&named]);
+        refused(&format!("priority{operator}LOW"), 8, &[&named]);
+    }
+    refused("status: open", 6, &["`:` is not supported", "`=`"]);
+    refused("status = OPEN,CLOSED", 13, &["`,` is not supported", "one value"]);
+    refused("wow!", 3, &["`!` is not supported", "in quotes"]);
+    refused("!crash", 0, &["`!` is not supported"]);
+    refused("http://example.com", 4, &["`:` is not supported", "in quotes"]);
+    refused("priority => LOW", 10, &["`>` is not supported"]);
+}
+
+#[test]
+fn the_leftmost_error_is_told() {
+    refused("status = done OR \"unclosed", 9, &["unknown status"]);
+    refused("OR \"unclosed", 0, &["OR is not supported"]);
+    refused("title = \"unclosed", 0, &["unknown field"]);
+}
+
+#[test]
+fn positions_count_characters_not_bytes() {
+    refused("日本語 🦀 OR x", 6, &["OR is not supported"]);
+}
+
+#[test]
+fn pieces_are_shortened_and_on_one_line() {
+    let word = "é".repeat(41);
+    let shown = format!("`{}…`", "é".repeat(39));
+    refused(&format!("{word} = x"), 0, &[&shown]);
+    let word = "é".repeat(40);
+    refused(&format!("{word} = x"), 0, &[&format!("`{word}`")]);
+    refused("status = 'a\nb'", 9, &["`a\u{fffd}b`"]);
+}
+
+#[test]
+fn length_number_of_terms_and_nul_are_bounded() {
+    let longest = "é".repeat(FILTER_CHARS_MAX);
+    assert_eq!(terms(&longest), [search(&longest)]);
+    refused(&format!("{longest}é"), FILTER_CHARS_MAX, &["longer than 2000 characters"]);
+    let most = "a ".repeat(FILTER_TERMS_MAX);
+    assert_eq!(terms(&most).len(), FILTER_TERMS_MAX);
+    refused(&format!("{most}b"), most.len(), &["more than 32 terms"]);
+    refused(&format!("{most}AND b"), most.len() + 4, &["more than 32 terms"]);
+    refused("a \"b\0\"", 4, &["NUL"]);
+}
+
+#[test]
+fn canonical_text_quotes_what_needs_it() {
+    for (text, canonical) in [
+        ("", ""),
+        ("status=open crash", "status = OPEN AND crash"),
+        ("priority=priority_unspecified", "priority = NONE"),
+        ("assignee='' reporter='bob'", "assignee = \"\" AND reporter = bob"),
+        ("labels='needs triage'", "label = \"needs triage\""),
+        (r#"'a "b" \\ \'c\''"#, r#""a \"b\" \\ 'c'""#),
+        ("\"OR\" '-x' '&&' 'f(' 'x*'", r#""OR" AND "-x" AND "&&" AND "f(" AND "x*""#),
+        ("\"don't\" \"C++\"", "don't AND C++"),
+    ] {
+        let printed = parse(text).unwrap().to_string();
+        assert_eq!(printed, canonical);
+        assert_eq!(parse(&printed), parse(text));
+    }
+}
+
+/// Text with the characters that mean something, and any other.
+fn text() -> impl Strategy<Value = String> {
+    let special = r#"[ab \t\n"'\\()=<>!:,.*&|“’;-]{1,8}"#;
+    let texts = prop_oneof![special, "\\PC{1,8}", "AND|OR|NOT|&&|\\|\\|", any::<String>()];
+    texts.prop_filter("blank, has a NUL or is too long", |text| {
+        !is_blank(text) && !text.contains('\0') && text.chars().count() <= 40
+    })
+}
+
+fn term() -> impl Strategy<Value = Term> {
+    let id = || any::<u128>().prop_map(Uuid::from_u128);
+    let user = || prop_oneof![id().prop_map(UserRef::Id), text().prop_map(UserRef::Username)];
+    prop_oneof![
+        prop::sample::select(STATUSES.map(|(_, status)| status).to_vec()).prop_map(Term::Status),
+        prop::sample::select(PRIORITIES.map(|(_, it)| it).to_vec()).prop_map(Term::Priority),
+        Just(Term::Assignee(UserRef::Nobody)),
+        user().prop_map(Term::Assignee),
+        user().prop_map(Term::Reporter),
+        id().prop_map(|id| Term::Label(LabelRef::Id(id))),
+        text().prop_map(|name| Term::Label(LabelRef::Name(name))),
+        text().prop_map(Term::Search),
+    ]
+}
+
+/// Text that looks like a filter, which gets further into the parser than any text does.
+fn nearly_a_filter() -> impl Strategy<Value = String> {
+    let known = prop::sample::select(vec![
+        "status", "priority", "assignee", "labels", "label_id", "OPEN", "none", "AND", "OR", "NOT", "=", "==", "\"\"",
+        "'a b'", "\"", "'", "\\", "-", "(", ")", ",", "x", "é", "*", ID,
+    ]);
+    let part = (prop_oneof![4 => known.prop_map(str::to_owned), 1 => text()], "[ ]{0,1}");
+    let part = part.prop_map(|(part, space)| part + &space);
+    prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
+}
+
+/// Any text is a filter that survives printing, or is refused at a place in it.
+fn holds_for(text: &str) -> Result<(), TestCaseError> {
+    match parse(text) {
+        Ok(filter) => {
+            prop_assert!(filter.terms.len() <= FILTER_TERMS_MAX);
+            let printed = filter.to_string();
+            if printed.chars().count() <= FILTER_CHARS_MAX {
+                prop_assert_eq!(parse(&printed), Ok(filter));
+            }
+        }
+        Err(error) => {
+            prop_assert!(error.position <= text.chars().count());
+            let place = format!("at character {}: ", error.position + 1);
+            prop_assert!(error.message.starts_with(&place));
+            prop_assert!(!error.message.contains(char::is_control));
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_a_filter_or_refused_at_a_place_in_it(text in any::<String>()) {
+        holds_for(&text)?;
+    }
+
+    #[test]
+    fn any_long_text_is_a_filter_or_refused_at_a_place_in_it(text in "(?s:.{1900,2100})") {
+        holds_for(&text)?;
+    }
+
+    #[test]
+    fn nearly_a_filter_is_one_or_refused_at_a_place_in_it(text in nearly_a_filter()) {
+        holds_for(&text)?;
+    }
+
+    #[test]
+    fn a_printed_filter_is_read_back(
+        terms in prop::collection::vec(term(), 0..=16),
+    ) {
+        let filter = Filter { terms };
+        prop_assert_eq!(parse(&filter.to_string()), Ok(filter));
+    }
+}
