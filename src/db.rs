@@ -1,3 +1,338 @@
-//! The database.
+//! The database: a pool of connections that keep their prepared statements, and transactions on them.
+//!
+//! A query is a free function in the file of its noun, over [`Conn`]; a [`Tx`] dereferences to [`Conn`], so the same
+//! function serves both. Nothing here knows of gRPC.
 
+pub mod comments;
 pub mod embedded;
+pub mod import;
+pub mod issues;
+pub mod labels;
+pub mod migrate;
+pub mod reports;
+pub mod requests;
+pub mod tokens;
+pub mod users;
+
+use std::{
+    collections::HashMap,
+    ops::Deref,
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use bb8_postgres::PostgresConnectionManager;
+use futures_util::TryStreamExt;
+use tokio::sync::watch;
+use tokio_postgres::{Client, CopyInSink, NoTls, Row, Statement, types::ToSql};
+
+use crate::error::{Error, Result};
+
+/// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; those past
+/// the bound are prepared anew at each call.
+const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
+/// How long a new connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often the database is asked whether it is there, and how long it may take to answer.
+const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How many connections, and how long things may take.
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    pub connections_max: u32,
+    /// How long a call waits for a free connection.
+    pub wait_max: Duration,
+    /// PostgreSQL's `statement_timeout`.
+    pub statement_max: Duration,
+}
+
+/// The pool. Cheap to clone.
+#[derive(Clone)]
+pub struct Db {
+    pool: bb8::Pool<Manager>,
+    up: watch::Receiver<bool>,
+    options: PoolOptions,
+}
+
+pub type PooledConn = bb8::PooledConnection<'static, Manager>;
+
+impl Db {
+    /// Makes the pool, without waiting for the database to be there.
+    pub fn new(mut config: tokio_postgres::Config, options: PoolOptions) -> Self {
+        // jit compiles expensive-looking plans, which costs more than short statements ever gain.
+        let settings = format!(
+            "{} -c jit=off -c statement_timeout={} -c idle_in_transaction_session_timeout=180000",
+            config.get_options().unwrap_or_default(),
+            options.statement_max.as_millis(),
+        );
+        config.options(settings.trim());
+        config.application_name("issue-tracker");
+        config.connect_timeout(CONNECT_TIMEOUT);
+
+        let (up_sender, up) = watch::channel(true);
+        let manager = Manager { inner: PostgresConnectionManager::new(config, NoTls), up: Arc::new(up_sender) };
+        tokio::spawn(probe(manager.clone()));
+        let pool = bb8::Pool::builder()
+            .max_size(options.connections_max)
+            .connection_timeout(options.wait_max)
+            // A round trip at every checkout would double the cost of a short call; dead connections are noticed by
+            // `has_broken`, and a waiting call is told at once through `up`.
+            .test_on_check_out(false)
+            .retry_connection(false)
+            .build_unchecked(manager);
+        Self { pool, up, options }
+    }
+
+    /// A connection for single statements, each of which is its own transaction.
+    ///
+    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time.
+    pub async fn conn(&self) -> Result<PooledConn> {
+        let mut up = self.up.clone();
+        loop {
+            let conn = tokio::select! {
+                biased;
+                conn = self.pool.get_owned() => conn,
+                Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
+            };
+            match conn {
+                // It died while idle; dropping it makes room for a new one.
+                Ok(conn) if conn.client.is_closed() => continue,
+                Ok(conn) => return Ok(conn),
+                Err(bb8::RunError::TimedOut) => {
+                    return Err(Error::Exhausted(format!(
+                        "all {} database connections were busy for {} ms",
+                        self.options.connections_max,
+                        self.options.wait_max.as_millis()
+                    )));
+                }
+                Err(bb8::RunError::User(error)) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Begins a transaction. It is rolled back unless it is committed.
+    pub async fn begin(&self) -> Result<Tx> {
+        let conn = self.conn().await?;
+        conn.enqueue("BEGIN")?;
+        Ok(Tx { conn, open: true })
+    }
+
+    /// Whether the database answers, as it changes.
+    pub fn watch_up(&self) -> watch::Receiver<bool> {
+        self.up.clone()
+    }
+
+    pub fn options(&self) -> &PoolOptions {
+        &self.options
+    }
+}
+
+/// Asks the database again and again, on a connection of its own, so that a busy pool does not look like a dead database.
+/// Ends with the last `Db`.
+async fn probe(manager: Manager) {
+    let mut client: Option<Client> = None;
+    while !manager.up.is_closed() {
+        let answer = tokio::time::timeout(CONNECT_TIMEOUT, async {
+            let connected = match client.take() {
+                Some(client) => client,
+                None => bb8::ManageConnection::connect(&manager.inner).await?,
+            };
+            connected.batch_execute("").await?;
+            client = Some(connected);
+            Ok::<_, tokio_postgres::Error>(())
+        });
+        let up = matches!(answer.await, Ok(Ok(())));
+        manager.set_up(up);
+        tokio::time::sleep(PROBE_INTERVAL).await;
+    }
+}
+
+/// Makes and judges connections for the pool.
+#[derive(Clone, Debug)]
+pub struct Manager {
+    inner: PostgresConnectionManager<NoTls>,
+    up: Arc<watch::Sender<bool>>,
+}
+
+impl Manager {
+    fn set_up(&self, up: bool) {
+        let changed = self.up.send_if_modified(|was| std::mem::replace(was, up) != up);
+        match (changed, up) {
+            (true, true) => tracing::info!("the database is back"),
+            (true, false) => tracing::warn!("the database is away"),
+            (false, _) => {}
+        }
+    }
+}
+
+impl bb8::ManageConnection for Manager {
+    type Connection = Conn;
+    type Error = tokio_postgres::Error;
+
+    async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
+        let client = self.inner.connect().await.inspect_err(|_| self.set_up(false))?;
+        self.set_up(true);
+        Ok(Conn { client, statements: Mutex::default(), discard: AtomicBool::new(false) })
+    }
+
+    async fn is_valid(&self, conn: &mut Conn) -> Result<(), tokio_postgres::Error> {
+        conn.client.batch_execute("").await
+    }
+
+    fn has_broken(&self, conn: &mut Conn) -> bool {
+        conn.client.is_closed() || conn.discard.load(Ordering::Relaxed)
+    }
+}
+
+/// A connection with its prepared statements. Statements whose futures are polled together go out together.
+pub struct Conn {
+    client: Client,
+    statements: Mutex<HashMap<String, Statement>>,
+    discard: AtomicBool,
+}
+
+pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+impl Conn {
+    pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
+        let statement = self.statement(sql).await?;
+        Ok(self.client.query(&statement, params).await?)
+    }
+
+    /// Exactly one row.
+    pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
+        let statement = self.statement(sql).await?;
+        Ok(self.client.query_one(&statement, params).await?)
+    }
+
+    /// One row or none.
+    pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
+        let statement = self.statement(sql).await?;
+        Ok(self.client.query_opt(&statement, params).await?)
+    }
+
+    /// How many rows were touched.
+    pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
+        let statement = self.statement(sql).await?;
+        Ok(self.client.execute(&statement, params).await?)
+    }
+
+    /// Reads rows until there are `rows_max`, or their sizes add up to `bytes_max`; at least one if there is one. The
+    /// statement should ask for one row more than `rows_max`, so that it is known whether there are more.
+    pub async fn query_page<T>(
+        &self,
+        sql: &str,
+        params: Params<'_>,
+        bounds: PageBounds,
+        from_row: impl Fn(&Row) -> Result<T>,
+        size: impl Fn(&T) -> usize,
+    ) -> Result<Page<T>> {
+        let statement = self.statement(sql).await?;
+        let mut rows = pin!(self.client.query_raw(&statement, params.iter().copied()).await?);
+        let mut items = Vec::new();
+        let mut bytes = 0;
+        while let Some(row) = rows.try_next().await? {
+            let item = from_row(&row)?;
+            bytes += size(&item);
+            let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
+            if !items.is_empty() && !fits {
+                return Ok(Page { items, more: true });
+            }
+            items.push(item);
+        }
+        Ok(Page { items, more: false })
+    }
+
+    /// A sink for rows in COPY's format.
+    pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
+        let statement = self.statement(sql).await?;
+        Ok(self.client.copy_in(&statement).await?)
+    }
+
+    async fn statement(&self, sql: &str) -> Result<Statement> {
+        let kept = self.lock_statements().get(sql).cloned();
+        if let Some(statement) = kept {
+            return Ok(statement);
+        }
+        let statement = self.client.prepare(sql).await?;
+        let mut statements = self.lock_statements();
+        if statements.len() < STATEMENTS_PER_CONNECTION_MAX {
+            statements.insert(sql.to_owned(), statement.clone());
+        }
+        Ok(statement)
+    }
+
+    fn lock_statements(&self) -> std::sync::MutexGuard<'_, HashMap<String, Statement>> {
+        // The map is whole whatever happened to a holder of the lock.
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the connection is to be closed instead of going back to the pool. Closing it ends whatever it holds: a
+    /// transaction, locks.
+    fn set_discard(&self, discard: bool) {
+        self.discard.store(discard, Ordering::Relaxed);
+    }
+
+    /// Sends a command ahead of whatever is sent next on this connection, without waiting for its answer: its first poll
+    /// puts it in the connection's queue.
+    fn enqueue(&self, command: &str) -> Result<()> {
+        let mut sending = pin!(self.client.batch_execute(command));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        match sending.as_mut().poll(&mut context) {
+            Poll::Ready(result) => Ok(result?),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+/// How much [`Conn::query_page`] reads.
+#[derive(Clone, Copy, Debug)]
+pub struct PageBounds {
+    pub rows_max: usize,
+    pub bytes_max: usize,
+}
+
+/// Some rows, and whether there are more.
+#[derive(Debug)]
+pub struct Page<T> {
+    pub items: Vec<T>,
+    pub more: bool,
+}
+
+/// A transaction (READ COMMITTED). Dropped without [`Tx::commit`], it is rolled back.
+pub struct Tx {
+    conn: PooledConn,
+    open: bool,
+}
+
+impl Tx {
+    /// After an error of a statement there is nothing to commit: return it instead.
+    pub async fn commit(mut self) -> Result<()> {
+        self.conn.client.batch_execute("COMMIT").await?;
+        self.open = false;
+        Ok(())
+    }
+}
+
+impl Deref for Tx {
+    type Target = Conn;
+
+    fn deref(&self) -> &Conn {
+        &self.conn
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        // The connection goes back to the pool with the rollback queued in front of whatever comes next. If it is closed,
+        // the server has rolled back and the pool drops it.
+        if self.open {
+            let _ = self.conn.enqueue("ROLLBACK");
+        }
+    }
+}

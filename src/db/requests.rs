@@ -1,0 +1,131 @@
+//! Request ids: a mutation's reply is kept with what it wrote, so that a retry gets the same answer and writes nothing.
+
+use uuid::Uuid;
+
+use super::{Conn, Db, PooledConn, Tx};
+use crate::error::{Error, Result};
+
+/// How long request ids are kept at least.
+pub const REQUEST_KEPT_HOURS: i32 = 24;
+
+/// What a mutation's request says about itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RequestKey {
+    /// The request id, and the SHA-256 of method and payload.
+    pub request_id: Option<(Uuid, [u8; 32])>,
+    /// Do everything, then roll back.
+    pub validate_only: bool,
+}
+
+/// The transaction of a mutation: it commits together with its reply, or not at all.
+pub struct MutationTx {
+    scope: Scope,
+    caller_id: Uuid,
+    key: RequestKey,
+}
+
+enum Scope {
+    Transaction(Tx),
+    /// One statement, which is its own transaction.
+    Statement(PooledConn),
+}
+
+/// A mutation that is to be done, or the reply of the one that was.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
+pub enum Begun {
+    Fresh(MutationTx),
+    Replayed(Vec<u8>),
+}
+
+impl Db {
+    /// Begins a mutation, which may be several statements.
+    ///
+    /// With a request id that was used before, answers the reply of that time; a call with the same id that is still
+    /// under way is waited for.
+    pub async fn begin_mutation(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
+        let tx = self.begin().await?;
+        if let Some((request_id, fingerprint)) = key.request_id.filter(|_| !key.validate_only)
+            && !claim(&tx, caller_id, request_id, fingerprint).await?
+        {
+            return stored_reply(&tx, caller_id, request_id, fingerprint).await.map(Begun::Replayed);
+        }
+        Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key }))
+    }
+
+    /// As [`Db::begin_mutation`], for a mutation that is exactly one statement: it needs no transaction around it, unless
+    /// its reply is to be kept or it is to be rolled back.
+    pub async fn begin_single(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
+        if key.request_id.is_some() || key.validate_only {
+            return self.begin_mutation(caller_id, key).await;
+        }
+        let scope = Scope::Statement(self.conn().await?);
+        Ok(Begun::Fresh(MutationTx { scope, caller_id, key }))
+    }
+}
+
+impl MutationTx {
+    /// Keeps the reply if there is a request id, and commits; rolls back if it was only a trial.
+    pub async fn finish(self, reply: impl FnOnce() -> Vec<u8>) -> Result<()> {
+        let Scope::Transaction(tx) = self.scope else { return Ok(()) };
+        if self.key.validate_only {
+            return Ok(());
+        }
+        if let Some((request_id, _)) = self.key.request_id {
+            keep_reply(&tx, self.caller_id, request_id, &reply()).await?;
+        }
+        tx.commit().await
+    }
+}
+
+impl std::ops::Deref for MutationTx {
+    type Target = Conn;
+
+    fn deref(&self) -> &Conn {
+        match &self.scope {
+            Scope::Transaction(tx) => tx,
+            Scope::Statement(conn) => conn,
+        }
+    }
+}
+
+/// Whether the id is new; waits for a transaction that has claimed it and is not yet done.
+async fn claim(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<bool> {
+    const SQL: &str = "-- claim_request
+        INSERT INTO requests (caller_id, request_id, fingerprint) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+    Ok(db.execute(SQL, &[&caller_id, &request_id, &&fingerprint[..]]).await? == 1)
+}
+
+async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Vec<u8>> {
+    const SQL: &str = "-- stored_reply
+        SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
+    // None: it was pruned between the claim and now, after a day or more.
+    let row = db.query_opt(SQL, &[&caller_id, &request_id]).await?;
+    let row = row.ok_or_else(|| Error::Aborted {
+        reason: "CONFLICT",
+        message: "the request id has just been forgotten; try again".to_owned(),
+    })?;
+    if row.get::<_, &[u8]>(0) != fingerprint {
+        return Err(Error::InvalidReason {
+            reason: "REQUEST_ID_REUSED",
+            field: "request_id",
+            message: format!("\"{request_id}\" was used for another request; take a new one for a new request"),
+        });
+    }
+    row.get::<_, Option<Vec<u8>>>(1).ok_or(Error::Internal("a request was committed without its reply"))
+}
+
+async fn keep_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, reply: &[u8]) -> Result<()> {
+    const SQL: &str = "-- keep_reply
+        UPDATE requests SET reply = $3 WHERE caller_id = $1 AND request_id = $2";
+    match db.execute(SQL, &[&caller_id, &request_id, &reply]).await? {
+        1 => Ok(()),
+        _ => Err(Error::Internal("the claim of a request id is gone")),
+    }
+}
+
+/// Forgets request ids of more than a day ago, and how many these were.
+pub async fn prune_requests(db: &Conn) -> Result<u64> {
+    const SQL: &str = "-- prune_requests
+        DELETE FROM requests WHERE create_time < now() - make_interval(hours => $1)";
+    db.execute(SQL, &[&REQUEST_KEPT_HOURS]).await
+}

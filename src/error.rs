@@ -1,0 +1,456 @@
+//! Everything that can go wrong with a request, and the only place that says how a caller is told.
+
+use std::{collections::HashMap, fmt, time::Duration};
+
+use tokio_postgres::error::{DbError, SqlState};
+use tonic::{Code, Status};
+use tonic_types::{
+    BadRequest, ErrorDetail, ErrorInfo, FieldViolation, PreconditionFailure, PreconditionViolation, ResourceInfo,
+    RetryInfo, StatusExt,
+};
+use uuid::Uuid;
+
+use crate::request::REQUEST_BYTES_MAX;
+
+/// `ErrorInfo.domain` of every error.
+pub const ERROR_DOMAIN: &str = "issuetracker";
+/// What `RetryInfo` proposes: long enough for a queue to drain, short enough for a person.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
+/// How much of a value an error quotes.
+const QUOTE_CHARS_MAX: usize = 80;
+/// How many items of a batch an error describes one by one: errors travel in headers, which clients bound to 8 KiB as a
+/// rule. When there are more, `ErrorInfo.metadata` has the indices of all.
+const ITEMS_NAMED_MAX: usize = 20;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request itself is wrong: all that is wrong with it.
+    #[error("{}", join(.0))]
+    Invalid(Vec<Violation>),
+    /// The request is wrong in a way that programs handle.
+    #[error("{message}")]
+    InvalidReason { reason: &'static str, field: &'static str, message: String },
+    /// All that does not exist.
+    #[error("{}", join(.0))]
+    NotFound(Vec<Resource>),
+    /// All that exists already.
+    #[error("{}", join(.0))]
+    AlreadyExists(Vec<Resource>),
+    /// All issues whose version is not the expected one.
+    #[error("{}", join(.0))]
+    VersionMismatch(Vec<StaleVersion>),
+    /// What it is about is in a state that does not allow it.
+    #[error("{}", join(.violations))]
+    Precondition { reason: &'static str, violations: Vec<Violation> },
+    /// Somebody else is at it; a retry may work.
+    #[error("{message}")]
+    Aborted { reason: &'static str, message: String },
+    /// A position in a stream is beyond what was received.
+    #[error("{message}")]
+    OffsetGap { message: String, expected_offset: i64 },
+    /// There is no such RPC.
+    #[error("there is no such method; reflection lists those there are")]
+    Unimplemented,
+    #[error("{0}")]
+    Unauthenticated(&'static str),
+    #[error("{0}")]
+    PermissionDenied(String),
+    /// A bound on work at once is reached.
+    #[error("{0}")]
+    Exhausted(String),
+    /// It took too long.
+    #[error("{message}")]
+    Timeout { reason: &'static str, message: String },
+    /// The client has gone away.
+    #[error("the stream was cut")]
+    Cancelled,
+    /// The database is away.
+    #[error("the database is not available; try again")]
+    Unavailable,
+    /// Whatever else the database says.
+    #[error("database error")]
+    Database(tokio_postgres::Error),
+    /// A fault of the program.
+    #[error("internal error: {0}")]
+    Internal(&'static str),
+}
+
+/// A field and what is wrong with it.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    pub field: String,
+    pub message: String,
+}
+
+/// Something that is missing or taken.
+#[derive(Clone, Debug)]
+pub struct Resource {
+    /// `issue`, `user`, `label`, `comment`, `api token`.
+    pub kind: &'static str,
+    /// Its id or name.
+    pub name: String,
+    /// The field of the request that names it.
+    pub field: String,
+    /// What of it is taken; empty when it is missing.
+    pub taken: &'static str,
+}
+
+#[derive(Clone, Debug)]
+pub struct StaleVersion {
+    pub field: String,
+    pub id: Uuid,
+    pub expected: i64,
+    pub current: i64,
+}
+
+impl Error {
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid(vec![Violation::new(field, message)])
+    }
+
+    pub fn not_found(kind: &'static str, field: impl Into<String>, name: impl fmt::Display) -> Self {
+        Self::NotFound(vec![Resource::missing(kind, field, name)])
+    }
+
+    pub fn already_exists(
+        kind: &'static str,
+        taken: &'static str,
+        field: impl Into<String>,
+        name: impl fmt::Display,
+    ) -> Self {
+        Self::AlreadyExists(vec![Resource::taken(kind, taken, field, name)])
+    }
+
+    pub fn precondition(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Precondition { reason, violations: vec![Violation::new(field, message)] }
+    }
+
+    /// An error that tonic itself has made, in this service's terms. None: it stands as it is.
+    pub fn from_bare(status: &Status) -> Option<Self> {
+        let request = |message: &str| Some(Self::invalid("request", message));
+        match status.code() {
+            Code::OutOfRange => {
+                request(&format!("the message is too large, at most {REQUEST_BYTES_MAX} bytes are taken"))
+            }
+            // The decoder's own text can quote what was sent.
+            Code::Internal | Code::InvalidArgument => request("the message cannot be decoded as what the method takes"),
+            Code::Unimplemented => Some(Self::Unimplemented),
+            Code::DeadlineExceeded | Code::Cancelled => {
+                Some(Self::Timeout { reason: "DEADLINE", message: "the deadline of the request has passed".to_owned() })
+            }
+            _ => None,
+        }
+    }
+
+    /// What a violated constraint means to the caller, said where the statement is.
+    pub fn on_constraint(self, name: &str, error: impl FnOnce() -> Error) -> Self {
+        match &self {
+            Self::Database(source) if constraint(source) == Some(name) => error(),
+            _ => self,
+        }
+    }
+
+    /// The constraint that was violated, if that is what went wrong.
+    pub fn constraint(&self) -> Option<&str> {
+        match self {
+            Self::Database(source) => constraint(source),
+            _ => None,
+        }
+    }
+}
+
+fn constraint(error: &tokio_postgres::Error) -> Option<&str> {
+    error.as_db_error().and_then(DbError::constraint)
+}
+
+impl Violation {
+    pub fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { field: field.into(), message: message.into() }
+    }
+}
+
+impl Resource {
+    pub fn missing(kind: &'static str, field: impl Into<String>, name: impl fmt::Display) -> Self {
+        Self::taken(kind, "", field, name)
+    }
+
+    pub fn taken(kind: &'static str, taken: &'static str, field: impl Into<String>, name: impl fmt::Display) -> Self {
+        Self { kind, name: quote(&name.to_string()), field: field.into(), taken }
+    }
+}
+
+impl Resource {
+    fn problem(&self) -> &'static str {
+        if self.taken.is_empty() { "does not exist" } else { "is taken" }
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+impl fmt::Display for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, name, field, taken } = self;
+        match *taken {
+            "" => write!(f, "{field}: there is no {kind} \"{name}\""),
+            taken => write!(f, "{field}: {taken} \"{name}\" is taken by another {kind}"),
+        }
+    }
+}
+
+impl fmt::Display for StaleVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { field, id, expected, current } = self;
+        write!(f, "{field}: issue \"{id}\" has version {current}, not {expected}; read it again")
+    }
+}
+
+/// A value as errors quote it: shortened, control characters made visible.
+pub fn quote(value: &str) -> String {
+    let mut quoted = String::new();
+    for (index, char) in value.chars().enumerate() {
+        if index == QUOTE_CHARS_MAX {
+            quoted.push('…');
+            break;
+        }
+        if char.is_control() {
+            quoted.extend(char.escape_default());
+        } else {
+            quoted.push(char);
+        }
+    }
+    quoted
+}
+
+fn join(items: &[impl fmt::Display]) -> String {
+    let mut text = items.iter().take(ITEMS_NAMED_MAX).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    if items.len() > ITEMS_NAMED_MAX {
+        text += &format!("; and {} more", items.len() - ITEMS_NAMED_MAX);
+    }
+    text
+}
+
+impl From<tokio_postgres::Error> for Error {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(state) = error.code() else {
+            // Not an answer of the server: the connection is lost, or a value does not have the type that the program
+            // takes for granted.
+            return if error.is_closed() || std::error::Error::source(&error).is_some_and(|s| s.is::<std::io::Error>()) {
+                Self::Unavailable
+            } else {
+                Self::Database(error)
+            };
+        };
+        match *state {
+            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => Self::Aborted {
+                reason: "CONFLICT",
+                message: "the request got in the way of another one; try again".to_owned(),
+            },
+            SqlState::QUERY_CANCELED => Self::Timeout {
+                reason: "STATEMENT_TIMEOUT",
+                message: "the database took too long; nothing was written".to_owned(),
+            },
+            SqlState::ADMIN_SHUTDOWN
+            | SqlState::CRASH_SHUTDOWN
+            | SqlState::CANNOT_CONNECT_NOW
+            | SqlState::TOO_MANY_CONNECTIONS
+            | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
+            _ if state.code().starts_with("08") || state.code().starts_with("53") => Self::Unavailable,
+            _ => Self::Database(error),
+        }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        log(&error);
+        let message = error.to_string();
+        let code = error.code();
+        let mut details = vec![ErrorInfo::new(error.reason(), ERROR_DOMAIN, error.metadata()).into()];
+        details.extend(error.details());
+        Status::with_error_details_vec(code, message, details)
+    }
+}
+
+/// Logged once, here, and only what is not the caller's fault. Never the driver's text: it can quote values.
+fn log(error: &Error) {
+    match error {
+        Error::Database(source) => {
+            let source = source.as_db_error();
+            tracing::error!(
+                sqlstate = source.map(|error| error.code().code()),
+                table = source.and_then(DbError::table),
+                constraint = source.and_then(DbError::constraint),
+                "database error"
+            );
+        }
+        Error::Internal(what) => tracing::error!(what, "internal error"),
+        _ => {}
+    }
+}
+
+impl Error {
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Invalid(_) | Self::InvalidReason { .. } => Code::InvalidArgument,
+            Self::NotFound(_) => Code::NotFound,
+            Self::AlreadyExists(_) => Code::AlreadyExists,
+            Self::VersionMismatch(_) | Self::Aborted { .. } => Code::Aborted,
+            Self::Precondition { .. } => Code::FailedPrecondition,
+            Self::OffsetGap { .. } => Code::OutOfRange,
+            Self::Unimplemented => Code::Unimplemented,
+            Self::Unauthenticated(_) => Code::Unauthenticated,
+            Self::PermissionDenied(_) => Code::PermissionDenied,
+            Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::Timeout { .. } => Code::DeadlineExceeded,
+            Self::Cancelled => Code::Cancelled,
+            Self::Unavailable => Code::Unavailable,
+            Self::Database(_) | Self::Internal(_) => Code::Internal,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "INVALID",
+            Self::InvalidReason { reason, .. }
+            | Self::Precondition { reason, .. }
+            | Self::Aborted { reason, .. }
+            | Self::Timeout { reason, .. } => reason,
+            Self::NotFound(_) => "NOT_FOUND",
+            Self::AlreadyExists(_) => "ALREADY_EXISTS",
+            Self::VersionMismatch(_) => "VERSION_MISMATCH",
+            Self::OffsetGap { .. } => "IMPORT_OFFSET_GAP",
+            Self::Unimplemented => "UNIMPLEMENTED",
+            Self::Unauthenticated(_) => "UNAUTHENTICATED",
+            Self::PermissionDenied(_) => "PERMISSION_DENIED",
+            Self::Exhausted(_) => "OVERLOADED",
+            Self::Cancelled => "CANCELLED",
+            Self::Unavailable => "DATABASE_UNAVAILABLE",
+            Self::Database(_) | Self::Internal(_) => "INTERNAL",
+        }
+    }
+
+    fn details(&self) -> Vec<ErrorDetail> {
+        match self {
+            Self::Invalid(items) => vec![bad_request(items.iter().map(|item| (&*item.field, &*item.message)))],
+            Self::InvalidReason { field, message, .. } => vec![bad_request([(*field, &**message)])],
+            Self::NotFound(items) | Self::AlreadyExists(items) => {
+                let mut details: Vec<ErrorDetail> = items
+                    .iter()
+                    .take(ITEMS_NAMED_MAX)
+                    .map(|item| ResourceInfo::new(item.kind, &item.name, "", item.problem()).into())
+                    .collect();
+                details.push(bad_request(items.iter().map(|item| (&*item.field, item.problem()))));
+                details
+            }
+            Self::VersionMismatch(items) => vec![bad_request(items.iter().map(|item| (&*item.field, "stale version")))],
+            Self::Precondition { reason, violations } => vec![
+                PreconditionFailure::new(
+                    violations
+                        .iter()
+                        .take(ITEMS_NAMED_MAX)
+                        .map(|item| PreconditionViolation::new(*reason, &item.field, &item.message))
+                        .collect::<Vec<_>>(),
+                )
+                .into(),
+            ],
+            Self::Exhausted(_) | Self::Unavailable | Self::Aborted { .. } => {
+                vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
+            }
+            Self::OffsetGap { .. }
+            | Self::Unimplemented
+            | Self::Unauthenticated(_)
+            | Self::PermissionDenied(_)
+            | Self::Timeout { .. }
+            | Self::Cancelled
+            | Self::Database(_)
+            | Self::Internal(_) => Vec::new(),
+        }
+    }
+
+    fn metadata(&self) -> HashMap<String, String> {
+        let mut metadata = HashMap::new();
+        let fields: Vec<&str> = match self {
+            Self::Invalid(items) | Self::Precondition { violations: items, .. } => {
+                items.iter().map(|item| &*item.field).collect()
+            }
+            Self::NotFound(items) | Self::AlreadyExists(items) => items.iter().map(|item| &*item.field).collect(),
+            Self::VersionMismatch(items) => {
+                if let Some(first) = items.first() {
+                    metadata.insert("current_version".to_owned(), first.current.to_string());
+                }
+                items.iter().map(|item| &*item.field).collect()
+            }
+            Self::OffsetGap { expected_offset, .. } => {
+                metadata.insert("expected_offset".to_owned(), expected_offset.to_string());
+                Vec::new()
+            }
+            _ => Vec::new(),
+        };
+        if fields.len() > ITEMS_NAMED_MAX {
+            metadata.insert("indices".to_owned(), indices(&fields));
+        }
+        metadata
+    }
+}
+
+fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {
+    BadRequest::new(
+        violations
+            .into_iter()
+            .take(ITEMS_NAMED_MAX)
+            .map(|(field, message)| FieldViolation::new(field, message))
+            .collect::<Vec<_>>(),
+    )
+    .into()
+}
+
+/// The indices in fields such as `ids[3]`, as ranges: `0-4,7`.
+fn indices(fields: &[&str]) -> String {
+    let mut indices: Vec<usize> =
+        fields.iter().filter_map(|field| field.split_once('[')?.1.split_once(']')?.0.parse().ok()).collect();
+    indices.sort_unstable();
+    indices.dedup();
+    indices
+        .chunk_by(|left, right| left + 1 == *right)
+        .filter_map(|run| match run {
+            [] => None,
+            [only] => Some(only.to_string()),
+            [first, .., last] => Some(format!("{first}-{last}")),
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indices_are_ranges_of_what_stands_in_brackets() {
+        let fields = ["ids[3]", "ids[0]", "ids[1]", "issues[7].title", "issues[7].assignee_id", "ids[2]", "filter"];
+        assert_eq!(indices(&fields), "0-3,7");
+    }
+
+    #[test]
+    fn quoted_values_are_short_and_printable() {
+        assert_eq!(quote("a\0b\nc"), "a\\u{0}b\\nc");
+        assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(80)));
+    }
+
+    #[test]
+    fn an_error_about_a_thousand_items_fits_a_header() {
+        let missing = (0..1_000).step_by(2).map(|i| Resource::missing("issue", format!("ids[{i}]"), Uuid::now_v7()));
+        let status = Status::from(Error::NotFound(missing.collect()));
+        let mut headers = http::HeaderMap::new();
+        status.add_header(&mut headers).unwrap();
+        let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+        assert!(bytes < 8 * 1024, "{bytes} bytes");
+    }
+}
