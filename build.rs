@@ -12,17 +12,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     files.sort();
 
     let mut compiler = protox::Compiler::new(["proto"])?;
-    compiler
-        .include_source_info(true)
-        .include_imports(true)
-        .open_files(files)?;
+    compiler.include_source_info(true).include_imports(true).open_files(files)?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(
-        out.join("descriptor.bin"),
-        compiler.encode_file_descriptor_set(),
-    )?;
-    tonic_prost_build::configure()
-        .bytes(".issuetracker.v1.ImportIssuesRequest")
-        .compile_fds(compiler.file_descriptor_set())?;
+    fs::write(out.join("descriptor.bin"), compiler.encode_file_descriptor_set())?;
+    tonic_prost_build::configure().bytes(".issuetracker.v1.ImportChunk").compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

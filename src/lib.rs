@@ -1,4 +1,16 @@
 //! An issue tracker: gRPC outside, PostgreSQL underneath, raw SQL in transactions in between.
+//!
+//! A request comes in by [`auth::Gate`], is parsed in [`rpc`] with the help of [`request`], and answered by one function
+//! of [`db`]. [`error`] says what callers are told when it cannot be.
+
+pub mod config;
+pub mod server;
+pub mod start;
+
+pub mod auth;
+pub mod error;
+pub mod request;
+pub mod rpc;
 
 pub mod db;
 pub mod filter;
@@ -6,6 +18,9 @@ pub mod import;
 
 /// The messages, clients and service traits generated from `proto/`.
 pub mod pb {
+    // The generator does not keep the indentation of lists in comments.
+    #![allow(clippy::doc_lazy_continuation)]
+
     tonic::include_proto!("issuetracker.v1");
 }
 

@@ -1,0 +1,56 @@
+//! The RPCs, one file a service: who calls, what they want, one call of the database, the answer.
+
+mod auth;
+mod comments;
+mod imports;
+mod issues;
+mod labels;
+mod reports;
+mod users;
+
+pub use users::check_username;
+
+use std::sync::Arc;
+
+use prost::Message;
+use tokio::sync::Semaphore;
+use tonic::{Response, Status};
+
+use crate::{
+    auth::Auth,
+    db::{Db, requests::MutationTx},
+    error::{Error, Result},
+};
+
+/// What the services work with.
+pub struct Api {
+    pub db: Db,
+    pub auth: Auth,
+    pub session_hours: i32,
+    /// A permit for each import under way.
+    pub imports: Arc<Semaphore>,
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+
+/// The transaction of a mutation that has begun; returns the stored reply of one that was made before.
+macro_rules! fresh {
+    ($begun:expr) => {
+        match $begun {
+            $crate::db::requests::Begun::Fresh(tx) => tx,
+            $crate::db::requests::Begun::Replayed(reply) => return $crate::rpc::replay(&reply),
+        }
+    };
+}
+use fresh;
+
+fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
+    let reply = T::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))?;
+    Ok(Response::new(reply))
+}
+
+/// Commits a mutation together with its reply.
+async fn finish<T: Message>(tx: MutationTx, reply: T) -> Reply<T> {
+    tx.finish(|| reply.encode_to_vec()).await?;
+    Ok(Response::new(reply))
+}

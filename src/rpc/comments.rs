@@ -1,0 +1,94 @@
+//! `CommentService`.
+
+use tonic::Request;
+
+use super::{Api, Reply, finish, fresh, issues::last_id};
+use crate::{
+    auth::Caller,
+    db::comments::{self, CommentChange, NewComment},
+    error::Error,
+    pb::{
+        Comment, CreateCommentRequest, DeleteCommentRequest, ListCommentsRequest, ListCommentsResponse, Role,
+        UpdateCommentRequest, comment_service_server::CommentService,
+    },
+    request::{COMMENT_CHARS_MAX, Check, mutation},
+};
+
+mutation! {
+    CreateCommentRequest;
+    UpdateCommentRequest;
+    DeleteCommentRequest;
+}
+
+#[tonic::async_trait]
+impl CommentService for Api {
+    async fn create_comment(&self, request: Request<CreateCommentRequest>) -> Reply<Comment> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let comment = check.required("comment", request.comment);
+        let issue_id = check.uuid("comment.issue_id", &comment.issue_id);
+        let parent_id = check.optional_uuid("comment.parent_id", &comment.parent_id);
+        let content = check.required_text("comment.content", comment.content, COMMENT_CHARS_MAX);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let new = NewComment { issue_id, parent_id, content: &content };
+        let comment = comments::create(&tx, caller.user_id, &new).await?;
+        finish(tx, comment).await
+    }
+
+    async fn list_comments(&self, request: Request<ListCommentsRequest>) -> Reply<ListCommentsResponse> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let issue_id = check.uuid("issue_id", &request.issue_id);
+        let page = check.page(request.page_size, &request.page_token, &[b"comments", issue_id.as_bytes()]);
+        check.done()?;
+        let after = page.after_id()?;
+
+        let db = self.db.conn().await?;
+        let found = comments::list(&db, issue_id, after, page.limit(), page.bounds()).await?;
+        if found.items.is_empty() && !comments::issue_exists(&db, issue_id).await? {
+            return Err(Error::not_found("issue", "issue_id", issue_id).into());
+        }
+        let next_page_token = page.next_token(found.more, last_id(found.items.last().map(|item| &*item.id)).as_deref());
+        Ok(ListCommentsResponse { comments: found.items, next_page_token }.into())
+    }
+
+    async fn update_comment(&self, request: Request<UpdateCommentRequest>) -> Reply<Comment> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let comment = check.required("comment", request.comment);
+        let id = check.uuid("comment.id", &comment.id);
+        check.mask(request.update_mask, &["content"], |_| true);
+        let content = check.required_text("comment.content", comment.content, COMMENT_CHARS_MAX);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let change = CommentChange::SetContent(&content);
+        let comment = comments::change(&tx, id, author(&caller), change, "comment.id").await?;
+        finish(tx, comment).await
+    }
+
+    async fn delete_comment(&self, request: Request<DeleteCommentRequest>) -> Reply<Comment> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let id = check.uuid("id", &request.id);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let comment = comments::change(&tx, id, author(&caller), CommentChange::Delete, "id").await?;
+        finish(tx, comment).await
+    }
+}
+
+/// Whose comments the caller may change; none: anybody's.
+fn author(caller: &Caller) -> Option<uuid::Uuid> {
+    if caller.is_admin() { None } else { Some(caller.user_id) }
+}

@@ -1,0 +1,360 @@
+//! `IssueService`.
+
+use tonic::Request;
+use uuid::Uuid;
+
+use super::{Api, Reply, finish, fresh};
+use crate::{
+    auth::Caller,
+    db::{
+        Conn, PageBounds, comments,
+        issues::{self, IssueChange, NewIssue},
+    },
+    error::{Error, Resource, Result},
+    filter,
+    pb::{
+        BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, BatchGetIssuesResponse,
+        BulkUpdateStatusRequest, BulkUpdateStatusResponse, CreateIssueRequest, DeleteIssueRequest, GetIssueRequest,
+        Issue, IssueView, ListIssuesRequest, ListIssuesResponse, Priority, Role, Status, UndeleteIssueRequest,
+        UpdateIssueRequest, bulk_update_status_response, issue_service_server::IssueService,
+    },
+    request::{
+        BATCH_ITEMS_MAX, COMMENT_CHARS_MAX, Check, DESCRIPTION_CHARS_MAX, EXTERNAL_ID_CHARS_MAX, LABELS_PER_ISSUE_MAX,
+        RESPONSE_BYTES_MAX, TITLE_CHARS_MAX, mutation,
+    },
+};
+
+/// What a full view has of comments.
+const COMMENTS_IN_VIEW: PageBounds = PageBounds { rows_max: 1_000, bytes_max: RESPONSE_BYTES_MAX };
+/// The paths of `UpdateIssueRequest.update_mask`.
+const UPDATABLE: &[&str] = &["title", "description", "status", "priority", "assignee_id", "external_id"];
+
+mutation! {
+    CreateIssueRequest;
+    BatchCreateIssuesRequest;
+    UpdateIssueRequest;
+    DeleteIssueRequest;
+    UndeleteIssueRequest;
+    BulkUpdateStatusRequest;
+}
+
+#[tonic::async_trait]
+impl IssueService for Api {
+    async fn create_issue(&self, request: Request<CreateIssueRequest>) -> Reply<Issue> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let issue = check.required("issue", request.issue);
+        let issue = new_issue(&mut check, "issue", issue);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        match issues::create(&tx, caller.user_id, std::slice::from_ref(&issue)).await {
+            Ok(mut issues) => finish(tx, issues.pop().ok_or(Error::Internal("a created issue gave no row"))?).await,
+            Err(error) => {
+                drop(tx);
+                Err(issues::explain_create(&*self.db.conn().await?, error, &[issue], |_| "issue".to_owned())
+                    .await
+                    .into())
+            }
+        }
+    }
+
+    async fn batch_create_issues(
+        &self,
+        request: Request<BatchCreateIssuesRequest>,
+    ) -> Reply<BatchCreateIssuesResponse> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let count = request.issues.len();
+        if !(1..=BATCH_ITEMS_MAX).contains(&count) {
+            check.fail("issues", format!("takes 1 to {BATCH_ITEMS_MAX} issues, not {count}"));
+            check.done()?;
+            unreachable!("a violation was noted");
+        }
+        let field = |index: usize| format!("issues[{index}]");
+        let new: Vec<NewIssue> = (request.issues.into_iter().enumerate())
+            .map(|(index, issue)| new_issue(&mut check, &field(index), issue))
+            .collect();
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        match issues::create(&tx, caller.user_id, &new).await {
+            Ok(issues) => finish(tx, BatchCreateIssuesResponse { issues }).await,
+            Err(error) => {
+                drop(tx);
+                Err(issues::explain_create(&*self.db.conn().await?, error, &new, field).await.into())
+            }
+        }
+    }
+
+    async fn get_issue(&self, request: Request<GetIssueRequest>) -> Reply<Issue> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let id = check.uuid("id", &request.id);
+        let view = check.enumeration("view", request.view);
+        check.done()?;
+
+        let db = self.db.conn().await?;
+        Ok(issue_in_view(&db, id, view).await?.into())
+    }
+
+    async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> Reply<BatchGetIssuesResponse> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let ids = check.uuids("ids", &request.ids, 1, BATCH_ITEMS_MAX);
+        let view: IssueView = check.enumeration("view", request.view);
+        check.done()?;
+
+        let db = self.db.conn().await?;
+        let bounds = PageBounds { rows_max: BATCH_ITEMS_MAX, bytes_max: RESPONSE_BYTES_MAX };
+        let page = issues::batch_get(&db, &ids, bounds).await?;
+        let too_large = || Error::InvalidReason {
+            reason: "RESPONSE_TOO_LARGE",
+            field: "ids",
+            message: format!("the answer would have more than {RESPONSE_BYTES_MAX} bytes; ask for fewer issues"),
+        };
+        if page.more {
+            return Err(too_large().into());
+        }
+        let mut issues = page.items;
+        if issues.len() < ids.len() {
+            let found: std::collections::HashSet<&str> = issues.iter().map(|issue| &*issue.id).collect();
+            let missing = (ids.iter().enumerate()).filter(|(_, id)| !found.contains(&*id.to_string()));
+            let missing = missing.map(|(index, id)| Resource::missing("issue", format!("ids[{index}]"), id));
+            return Err(Error::NotFound(missing.collect()).into());
+        }
+        if view == IssueView::Full {
+            let mut left = RESPONSE_BYTES_MAX - issues.iter().map(prost::Message::encoded_len).sum::<usize>();
+            for (issue, id) in issues.iter_mut().zip(&ids) {
+                let page =
+                    comments::list(&db, *id, None, COMMENTS_IN_VIEW.rows_max as i64 + 1, COMMENTS_IN_VIEW).await?;
+                let bytes = page.items.iter().map(prost::Message::encoded_len).sum();
+                left = left.checked_sub(bytes).ok_or_else(too_large)?;
+                issue.comments = page.items;
+            }
+        }
+        Ok(BatchGetIssuesResponse { issues }.into())
+    }
+
+    async fn list_issues(&self, request: Request<ListIssuesRequest>) -> Reply<ListIssuesResponse> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let page = check.page(
+            request.page_size,
+            &request.page_token,
+            &[b"issues", request.filter.as_bytes(), &[u8::from(request.show_deleted)]],
+        );
+        let filter = check.take("filter", filter::parse(&request.filter).map_err(|error| error.message));
+        check.done()?;
+        let after = page.after_id()?;
+
+        let db = self.db.conn().await?;
+        let found = issues::list(&db, &filter, request.show_deleted, after, page.limit(), page.bounds()).await?;
+        let next_page_token =
+            page.next_token(found.more, last_id(found.items.last().map(|issue| &*issue.id)).as_deref());
+        Ok(ListIssuesResponse { issues: found.items, next_page_token }.into())
+    }
+
+    async fn update_issue(&self, request: Request<UpdateIssueRequest>) -> Reply<Issue> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let change = issue_change(&mut check, &request);
+        let comment = comment_text(&mut check, request.comment);
+        check.done()?;
+
+        let begun = match comment {
+            None => self.db.begin_single(caller.user_id, key).await?,
+            Some(_) => self.db.begin_mutation(caller.user_id, key).await?,
+        };
+        let tx = fresh!(begun);
+        let mut issue = issues::update(&tx, caller.user_id, &change, "issue.id").await?;
+        if let Some(content) = comment {
+            comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
+            issue.comment_count += 1;
+        }
+        finish(tx, issue).await
+    }
+
+    async fn delete_issue(&self, request: Request<DeleteIssueRequest>) -> Reply<Issue> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let change = deletion(&mut check, &request.id, request.expected_version, true);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let issue = issues::update(&tx, caller.user_id, &change, "id").await?;
+        finish(tx, issue).await
+    }
+
+    async fn undelete_issue(&self, request: Request<UndeleteIssueRequest>) -> Reply<Issue> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let change = deletion(&mut check, &request.id, request.expected_version, false);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let issue = issues::update(&tx, caller.user_id, &change, "id").await?;
+        finish(tx, issue).await
+    }
+
+    async fn bulk_update_status(&self, request: Request<BulkUpdateStatusRequest>) -> Reply<BulkUpdateStatusResponse> {
+        let caller = Caller::with_role(&request, Role::Member)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let changes = status_changes(&mut check, &request);
+        let comment = comment_text(&mut check, request.comment);
+        check.done()?;
+
+        let begun = match comment {
+            None => self.db.begin_single(caller.user_id, key).await?,
+            Some(_) => self.db.begin_mutation(caller.user_id, key).await?,
+        };
+        let tx = fresh!(begun);
+        let results = issues::bulk_update(&tx, caller.user_id, &changes, |index| format!("ids[{index}]")).await?;
+        let changed: Vec<Uuid> = results.iter().filter(|result| result.changed).map(|result| result.id).collect();
+        if let Some(content) = comment {
+            comments::create_on_each(&tx, caller.user_id, &changed, &content).await?;
+        }
+        let result = |result: issues::Changed| bulk_update_status_response::Result {
+            id: result.id.to_string(),
+            version: result.version,
+            changed: result.changed,
+        };
+        let reply = BulkUpdateStatusResponse {
+            changed_count: changed.len() as i32,
+            results: results.into_iter().map(result).collect(),
+        };
+        finish(tx, reply).await
+    }
+}
+
+/// With its comments, if it is to be seen in full: two statements that go out together.
+async fn issue_in_view(db: &Conn, id: Uuid, view: IssueView) -> Result<Issue> {
+    if view != IssueView::Full {
+        return issues::get(db, id).await;
+    }
+    let limit = COMMENTS_IN_VIEW.rows_max as i64 + 1;
+    let (issue, comments) = tokio::join!(issues::get(db, id), comments::list(db, id, None, limit, COMMENTS_IN_VIEW));
+    let mut issue = issue?;
+    issue.comments = comments?.items;
+    Ok(issue)
+}
+
+/// The key of the next page in lists by id.
+pub(super) fn last_id(id: Option<&str>) -> Option<Vec<u8>> {
+    Some(Uuid::try_parse(id?).ok()?.into_bytes().to_vec())
+}
+
+fn new_issue(check: &mut Check, field: &str, issue: Issue) -> NewIssue {
+    let status: Status = check.enumeration(format!("{field}.status"), issue.status);
+    let external_id = check.text(format!("{field}.external_id"), issue.external_id, EXTERNAL_ID_CHARS_MAX);
+    NewIssue {
+        title: check.required_text(format!("{field}.title"), issue.title, TITLE_CHARS_MAX),
+        description: check.text(format!("{field}.description"), issue.description, DESCRIPTION_CHARS_MAX),
+        status: if status == Status::Unspecified { Status::Open } else { status },
+        priority: check.enumeration(format!("{field}.priority"), issue.priority),
+        assignee_id: check.optional_uuid(format!("{field}.assignee_id"), &issue.assignee_id),
+        external_id: Some(external_id).filter(|id| !id.is_empty()),
+        label_ids: check.uuids(&format!("{field}.label_ids"), &issue.label_ids, 0, LABELS_PER_ISSUE_MAX),
+    }
+}
+
+fn issue_change(check: &mut Check, request: &UpdateIssueRequest) -> IssueChange {
+    let issue = check.required("issue", request.issue.clone());
+    let mut change = IssueChange {
+        id: check.uuid("issue.id", &issue.id),
+        expected_version: check.expected_version("expected_version", request.expected_version),
+        ..IssueChange::default()
+    };
+    let populated = |path: &str| match path {
+        "title" => !issue.title.is_empty(),
+        "description" => !issue.description.is_empty(),
+        "status" => issue.status != 0,
+        "priority" => issue.priority != 0,
+        "assignee_id" => !issue.assignee_id.is_empty(),
+        "external_id" => !issue.external_id.is_empty(),
+        _ => false,
+    };
+    let masked = request.update_mask.as_ref().is_some_and(|mask| !mask.paths.is_empty());
+    let paths = check.mask(request.update_mask.clone(), UPDATABLE, populated);
+    if paths.is_empty() && !masked && request.comment.is_empty() {
+        check.fail("update_mask", format!("nothing to change: set any of {}, or a comment", UPDATABLE.join(", ")));
+    }
+    for path in paths {
+        match path {
+            "title" => change.title = Some(check.required_text("issue.title", issue.title.clone(), TITLE_CHARS_MAX)),
+            "description" => {
+                let description = issue.description.clone();
+                change.description = Some(check.text("issue.description", description, DESCRIPTION_CHARS_MAX));
+            }
+            "status" => change.status = Some(required_status(check, "issue.status", issue.status)),
+            "priority" => change.priority = Some(check.enumeration::<Priority>("issue.priority", issue.priority)),
+            "assignee_id" => {
+                change.assignee_id = Some(check.optional_uuid("issue.assignee_id", &issue.assignee_id));
+            }
+            "external_id" => {
+                let external_id = issue.external_id.clone();
+                change.external_id = Some(check.text("issue.external_id", external_id, EXTERNAL_ID_CHARS_MAX));
+            }
+            // `UPDATABLE` has no others.
+            _ => {}
+        }
+    }
+    change
+}
+
+fn deletion(check: &mut Check, id: &str, expected_version: i64, delete: bool) -> IssueChange {
+    IssueChange {
+        id: check.uuid("id", id),
+        expected_version: check.expected_version("expected_version", expected_version),
+        delete: Some(delete),
+        ..IssueChange::default()
+    }
+}
+
+fn status_changes(check: &mut Check, request: &BulkUpdateStatusRequest) -> Vec<IssueChange> {
+    let ids = check.uuids("ids", &request.ids, 1, BATCH_ITEMS_MAX);
+    let status = required_status(check, "status", request.status);
+    let versions = &request.expected_versions;
+    if !versions.is_empty() && versions.len() != request.ids.len() {
+        let message =
+            format!("takes one version for each of the {} ids, or none; not {}", request.ids.len(), versions.len());
+        check.fail("expected_versions", message);
+    }
+    let mut change = |(index, id): (usize, Uuid)| IssueChange {
+        id,
+        expected_version: versions
+            .get(index)
+            .map_or(0, |version| check.expected_version(format!("expected_versions[{index}]"), *version)),
+        status: Some(status),
+        ..IssueChange::default()
+    };
+    ids.into_iter().enumerate().map(&mut change).collect()
+}
+
+fn required_status(check: &mut Check, field: &str, status: i32) -> Status {
+    let status: Status = check.enumeration(field, status);
+    if status == Status::Unspecified {
+        check.fail(field, "must be one of STATUS_OPEN, STATUS_IN_PROGRESS, STATUS_CLOSED");
+    }
+    status
+}
+
+/// Empty is none.
+fn comment_text(check: &mut Check, comment: String) -> Option<String> {
+    if comment.is_empty() { None } else { Some(check.required_text("comment", comment, COMMENT_CHARS_MAX)) }
+}

@@ -1,0 +1,117 @@
+//! `UserService`.
+
+use tonic::Request;
+
+use super::{Api, Reply, finish, fresh};
+use crate::{
+    auth::{Caller, check_password},
+    db::{tokens, users},
+    pb::{
+        CreateUserRequest, GetUserRequest, ListUsersRequest, ListUsersResponse, Role, UpdateUserRequest, User,
+        user_service_server::UserService,
+    },
+    request::{Check, USERNAME_CHARS_MAX, mutation},
+};
+
+mutation! {
+    CreateUserRequest without password;
+    UpdateUserRequest;
+}
+
+#[tonic::async_trait]
+impl UserService for Api {
+    async fn create_user(&self, request: Request<CreateUserRequest>) -> Reply<User> {
+        let caller = Caller::with_role(&request, Role::Admin)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let user = check.required("user", request.user);
+        let username = check.take("user.username", check_username(user.username));
+        let role: Role = check.enumeration("user.role", user.role);
+        check.take("password", check_password(&request.password));
+        check.done()?;
+        let role = if role == Role::Unspecified { Role::Member } else { role };
+
+        let password_hash = self.auth.hash_password(&request.password).await?;
+        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let user = users::create(&tx, &username, role, &password_hash).await?;
+        finish(tx, user).await
+    }
+
+    async fn get_user(&self, request: Request<GetUserRequest>) -> Reply<User> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let id = check.optional_uuid("id", &request.id);
+        let username = check.text("username", request.username, USERNAME_CHARS_MAX);
+        if request.id.is_empty() == username.is_empty() {
+            check.fail("id", "exactly one of id and username is required");
+        }
+        check.done()?;
+
+        let db = self.db.conn().await?;
+        let user = match id {
+            Some(id) => users::get(&db, id).await?,
+            None => users::get_by_username(&db, &username).await?,
+        };
+        Ok(user.into())
+    }
+
+    async fn list_users(&self, request: Request<ListUsersRequest>) -> Reply<ListUsersResponse> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let page = check.page(request.page_size, &request.page_token, &[b"users"]);
+        check.done()?;
+        let after = page.after_name()?;
+
+        let db = self.db.conn().await?;
+        let found = users::list(&db, after, page.limit(), page.bounds()).await?;
+        let next_page_token = page.next_token(found.more, found.items.last().map(|user| user.username.as_bytes()));
+        Ok(ListUsersResponse { users: found.items, next_page_token }.into())
+    }
+
+    async fn update_user(&self, request: Request<UpdateUserRequest>) -> Reply<User> {
+        let caller = Caller::with_role(&request, Role::Admin)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let user = check.required("user", request.user);
+        let id = check.uuid("user.id", &user.id);
+        let populated = |path: &str| match path {
+            "role" => user.role != 0,
+            _ => user.disabled,
+        };
+        let paths = check.mask(request.update_mask, &["role", "disabled"], populated);
+        if paths.is_empty() {
+            check.fail("update_mask", "nothing to change: set any of role, disabled");
+        }
+        let role = paths.contains(&"role").then(|| check.enumeration::<Role>("user.role", user.role));
+        if role == Some(Role::Unspecified) {
+            check.fail("user.role", "must be one of ROLE_VIEWER, ROLE_MEMBER, ROLE_ADMIN");
+        }
+        let disabled = paths.contains(&"disabled").then_some(user.disabled);
+        check.done()?;
+
+        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
+        let user = users::update(&tx, id, role, disabled).await?;
+        if user.disabled {
+            tokens::end_sessions(&tx, id, None).await?;
+        }
+        let reply = finish(tx, user).await;
+        self.auth.forget_tokens();
+        reply
+    }
+}
+
+/// What a username must be.
+pub fn check_username(username: String) -> Result<String, String> {
+    let known = |char: char| char.is_ascii_alphanumeric() || "._-@+".contains(char);
+    let formed = username.starts_with(|char: char| char.is_ascii_alphanumeric()) && username.chars().all(known);
+    if !formed || username.len() > USERNAME_CHARS_MAX {
+        return Err(format!(
+            "must have 1 to {USERNAME_CHARS_MAX} characters, letters and digits of ASCII and any of ._-@+, the first a letter or digit"
+        ));
+    }
+    Ok(username)
+}

@@ -1,0 +1,193 @@
+//! What the subcommands do: from a configuration to a running service, a migrated schema, a first user.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    path::Path,
+};
+
+use anyhow::{Context, anyhow, bail};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_postgres::{Config, NoTls};
+use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use crate::{
+    auth::{check_password, new_token},
+    config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
+    db::{
+        Db,
+        embedded::{Cluster, Durability},
+        migrate::migrate,
+        tokens, users,
+    },
+    error::{Error, quote},
+    pb::Role,
+    rpc::check_username,
+    server,
+};
+
+/// The database of the embedded cluster, and the administrator that it begins with.
+const EMBEDDED_DATABASE: &str = "issue_tracker";
+const FIRST_ADMINISTRATOR: &str = "admin";
+const FIRST_TOKEN_NAME: &str = "admin.token";
+
+pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    args.limits.check()?;
+    // First, so that a taken port is told before anything is started.
+    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    let shutdown = shutdown_signal()?;
+    if let Some(url) = &args.database.database_url {
+        let config = parse_database_url(url)?;
+        migrate(&config).await?;
+        let db = Db::new(config, args.limits.pool());
+        warn_without_users(&db).await?;
+        println!("listening on {}", listener.local_addr()?);
+        return server::run(listener, db, &args.limits, shutdown).await;
+    }
+
+    let data_dir = args.database.data_dir()?;
+    let cluster = tokio::task::spawn_blocking({
+        let data_dir = data_dir.clone();
+        move || Cluster::start(&data_dir, Durability::Durable)
+    })
+    .await??;
+    let config = cluster.connect_config(EMBEDDED_DATABASE);
+    create_database(&cluster.connect_config("postgres")).await?;
+    migrate(&config).await?;
+    let db = Db::new(config, args.limits.pool());
+    let address = listener.local_addr()?;
+    let token_file = data_dir.join("admin.token");
+    create_first_administrator(&db, &args.limits, &token_file).await?;
+    println!(
+        "listening on {address}\n\
+         TOKEN=$(cat {})\n\
+         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" -d '{{\"issue\":{{\"title\":\"My first issue\"}}}}' {address} issuetracker.v1.IssueService/CreateIssue\n\
+         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
+        token_file.display()
+    );
+    let served = server::run(listener, db, &args.limits, shutdown).await;
+    tokio::task::spawn_blocking(move || cluster.stop()).await??;
+    served
+}
+
+pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
+    migrate(&parse_database_url(&args.database_url)?).await
+}
+
+pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
+    let username = check_username(args.username).map_err(|message| anyhow!("the username {message}"))?;
+    let mut password = String::new();
+    std::io::stdin().read_to_string(&mut password).context("cannot read the password from standard input")?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    check_password(password).map_err(|message| anyhow!("the password {message}"))?;
+
+    let config = parse_database_url(&args.database.database_url)?;
+    migrate(&config).await?;
+    let limits = Limits::default();
+    let db = Db::new(config, limits.pool());
+    let hash = bcrypt::hash(password, limits.bcrypt_cost)?;
+    let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
+    println!("{}", user.id);
+    Ok(())
+}
+
+/// Fails unless the service at the address serves.
+pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
+    let channel = Endpoint::try_from(format!("http://{}", args.listen))?
+        .connect()
+        .await
+        .with_context(|| format!("nothing answers on {}", args.listen))?;
+    let status = HealthClient::new(channel)
+        .check(HealthCheckRequest::default())
+        .await
+        .map_err(|status| anyhow!("{}", status.message()))?;
+    match status.into_inner().status() {
+        ServingStatus::Serving => {
+            println!("SERVING");
+            Ok(())
+        }
+        status => bail!("{}", status.as_str_name()),
+    }
+}
+
+fn parse_database_url(url: &str) -> anyhow::Result<Config> {
+    // The parser's own message can quote the password.
+    url.parse()
+        .map_err(|_| anyhow!("the database URL cannot be read; it is like postgresql://user:password@host/database"))
+}
+
+/// Ready at the first SIGINT or SIGTERM. Listens from now on.
+fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
+async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
+    if !users::exist(&*db.conn().await?).await? {
+        tracing::warn!("there are no users yet; make one with: issue-tracker user create --role admin NAME");
+    }
+    Ok(())
+}
+
+async fn create_database(config: &Config) -> anyhow::Result<()> {
+    let (client, connection) = config.connect(NoTls).await.context("cannot connect to the embedded PostgreSQL")?;
+    let connection = tokio::spawn(connection);
+    let exists = client.query_opt("SELECT FROM pg_database WHERE datname = $1", &[&EMBEDDED_DATABASE]).await?;
+    if exists.is_none() {
+        client.batch_execute(&format!("CREATE DATABASE {EMBEDDED_DATABASE}")).await?;
+    }
+    drop(client);
+    connection.await??;
+    Ok(())
+}
+
+/// Sees to it that there is a user, and that the token file has a token: a start that was killed half-way is made good
+/// by the next one.
+async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path) -> anyhow::Result<()> {
+    let tx = db.begin().await?;
+    if !users::exist(&tx).await? {
+        let (password, _) = new_token()?;
+        let (hash, cost) = (password.clone(), limits.bcrypt_cost);
+        let hash = tokio::task::spawn_blocking(move || bcrypt::hash(hash, cost)).await??;
+        users::create(&tx, FIRST_ADMINISTRATOR, Role::Admin, &hash).await?;
+        println!("made the user \"{FIRST_ADMINISTRATOR}\" with the password {password} (it is not shown again)");
+    } else if token_file.exists() {
+        return Ok(());
+    }
+    match users::get_by_username(&tx, FIRST_ADMINISTRATOR).await {
+        Ok(user) => {
+            let (token, sha256) = new_token()?;
+            tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME).await?;
+            write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
+        }
+        // Another start made another one.
+        Err(Error::NotFound(_)) => {
+            tracing::warn!(username = %quote(FIRST_ADMINISTRATOR), "there is no such user to make a token for")
+        }
+        Err(error) => return Err(error.into()),
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Whole or not at all, and for nobody else to read.
+fn write_secret(path: &Path, secret: &str) -> anyhow::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    writeln!(file, "{secret}")?;
+    file.sync_all()?;
+    fs::rename(temporary, path)?;
+    Ok(())
+}
