@@ -1,0 +1,345 @@
+//! What a test stands on: one PostgreSQL for the whole run, and a [`Tracker`] with a database of its own.
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    pin::Pin,
+    sync::{
+        Mutex, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use issue_tracker::{
+    auth::new_token,
+    config::Limits,
+    db::{
+        Db,
+        embedded::{Cluster, Durability},
+        migrate::migrate,
+        tokens, users,
+    },
+    pb::{
+        self, Issue, Role, User, auth_service_client::AuthServiceClient, comment_service_client::CommentServiceClient,
+        import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
+        label_service_client::LabelServiceClient, report_service_client::ReportServiceClient,
+        user_service_client::UserServiceClient,
+    },
+    server,
+};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio_postgres::{Config, NoTls, Row, types::ToSql};
+use tonic::{
+    Code, Request, Status,
+    metadata::MetadataValue,
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
+};
+use tonic_types::StatusExt;
+
+/// The password of every user that a test makes.
+pub const PASSWORD: &str = "correct horse battery";
+const TEMPLATE: &str = "template_of_tests";
+
+/// Stopped and removed when the process ends.
+static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
+static DATABASES: AtomicU32 = AtomicU32::new(0);
+
+/// A service with a database of its own, an administrator, and a client for each role.
+pub struct Tracker {
+    pub address: String,
+    pub channel: Channel,
+    pub admin: Client,
+    pub member: Client,
+    pub viewer: Client,
+    /// How to reach the database.
+    pub config: Config,
+    pub db: Db,
+    _stop: oneshot::Sender<()>,
+    _server: JoinHandle<()>,
+}
+
+impl Tracker {
+    pub async fn start() -> Self {
+        Self::start_with(limits(&[])).await
+    }
+
+    /// With limits as the command line has them, such as `["--requests", "2"]`: see [`limits`].
+    pub async fn start_with(limits: Limits) -> Self {
+        let config = new_database().await;
+        Self::start_on(config, limits).await
+    }
+
+    /// On a database that has the schema.
+    pub async fn start_on(config: Config, limits: Limits) -> Self {
+        let db = Db::new(config.clone(), limits.pool());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn({
+            let db = db.clone();
+            async move {
+                let shutdown = async { drop(stopped.await) };
+                server::run(listener, db, &limits, shutdown).await.unwrap();
+            }
+        });
+        let [admin, member, viewer] = [("admin", Role::Admin), ("member", Role::Member), ("viewer", Role::Viewer)]
+            .map(|(name, role)| new_client(&db, &channel, name, role));
+        Self {
+            admin: admin.await,
+            member: member.await,
+            viewer: viewer.await,
+            address,
+            channel,
+            config,
+            db,
+            _stop: stop,
+            _server: server,
+        }
+    }
+
+    /// A user with a token.
+    pub async fn user(&self, name: &str, role: Role) -> Client {
+        new_client(&self.db, &self.channel, name, role).await
+    }
+
+    /// A client that sends this token, or none.
+    pub fn client_with_token(&self, token: Option<&str>) -> Client {
+        Client { user: User::default(), token: token.unwrap_or_default().to_owned(), channel: self.channel.clone() }
+    }
+
+    /// A query past the service.
+    pub async fn sql(&self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
+        let (client, connection) = self.config.connect(NoTls).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let rows = client.query(sql, params).await.unwrap();
+        drop(client);
+        connection.await.unwrap().unwrap();
+        rows
+    }
+
+    /// A number that a query gives.
+    pub async fn count(&self, sql: &str) -> i64 {
+        self.sql(sql, &[]).await[0].get(0)
+    }
+}
+
+/// Limits as the command line has them: those that suit a test, and then `args`.
+pub fn limits(args: &[&str]) -> Limits {
+    #[derive(clap::Parser)]
+    struct Args {
+        #[command(flatten)]
+        limits: Limits,
+    }
+    let fixed = ["test", "--bcrypt-cost", "4"];
+    // The later of two values would be an error, so those of the test go first.
+    let defaults = [["--pool-connections", "6"], ["--imports", "4"], ["--drain-seconds", "1"]];
+    let missing = defaults.iter().filter(|[name, _]| !args.contains(name)).flatten();
+    let args = fixed.iter().chain(args).chain(missing);
+    <Args as clap::Parser>::parse_from(args).limits
+}
+
+/// An empty database with the schema.
+pub async fn new_database() -> Config {
+    let connect = tokio::task::spawn_blocking(|| {
+        let (cluster, _) = CLUSTER.get_or_init(start_cluster);
+        let cluster = cluster.lock().unwrap();
+        let cluster = cluster.as_ref().unwrap();
+        let maintenance = cluster.connect_config("postgres");
+        let name = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+        (maintenance, cluster.connect_config(&name), name)
+    });
+    let (maintenance, config, name) = connect.await.unwrap();
+    execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
+    config
+}
+
+async fn execute(config: &Config, sql: &str) {
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    let connection = tokio::spawn(connection);
+    client.batch_execute(sql).await.unwrap();
+    drop(client);
+    connection.await.unwrap().unwrap();
+}
+
+fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
+    remove_leftovers();
+    let dir = std::env::temp_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
+    let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
+    let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        execute(&maintenance, &format!("CREATE DATABASE {TEMPLATE}")).await;
+        migrate(&template).await.unwrap();
+    });
+    // SAFETY: the handler is a plain function that touches only what lives as long as the process.
+    assert_eq!(unsafe { libc::atexit(stop_cluster) }, 0);
+    (Mutex::new(Some(cluster)), dir)
+}
+
+const DIR_PREFIX: &str = "issue-tracker-api-test-";
+
+extern "C" fn stop_cluster() {
+    if let Some((cluster, dir)) = CLUSTER.get() {
+        drop(cluster.lock().ok().and_then(|mut cluster| cluster.take()));
+        let _ = std::fs::remove_dir_all(dir);
+    }
+}
+
+/// Of runs that were killed.
+fn remove_leftovers() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        if let Some(pid) = name.strip_prefix(DIR_PREFIX)
+            && !PathBuf::from(format!("/proc/{pid}")).exists()
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Who calls, and how.
+#[derive(Clone)]
+pub struct Client {
+    pub user: User,
+    pub token: String,
+    channel: Channel,
+}
+
+async fn new_client(db: &Db, channel: &Channel, name: &str, role: Role) -> Client {
+    let conn = db.conn().await.unwrap();
+    let hash = bcrypt::hash(PASSWORD, 4).unwrap();
+    let user = users::create(&conn, name, role, &hash).await.unwrap();
+    let (token, sha256) = new_token().unwrap();
+    tokens::create_api_token(&conn, user.id.parse().unwrap(), &sha256, "test").await.unwrap();
+    Client { user, token, channel: channel.clone() }
+}
+
+type Service = InterceptedService<Channel, Bearer>;
+
+#[derive(Clone)]
+pub struct Bearer(String);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if !self.0.is_empty() {
+            let value = MetadataValue::try_from(format!("Bearer {}", self.0)).unwrap();
+            request.metadata_mut().insert("authorization", value);
+        }
+        Ok(request)
+    }
+}
+
+impl Client {
+    fn bearer(&self) -> Bearer {
+        Bearer(self.token.clone())
+    }
+
+    pub fn auth(&self) -> AuthServiceClient<Service> {
+        AuthServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn users(&self) -> UserServiceClient<Service> {
+        UserServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn issues(&self) -> IssueServiceClient<Service> {
+        IssueServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn comments(&self) -> CommentServiceClient<Service> {
+        CommentServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn labels(&self) -> LabelServiceClient<Service> {
+        LabelServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn imports(&self) -> ImportServiceClient<Service> {
+        ImportServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    pub fn reports(&self) -> ReportServiceClient<Service> {
+        ReportServiceClient::with_interceptor(self.channel.clone(), self.bearer())
+    }
+
+    /// Files an issue with this title.
+    pub async fn file(&self, title: &str) -> Issue {
+        self.file_as(Issue { title: title.to_owned(), ..Issue::default() }).await
+    }
+
+    pub async fn file_as(&self, issue: Issue) -> Issue {
+        let request = pb::CreateIssueRequest { issue: Some(issue), ..Default::default() };
+        self.issues().create_issue(request).await.unwrap().into_inner()
+    }
+
+    pub async fn get(&self, id: &str) -> Issue {
+        let request = pb::GetIssueRequest { id: id.to_owned(), view: pb::IssueView::Full.into() };
+        self.issues().get_issue(request).await.unwrap().into_inner()
+    }
+
+    /// Makes a label with this name.
+    pub async fn label(&self, name: &str) -> pb::Label {
+        let label = pb::Label { name: name.to_owned(), ..Default::default() };
+        let request = pb::CreateLabelRequest { label: Some(label), ..Default::default() };
+        self.labels().create_label(request).await.unwrap().into_inner()
+    }
+
+    /// Adds a comment to an issue.
+    pub async fn comment(&self, issue_id: &str, content: &str) -> pb::Comment {
+        let comment = pb::Comment { issue_id: issue_id.to_owned(), content: content.to_owned(), ..Default::default() };
+        let request = pb::CreateCommentRequest { comment: Some(comment), ..Default::default() };
+        self.comments().create_comment(request).await.unwrap().into_inner()
+    }
+}
+
+/// The error of a call that must fail: its code and reason are these, and it has exactly one `ErrorInfo` of our domain.
+#[track_caller]
+pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, reason: &str) -> Status {
+    let status = result.expect_err("the call must fail");
+    assert_eq!(status.code(), code, "{status:?}");
+    let details = status.get_error_details_vec();
+    let infos: Vec<_> = details
+        .iter()
+        .filter_map(|detail| match detail {
+            tonic_types::ErrorDetail::ErrorInfo(info) => Some(info),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(infos.len(), 1, "exactly one ErrorInfo: {status:?}");
+    assert_eq!((infos[0].domain.as_str(), infos[0].reason.as_str()), ("issuetracker", reason), "{status:?}");
+    status
+}
+
+/// The fields of an error's `BadRequest`.
+pub fn bad_fields(status: &Status) -> Vec<String> {
+    let details = status.get_error_details();
+    let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
+    violations.into_iter().map(|violation| violation.field).collect()
+}
+
+/// An INVALID_ARGUMENT that names exactly these fields.
+#[track_caller]
+pub fn assert_invalid<T: std::fmt::Debug>(result: Result<T, Status>, fields: &[&str]) -> Status {
+    let status = assert_error(result, Code::InvalidArgument, "INVALID");
+    assert_eq!(bad_fields(&status), fields, "{status:?}");
+    status
+}
+
+/// What `ErrorInfo.metadata` has under a key.
+pub fn error_metadata(status: &Status, key: &str) -> Option<String> {
+    status.get_error_details().error_info().and_then(|info| info.metadata.get(key).cloned())
+}
+
+/// Asks again and again until the answer is yes; fails after half a minute.
+pub async fn eventually(what: &str, mut is_so: impl FnMut() -> Pin<Box<dyn Future<Output = bool> + Send>>) {
+    for _ in 0..300 {
+        if is_so().await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("still not so: {what}");
+}

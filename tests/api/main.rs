@@ -1,0 +1,17 @@
+//! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
+//! names the rule that it holds.
+
+mod harness;
+
+mod auth;
+mod batches;
+mod comments;
+mod contract;
+mod faults;
+mod history;
+mod imports;
+mod issues;
+mod labels;
+mod lists;
+mod reports;
+mod users;
