@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
+use tracing::level_filters::LevelFilter;
 
 use crate::{db::PoolOptions, pb};
 
@@ -15,6 +16,9 @@ pub struct Cli {
     command: Option<Command>,
     #[command(flatten)]
     serve: ServeArgs,
+    /// What is logged to standard error: error, warn, info, debug or off.
+    #[arg(long, env = "ISSUE_TRACKER_LOG", default_value = "info", value_name = "LEVEL", global = true)]
+    pub log_level: LevelFilter,
 }
 
 impl Cli {

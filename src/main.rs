@@ -7,21 +7,21 @@ use issue_tracker::{
     config::{Cli, Command, UserCommand},
     start,
 };
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,refinery_core=warn"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    let cli = Cli::parse();
+    // Only this program's own lines, whose fields are chosen: libraries log what clients send, credentials included.
+    let own = Targets::new().with_target("issue_tracker", cli.log_level);
+    let lines =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    tracing_subscriber::registry().with(lines.with_filter(own)).init();
 
-    let result = match Cli::parse().command() {
+    let result = match cli.command() {
         Command::Serve(args) => start::serve(args).await,
         Command::Migrate(args) => start::migrate_external(args).await,
         Command::User(UserCommand::Create(args)) => start::create_user(args).await,

@@ -81,9 +81,16 @@ impl IssueService for Api {
             .collect();
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
+        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         match issues::create(&tx, caller.user_id, &new).await {
-            Ok(issues) => finish(tx, BatchCreateIssuesResponse { issues }).await,
+            Ok(issues) => {
+                let reply = BatchCreateIssuesResponse { issues };
+                // Checked before the commit: a client that cannot take the answer would not know what was filed.
+                if prost::Message::encoded_len(&reply) > RESPONSE_BYTES_MAX {
+                    return Err(response_too_large("issues").into());
+                }
+                finish(tx, reply).await
+            }
             Err(error) => {
                 drop(tx);
                 Err(issues::explain_create(&*self.db.conn().await?, error, &new, field).await.into())
@@ -114,13 +121,8 @@ impl IssueService for Api {
         let db = self.db.conn().await?;
         let bounds = PageBounds { rows_max: BATCH_ITEMS_MAX, bytes_max: RESPONSE_BYTES_MAX };
         let page = issues::batch_get(&db, &ids, bounds).await?;
-        let too_large = || Error::InvalidReason {
-            reason: "RESPONSE_TOO_LARGE",
-            field: "ids",
-            message: format!("the answer would have more than {RESPONSE_BYTES_MAX} bytes; ask for fewer issues"),
-        };
         if page.more {
-            return Err(too_large().into());
+            return Err(response_too_large("ids").into());
         }
         let mut issues = page.items;
         if issues.len() < ids.len() {
@@ -135,7 +137,7 @@ impl IssueService for Api {
                 let page =
                     comments::list(&db, *id, None, COMMENTS_IN_VIEW.rows_max as i64 + 1, COMMENTS_IN_VIEW).await?;
                 let bytes = page.items.iter().map(prost::Message::encoded_len).sum();
-                left = left.checked_sub(bytes).ok_or_else(too_large)?;
+                left = left.checked_sub(bytes).ok_or_else(|| response_too_large("ids"))?;
                 issue.comments = page.items;
             }
         }
@@ -252,6 +254,14 @@ async fn issue_in_view(db: &Conn, id: Uuid, view: IssueView) -> Result<Issue> {
     let mut issue = issue?;
     issue.comments = comments?.items;
     Ok(issue)
+}
+
+fn response_too_large(field: &'static str) -> Error {
+    Error::InvalidReason {
+        reason: "RESPONSE_TOO_LARGE",
+        field,
+        message: format!("{field}: the answer would have more than {RESPONSE_BYTES_MAX} bytes; take fewer at once"),
+    }
 }
 
 /// The key of the next page in lists by id.
