@@ -26,3 +26,8 @@ pub mod pb {
 
 /// The descriptors of `proto/`, with comments, as reflection serves them.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptor");
+
+/// The README's Rust code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -71,9 +71,8 @@ impl IssueService for Api {
         let key = check.mutation(&request);
         let count = request.issues.len();
         if !(1..=BATCH_ITEMS_MAX).contains(&count) {
-            check.fail("issues", format!("takes 1 to {BATCH_ITEMS_MAX} issues, not {count}"));
-            check.done()?;
-            unreachable!("a violation was noted");
+            let message = format!("takes 1 to {BATCH_ITEMS_MAX} issues, not {count}");
+            return Err(Error::invalid("issues", message).into());
         }
         let field = |index: usize| format!("issues[{index}]");
         let new: Vec<NewIssue> = (request.issues.into_iter().enumerate())
