@@ -1,0 +1,127 @@
+//! The service against PostgreSQL itself: pgbench and psql run the same work in turns with it, in one run.
+//!
+//! `cargo bench` prints one table of ratios; see `benches/README.md`.
+
+#[path = "bench/dataset.rs"]
+mod dataset;
+#[path = "bench/load.rs"]
+mod load;
+#[path = "bench/report.rs"]
+mod report;
+#[path = "bench/service.rs"]
+mod service;
+#[path = "bench/singles.rs"]
+mod singles;
+#[path = "bench/yardstick.rs"]
+mod yardstick;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+use issue_tracker::db::embedded::{Cluster, Durability};
+
+use report::Table;
+use service::Service;
+use singles::Bench;
+
+/// Compares the service with pgbench and psql.
+#[derive(Clone, Debug, Parser)]
+struct Args {
+    /// Two minutes instead of a quarter of an hour: fewer rounds, shorter ones, a smaller import.
+    #[arg(long)]
+    quick: bool,
+    /// How many issues the data set has, each with 3 comments and 2 labels.
+    #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(110_000..=5_000_000))]
+    issues: u32,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Only operations whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Rounds of each operation: the medians count. Default 3, quick 1.
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Cargo passes this to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Args {
+    fn rounds(&self) -> usize {
+        self.rounds.unwrap_or(if self.quick { 1 } else { 3 })
+    }
+
+    /// How long each side of a round runs.
+    fn duration(&self) -> Duration {
+        Duration::from_secs(if self.quick { 3 } else { 10 })
+    }
+
+    fn import_rows(&self) -> u64 {
+        if self.quick { 100_000 } else { 1_000_000 }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    // The load client is this program again, as a process of its own.
+    if let Some(task) = std::env::var_os(load::TASK_VARIABLE) {
+        return load::main(&task.into_string().unwrap_or_default());
+    }
+    let args = Args::parse();
+    let dir = Directory::new()?;
+    let cluster = Cluster::start(&dir.0.join("data"), Durability::Durable)?;
+    let service = Service::start(&cluster, &dir.0)?;
+    eprintln!("loading {} issues", args.issues);
+    dataset::load(&cluster, args.issues)?;
+
+    let mut table = Table::default();
+    for operation in load::OPERATIONS.iter().filter(|operation| operation.name.contains(&args.only)) {
+        let mut rounds = Vec::new();
+        for round in 1..=args.rounds() {
+            eprintln!("{} {round}/{}", operation.name, args.rounds());
+            let yardstick = yardstick::pgbench(&cluster, &dir.0, operation, args.issues, args.duration())?;
+            let service = load::spawn(operation, &service, args.issues, args.duration())?;
+            rounds.push((yardstick, service));
+        }
+        table.add(operation, &rounds);
+    }
+    let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
+    for comparison in singles::COMPARISONS.iter().filter(|comparison| comparison.name.contains(&args.only)) {
+        let mut rounds = Vec::new();
+        for round in 1..=args.rounds() {
+            eprintln!("{} {round}/{}", comparison.name, args.rounds());
+            rounds.push((comparison.compare)(&bench)?);
+        }
+        table.add_single(comparison.name, comparison.target, rounds);
+    }
+    table.note("idle memory of the service", format!("{} KiB", service.idle_kib));
+    service.stop()?;
+    cluster.stop()?;
+    if args.json {
+        table.print_json()
+    } else {
+        table.print()
+    }
+    table.errors().map_or(Ok(()), |errors| Err(anyhow::anyhow!("{errors} calls failed: the figures do not count")))
+}
+
+/// Removed at the end.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> anyhow::Result<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(format!("issue-tracker-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).context("cannot make a directory")?;
+        // PostgreSQL's programs may run as another user.
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,152 @@
+//! What was measured, as a table of ratios.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::load::Operation;
+
+/// One side of one round.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub per_second: f64,
+    pub p50_us: u32,
+    pub p95_us: u32,
+    pub p99_us: u32,
+    /// Calls that were not OK, or answered something wrong.
+    pub errors: u64,
+}
+
+impl Outcome {
+    pub fn new(mut latencies_us: Vec<u32>, took: Duration, errors: u64) -> Self {
+        latencies_us.sort_unstable();
+        let at = |share: f64| {
+            let index = (latencies_us.len() as f64 * share) as usize;
+            latencies_us.get(index.min(latencies_us.len().saturating_sub(1))).copied().unwrap_or_default()
+        };
+        Self {
+            per_second: latencies_us.len() as f64 / took.as_secs_f64(),
+            p50_us: at(0.50),
+            p95_us: at(0.95),
+            p99_us: at(0.99),
+            errors,
+        }
+    }
+
+    pub fn to_json(&self) -> Value {
+        let Self { per_second, p50_us, p95_us, p99_us, errors } = self;
+        json!({"per_second": per_second, "p50_us": p50_us, "p95_us": p95_us, "p99_us": p99_us, "errors": errors})
+    }
+
+    pub fn from_json(value: &Value) -> Option<Self> {
+        let number = |name: &str| value[name].as_u64();
+        Some(Self {
+            per_second: value["per_second"].as_f64()?,
+            p50_us: number("p50_us")? as u32,
+            p95_us: number("p95_us")? as u32,
+            p99_us: number("p99_us")? as u32,
+            errors: number("errors")?,
+        })
+    }
+}
+
+/// A comparison that is one figure a side: yardstick, service, and how many calls failed.
+#[derive(Clone, Debug)]
+pub struct Single {
+    pub unit: &'static str,
+    pub yardstick: f64,
+    pub service: f64,
+    pub errors: u64,
+    /// Figures beside the comparison.
+    pub notes: Vec<(String, String)>,
+}
+
+#[derive(Default)]
+pub struct Table {
+    rows: Vec<Value>,
+    notes: Vec<(String, String)>,
+    errors: u64,
+}
+
+impl Table {
+    pub fn add(&mut self, operation: &Operation, rounds: &[(Outcome, Outcome)]) {
+        let side = |pick: fn(&(Outcome, Outcome)) -> &Outcome| {
+            let of = |figure: fn(&Outcome) -> f64| median(rounds.iter().map(|round| figure(pick(round))).collect());
+            json!({
+                "per_second": of(|o| o.per_second).round(), "p50_us": of(|o| f64::from(o.p50_us)),
+                "p95_us": of(|o| f64::from(o.p95_us)), "p99_us": of(|o| f64::from(o.p99_us)),
+            })
+        };
+        let ratios = rounds.iter().map(|(yardstick, service)| match operation.by_latency {
+            true => f64::from(service.p50_us) / f64::from(yardstick.p50_us),
+            false => service.per_second / yardstick.per_second,
+        });
+        self.errors += rounds.iter().map(|(_, service)| service.errors).sum::<u64>();
+        self.rows.push(json!({
+            "operation": operation.name, "service": side(|round| &round.1), "yardstick": side(|round| &round.0),
+            "ratio": median(ratios.collect()), "of": if operation.by_latency { "p50" } else { "rate" },
+            "target": operation.target,
+        }));
+    }
+
+    pub fn add_single(&mut self, name: &str, target: &str, rounds: Vec<Single>) {
+        let of = |figure: fn(&Single) -> f64| median(rounds.iter().map(figure).collect());
+        self.errors += rounds.iter().map(|round| round.errors).sum::<u64>();
+        let unit = rounds.first().map_or("", |round| round.unit);
+        self.rows.push(json!({
+            "operation": name, "unit": unit, "service_figure": of(|s| s.service), "yardstick_figure": of(|s| s.yardstick),
+            "ratio": of(|s| s.service / s.yardstick), "of": unit, "target": target,
+        }));
+        self.notes.extend(rounds.into_iter().last().into_iter().flat_map(|round| round.notes));
+    }
+
+    pub fn note(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.notes.push((name.into(), value.into()));
+    }
+
+    pub fn errors(&self) -> Option<u64> {
+        Some(self.errors).filter(|errors| *errors > 0)
+    }
+
+    pub fn print(&self) {
+        println!("| operation | service | p50/p95/p99 µs | yardstick | p50/p95/p99 µs | ratio | target |");
+        println!("|---|---|---|---|---|---|---|");
+        for row in &self.rows {
+            let side = |name: &str| {
+                let figure = &row[format!("{name}_figure")];
+                if figure.is_null() {
+                    let side = &row[name];
+                    let latencies = format!("{} / {} / {}", side["p50_us"], side["p95_us"], side["p99_us"]);
+                    return (format!("{}/s", side["per_second"]), latencies);
+                }
+                (
+                    format!("{:.1} {}", figure.as_f64().unwrap_or_default(), row["unit"].as_str().unwrap_or_default()),
+                    String::new(),
+                )
+            };
+            let ((service, service_latencies), (yardstick, yardstick_latencies)) = (side("service"), side("yardstick"));
+            println!(
+                "| {} | {service} | {service_latencies} | {yardstick} | {yardstick_latencies} | {:.2} × {} | {} |",
+                row["operation"].as_str().unwrap_or_default(),
+                row["ratio"].as_f64().unwrap_or_default(),
+                row["of"].as_str().unwrap_or_default(),
+                row["target"].as_str().unwrap_or_default(),
+            );
+        }
+        println!();
+        for (name, value) in &self.notes {
+            println!("- {name}: {value}");
+        }
+    }
+
+    pub fn print_json(&self) {
+        let notes: serde_json::Map<String, Value> =
+            self.notes.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+        println!("{:#}", json!({"operations": self.rows, "notes": notes, "errors": self.errors}));
+    }
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or_default()
+}

@@ -1,0 +1,90 @@
+//! The release server, as a process of its own.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, bail};
+use issue_tracker::{
+    auth::new_token,
+    db::{embedded::Cluster, migrate::migrate, tokens, users},
+    pb::Role,
+};
+
+use crate::dataset::DATABASE;
+
+/// As the targets have it.
+const POOL_CONNECTIONS: u32 = 8;
+
+pub struct Service {
+    child: Child,
+    pub address: String,
+    /// A member's API token.
+    pub token: String,
+    /// Resident memory before the first call.
+    pub idle_kib: u64,
+}
+
+impl Service {
+    pub fn start(cluster: &Cluster, dir: &Path) -> anyhow::Result<Self> {
+        let token = prepare(cluster)?;
+        let url = format!("host={} user=postgres dbname={DATABASE}", cluster.socket_dir().display());
+        let mut child = Command::new(env!("CARGO_BIN_EXE_issue-tracker"))
+            .args(["--listen", "127.0.0.1:0", "--database-url", &url])
+            .args(["--pool-connections", &POOL_CONNECTIONS.to_string(), "--imports", "2"])
+            .stdout(Stdio::piped())
+            .stderr(File::create(dir.join("service.log"))?)
+            .spawn()?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
+        let Some(address) = line.trim().strip_prefix("listening on ") else { bail!("the service did not start") };
+        let mut service = Self { child, address: address.to_owned(), token, idle_kib: 0 };
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        service.idle_kib = service.memory_kib("VmRSS")?;
+        Ok(service)
+    }
+
+    /// `VmRSS` now, `VmHWM` at most since the last reset.
+    pub fn memory_kib(&self, field: &str) -> anyhow::Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find(|line| line.starts_with(field)).context("no such field")?;
+        Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
+    }
+
+    pub fn reset_peak_memory(&self) -> anyhow::Result<()> {
+        Ok(std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5")?)
+    }
+
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Makes the database with its schema, and a user.
+fn prepare(cluster: &Cluster) -> anyhow::Result<String> {
+    let (maintenance, config) = (cluster.connect_config("postgres"), cluster.connect_config(DATABASE));
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let (client, connection) = maintenance.connect(tokio_postgres::NoTls).await?;
+        tokio::spawn(connection);
+        client.batch_execute(&format!("CREATE DATABASE {DATABASE}")).await?;
+        migrate(&config).await?;
+        let db = issue_tracker::db::Db::new(config, issue_tracker::config::Limits::default().pool());
+        let conn = db.conn().await?;
+        let user = users::create(&conn, "bench", Role::Member, "").await?;
+        let (token, sha256) = new_token()?;
+        tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench").await?;
+        Ok(token)
+    })
+}

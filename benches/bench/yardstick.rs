@@ -1,0 +1,84 @@
+//! What PostgreSQL's own clients reach with the same work.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use issue_tracker::db::embedded::Cluster;
+
+use crate::{
+    dataset::{DATABASE, ISSUE_ID_SQL, USER_ID_SQL},
+    load::Operation,
+    report::Outcome,
+};
+
+/// Runs an operation's script with prepared statements.
+pub fn pgbench(
+    cluster: &Cluster,
+    dir: &Path,
+    operation: &Operation,
+    issues: u32,
+    duration: Duration,
+) -> anyhow::Result<Outcome> {
+    let (script, log) = (dir.join("script.sql"), dir.join("log"));
+    fs::write(&script, script_text(operation.script, issues))?;
+    let clients = operation.yardstick_clients.to_string();
+    let started = Instant::now();
+    let output = Command::new(cluster.bin_dir().join("pgbench"))
+        .args(["--no-vacuum", "-M", "prepared", "-j", "1", "-c", &clients, "-U", "postgres", "-h"])
+        .arg(cluster.socket_dir())
+        .args(["-T", &duration.as_secs().to_string(), "-l", "--log-prefix"])
+        .arg(&log)
+        .arg("-f")
+        .arg(&script)
+        .arg(DATABASE)
+        // Triggers off: a script says all that is done, history included.
+        .env("PGOPTIONS", if operation.triggers_off { "-c session_replication_role=replica" } else { "" })
+        .stdin(Stdio::null())
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
+    ensure!(!text.contains("tps = 0.0"), "pgbench did nothing");
+    let mut latencies = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("log.")) {
+            for line in fs::read_to_string(&path)?.lines() {
+                let micros = line.split(' ').nth(2).context("no latency in pgbench's log")?;
+                latencies.push(micros.parse::<f64>()? as u32);
+            }
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(Outcome::new(latencies, started.elapsed().min(duration), 0))
+}
+
+/// With ids computed from numbers that pgbench picks.
+fn script_text(script: &str, issues: u32) -> String {
+    script
+        .replace("ISSUES", &issues.to_string())
+        .replace("ISSUE_ID(:n)", &ISSUE_ID_SQL.replace('N', ":n::int"))
+        .replace("ISSUE_ID(g)", &ISSUE_ID_SQL.replace('N', "g"))
+        .replace("USER_ID(:u)", &USER_ID_SQL.replace('N', ":u::int"))
+        .replace(
+            "NEW_ID()",
+            "(lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0') || '7000a' || substr(md5(random()::text), 1, 15))::uuid",
+        )
+}
+
+/// How long psql takes for a command.
+pub fn psql(cluster: &Cluster, command: &str) -> anyhow::Result<Duration> {
+    let started = Instant::now();
+    let output = Command::new(cluster.bin_dir().join("psql"))
+        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", DATABASE, "-h"])
+        .arg(cluster.socket_dir())
+        .args(["-c", command])
+        .stdin(Stdio::null())
+        .output()?;
+    ensure!(output.status.success(), "psql failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(started.elapsed())
+}
