@@ -99,11 +99,13 @@ impl Auth {
 
     /// Whether the password is the one that was hashed; without a hash it is not, after the same time.
     pub async fn verify_password(&self, password: &str, hash: Option<&str>) -> Result<bool> {
+        // bcrypt takes more than these for a password's first bytes, or for its repetition.
+        let exact = password.len() <= PASSWORD_BYTES_MAX && !password.contains('\0');
         let known = hash.is_some();
         let hash = hash.unwrap_or(&self.decoy_hash).to_owned();
         let password = password.to_owned();
         let equal = self.on_password_thread(move || bcrypt::verify(password, &hash)).await?;
-        Ok(equal && known)
+        Ok(equal && exact && known)
     }
 
     pub async fn hash_password(&self, password: &str) -> Result<String> {
