@@ -1,7 +1,10 @@
 //! Who is calling: passwords, tokens, and the layer that finds the caller of each request.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -76,7 +79,10 @@ impl Caller {
 #[derive(Clone)]
 pub struct Auth {
     db: Db,
-    callers: Cache<[u8; TOKEN_BYTES], Caller>,
+    /// What is known of tokens, each with the generation in which it was read.
+    callers: Cache<[u8; TOKEN_BYTES], (u64, Caller)>,
+    /// What was read in an earlier one is not believed any more.
+    generation: Arc<AtomicU64>,
     passwords: Arc<Semaphore>,
     passwords_waiting: Arc<Semaphore>,
     bcrypt_cost: u32,
@@ -90,6 +96,7 @@ impl Auth {
         Ok(Self {
             db,
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
+            generation: Arc::default(),
             passwords: Arc::new(Semaphore::new(PASSWORDS_AT_ONCE_MAX)),
             passwords_waiting: Arc::new(Semaphore::new(PASSWORDS_WAITING_MAX)),
             bcrypt_cost,
@@ -131,9 +138,9 @@ impl Auth {
         .map_err(|_| Error::Internal("bcrypt"))
     }
 
-    /// Forgets what is known of tokens, after some were revoked or a user was changed.
+    /// Forgets what is known of tokens, and what is being read of them, after some were revoked or a user was changed.
     pub fn forget_tokens(&self) {
-        self.callers.invalidate_all();
+        self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
     async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller> {
@@ -147,17 +154,17 @@ impl Auth {
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .and_then(|(_, token)| token_sha256(token.trim()))
             .ok_or(Error::Unauthenticated("the authorization metadata is not \"Bearer <token>\""))?;
-        let lookup = async {
-            let conn = self.db.conn().await?;
-            tokens::find_caller(&conn, &sha256).await?.ok_or(Error::Unauthenticated(
-                "the token is unknown, expired or revoked, or its user is disabled; sign in again",
-            ))
-        };
-        if let Some(caller) = self.callers.get(&sha256).await {
+        let generation = self.generation.load(Ordering::SeqCst);
+        if let Some((known_in, caller)) = self.callers.get(&sha256).await
+            && known_in == generation
+        {
             return Ok(caller);
         }
-        let caller = lookup.await?;
-        self.callers.insert(sha256, caller).await;
+        let found = tokens::find_caller(&*self.db.conn().await?, &sha256).await?;
+        let caller = found.ok_or(Error::Unauthenticated(
+            "the token is unknown, expired or revoked, or its user is disabled; sign in again",
+        ))?;
+        self.callers.insert(sha256, (generation, caller)).await;
         Ok(caller)
     }
 }
