@@ -22,12 +22,23 @@ pub async fn find_caller(db: &Conn, sha256: &[u8]) -> Result<Option<Caller>> {
     Ok(Some(Caller { user_id: row.get(0), role, token_id: row.get(2) }))
 }
 
-/// Keeps a session; answers when it expires.
-pub async fn create_session(db: &Conn, user_id: Uuid, sha256: &[u8], hours: i32) -> Result<DateTime<Utc>> {
+/// Keeps a session; answers when it expires. None: since the password was checked against the hash, the user was
+/// disabled or has another password.
+pub async fn create_session(
+    db: &Conn,
+    user_id: Uuid,
+    password_hash: &str,
+    sha256: &[u8],
+    hours: i32,
+) -> Result<Option<DateTime<Utc>>> {
+    // The lock makes whoever changes the user and then ends his sessions wait, and so end this one too.
     const SQL: &str = "-- create_session
-        INSERT INTO tokens (id, user_id, sha256, expire_time) VALUES ($1, $2, $3, now() + make_interval(hours => $4))
+        INSERT INTO tokens (id, user_id, sha256, expire_time)
+        SELECT $1, id, $4, now() + make_interval(hours => $5) FROM users
+        WHERE id = $2 AND password_hash = $3 AND NOT disabled FOR SHARE
         RETURNING expire_time";
-    Ok(db.query_one(SQL, &[&Uuid::now_v7(), &user_id, &sha256, &hours]).await?.get(0))
+    let row = db.query_opt(SQL, &[&Uuid::now_v7(), &user_id, &password_hash, &sha256, &hours]).await?;
+    Ok(row.map(|row| row.get(0)))
 }
 
 pub async fn create_api_token(db: &Conn, user_id: Uuid, sha256: &[u8], name: &str) -> Result<ApiToken> {

@@ -33,17 +33,17 @@ impl AuthService for Api {
             false => users::find_credentials(&*self.db.conn().await?, &request.username).await?,
         };
         let hash = credentials.as_ref().map(|credentials| &*credentials.password_hash);
+        let wrong = || Error::Unauthenticated("the username or the password is wrong");
         let verified = self.auth.verify_password(&request.password, hash).await?;
-        let Some(credentials) = credentials.filter(|_| verified) else {
-            return Err(Error::Unauthenticated("the username or the password is wrong").into());
-        };
+        let credentials = credentials.filter(|_| verified).ok_or_else(wrong)?;
         let mut reply = LoginResponse { user: Some(credentials.user), ..LoginResponse::default() };
         if !request.validate_only {
             let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
             let db = self.db.conn().await?;
-            let expire_time = tokens::create_session(&db, credentials.user_id, &sha256, self.session_hours).await?;
+            let (user_id, hash) = (credentials.user_id, &credentials.password_hash);
+            let expire_time = tokens::create_session(&db, user_id, hash, &sha256, self.session_hours).await?;
             reply.access_token = token;
-            reply.expire_time = Some(timestamp(expire_time));
+            reply.expire_time = Some(timestamp(expire_time.ok_or_else(wrong)?));
         }
         Ok(reply.into())
     }
