@@ -67,12 +67,11 @@ pub async fn password_hash(db: &Conn, id: Uuid) -> Result<String> {
     Ok(db.query_one(SQL, &[&id]).await?.get(0))
 }
 
-pub async fn set_password_hash(db: &Conn, id: Uuid, password_hash: &str) -> Result<()> {
-    const SQL: &str = "-- set_password_hash\nUPDATE users SET password_hash = $2, update_time = now() WHERE id = $1";
-    match db.execute(SQL, &[&id, &password_hash]).await? {
-        1 => Ok(()),
-        _ => Err(Error::not_found("user", "id", id)),
-    }
+/// Whether the password's hash was still `old_hash`; if not, nothing is changed.
+pub async fn change_password_hash(db: &Conn, id: Uuid, old_hash: &str, new_hash: &str) -> Result<bool> {
+    const SQL: &str = "-- change_password_hash
+        UPDATE users SET password_hash = $3, update_time = now() WHERE id = $1 AND password_hash = $2";
+    Ok(db.execute(SQL, &[&id, &old_hash, &new_hash]).await? == 1)
 }
 
 /// By username, behind the user named `after`.

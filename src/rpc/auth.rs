@@ -76,17 +76,22 @@ impl AuthService for Api {
         check.take("new_password", check_password(&request.new_password));
         check.done()?;
 
-        // A repeated request is answered before the current password is looked at: it is another one by now.
+        let wrong = || Error::invalid("current_password", "is not the current password");
+        let old_hash = users::password_hash(&*self.db.conn().await?, caller.user_id).await?;
+        // A repeated request is answered before the current password is checked: it is another one by now. The hash was
+        // read before, so that it is the old one still if the first request is not done by now.
         if key.request_id.is_some() {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
-        let old_hash = users::password_hash(&*self.db.conn().await?, caller.user_id).await?;
         if !self.auth.verify_password(&request.current_password, Some(&old_hash)).await? {
-            return Err(Error::invalid("current_password", "is not the current password").into());
+            return Err(wrong().into());
         }
         let password_hash = self.auth.hash_password(&request.new_password).await?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        users::set_password_hash(&tx, caller.user_id, &password_hash).await?;
+        // Another change may have been made since the password was checked.
+        if !users::change_password_hash(&tx, caller.user_id, &old_hash, &password_hash).await? {
+            return Err(wrong().into());
+        }
         tokens::end_sessions(&tx, caller.user_id, Some(caller.token_id)).await?;
         let reply = finish(tx, ChangePasswordResponse {}).await;
         self.auth.forget_tokens();
