@@ -42,9 +42,10 @@ impl UserService for Api {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
+        let (by_id, by_name) = (!request.id.is_empty(), !request.username.is_empty());
         let id = check.optional_uuid("id", &request.id);
         let username = check.text("username", request.username, USERNAME_CHARS_MAX);
-        if request.id.is_empty() == username.is_empty() {
+        if by_id == by_name {
             check.fail("id", "exactly one of id and username is required");
         }
         check.done()?;
@@ -82,14 +83,15 @@ impl UserService for Api {
             "role" => user.role != 0,
             _ => user.disabled,
         };
+        let masked = request.update_mask.as_ref().is_some_and(|mask| !mask.paths.is_empty());
         let paths = check.mask(request.update_mask, &["role", "disabled"], populated);
-        if paths.is_empty() {
+        if paths.is_empty() && !masked {
             check.fail("update_mask", "nothing to change: set any of role, disabled");
         }
-        let role = paths.contains(&"role").then(|| check.enumeration::<Role>("user.role", user.role));
-        if role == Some(Role::Unspecified) {
-            check.fail("user.role", "must be one of ROLE_VIEWER, ROLE_MEMBER, ROLE_ADMIN");
-        }
+        let role = paths.contains(&"role").then(|| {
+            let role = Role::try_from(user.role).ok().filter(|role| *role != Role::Unspecified);
+            check.take("user.role", role.ok_or_else(|| "must be ROLE_VIEWER, ROLE_MEMBER or ROLE_ADMIN".to_owned()))
+        });
         let disabled = paths.contains(&"disabled").then_some(user.disabled);
         check.done()?;
 
