@@ -107,7 +107,12 @@ impl Tracker {
 
     /// A client that sends this token, or none.
     pub fn client_with_token(&self, token: Option<&str>) -> Client {
-        Client { user: User::default(), token: token.unwrap_or_default().to_owned(), channel: self.channel.clone() }
+        Self::client_on(self.channel.clone(), token.unwrap_or_default())
+    }
+
+    /// A client of another service, with a token.
+    pub fn client_on(channel: Channel, token: &str) -> Client {
+        Client { user: User::default(), token: token.to_owned(), channel }
     }
 
     /// A query past the service.
@@ -118,6 +123,15 @@ impl Tracker {
         drop(client);
         connection.await.unwrap().unwrap();
         rows
+    }
+
+    /// Every row of every table as text, sorted: what "writes nothing" compares.
+    pub async fn contents(&self) -> Vec<String> {
+        let tables =
+            "SELECT string_agg(format('SELECT %L || t::text FROM %I t', tablename || ' ', tablename), ' UNION ALL ')
+            FROM pg_tables WHERE schemaname = 'public'";
+        let all: String = self.sql(tables, &[]).await[0].get(0);
+        self.sql(&format!("{all} ORDER BY 1"), &[]).await.iter().map(|row| row.get(0)).collect()
     }
 
     /// A number that a query gives.
