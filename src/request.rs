@@ -79,10 +79,11 @@ impl Check {
         let mut seen = std::collections::HashMap::new();
         let mut ids = Vec::with_capacity(values.len());
         for (index, value) in values.iter().enumerate() {
-            let id = self.uuid(format!("{field}[{index}]"), value);
-            if let Some(first) = seen.insert(id, index).filter(|_| !id.is_nil()) {
-                self.fail(format!("{field}[{index}]"), format!("\"{}\" is {field}[{first}] already", quote(value)));
-            }
+            let id = uuid(value).and_then(|id| match seen.insert(id, index) {
+                Some(first) => Err(format!("\"{}\" is {field}[{first}] already", quote(value))),
+                None => Ok(id),
+            });
+            let id = self.take(format!("{field}[{index}]"), id);
             ids.push(id);
         }
         ids
