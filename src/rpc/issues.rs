@@ -356,11 +356,10 @@ fn status_changes(check: &mut Check, request: &BulkUpdateStatusRequest) -> Vec<I
 }
 
 fn required_status(check: &mut Check, field: &str, status: i32) -> Status {
-    let status: Status = check.enumeration(field, status);
-    if status == Status::Unspecified {
+    if status == Status::Unspecified as i32 {
         check.fail(field, "must be one of STATUS_OPEN, STATUS_IN_PROGRESS, STATUS_CLOSED");
     }
-    status
+    check.enumeration(field, status)
 }
 
 /// Empty is none.
