@@ -343,6 +343,9 @@ pub struct Changed {
 
 /// The beginning of every statement that changes columns of issues: judges each change, and applies all or none. The
 /// trigger on issues does the rest: version, times, history.
+///
+/// Changes are judged by `locked`, which has the rows as they are once the locks are held; `issues` itself is seen as it
+/// was before the statement waited for them.
 macro_rules! change_issues {
     ($name:literal, $select:expr) => {
         concat!(
@@ -361,7 +364,10 @@ macro_rules! change_issues {
                 WHEN n.expected_version NOT IN (0, o.version) THEN 'stale'
                 WHEN n.delete IS NOT FALSE AND o.delete_time IS NOT NULL THEN 'deleted'
                 WHEN n.delete IS FALSE AND o.delete_time IS NULL THEN 'not deleted'
-            END AS problem
+            END AS problem,
+            n.title <> o.title OR n.description <> o.description OR n.status <> o.status OR n.priority <> o.priority
+                OR n.sets_assignee AND n.assignee_id IS DISTINCT FROM o.assignee_id
+                OR n.external_id <> coalesce(o.external_id, '') OR n.delete IS NOT NULL AS differs
             FROM wanted n LEFT JOIN locked o ON o.id = n.id
         ), changed AS (
             UPDATE issues i SET
@@ -374,11 +380,7 @@ macro_rules! change_issues {
                 external_id = CASE WHEN n.external_id IS NULL THEN i.external_id ELSE nullif(n.external_id, '') END,
                 delete_time = CASE WHEN n.delete IS NULL THEN i.delete_time WHEN n.delete THEN now() END
             FROM judged n
-            WHERE i.id = n.id
-                AND NOT EXISTS (SELECT FROM judged WHERE problem IS NOT NULL)
-                AND (n.title <> i.title OR n.description <> i.description OR n.status <> i.status
-                    OR n.priority <> i.priority OR n.sets_assignee AND n.assignee_id IS DISTINCT FROM i.assignee_id
-                    OR n.external_id <> coalesce(i.external_id, '') OR n.delete IS NOT NULL)
+            WHERE i.id = n.id AND n.differs AND NOT EXISTS (SELECT FROM judged WHERE problem IS NOT NULL)
             RETURNING i.*
         )
         ",
