@@ -422,7 +422,7 @@ pub async fn update(db: &Conn, actor_id: Uuid, change: &IssueChange, field: &str
     const SQL: &str = change_issues!(
         "update_issue",
         concat!(
-            "SELECT n.problem, n.version, ",
+            "SELECT n.problem, n.version, n.version <> (SELECT version FROM issues WHERE id = n.id), ",
             issue_columns!(),
             " FROM judged n LEFT JOIN LATERAL (
                 SELECT * FROM changed UNION ALL SELECT * FROM locked WHERE NOT EXISTS (SELECT FROM changed)
@@ -441,7 +441,11 @@ pub async fn update(db: &Conn, actor_id: Uuid, change: &IssueChange, field: &str
     })?;
     let [row] = &rows[..] else { return Err(Error::Internal("a change of one issue gave no row")) };
     check_problems([(row.get(0), row.get(1), change, field.to_owned())])?;
-    from_row_at(row, 2)
+    if row.get(2) {
+        // It was changed while the statement waited for it, and its labels are seen as they were before.
+        return get(db, change.id).await;
+    }
+    from_row_at(row, 3)
 }
 
 /// Changes issues, all or none; answers in order. `field(n)` names the nth id in errors.
