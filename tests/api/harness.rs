@@ -138,6 +138,27 @@ impl Tracker {
     pub async fn count(&self, sql: &str) -> i64 {
         self.sql(sql, &[]).await[0].get(0)
     }
+
+    /// A session past the service, for transactions that stay open.
+    pub async fn session(&self) -> tokio_postgres::Client {
+        let (client, connection) = self.config.connect(NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    }
+
+    /// Waits until a statement on this database waits for a lock.
+    pub async fn until_blocked(&self) {
+        let session = std::sync::Arc::new(self.session().await);
+        eventually("a statement waits for a lock", move || {
+            let session = session.clone();
+            Box::pin(async move {
+                const SQL: &str = "SELECT FROM pg_stat_activity
+                    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+                !session.query(SQL, &[]).await.unwrap().is_empty()
+            })
+        })
+        .await;
+    }
 }
 
 /// Limits as the command line has them: those that suit a test, and then `args`.
@@ -332,6 +353,16 @@ pub fn bad_fields(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
     violations.into_iter().map(|violation| violation.field).collect()
+}
+
+/// The types and names in an error's `ResourceInfo`s.
+pub fn resources(status: &Status) -> Vec<(String, String)> {
+    let details = status.get_error_details_vec().into_iter();
+    let resources = details.filter_map(|detail| match detail {
+        tonic_types::ErrorDetail::ResourceInfo(info) => Some((info.resource_type, info.resource_name)),
+        _ => None,
+    });
+    resources.collect()
 }
 
 /// An INVALID_ARGUMENT that names exactly these fields.

@@ -1,0 +1,507 @@
+//! `UpdateIssue`: the mask, versions, comments that go with a change, and callers who get in each other's way.
+
+use issue_tracker::pb::{
+    AddIssueLabelsRequest, BulkUpdateStatusRequest, DeleteIssueRequest, Issue, Priority, Status, UpdateIssueRequest,
+};
+use prost_types::FieldMask;
+use tokio::task::JoinSet;
+use tonic::Code;
+use uuid::Uuid;
+
+use super::titled;
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, resources};
+
+/// A change of this issue to these values; with no paths there is no mask.
+fn change(id: &str, values: Issue, paths: &[&str]) -> UpdateIssueRequest {
+    let paths: Vec<String> = paths.iter().map(|path| (*path).to_owned()).collect();
+    UpdateIssueRequest {
+        issue: Some(Issue { id: id.to_owned(), ..values }),
+        update_mask: (!paths.is_empty()).then_some(FieldMask { paths }),
+        ..Default::default()
+    }
+}
+
+async fn send(client: &Client, request: UpdateIssueRequest) -> Result<Issue, tonic::Status> {
+    Ok(client.issues().update_issue(request).await?.into_inner())
+}
+
+/// An issue that has all that can be cleared.
+async fn full_issue(tracker: &Tracker) -> Issue {
+    let issue = Issue {
+        description: "it crashes".to_owned(),
+        priority: Priority::High.into(),
+        assignee_id: tracker.viewer.user.id.clone(),
+        external_id: "JIRA-1".to_owned(),
+        ..titled("crash")
+    };
+    tracker.member.file_as(issue).await
+}
+
+/// The issue and its history are as before.
+async fn assert_untouched(tracker: &Tracker, issue: &Issue) {
+    assert_eq!(tracker.member.get(&issue.id).await, *issue);
+    let events = tracker.sql("SELECT FROM issue_events WHERE version > $1", &[&issue.version]).await;
+    assert!(events.is_empty());
+}
+
+#[tokio::test]
+async fn stale_version_is_aborted_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash on start").await;
+    let update = |title: &str| UpdateIssueRequest { expected_version: 1, ..change(&issue.id, titled(title), &[]) };
+    let updated = send(&tracker.member, update("crash on stop")).await.unwrap();
+    assert_eq!((updated.version, updated.title.as_str()), (2, "crash on stop"));
+
+    let stale = send(&tracker.member, update("no crash")).await;
+
+    let status = assert_error(stale, Code::Aborted, "VERSION_MISMATCH");
+    assert_eq!(error_metadata(&status, "current_version").as_deref(), Some("2"));
+    assert_eq!(tracker.member.get(&issue.id).await, updated);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, 1);
+}
+
+#[tokio::test]
+async fn without_a_mask_only_populated_fields_are_set() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let mut request = change(&issue.id, Issue { priority: Priority::Low.into(), ..titled("crash on stop") }, &[]);
+
+    let updated = send(&tracker.member, request.clone()).await.unwrap();
+    let expected = Issue {
+        title: "crash on stop".to_owned(),
+        priority: Priority::Low.into(),
+        version: 2,
+        update_time: updated.update_time,
+        ..issue
+    };
+    assert_eq!(updated, expected);
+    assert_eq!(tracker.member.get(&updated.id).await, expected);
+
+    request.issue.as_mut().unwrap().title = "crash".to_owned();
+    request.update_mask = Some(FieldMask::default());
+    let updated = send(&tracker.member, request).await.unwrap();
+    assert_eq!((&*updated.title, &*updated.description), ("crash", "it crashes"), "a mask without paths is none");
+}
+
+#[tokio::test]
+async fn a_masked_field_that_is_unset_is_cleared_and_no_other() {
+    let tracker = Tracker::start().await;
+    let mut expected = full_issue(&tracker).await;
+    let clear: [(&str, fn(&mut Issue)); 4] = [
+        ("description", |issue| issue.description.clear()),
+        ("priority", |issue| issue.priority = 0),
+        ("assignee_id", |issue| issue.assignee_id.clear()),
+        ("external_id", |issue| issue.external_id.clear()),
+    ];
+    for (path, clear) in clear {
+        // What is populated outside of the mask is left alone, even when it is out of bounds.
+        let values = Issue { status: Status::Closed.into(), ..titled(&"x".repeat(300)) };
+        let updated = send(&tracker.member, change(&expected.id, values, &[path])).await.unwrap();
+        clear(&mut expected);
+        expected = Issue { version: expected.version + 1, update_time: updated.update_time, ..expected };
+        assert_eq!(updated, expected, "{path}");
+        assert_eq!(tracker.member.get(&updated.id).await, expected);
+    }
+    assert_eq!(
+        tracker.count("SELECT count(*) FROM issue_events WHERE coalesce(new_value, '') IN ('', 'NONE')").await,
+        4
+    );
+}
+
+#[tokio::test]
+async fn a_star_sets_every_field_and_clears_those_that_are_unset() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let values = Issue { status: Status::InProgress.into(), ..titled("crash on stop") };
+
+    let updated = send(&tracker.member, change(&issue.id, values.clone(), &["*"])).await.unwrap();
+
+    let expected = Issue {
+        id: issue.id,
+        reporter_id: issue.reporter_id,
+        version: 2,
+        create_time: issue.create_time,
+        update_time: updated.update_time,
+        ..values
+    };
+    assert_eq!(updated, expected);
+}
+
+#[tokio::test]
+async fn title_and_status_cannot_be_cleared() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    for (paths, fields) in [
+        (&["title"][..], &["issue.title"][..]),
+        (&["status"], &["issue.status"]),
+        (&["*"], &["issue.title", "issue.status"]),
+    ] {
+        let cleared = send(&tracker.member, change(&issue.id, Issue::default(), paths)).await;
+        assert_invalid(cleared, fields);
+    }
+    assert_untouched(&tracker, &issue).await;
+}
+
+#[tokio::test]
+async fn unknown_and_read_only_paths_are_all_named() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let paths = [
+        "titel",
+        "title",
+        "version",
+        "reporter_id",
+        "label_ids",
+        "create_time",
+        "issue.title",
+        "",
+        "TITLE",
+        "*",
+        "id",
+        "title;DROP TABLE issues",
+    ];
+    let status = assert_error(
+        send(&tracker.member, change(&issue.id, titled("crash on stop"), &paths)).await,
+        Code::InvalidArgument,
+        "INVALID",
+    );
+    let bad = paths.iter().enumerate().filter(|(_, path)| **path != "title");
+    let expected: Vec<String> = bad.map(|(index, _)| format!("update_mask.paths[{index}]")).collect();
+    assert_eq!(bad_fields(&status), expected);
+    assert!(status.message().contains("\"titel\"") && status.message().contains("assignee_id"), "{status:?}");
+    assert_untouched(&tracker, &issue).await;
+}
+
+#[tokio::test]
+async fn a_path_given_twice_counts_once() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let update = change(&issue.id, titled("crash on stop"), &["title", "title"]);
+    assert_eq!(send(&tracker.member, update).await.unwrap().version, 2);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, 1);
+}
+
+#[tokio::test]
+async fn an_update_out_of_bounds_tells_all_violations_at_once() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let update = UpdateIssueRequest {
+        expected_version: -1,
+        comment: "c".repeat(16_385),
+        request_id: "again".to_owned(),
+        ..change(
+            "crash",
+            Issue {
+                description: "d".repeat(65_537),
+                status: 4,
+                priority: 5,
+                assignee_id: "alice".to_owned(),
+                external_id: "x".repeat(256),
+                ..titled(" ")
+            },
+            &[],
+        )
+    };
+    let status = assert_error(send(&tracker.member, update).await, Code::InvalidArgument, "INVALID");
+    let mut fields = bad_fields(&status);
+    fields.sort();
+    let expected = [
+        "comment",
+        "expected_version",
+        "issue.assignee_id",
+        "issue.description",
+        "issue.external_id",
+        "issue.id",
+        "issue.priority",
+        "issue.status",
+        "issue.title",
+        "request_id",
+    ];
+    assert_eq!(fields, expected);
+    let nothing = send(&tracker.member, change(&issue.id, Issue::default(), &[])).await;
+    assert_invalid(nothing, &["update_mask"]);
+    assert_untouched(&tracker, &issue).await;
+}
+
+#[tokio::test]
+async fn an_update_to_what_already_is_changes_nothing() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let answered = send(&tracker.member, change(&issue.id, issue.clone(), &["*"])).await.unwrap();
+    assert_eq!(answered, issue);
+    assert_untouched(&tracker, &issue).await;
+}
+
+#[tokio::test]
+async fn the_version_grows_by_one_however_many_fields_change() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let values = Issue { status: Status::InProgress.into(), priority: 1, ..titled("crash on stop") };
+    assert_eq!(send(&tracker.member, change(&issue.id, values, &[])).await.unwrap().version, 2);
+    let events = "SELECT string_agg(field, ' ' ORDER BY field) FROM issue_events WHERE version = 2";
+    assert_eq!(tracker.sql(events, &[]).await[0].get::<_, String>(0), "priority status title");
+}
+
+#[tokio::test]
+async fn a_comment_goes_in_with_the_change_or_alone_without_a_new_version() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let update = change(&issue.id, titled("crash on stop"), &[]);
+    let updated = send(&tracker.member, UpdateIssueRequest { comment: "seen".into(), ..update }).await.unwrap();
+    assert_eq!((updated.version, updated.comment_count), (2, 1));
+
+    let only = UpdateIssueRequest { comment: "again".into(), ..change(&issue.id, Issue::default(), &[]) };
+    let commented = send(&tracker.admin, only).await.unwrap();
+
+    assert_eq!((commented.version, commented.comment_count, commented.update_time), (2, 2, updated.update_time));
+    let kept = tracker.member.get(&issue.id).await;
+    let comments: Vec<_> = kept.comments.iter().map(|c| (&*c.content, &*c.author_username)).collect();
+    assert_eq!(comments, [("seen", "member"), ("again", "admin")]);
+    assert_eq!(Issue { comments: Vec::new(), ..kept }, commented);
+}
+
+#[tokio::test]
+async fn a_comment_does_not_go_in_without_its_change_nor_a_change_without_its_comment() {
+    let tracker = Tracker::start().await;
+    tracker.member.file_as(Issue { external_id: "JIRA-2".to_owned(), ..titled("other") }).await;
+    let issue = full_issue(&tracker).await;
+    let with = |values: Issue, comment: &str| UpdateIssueRequest {
+        comment: comment.to_owned(),
+        ..change(&issue.id, values, &[])
+    };
+
+    let stale = UpdateIssueRequest { expected_version: 9, ..with(titled("x"), "seen") };
+    assert_error(send(&tracker.member, stale).await, Code::Aborted, "VERSION_MISMATCH");
+    let unknown = Issue { assignee_id: Uuid::now_v7().to_string(), ..Issue::default() };
+    assert_error(send(&tracker.member, with(unknown, "seen")).await, Code::NotFound, "NOT_FOUND");
+    let taken = Issue { external_id: "JIRA-2".to_owned(), ..Issue::default() };
+    assert_error(send(&tracker.member, with(taken, "seen")).await, Code::AlreadyExists, "ALREADY_EXISTS");
+    for comment in [" \n", "a\0b", &"é".repeat(16_385)] {
+        assert_invalid(send(&tracker.member, with(titled("x"), comment)).await, &["comment"]);
+    }
+
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 0);
+    assert_untouched(&tracker, &issue).await;
+    send(&tracker.member, with(titled("x"), &"é".repeat(16_384))).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unknown_assignee_is_not_found_and_named() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let nobody = Uuid::now_v7().to_string();
+    let update = change(&issue.id, Issue { assignee_id: nobody.clone(), ..titled("x") }, &[]);
+    let status = assert_error(send(&tracker.member, update).await, Code::NotFound, "NOT_FOUND");
+    assert_eq!(bad_fields(&status), ["issue.assignee_id"]);
+    assert_eq!(resources(&status), [("user".to_owned(), nobody)]);
+    assert_untouched(&tracker, &issue).await;
+}
+
+#[tokio::test]
+async fn an_external_id_of_another_issue_is_taken_and_a_free_one_is_not() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let other = tracker.member.file("other").await;
+    let key = |external_id: &str| Issue { external_id: external_id.to_owned(), ..Issue::default() };
+
+    let taken = send(&tracker.member, change(&other.id, key("JIRA-1"), &[])).await;
+    let status = assert_error(taken, Code::AlreadyExists, "ALREADY_EXISTS");
+    assert_eq!(bad_fields(&status), ["issue.external_id"]);
+    assert_eq!(resources(&status), [("issue".to_owned(), "JIRA-1".to_owned())]);
+    assert_untouched(&tracker, &other).await;
+
+    send(&tracker.member, change(&issue.id, Issue::default(), &["external_id"])).await.unwrap();
+    let updated = send(&tracker.member, change(&other.id, key("JIRA-1"), &[])).await.unwrap();
+    assert_eq!(updated.external_id, "JIRA-1");
+}
+
+#[tokio::test]
+async fn a_deleted_issue_cannot_be_updated_or_commented() {
+    let tracker = Tracker::start().await;
+    let id = full_issue(&tracker).await.id;
+    let delete = DeleteIssueRequest { id: id.clone(), ..Default::default() };
+    let deleted = tracker.member.issues().delete_issue(delete).await.unwrap().into_inner();
+    for update in [
+        change(&id, titled("x"), &[]),
+        change(&id, titled("crash"), &[]),
+        UpdateIssueRequest { expected_version: 2, ..change(&id, titled("x"), &[]) },
+        UpdateIssueRequest { comment: "seen".into(), ..change(&id, Issue::default(), &[]) },
+    ] {
+        assert_error(send(&tracker.member, update).await, Code::FailedPrecondition, "ISSUE_STATE");
+    }
+    assert_untouched(&tracker, &deleted).await;
+}
+
+#[tokio::test]
+async fn close_time_and_reopen_count_follow_the_status() {
+    let tracker = Tracker::start().await;
+    let mut issue = tracker.member.file("crash").await;
+    for (status, closed, reopen_count) in [
+        (Status::InProgress, false, 0),
+        (Status::Closed, true, 0),
+        (Status::Open, false, 1),
+        (Status::Closed, true, 1),
+        (Status::InProgress, false, 2),
+        (Status::Open, false, 2),
+    ] {
+        let update = change(&issue.id, Issue { status: status.into(), ..Issue::default() }, &[]);
+        issue = send(&tracker.member, update).await.unwrap();
+        assert_eq!((issue.status(), issue.reopen_count), (status, reopen_count));
+        assert_eq!(issue.close_time, if closed { issue.update_time } else { None });
+    }
+    let close = change(&issue.id, Issue { status: Status::Closed.into(), ..Issue::default() }, &[]);
+    let closed = send(&tracker.member, close.clone()).await.unwrap();
+    send(&tracker.member, change(&issue.id, titled("other"), &[])).await.unwrap();
+    let again = send(&tracker.member, close).await.unwrap();
+    assert_eq!(again.close_time, closed.close_time, "closing what is closed is no change");
+}
+
+#[tokio::test]
+async fn of_updates_that_expect_the_same_version_exactly_one_wins() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let (rounds, callers) = (25, 8);
+    for round in 1..=rounds {
+        let mut calls = JoinSet::new();
+        for caller in 0..callers {
+            let client = tracker.member.clone();
+            let update = UpdateIssueRequest {
+                expected_version: round,
+                comment: if caller % 2 == 0 { "mine".to_owned() } else { String::new() },
+                ..change(&issue.id, titled(&format!("{round} by {caller}")), &[])
+            };
+            calls.spawn(async move { send(&client, update).await });
+        }
+        let (won, lost): (Vec<_>, Vec<_>) = calls.join_all().await.into_iter().partition(Result::is_ok);
+        assert_eq!((won.len(), lost.len()), (1, callers - 1));
+        for lost in lost {
+            let status = assert_error(lost, Code::Aborted, "VERSION_MISMATCH");
+            assert_eq!(error_metadata(&status, "current_version"), Some((round + 1).to_string()));
+        }
+        let kept = tracker.member.get(&issue.id).await;
+        assert_eq!((kept.title, kept.version), (won[0].as_ref().unwrap().title.clone(), round + 1));
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, rounds);
+}
+
+#[tokio::test]
+async fn of_concurrent_updates_of_different_fields_none_is_lost() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let rounds = 20;
+    for round in 1..=rounds {
+        let text = format!("{round}");
+        let values = [
+            titled(&text),
+            Issue { description: text.clone(), ..Issue::default() },
+            Issue { external_id: text.clone(), ..Issue::default() },
+            Issue { status: 1 + round % 3, ..Issue::default() },
+            Issue { priority: 1 + round % 4, ..Issue::default() },
+        ];
+        let mut calls = JoinSet::new();
+        for values in values {
+            let (client, update) = (tracker.member.clone(), change(&issue.id, values, &[]));
+            calls.spawn(async move { send(&client, update).await.unwrap() });
+        }
+        calls.join_all().await;
+        let kept = tracker.member.get(&issue.id).await;
+        assert_eq!([&kept.title, &kept.description, &kept.external_id], [&text; 3]);
+        assert_eq!((kept.status, kept.priority), (1 + round % 3, 1 + round % 4));
+    }
+    let kept = tracker.member.get(&issue.id).await;
+    // The versions of each round that really changed something: the status from open, the priority from high.
+    let changes = tracker.count("SELECT count(DISTINCT version) FROM issue_events").await;
+    let events = tracker.count("SELECT count(*) FROM issue_events").await;
+    assert_eq!((kept.version, changes), (1 + events, events));
+}
+
+/// Holds the issue's row, as a change to this SQL does that has not yet been committed; then sends the call, waits until it
+/// waits, and lets the change through.
+async fn call_during<T: Send + 'static>(
+    tracker: &Tracker,
+    id: &str,
+    set: &str,
+    call: impl Future<Output = T> + Send + 'static,
+) -> T {
+    let session = tracker.session().await;
+    let actor = &tracker.admin.user.id;
+    let sql = format!("BEGIN; UPDATE issues SET {set}, change_actor_id = '{actor}' WHERE id = '{id}'");
+    session.batch_execute(&sql).await.unwrap();
+    let call = tokio::spawn(call);
+    tracker.until_blocked().await;
+    session.batch_execute("COMMIT").await.unwrap();
+    call.await.unwrap()
+}
+
+#[tokio::test]
+async fn an_update_that_waited_is_judged_by_what_the_issue_has_become() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    // The same as before the other change, so it is one only after it.
+    let update = change(&issue.id, Issue { status: Status::Open.into(), ..titled("crash") }, &[]);
+    let client = tracker.member.clone();
+
+    let set = "status = 3, title = 'closed meanwhile'";
+    let updated = call_during(&tracker, &issue.id, set, async move { send(&client, update).await }).await.unwrap();
+
+    assert_eq!((updated.status(), &*updated.title), (Status::Open, "crash"));
+    assert_eq!((updated.version, updated.reopen_count), (3, 1));
+    assert_eq!(tracker.member.get(&issue.id).await, updated);
+}
+
+#[tokio::test]
+async fn a_bulk_update_that_waited_is_judged_by_what_the_issue_has_become() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let mut issues = tracker.member.issues();
+    let reopen =
+        BulkUpdateStatusRequest { ids: vec![issue.id.clone()], status: Status::Open.into(), ..Default::default() };
+
+    let bulk = async move { issues.bulk_update_status(reopen).await };
+    let response = call_during(&tracker, &issue.id, "status = 3", bulk).await.unwrap().into_inner();
+
+    assert_eq!((response.changed_count, response.results[0].version), (1, 3));
+    assert_eq!(tracker.member.get(&issue.id).await.status(), Status::Open);
+}
+
+#[tokio::test]
+async fn an_update_that_waited_answers_the_issue_of_its_version() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let bug = tracker.member.label("bug").await;
+    let ui = tracker.member.label("ui").await;
+    let label = AddIssueLabelsRequest { issue_id: issue.id.clone(), label_ids: vec![ui.id], ..Default::default() };
+    tracker.member.labels().add_issue_labels(label).await.unwrap();
+    let (client, update) = (tracker.member.clone(), change(&issue.id, titled("crash on stop"), &[]));
+
+    let session = tracker.session().await;
+    let (id, actor, bug) = (&issue.id, &tracker.admin.user.id, bug.id);
+    let put_on = format!(
+        "BEGIN; UPDATE issues SET change_actor_id = '{actor}' WHERE id = '{id}';
+         INSERT INTO issue_labels VALUES ('{id}', '{bug}')"
+    );
+    session.batch_execute(&put_on).await.unwrap();
+    let call = tokio::spawn(async move { send(&client, update).await });
+    tracker.until_blocked().await;
+    session.batch_execute("COMMIT").await.unwrap();
+    let updated = call.await.unwrap().unwrap();
+
+    assert_eq!((updated.version, updated.labels.len()), (4, 2));
+    assert_eq!(tracker.member.get(&issue.id).await, updated);
+}
+
+#[tokio::test]
+async fn a_dry_run_of_an_update_answers_as_the_real_call_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    let issue = full_issue(&tracker).await;
+    let dry = UpdateIssueRequest {
+        comment: "seen".to_owned(),
+        validate_only: true,
+        ..change(&issue.id, titled("crash on stop"), &[])
+    };
+    let tried = send(&tracker.member, dry.clone()).await.unwrap();
+    assert_eq!((&*tried.title, tried.version, tried.comment_count), ("crash on stop", 2, 1));
+    let stale = send(&tracker.member, UpdateIssueRequest { expected_version: 7, ..dry }).await;
+    assert_error(stale, Code::Aborted, "VERSION_MISMATCH");
+    assert_untouched(&tracker, &issue).await;
+}
