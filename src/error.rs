@@ -1,6 +1,6 @@
 //! Everything that can go wrong with a request, and the only place that says how a caller is told.
 
-use std::{collections::HashMap, fmt, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use tokio_postgres::error::{DbError, SqlState};
 use tonic::{Code, Status};
@@ -25,7 +25,7 @@ const ITEMS_NAMED_MAX: usize = 20;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a request failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The request itself is wrong: all that is wrong with it.
     #[error("{}", join(.0))]
@@ -72,7 +72,7 @@ pub enum Error {
     Unavailable,
     /// Whatever else the database says.
     #[error("database error")]
-    Database(tokio_postgres::Error),
+    Database(Arc<tokio_postgres::Error>),
     /// A fault of the program.
     #[error("internal error: {0}")]
     Internal(&'static str),
@@ -150,6 +150,30 @@ impl Error {
         match &self {
             Self::Database(source) if constraint(source) == Some(name) => error(),
             _ => self,
+        }
+    }
+
+    /// Whether it is certain that nothing was written, and another try may fare better.
+    pub fn is_undone(&self) -> bool {
+        match self {
+            // What the server itself says, it says of a transaction that it has rolled back.
+            Self::Database(error) => error.as_db_error().is_some(),
+            Self::Aborted { .. }
+            | Self::Invalid(_)
+            | Self::InvalidReason { .. }
+            | Self::NotFound(_)
+            | Self::AlreadyExists(_)
+            | Self::VersionMismatch(_)
+            | Self::Precondition { .. } => true,
+            Self::OffsetGap { .. }
+            | Self::Unimplemented
+            | Self::Unauthenticated(_)
+            | Self::PermissionDenied(_)
+            | Self::Exhausted(_)
+            | Self::Timeout { .. }
+            | Self::Cancelled
+            | Self::Unavailable
+            | Self::Internal(_) => false,
         }
     }
 
@@ -244,7 +268,7 @@ impl From<tokio_postgres::Error> for Error {
             return if error.is_closed() || std::error::Error::source(&error).is_some_and(|s| s.is::<std::io::Error>()) {
                 Self::Unavailable
             } else {
-                Self::Database(error)
+                Self::Database(Arc::new(error))
             };
         };
         match *state {
@@ -262,7 +286,7 @@ impl From<tokio_postgres::Error> for Error {
             | SqlState::TOO_MANY_CONNECTIONS
             | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
             _ if state.code().starts_with("08") || state.code().starts_with("53") => Self::Unavailable,
-            _ => Self::Database(error),
+            _ => Self::Database(Arc::new(error)),
         }
     }
 }

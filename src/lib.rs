@@ -8,6 +8,7 @@ pub mod server;
 pub mod start;
 
 pub mod auth;
+pub mod coalesce;
 pub mod error;
 pub mod request;
 pub mod rpc;
