@@ -11,6 +11,7 @@ pub mod labels;
 pub mod migrate;
 pub mod reports;
 pub mod requests;
+pub mod rounds;
 pub mod tokens;
 pub mod users;
 

@@ -18,7 +18,7 @@ use tonic::{Response, Status};
 
 use crate::{
     auth::Auth,
-    db::{Db, requests::MutationTx},
+    db::{Db, requests::MutationTx, rounds::Rounds},
     error::{Error, Result},
 };
 
@@ -26,6 +26,7 @@ use crate::{
 pub struct Api {
     pub db: Db,
     pub auth: Auth,
+    pub rounds: Rounds,
     pub session_hours: i32,
     /// A permit for each import under way.
     pub imports: Arc<Semaphore>,

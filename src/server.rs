@@ -11,7 +11,7 @@ use crate::{
     FILE_DESCRIPTOR_SET,
     auth::{Auth, Gate},
     config::Limits,
-    db::{Db, requests::prune_requests, tokens::prune_sessions},
+    db::{Db, requests::prune_requests, rounds::Rounds, tokens::prune_sessions},
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
@@ -59,6 +59,7 @@ pub async fn run(
     let api = Arc::new(Api {
         db: db.clone(),
         auth,
+        rounds: Rounds::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
     });

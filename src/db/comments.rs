@@ -1,5 +1,7 @@
 //! Comments.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, Utc};
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -35,42 +37,54 @@ fn from_row(row: &Row) -> Result<Comment> {
 }
 
 /// A comment to add.
-pub struct NewComment<'a> {
+#[derive(Clone, Debug)]
+pub struct NewComment {
+    pub author_id: Uuid,
     pub issue_id: Uuid,
     pub parent_id: Option<Uuid>,
-    pub content: &'a str,
+    pub content: String,
 }
 
-/// Adds a comment, in one statement. The issue and the parent must be there and not deleted.
-pub async fn create(db: &Conn, author_id: Uuid, comment: &NewComment<'_>) -> Result<Comment> {
+/// Adds comments independently of each other, in one statement. The issue and the parent of each must be there and not
+/// deleted.
+pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Result<Comment>>> {
     const SQL: &str = concat!(
-        "-- create_comment
-        WITH issue AS (SELECT delete_time FROM issues WHERE id = $2),
-        parent AS (SELECT issue_id, delete_time FROM comments WHERE id = $3),
-        judged AS (
-            SELECT CASE
-                WHEN NOT EXISTS (SELECT FROM issue) THEN 'no issue'
-                WHEN (SELECT delete_time FROM issue) IS NOT NULL THEN 'issue deleted'
-                WHEN $3 IS NULL THEN NULL
-                WHEN NOT EXISTS (SELECT FROM parent) THEN 'no parent'
-                WHEN (SELECT issue_id FROM parent) <> $2 THEN 'parent elsewhere'
-                WHEN (SELECT delete_time FROM parent) IS NOT NULL THEN 'parent deleted'
+        "-- create_comments
+        WITH judged AS (
+            SELECT n.*, CASE
+                WHEN i.id IS NULL THEN 'no issue'
+                WHEN i.delete_time IS NOT NULL THEN 'issue deleted'
+                WHEN n.parent_id IS NULL THEN NULL
+                WHEN p.id IS NULL THEN 'no parent'
+                WHEN p.issue_id <> n.issue_id THEN 'parent elsewhere'
+                WHEN p.delete_time IS NOT NULL THEN 'parent deleted'
             END AS problem
+            FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[]) WITH ORDINALITY
+                AS n (id, issue_id, parent_id, author_id, content, nth)
+            LEFT JOIN issues i ON i.id = n.issue_id LEFT JOIN comments p ON p.id = n.parent_id
         ), c AS (
             INSERT INTO comments (id, issue_id, parent_id, author_id, content)
-            SELECT $1, $2, $3, $4, $5 FROM judged WHERE problem IS NULL RETURNING *
+            SELECT id, issue_id, parent_id, author_id, content FROM judged WHERE problem IS NULL ORDER BY nth RETURNING *
         )
         SELECT ",
         comment_columns!(),
-        ", judged.problem FROM judged LEFT JOIN c ON true LEFT JOIN users u ON u.id = c.author_id"
+        ", n.problem FROM judged n LEFT JOIN c ON c.id = n.id LEFT JOIN users u ON u.id = c.author_id ORDER BY n.nth"
     );
-    let NewComment { issue_id, parent_id, content } = comment;
-    let row = db.query_one(SQL, &[&Uuid::now_v7(), issue_id, parent_id, &author_id, content]).await?;
-    let parent = parent_id.unwrap_or_default();
+    let ids: Vec<Uuid> = comments.iter().map(|_| Uuid::now_v7()).collect();
+    let issue_ids: Vec<Uuid> = comments.iter().map(|comment| comment.issue_id).collect();
+    let parent_ids: Vec<Option<Uuid>> = comments.iter().map(|comment| comment.parent_id).collect();
+    let author_ids: Vec<Uuid> = comments.iter().map(|comment| comment.author_id).collect();
+    let contents: Vec<&str> = comments.iter().map(|comment| &*comment.content).collect();
+    let rows = db.query(SQL, &[&ids, &issue_ids, &parent_ids, &author_ids, &contents]).await?;
+    Ok(rows.iter().zip(comments).map(|(row, comment)| created(row, comment)).collect())
+}
+
+fn created(row: &Row, comment: &NewComment) -> Result<Comment> {
+    let parent = comment.parent_id.unwrap_or_default();
     match row.get::<_, Option<&str>>(9) {
-        None => from_row(&row),
-        Some("no issue") => Err(Error::not_found("issue", "comment.issue_id", issue_id)),
-        Some("issue deleted") => Err(issue_deleted("comment.issue_id", *issue_id)),
+        None => from_row(row),
+        Some("no issue") => Err(Error::not_found("issue", "comment.issue_id", comment.issue_id)),
+        Some("issue deleted") => Err(issue_deleted("comment.issue_id", comment.issue_id)),
         Some("no parent") => Err(Error::not_found("comment", "comment.parent_id", parent)),
         Some("parent elsewhere") => {
             Err(Error::invalid("comment.parent_id", format!("comment \"{parent}\" is on another issue")))
@@ -107,6 +121,24 @@ pub async fn list(
         WHERE c.issue_id = $1 AND ($2::uuid IS NULL OR c.id > $2) ORDER BY c.id LIMIT $3"
     );
     db.query_page(SQL, &[&issue_id, &after, &limit], bounds, from_row, prost::Message::encoded_len).await
+}
+
+/// The first `limit` comments of each of these issues, oldest first.
+pub async fn first_of_each(db: &Conn, issue_ids: &[Uuid], limit: i64) -> Result<HashMap<Uuid, Vec<Comment>>> {
+    const SQL: &str = concat!(
+        "-- first_comments_of_issues\nSELECT ",
+        comment_columns!(),
+        " FROM unnest($1::uuid[]) AS wanted (id)
+        CROSS JOIN LATERAL (SELECT * FROM comments WHERE issue_id = wanted.id ORDER BY id LIMIT $2) c
+        JOIN users u ON u.id = c.author_id ORDER BY c.id"
+    );
+    let mut comments: HashMap<Uuid, Vec<Comment>> = HashMap::new();
+    if !issue_ids.is_empty() {
+        for row in db.query(SQL, &[&issue_ids, &limit]).await? {
+            comments.entry(row.get(1)).or_default().push(from_row(&row)?);
+        }
+    }
+    Ok(comments)
 }
 
 /// Whether there is such an issue, deleted or not.

@@ -1,26 +1,50 @@
-//! Issues: reading, filing, changing.
+//! Issues: reading them here, filing and changing them in the files below.
+
+mod change;
+mod create;
+
+pub use change::{Changed, IssueChange, bulk_update, update_many};
+pub use create::{NewIssue, create, explain_create};
+
+use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds, Params};
+use super::{Conn, Page, PageBounds, Params, comments};
 use crate::{
-    error::{Error, Resource, Result, StaleVersion, Violation},
+    error::{Error, Result},
     filter::{Filter, LabelRef, Term, UserRef},
-    pb::{Issue, Label, Priority, Status},
-    request::timestamp,
+    pb::{Issue, IssueView, Label},
+    request::{RESPONSE_BYTES_MAX, timestamp},
 };
+
+/// What a full view has of comments.
+pub const COMMENTS_IN_VIEW: PageBounds = PageBounds { rows_max: 1_000, bytes_max: RESPONSE_BYTES_MAX };
+/// Comments of each issue that a round of reads fetches: an issue with more is read by itself.
+const COMMENTS_IN_ROUND_MAX: i64 = 32;
+
+/// The columns of [`from_base_row`], of an issue `i`.
+macro_rules! base_columns {
+    () => {
+        "i.id, i.title, i.description, i.status, i.priority, i.assignee_id, i.reporter_id, i.version, i.external_id,
+        i.create_time, i.update_time, i.close_time, i.delete_time, i.reopen_count"
+    };
+}
+use base_columns;
 
 /// The columns of [`from_row`], of an issue `i` with its labels `l` as [`labels_of`] joins them.
 macro_rules! issue_columns {
     () => {
-        "i.id, i.title, i.description, i.status, i.priority, i.assignee_id, i.reporter_id, i.version, i.external_id,
-        i.create_time, i.update_time, i.close_time, i.delete_time, i.reopen_count,
-        (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL),
-        l.ids, l.names, l.descriptions"
+        concat!(
+            crate::db::issues::base_columns!(),
+            ", (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL),
+            l.ids, l.names, l.descriptions"
+        )
     };
 }
+use issue_columns;
 
 /// Joins the labels of each issue `i`, by name.
 macro_rules! labels_of {
@@ -35,6 +59,7 @@ macro_rules! labels_of {
         )
     };
 }
+use labels_of;
 
 /// Columns as in `issue_columns!`.
 fn from_row(row: &Row) -> Result<Issue> {
@@ -42,13 +67,22 @@ fn from_row(row: &Row) -> Result<Issue> {
 }
 
 fn from_row_at(row: &Row, at: usize) -> Result<Issue> {
-    let id_text = |index: usize| row.get::<_, Option<Uuid>>(at + index).map(|id| id.to_string()).unwrap_or_default();
-    let time = |index: usize| row.get::<_, Option<DateTime<Utc>>>(at + index).map(timestamp);
     let label_ids: Vec<Uuid> = row.get::<_, Option<_>>(at + 15).unwrap_or_default();
     let label_names: Vec<String> = row.get::<_, Option<_>>(at + 16).unwrap_or_default();
     let label_descriptions: Vec<String> = row.get::<_, Option<_>>(at + 17).unwrap_or_default();
     let labels = label_ids.iter().zip(label_names).zip(label_descriptions);
     Ok(Issue {
+        comment_count: row.get(at + 14),
+        labels: labels.map(|((id, name), description)| Label { id: id.to_string(), name, description }).collect(),
+        ..from_base_row(row, at)
+    })
+}
+
+/// Columns as in `base_columns!`.
+fn from_base_row(row: &Row, at: usize) -> Issue {
+    let id_text = |index: usize| row.get::<_, Option<Uuid>>(at + index).map(|id| id.to_string()).unwrap_or_default();
+    let time = |index: usize| row.get::<_, Option<DateTime<Utc>>>(at + index).map(timestamp);
+    Issue {
         id: id_text(0),
         title: row.get(at + 1),
         description: row.get(at + 2),
@@ -63,11 +97,8 @@ fn from_row_at(row: &Row, at: usize) -> Result<Issue> {
         close_time: time(11),
         delete_time: time(12),
         reopen_count: row.get(at + 13),
-        comment_count: row.get(at + 14),
-        labels: labels.map(|((id, name), description)| Label { id: id.to_string(), name, description }).collect(),
-        comments: Vec::new(),
-        label_ids: Vec::new(),
-    })
+        ..Issue::default()
+    }
 }
 
 pub async fn get(db: &Conn, id: Uuid) -> Result<Issue> {
@@ -75,6 +106,79 @@ pub async fn get(db: &Conn, id: Uuid) -> Result<Issue> {
         concat!("-- get_issue\nSELECT ", issue_columns!(), " FROM issues i", labels_of!("i.id"), " WHERE i.id = $1");
     let row = db.query_opt(SQL, &[&id]).await?;
     row.as_ref().map_or_else(|| Err(Error::not_found("issue", "id", id)), from_row)
+}
+
+/// With its comments, if it is to be seen in full: two statements that go out together.
+pub async fn get_in_view(db: &Conn, id: Uuid, view: IssueView) -> Result<Issue> {
+    if view != IssueView::Full {
+        return get(db, id).await;
+    }
+    let limit = COMMENTS_IN_VIEW.rows_max as i64 + 1;
+    let (issue, comments) = tokio::join!(biased; get(db, id), comments::list(db, id, None, limit, COMMENTS_IN_VIEW));
+    let mut issue = issue?;
+    issue.comments = comments?.items;
+    Ok(issue)
+}
+
+/// Many calls of [`get_in_view`] in three statements that go out together.
+pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Result<Issue>>> {
+    // First, so that an issue never has labels or comments that are older than its version.
+    const ISSUES: &str = concat!(
+        "-- get_issues\nSELECT ",
+        base_columns!(),
+        ", CASE WHEN i.id <> ALL ($2) THEN
+            (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL) END
+        FROM issues i WHERE i.id = ANY ($1)"
+    );
+    const LABELS: &str = "-- get_labels_of_issues
+        SELECT il.issue_id, l.id, l.name, l.description FROM issue_labels il JOIN labels l ON l.id = il.label_id
+        WHERE il.issue_id = ANY ($1) ORDER BY lower(l.name)";
+
+    let ids: Vec<Uuid> = wanted.iter().map(|(id, _)| *id).collect();
+    let mut full: Vec<Uuid> = wanted.iter().filter(|(_, view)| *view == IssueView::Full).map(|(id, _)| *id).collect();
+    full.sort_unstable();
+    full.dedup();
+    let (of_issues, of_labels): (Params, Params) = (&[&ids, &full], &[&ids]);
+    let (issues, labels, comments) = tokio::join!(
+        biased;
+        db.query(ISSUES, of_issues),
+        db.query(LABELS, of_labels),
+        comments::first_of_each(db, &full, COMMENTS_IN_ROUND_MAX + 1)
+    );
+    let (labels, mut comments) = (labels?, comments?);
+
+    let mut found: HashMap<Uuid, Issue> = HashMap::with_capacity(ids.len());
+    for row in issues? {
+        let mut issue = from_base_row(&row, 0);
+        issue.comment_count = row.get::<_, Option<i32>>(14).unwrap_or_default();
+        found.insert(row.get(0), issue);
+    }
+    for row in labels {
+        if let Some(issue) = found.get_mut(&row.get(0)) {
+            let id: Uuid = row.get(1);
+            issue.labels.push(Label { id: id.to_string(), name: row.get(2), description: row.get(3) });
+        }
+    }
+    let mut answers = Vec::with_capacity(wanted.len());
+    for (id, view) in wanted {
+        let Some(mut issue) = found.get(id).cloned() else {
+            answers.push(Err(Error::not_found("issue", "id", id)));
+            continue;
+        };
+        if full.binary_search(id).is_ok() {
+            let of_issue = comments.remove(id).unwrap_or_default();
+            if of_issue.len() as i64 > COMMENTS_IN_ROUND_MAX {
+                answers.push(get_in_view(db, *id, *view).await);
+                continue;
+            }
+            issue.comment_count = of_issue.iter().filter(|comment| comment.delete_time.is_none()).count() as i32;
+            if *view == IssueView::Full {
+                issue.comments = of_issue;
+            }
+        }
+        answers.push(Ok(issue));
+    }
+    Ok(answers)
 }
 
 /// The issues that there are of these, in the order of the ids; `more` if they do not fit the bounds.
@@ -191,317 +295,6 @@ fn like_pattern(text: &str) -> String {
     }
     pattern.push('%');
     pattern
-}
-
-/// An issue to file.
-#[derive(Clone, Debug)]
-pub struct NewIssue {
-    pub title: String,
-    pub description: String,
-    pub status: Status,
-    pub priority: Priority,
-    pub assignee_id: Option<Uuid>,
-    pub external_id: Option<String>,
-    pub label_ids: Vec<Uuid>,
-}
-
-/// Files issues, all or none, in one statement; answers them in order.
-///
-/// A missing assignee or label and a taken external id are told by the constraint that they violate:
-/// [`explain_create`] turns it into what a caller is told.
-pub async fn create(db: &Conn, reporter_id: Uuid, issues: &[NewIssue]) -> Result<Vec<Issue>> {
-    const SQL: &str = concat!(
-        "-- create_issues
-        WITH i AS (
-            INSERT INTO issues (id, reporter_id, title, description, status, priority, assignee_id, external_id, close_time)
-            SELECT n.id, $1, n.title, n.description, n.status, n.priority, n.assignee_id, n.external_id,
-                CASE WHEN n.status = 3 THEN now() END
-            FROM unnest($2::uuid[], $3::text[], $4::text[], $5::int2[], $6::int2[], $7::uuid[], $8::text[])
-                AS n (id, title, description, status, priority, assignee_id, external_id)
-            RETURNING *
-        ), il AS (
-            INSERT INTO issue_labels (issue_id, label_id) SELECT * FROM unnest($9::uuid[], $10::uuid[])
-        )
-        SELECT ",
-        issue_columns!(),
-        " FROM i LEFT JOIN LATERAL (
-            SELECT array_agg(l.id ORDER BY lower(l.name)) AS ids, array_agg(l.name ORDER BY lower(l.name)) AS names,
-                array_agg(l.description ORDER BY lower(l.name)) AS descriptions
-            FROM unnest($9::uuid[], $10::uuid[]) AS il (issue_id, label_id) JOIN labels l ON l.id = il.label_id
-            WHERE il.issue_id = i.id) l ON true
-        ORDER BY i.id"
-    );
-    // Ids of one process ascend, so ordering by id is the order of the request.
-    let ids: Vec<Uuid> = issues.iter().map(|_| Uuid::now_v7()).collect();
-    let titles: Vec<&str> = issues.iter().map(|issue| &*issue.title).collect();
-    let descriptions: Vec<&str> = issues.iter().map(|issue| &*issue.description).collect();
-    let statuses: Vec<i16> = issues.iter().map(|issue| issue.status as i16).collect();
-    let priorities: Vec<i16> = issues.iter().map(|issue| issue.priority as i16).collect();
-    let assignee_ids: Vec<Option<Uuid>> = issues.iter().map(|issue| issue.assignee_id).collect();
-    let external_ids: Vec<Option<&str>> = issues.iter().map(|issue| issue.external_id.as_deref()).collect();
-    let (labelled, label_ids): (Vec<Uuid>, Vec<Uuid>) =
-        ids.iter().zip(issues).flat_map(|(id, issue)| issue.label_ids.iter().map(|label_id| (*id, *label_id))).unzip();
-    let params: Params = &[
-        &reporter_id,
-        &ids,
-        &titles,
-        &descriptions,
-        &statuses,
-        &priorities,
-        &assignee_ids,
-        &external_ids,
-        &labelled,
-        &label_ids,
-    ];
-    db.query(SQL, params).await?.iter().map(from_row).collect()
-}
-
-/// What a caller is told when [`create`] fails: everything that is missing or taken, named by the fields of `field(n)`.
-///
-/// Asks the database, outside of the transaction that has failed.
-pub async fn explain_create(db: &Conn, error: Error, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Error {
-    let explained = match error.constraint() {
-        Some("issues_assignee_id_fkey" | "issue_labels_label_id_fkey") => missing_references(db, issues, field).await,
-        Some("issues_external_id_key") => taken_external_ids(db, issues, field).await,
-        _ => return error,
-    };
-    match explained {
-        Ok(Some(explained)) => explained,
-        // What was missing or taken is there or free by now.
-        Ok(None) => Error::Aborted {
-            reason: "CONFLICT",
-            message: "an assignee, label or external id was changed at this moment; try again".to_owned(),
-        },
-        Err(error) => error,
-    }
-}
-
-async fn missing_references(db: &Conn, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Result<Option<Error>> {
-    let assignees: Vec<Uuid> = issues.iter().filter_map(|issue| issue.assignee_id).collect();
-    let labels: Vec<Uuid> = issues.iter().flat_map(|issue| issue.label_ids.iter().copied()).collect();
-    let known_users = known_ids(db, "-- known_users\nSELECT id FROM users WHERE id = ANY($1)", &assignees).await?;
-    let known_labels = known_ids(db, "-- known_labels\nSELECT id FROM labels WHERE id = ANY($1)", &labels).await?;
-    let mut missing = Vec::new();
-    for (index, issue) in issues.iter().enumerate() {
-        if let Some(id) = issue.assignee_id.filter(|id| !known_users.contains(id)) {
-            missing.push(Resource::missing("user", format!("{}.assignee_id", field(index)), id));
-        }
-        for (nth, id) in issue.label_ids.iter().enumerate().filter(|(_, id)| !known_labels.contains(id)) {
-            missing.push(Resource::missing("label", format!("{}.label_ids[{nth}]", field(index)), id));
-        }
-    }
-    Ok(if missing.is_empty() { None } else { Some(Error::NotFound(missing)) })
-}
-
-async fn known_ids(db: &Conn, sql: &str, ids: &[Uuid]) -> Result<std::collections::HashSet<Uuid>> {
-    Ok(db.query(sql, &[&ids]).await?.iter().map(|row| row.get(0)).collect())
-}
-
-async fn taken_external_ids(db: &Conn, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Result<Option<Error>> {
-    const SQL: &str = "-- taken_external_ids
-        SELECT external_id FROM issues WHERE external_id = ANY($1)";
-    let wanted: Vec<&str> = issues.iter().filter_map(|issue| issue.external_id.as_deref()).collect();
-    let rows = db.query(SQL, &[&wanted]).await?;
-    // Those of the batch itself count too.
-    let mut taken: std::collections::HashSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    let mut clashes = Vec::new();
-    for (index, issue) in issues.iter().enumerate() {
-        if let Some(external_id) = &issue.external_id
-            && !taken.insert(external_id.clone())
-        {
-            let field = format!("{}.external_id", field(index));
-            clashes.push(Resource::taken("issue", "external id", field, external_id));
-        }
-    }
-    Ok(if clashes.is_empty() { None } else { Some(Error::AlreadyExists(clashes)) })
-}
-
-/// A change of one issue: what is none stays as it is.
-#[derive(Clone, Debug, Default)]
-pub struct IssueChange {
-    pub id: Uuid,
-    /// 0: any.
-    pub expected_version: i64,
-    pub title: Option<String>,
-    pub description: Option<String>,
-    pub status: Option<Status>,
-    pub priority: Option<Priority>,
-    pub assignee_id: Option<Option<Uuid>>,
-    /// Empty: none.
-    pub external_id: Option<String>,
-    /// True deletes the issue, false brings it back; everything else takes an issue that is not deleted.
-    pub delete: Option<bool>,
-}
-
-/// What became of one issue.
-#[derive(Clone, Copy, Debug)]
-pub struct Changed {
-    pub id: Uuid,
-    pub version: i64,
-    pub changed: bool,
-}
-
-/// The beginning of every statement that changes columns of issues: judges each change, and applies all or none. The
-/// trigger on issues does the rest: version, times, history.
-///
-/// Changes are judged by `locked`, which has the rows as they are once the locks are held; `issues` itself is seen as it
-/// was before the statement waited for them.
-macro_rules! change_issues {
-    ($name:literal, $select:expr) => {
-        concat!(
-            "-- ",
-            $name,
-            "
-        WITH wanted AS (
-            SELECT * FROM unnest($2::uuid[], $3::int8[], $4::text[], $5::text[], $6::int2[], $7::int2[], $8::bool[],
-                $9::uuid[], $10::text[], $11::bool[]) WITH ORDINALITY AS n (id, expected_version, title, description,
-                status, priority, sets_assignee, assignee_id, external_id, delete, nth)
-        ), locked AS (
-            SELECT i.* FROM issues i WHERE i.id = ANY($2) ORDER BY i.id FOR NO KEY UPDATE
-        ), judged AS (
-            SELECT n.*, o.version, CASE
-                WHEN o.id IS NULL THEN 'missing'
-                WHEN n.expected_version NOT IN (0, o.version) THEN 'stale'
-                WHEN n.delete IS NOT FALSE AND o.delete_time IS NOT NULL THEN 'deleted'
-                WHEN n.delete IS FALSE AND o.delete_time IS NULL THEN 'not deleted'
-            END AS problem,
-            n.title <> o.title OR n.description <> o.description OR n.status <> o.status OR n.priority <> o.priority
-                OR n.sets_assignee AND n.assignee_id IS DISTINCT FROM o.assignee_id
-                OR n.external_id <> coalesce(o.external_id, '') OR n.delete IS NOT NULL AS differs
-            FROM wanted n LEFT JOIN locked o ON o.id = n.id
-        ), changed AS (
-            UPDATE issues i SET
-                change_actor_id = $1,
-                title = coalesce(n.title, i.title),
-                description = coalesce(n.description, i.description),
-                status = coalesce(n.status, i.status),
-                priority = coalesce(n.priority, i.priority),
-                assignee_id = CASE WHEN n.sets_assignee THEN n.assignee_id ELSE i.assignee_id END,
-                external_id = CASE WHEN n.external_id IS NULL THEN i.external_id ELSE nullif(n.external_id, '') END,
-                delete_time = CASE WHEN n.delete IS NULL THEN i.delete_time WHEN n.delete THEN now() END
-            FROM judged n
-            WHERE i.id = n.id AND n.differs AND NOT EXISTS (SELECT FROM judged WHERE problem IS NOT NULL)
-            RETURNING i.*
-        )
-        ",
-            $select
-        )
-    };
-}
-
-/// Runs a statement of `change_issues!`.
-async fn run_change(db: &Conn, sql: &str, actor_id: Uuid, changes: &[IssueChange]) -> Result<Vec<Row>> {
-    let ids: Vec<Uuid> = changes.iter().map(|change| change.id).collect();
-    let expected_versions: Vec<i64> = changes.iter().map(|change| change.expected_version).collect();
-    let titles: Vec<Option<&str>> = changes.iter().map(|change| change.title.as_deref()).collect();
-    let descriptions: Vec<Option<&str>> = changes.iter().map(|change| change.description.as_deref()).collect();
-    let statuses: Vec<Option<i16>> = changes.iter().map(|change| change.status.map(|status| status as i16)).collect();
-    let priorities: Vec<Option<i16>> = changes.iter().map(|c| c.priority.map(|priority| priority as i16)).collect();
-    let sets_assignee: Vec<bool> = changes.iter().map(|change| change.assignee_id.is_some()).collect();
-    let assignee_ids: Vec<Option<Uuid>> = changes.iter().map(|change| change.assignee_id.flatten()).collect();
-    let external_ids: Vec<Option<&str>> = changes.iter().map(|change| change.external_id.as_deref()).collect();
-    let deletes: Vec<Option<bool>> = changes.iter().map(|change| change.delete).collect();
-    let params: Params = &[
-        &actor_id,
-        &ids,
-        &expected_versions,
-        &titles,
-        &descriptions,
-        &statuses,
-        &priorities,
-        &sets_assignee,
-        &assignee_ids,
-        &external_ids,
-        &deletes,
-    ];
-    db.query(sql, params).await
-}
-
-/// Changes one issue, and answers it as it is then. `field` names its id in errors.
-pub async fn update(db: &Conn, actor_id: Uuid, change: &IssueChange, field: &str) -> Result<Issue> {
-    const SQL: &str = change_issues!(
-        "update_issue",
-        concat!(
-            "SELECT n.problem, n.version, n.version <> (SELECT version FROM issues WHERE id = n.id), ",
-            issue_columns!(),
-            " FROM judged n LEFT JOIN LATERAL (
-                SELECT * FROM changed UNION ALL SELECT * FROM locked WHERE NOT EXISTS (SELECT FROM changed)
-            ) i ON true",
-            labels_of!("n.id")
-        )
-    );
-    let rows = run_change(db, SQL, actor_id, std::slice::from_ref(change)).await.map_err(|error| {
-        let assignee = change.assignee_id.flatten().unwrap_or_default();
-        let external_id = change.external_id.clone().unwrap_or_default();
-        error
-            .on_constraint("issues_assignee_id_fkey", || Error::not_found("user", "issue.assignee_id", assignee))
-            .on_constraint("issues_external_id_key", || {
-                Error::already_exists("issue", "external id", "issue.external_id", external_id)
-            })
-    })?;
-    let [row] = &rows[..] else { return Err(Error::Internal("a change of one issue gave no row")) };
-    check_problems([(row.get(0), row.get(1), change, field.to_owned())])?;
-    if row.get(2) {
-        // It was changed while the statement waited for it, and its labels are seen as they were before.
-        return get(db, change.id).await;
-    }
-    from_row_at(row, 3)
-}
-
-/// Changes issues, all or none; answers in order. `field(n)` names the nth id in errors.
-pub async fn bulk_update(
-    db: &Conn,
-    actor_id: Uuid,
-    changes: &[IssueChange],
-    field: impl Fn(usize) -> String,
-) -> Result<Vec<Changed>> {
-    const SQL: &str = change_issues!(
-        "bulk_update_issues",
-        "SELECT n.problem, coalesce(i.version, n.version), i.id IS NOT NULL
-         FROM judged n LEFT JOIN changed i ON i.id = n.id ORDER BY n.nth"
-    );
-    let rows = run_change(db, SQL, actor_id, changes).await?;
-    check_problems(
-        rows.iter()
-            .zip(changes)
-            .enumerate()
-            .map(|(index, (row, change))| (row.get(0), row.get(1), change, field(index))),
-    )?;
-    let changed = rows.iter().zip(changes);
-    Ok(changed.map(|(row, change)| Changed { id: change.id, version: row.get(1), changed: row.get(2) }).collect())
-}
-
-/// Tells everything of the gravest kind that is wrong: missing before stale before deleted.
-fn check_problems<'a>(
-    judged: impl IntoIterator<Item = (Option<&'a str>, Option<i64>, &'a IssueChange, String)>,
-) -> Result<()> {
-    let (mut missing, mut stale, mut misplaced) = (Vec::new(), Vec::new(), Vec::new());
-    for (problem, version, change, field) in judged {
-        match problem {
-            None => {}
-            Some("missing") => missing.push(Resource::missing("issue", field, change.id)),
-            Some("stale") => stale.push(StaleVersion {
-                field,
-                id: change.id,
-                expected: change.expected_version,
-                current: version.unwrap_or_default(),
-            }),
-            Some("not deleted") => {
-                misplaced.push(Violation::new(field, format!("issue \"{}\" is not deleted", change.id)))
-            }
-            Some(_) => misplaced.push(Violation::new(field, format!("issue \"{}\" is deleted", change.id))),
-        }
-    }
-    if !missing.is_empty() {
-        return Err(Error::NotFound(missing));
-    }
-    if !stale.is_empty() {
-        return Err(Error::VersionMismatch(stale));
-    }
-    if !misplaced.is_empty() {
-        return Err(Error::Precondition { reason: "ISSUE_STATE", violations: misplaced });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Request ids: a mutation's reply is kept with what it wrote, so that a retry gets the same answer and writes nothing.
 
+use std::collections::{HashMap, HashSet};
+
 use uuid::Uuid;
 
 use super::{Conn, Db, PooledConn, Tx};
@@ -95,7 +97,60 @@ async fn claim(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 3
     Ok(db.execute(SQL, &[&caller_id, &request_id, &&fingerprint[..]]).await? == 1)
 }
 
-async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Vec<u8>> {
+/// What [`claim`] says, of many. Of those with the same id the first may be new.
+pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<bool>> {
+    // In one order, so that two of these do not wait for each other.
+    const SQL: &str = "-- claim_requests
+        INSERT INTO requests (caller_id, request_id, fingerprint)
+        SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
+        ORDER BY caller_id, request_id
+        ON CONFLICT DO NOTHING RETURNING caller_id, request_id";
+    let mut wanted = HashMap::new();
+    for (caller_id, key) in keys {
+        if let Some((request_id, fingerprint)) = &key.request_id {
+            wanted.entry((*caller_id, *request_id)).or_insert(&fingerprint[..]);
+        }
+    }
+    let (ids, fingerprints): (Vec<(Uuid, Uuid)>, Vec<&[u8]>) = wanted.into_iter().unzip();
+    let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = ids.into_iter().unzip();
+    let rows = db.query(SQL, &[&caller_ids, &request_ids, &fingerprints]).await?;
+    let mut claimed: HashSet<(Uuid, Uuid)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let is_new = |(caller_id, key): &(Uuid, RequestKey)| match key.request_id {
+        Some((request_id, _)) => claimed.remove(&(*caller_id, request_id)),
+        None => true,
+    };
+    Ok(keys.iter().map(is_new).collect())
+}
+
+/// Keeps the replies of those that have one, and gives up the claims of those that have failed.
+pub(super) async fn keep_replies(db: &Conn, replies: &[(Uuid, Uuid, Option<Vec<u8>>)]) -> Result<()> {
+    const SQL: &str = "-- keep_replies
+        WITH n AS (
+            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, reply)
+        ), failed AS (
+            DELETE FROM requests r USING n
+            WHERE n.reply IS NULL AND r.caller_id = n.caller_id AND r.request_id = n.request_id RETURNING 1
+        ), kept AS (
+            UPDATE requests r SET reply = n.reply FROM n
+            WHERE n.reply IS NOT NULL AND r.caller_id = n.caller_id AND r.request_id = n.request_id RETURNING 1
+        )
+        SELECT (SELECT count(*) FROM failed) + (SELECT count(*) FROM kept)";
+    if replies.is_empty() {
+        return Ok(());
+    }
+    let caller_ids: Vec<Uuid> = replies.iter().map(|(caller_id, ..)| *caller_id).collect();
+    let request_ids: Vec<Uuid> = replies.iter().map(|(_, request_id, _)| *request_id).collect();
+    let bytes: Vec<Option<&[u8]>> = replies.iter().map(|(.., reply)| reply.as_deref()).collect();
+    let touched: i64 = db.query_one(SQL, &[&caller_ids, &request_ids, &bytes]).await?.get(0);
+    if touched == replies.len() as i64 { Ok(()) } else { Err(Error::Internal("the claim of a request id is gone")) }
+}
+
+pub(super) async fn stored_reply(
+    db: &Conn,
+    caller_id: Uuid,
+    request_id: Uuid,
+    fingerprint: [u8; 32],
+) -> Result<Vec<u8>> {
     const SQL: &str = "-- stored_reply
         SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
     // None: it was pruned between the claim and now, after a day or more.

@@ -5,7 +5,10 @@ use tonic::Request;
 use super::{Api, Reply, finish, fresh, issues::last_id};
 use crate::{
     auth::Caller,
-    db::comments::{self, CommentChange, NewComment},
+    db::{
+        comments::{self, CommentChange, NewComment},
+        rounds::Call,
+    },
     error::Error,
     pb::{
         Comment, CreateCommentRequest, DeleteCommentRequest, ListCommentsRequest, ListCommentsResponse, Role,
@@ -33,10 +36,9 @@ impl CommentService for Api {
         let content = check.required_text("comment.content", comment.content, COMMENT_CHARS_MAX);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let new = NewComment { issue_id, parent_id, content: &content };
-        let comment = comments::create(&tx, caller.user_id, &new).await?;
-        finish(tx, comment).await
+        let item = NewComment { author_id: caller.user_id, issue_id, parent_id, content };
+        let call = Call { caller_id: caller.user_id, key, item };
+        Ok(self.rounds.make(&self.rounds.comments, call).await?.into())
     }
 
     async fn list_comments(&self, request: Request<ListCommentsRequest>) -> Reply<ListCommentsResponse> {

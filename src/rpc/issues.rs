@@ -9,6 +9,7 @@ use crate::{
     db::{
         Conn, PageBounds, comments,
         issues::{self, IssueChange, NewIssue},
+        rounds::Call,
     },
     error::{Error, Resource, Result},
     filter,
@@ -24,8 +25,6 @@ use crate::{
     },
 };
 
-/// What a full view has of comments.
-const COMMENTS_IN_VIEW: PageBounds = PageBounds { rows_max: 1_000, bytes_max: RESPONSE_BYTES_MAX };
 /// The paths of `UpdateIssueRequest.update_mask`.
 const UPDATABLE: &[&str] = &["title", "description", "status", "priority", "assignee_id", "external_id"];
 
@@ -46,18 +45,15 @@ impl IssueService for Api {
         let mut check = Check::default();
         let key = check.mutation(&request);
         let issue = check.required("issue", request.issue);
-        let issue = new_issue(&mut check, "issue", issue);
+        let issue = new_issue(&mut check, &caller, "issue", issue);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        match issues::create(&tx, caller.user_id, std::slice::from_ref(&issue)).await {
-            Ok(mut issues) => finish(tx, issues.pop().ok_or(Error::Internal("a created issue gave no row"))?).await,
-            Err(error) => {
-                drop(tx);
-                Err(issues::explain_create(&*self.db.conn().await?, error, &[issue], |_| "issue".to_owned())
-                    .await
-                    .into())
-            }
+        let call = Call { caller_id: caller.user_id, key, item: issue.clone() };
+        match self.rounds.make(&self.rounds.creates, call).await {
+            Ok(issue) => Ok(issue.into()),
+            Err(error) => Err(issues::explain_create(&*self.db.conn().await?, error, &[issue], |_| "issue".to_owned())
+                .await
+                .into()),
         }
     }
 
@@ -76,12 +72,12 @@ impl IssueService for Api {
         }
         let field = |index: usize| format!("issues[{index}]");
         let new: Vec<NewIssue> = (request.issues.into_iter().enumerate())
-            .map(|(index, issue)| new_issue(&mut check, &field(index), issue))
+            .map(|(index, issue)| new_issue(&mut check, &caller, &field(index), issue))
             .collect();
         check.done()?;
 
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        match issues::create(&tx, caller.user_id, &new).await {
+        match issues::create(&tx, &new).await {
             Ok(issues) => {
                 let reply = BatchCreateIssuesResponse { issues };
                 // Checked before the commit: a client that cannot take the answer would not know what was filed.
@@ -105,8 +101,7 @@ impl IssueService for Api {
         let view = check.enumeration("view", request.view);
         check.done()?;
 
-        let db = self.db.conn().await?;
-        Ok(issue_in_view(&db, id, view).await?.into())
+        Ok(self.rounds.get(id, view).await?.into())
     }
 
     async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> Reply<BatchGetIssuesResponse> {
@@ -133,8 +128,14 @@ impl IssueService for Api {
         if view == IssueView::Full {
             let mut left = RESPONSE_BYTES_MAX - issues.iter().map(prost::Message::encoded_len).sum::<usize>();
             for (issue, id) in issues.iter_mut().zip(&ids) {
-                let page =
-                    comments::list(&db, *id, None, COMMENTS_IN_VIEW.rows_max as i64 + 1, COMMENTS_IN_VIEW).await?;
+                let page = comments::list(
+                    &db,
+                    *id,
+                    None,
+                    issues::COMMENTS_IN_VIEW.rows_max as i64 + 1,
+                    issues::COMMENTS_IN_VIEW,
+                )
+                .await?;
                 let bytes = page.items.iter().map(prost::Message::encoded_len).sum();
                 left = left.checked_sub(bytes).ok_or_else(|| response_too_large("ids"))?;
                 issue.comments = page.items;
@@ -168,20 +169,18 @@ impl IssueService for Api {
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
-        let change = issue_change(&mut check, &request);
+        let change = issue_change(&mut check, &caller, &request);
         let comment = comment_text(&mut check, request.comment);
         check.done()?;
 
-        let begun = match comment {
-            None => self.db.begin_single(caller.user_id, key).await?,
-            Some(_) => self.db.begin_mutation(caller.user_id, key).await?,
+        let Some(content) = comment else {
+            let call = Call { caller_id: caller.user_id, key, item: change };
+            return Ok(self.rounds.make(&self.rounds.updates, call).await?.into());
         };
-        let tx = fresh!(begun);
-        let mut issue = issues::update(&tx, caller.user_id, &change, "issue.id").await?;
-        if let Some(content) = comment {
-            comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
-            issue.comment_count += 1;
-        }
+        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
+        let mut issue = update_one(&tx, &change, "issue.id").await?;
+        comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
+        issue.comment_count += 1;
         finish(tx, issue).await
     }
 
@@ -190,11 +189,11 @@ impl IssueService for Api {
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
-        let change = deletion(&mut check, &request.id, request.expected_version, true);
+        let change = deletion(&mut check, &caller, &request.id, request.expected_version, true);
         check.done()?;
 
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let issue = issues::update(&tx, caller.user_id, &change, "id").await?;
+        let issue = update_one(&tx, &change, "id").await?;
         finish(tx, issue).await
     }
 
@@ -203,11 +202,11 @@ impl IssueService for Api {
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
-        let change = deletion(&mut check, &request.id, request.expected_version, false);
+        let change = deletion(&mut check, &caller, &request.id, request.expected_version, false);
         check.done()?;
 
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let issue = issues::update(&tx, caller.user_id, &change, "id").await?;
+        let issue = update_one(&tx, &change, "id").await?;
         finish(tx, issue).await
     }
 
@@ -216,7 +215,7 @@ impl IssueService for Api {
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
-        let changes = status_changes(&mut check, &request);
+        let changes = status_changes(&mut check, &caller, &request);
         let comment = comment_text(&mut check, request.comment);
         check.done()?;
 
@@ -225,7 +224,7 @@ impl IssueService for Api {
             Some(_) => self.db.begin_mutation(caller.user_id, key).await?,
         };
         let tx = fresh!(begun);
-        let results = issues::bulk_update(&tx, caller.user_id, &changes, |index| format!("ids[{index}]")).await?;
+        let results = issues::bulk_update(&tx, &changes, |index| format!("ids[{index}]")).await?;
         let changed: Vec<Uuid> = results.iter().filter(|result| result.changed).map(|result| result.id).collect();
         if let Some(content) = comment {
             comments::create_on_each(&tx, caller.user_id, &changed, &content).await?;
@@ -243,16 +242,9 @@ impl IssueService for Api {
     }
 }
 
-/// With its comments, if it is to be seen in full: two statements that go out together.
-async fn issue_in_view(db: &Conn, id: Uuid, view: IssueView) -> Result<Issue> {
-    if view != IssueView::Full {
-        return issues::get(db, id).await;
-    }
-    let limit = COMMENTS_IN_VIEW.rows_max as i64 + 1;
-    let (issue, comments) = tokio::join!(issues::get(db, id), comments::list(db, id, None, limit, COMMENTS_IN_VIEW));
-    let mut issue = issue?;
-    issue.comments = comments?.items;
-    Ok(issue)
+async fn update_one(db: &Conn, change: &IssueChange, field: &str) -> Result<Issue> {
+    let mut outcomes = issues::update_many(db, std::slice::from_ref(change), field).await?;
+    outcomes.pop().unwrap_or(Err(Error::Internal("a change gave no outcome")))
 }
 
 fn response_too_large(field: &'static str) -> Error {
@@ -268,10 +260,11 @@ pub(super) fn last_id(id: Option<&str>) -> Option<Vec<u8>> {
     Some(Uuid::try_parse(id?).ok()?.into_bytes().to_vec())
 }
 
-fn new_issue(check: &mut Check, field: &str, issue: Issue) -> NewIssue {
+fn new_issue(check: &mut Check, caller: &Caller, field: &str, issue: Issue) -> NewIssue {
     let status: Status = check.enumeration(format!("{field}.status"), issue.status);
     let external_id = check.text(format!("{field}.external_id"), issue.external_id, EXTERNAL_ID_CHARS_MAX);
     NewIssue {
+        reporter_id: caller.user_id,
         title: check.required_text(format!("{field}.title"), issue.title, TITLE_CHARS_MAX),
         description: check.text(format!("{field}.description"), issue.description, DESCRIPTION_CHARS_MAX),
         status: if status == Status::Unspecified { Status::Open } else { status },
@@ -282,9 +275,10 @@ fn new_issue(check: &mut Check, field: &str, issue: Issue) -> NewIssue {
     }
 }
 
-fn issue_change(check: &mut Check, request: &UpdateIssueRequest) -> IssueChange {
+fn issue_change(check: &mut Check, caller: &Caller, request: &UpdateIssueRequest) -> IssueChange {
     let issue = check.required("issue", request.issue.clone());
     let mut change = IssueChange {
+        actor_id: caller.user_id,
         id: check.uuid("issue.id", &issue.id),
         expected_version: check.expected_version("expected_version", request.expected_version),
         ..IssueChange::default()
@@ -326,8 +320,9 @@ fn issue_change(check: &mut Check, request: &UpdateIssueRequest) -> IssueChange 
     change
 }
 
-fn deletion(check: &mut Check, id: &str, expected_version: i64, delete: bool) -> IssueChange {
+fn deletion(check: &mut Check, caller: &Caller, id: &str, expected_version: i64, delete: bool) -> IssueChange {
     IssueChange {
+        actor_id: caller.user_id,
         id: check.uuid("id", id),
         expected_version: check.expected_version("expected_version", expected_version),
         delete: Some(delete),
@@ -335,7 +330,7 @@ fn deletion(check: &mut Check, id: &str, expected_version: i64, delete: bool) ->
     }
 }
 
-fn status_changes(check: &mut Check, request: &BulkUpdateStatusRequest) -> Vec<IssueChange> {
+fn status_changes(check: &mut Check, caller: &Caller, request: &BulkUpdateStatusRequest) -> Vec<IssueChange> {
     let ids = check.uuids("ids", &request.ids, 1, BATCH_ITEMS_MAX);
     let status = required_status(check, "status", request.status);
     let versions = &request.expected_versions;
@@ -345,6 +340,7 @@ fn status_changes(check: &mut Check, request: &BulkUpdateStatusRequest) -> Vec<I
         check.fail("expected_versions", message);
     }
     let mut change = |(index, id): (usize, Uuid)| IssueChange {
+        actor_id: caller.user_id,
         id,
         expected_version: versions
             .get(index)
