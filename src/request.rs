@@ -116,6 +116,8 @@ impl Check {
         let value = value?;
         let time = u32::try_from(value.nanos)
             .ok()
+            // chrono would take more as a leap second.
+            .filter(|nanos| *nanos < 1_000_000_000)
             .and_then(|nanos| DateTime::from_timestamp(value.seconds, nanos))
             // What both PostgreSQL and RFC 3339 can hold.
             .filter(|time| (1..=9999).contains(&chrono::Datelike::year(time)));
