@@ -118,14 +118,17 @@ pub async fn change_issue_labels(
         FROM changed, (SELECT unnest($3::uuid[])::text, NULL UNION ALL SELECT NULL, unnest($4::uuid[])::text)
             AS n (old_value, new_value)";
 
-    // In this order on the wire, whichever statements have yet to be prepared.
+    // In this order on the wire, whichever statements have yet to be prepared. Labels before issues, as a deletion of a
+    // label locks them: the other order would deadlock with it.
     let (of_issue, of_labels): (Params, Params) = (&[&issue_id], &[&label_ids]);
-    let (issue, known, carried) = tokio::join!(
+    let (known, issue, carried) = tokio::join!(
         biased;
-        db.query_opt(LOCK, of_issue),
         db.query(KNOWN, of_labels),
+        db.query_opt(LOCK, of_issue),
         db.query(CARRIED, of_issue)
     );
+    // The first that fails is why the others do.
+    let known: HashSet<Uuid> = known?.iter().map(|row| row.get(0)).collect();
     let issue = issue?.ok_or_else(|| Error::not_found("issue", "issue_id", issue_id))?;
     let (version, deleted): (i64, bool) = (issue.get(0), issue.get(1));
     if expected_version != 0 && expected_version != version {
@@ -136,7 +139,6 @@ pub async fn change_issue_labels(
     if deleted {
         return Err(Error::precondition("ISSUE_STATE", "issue_id", format!("issue \"{issue_id}\" is deleted")));
     }
-    let known: HashSet<Uuid> = known?.iter().map(|row| row.get(0)).collect();
     let missing: Vec<Resource> = (label_ids.iter().enumerate())
         .filter(|(_, id)| !known.contains(id))
         .map(|(nth, id)| Resource::missing("label", format!("label_ids[{nth}]"), id))
