@@ -1,1 +1,466 @@
+//! `CommentService`.
 
+use issue_tracker::pb::{
+    Comment, CreateCommentRequest, DeleteCommentRequest, DeleteIssueRequest, ListCommentsRequest, ListCommentsResponse,
+    Role, UpdateCommentRequest,
+};
+use prost::Message;
+use prost_types::FieldMask;
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use crate::harness::{Client, Tracker, assert_error, assert_invalid};
+
+/// What clients take by default.
+const CLIENT_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// A comment that begins a thread.
+fn on(issue_id: &str, content: &str) -> Comment {
+    Comment { issue_id: issue_id.to_owned(), content: content.to_owned(), ..Comment::default() }
+}
+
+fn reply_to(parent: &Comment, content: &str) -> Comment {
+    Comment { parent_id: parent.id.clone(), ..on(&parent.issue_id, content) }
+}
+
+async fn add(client: &Client, comment: Comment) -> Result<Comment, Status> {
+    let request = CreateCommentRequest { comment: Some(comment), ..Default::default() };
+    client.comments().create_comment(request).await.map(tonic::Response::into_inner)
+}
+
+/// Sets the text of a comment; no mask.
+fn edit(id: &str, content: &str) -> UpdateCommentRequest {
+    let comment = Comment { id: id.to_owned(), content: content.to_owned(), ..Comment::default() };
+    UpdateCommentRequest { comment: Some(comment), ..Default::default() }
+}
+
+async fn update(client: &Client, request: UpdateCommentRequest) -> Result<Comment, Status> {
+    client.comments().update_comment(request).await.map(tonic::Response::into_inner)
+}
+
+async fn delete(client: &Client, id: &str) -> Result<Comment, Status> {
+    let request = DeleteCommentRequest { id: id.to_owned(), ..Default::default() };
+    client.comments().delete_comment(request).await.map(tonic::Response::into_inner)
+}
+
+async fn list(client: &Client, issue_id: &str, size: i32, token: &str) -> Result<ListCommentsResponse, Status> {
+    let request = ListCommentsRequest { issue_id: issue_id.to_owned(), page_size: size, page_token: token.to_owned() };
+    client.comments().list_comments(request).await.map(tonic::Response::into_inner)
+}
+
+/// All comments, page by page.
+async fn list_all(client: &Client, issue_id: &str, size: i32) -> Vec<Comment> {
+    let mut all = Vec::new();
+    let mut token = String::new();
+    loop {
+        let page = list(client, issue_id, size, &token).await.unwrap();
+        assert!(!page.comments.is_empty() || token.is_empty(), "a token leads to an empty page");
+        all.extend(page.comments);
+        token = page.next_page_token;
+        if token.is_empty() {
+            return all;
+        }
+    }
+}
+
+async fn delete_issue(client: &Client, id: &str) {
+    let request = DeleteIssueRequest { id: id.to_owned(), ..Default::default() };
+    client.issues().delete_issue(request).await.unwrap();
+}
+
+fn contents(comments: &[Comment]) -> Vec<&str> {
+    comments.iter().map(|comment| &*comment.content).collect()
+}
+
+/// What the table has of a comment.
+async fn stored_content(tracker: &Tracker, id: &str) -> String {
+    let id: Uuid = id.parse().unwrap();
+    tracker.sql("SELECT content FROM comments WHERE id = $1", &[&id]).await[0].get(0)
+}
+
+#[tokio::test]
+async fn a_comment_is_its_callers_whatever_the_request_says() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.admin.file("crash").await;
+    let pretended = Comment {
+        id: Uuid::now_v7().to_string(),
+        author_id: tracker.admin.user.id.clone(),
+        author_username: "admin".to_owned(),
+        delete_time: Some(prost_types::Timestamp::default()),
+        ..on(&issue.id, "me too")
+    };
+
+    let comment = add(&tracker.member, pretended.clone()).await.unwrap();
+
+    assert_eq!((&*comment.author_username, &comment.author_id), ("member", &tracker.member.user.id));
+    assert_eq!((&*comment.content, &comment.issue_id, &*comment.parent_id), ("me too", &issue.id, ""));
+    assert_ne!(comment.id, pretended.id);
+    assert_eq!((comment.update_time, comment.delete_time), (comment.create_time, None));
+    assert_eq!(tracker.viewer.get(&issue.id).await.comments, [comment]);
+}
+
+#[tokio::test]
+async fn comments_are_counted_but_leave_the_issue_as_it_was() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let first = tracker.member.comment(&issue.id, "one").await;
+    tracker.member.comment(&issue.id, "two").await;
+    update(&tracker.member, edit(&first.id, "uno")).await.unwrap();
+    assert_eq!(tracker.member.get(&issue.id).await.comment_count, 2);
+
+    delete(&tracker.member, &first.id).await.unwrap();
+
+    let mut now = tracker.member.get(&issue.id).await;
+    assert_eq!((now.comment_count, now.comments.len()), (1, 2));
+    (now.comment_count, now.comments) = (0, Vec::new());
+    assert_eq!(now, issue);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, 0);
+}
+
+#[tokio::test]
+async fn replies_name_their_parents_at_any_depth() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let thread = tracker.member.comment(&issue.id, "why?").await;
+    let reply = add(&tracker.admin, reply_to(&thread, "because")).await.unwrap();
+    let deeper = add(&tracker.member, reply_to(&reply, "why?")).await.unwrap();
+    let later = add(&tracker.member, reply_to(&thread, "still why?")).await.unwrap();
+
+    let parents = [&reply, &deeper, &later].map(|comment| &comment.parent_id);
+    assert_eq!(parents, [&thread.id, &reply.id, &thread.id]);
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [thread, reply, deeper, later]);
+}
+
+#[tokio::test]
+async fn a_parent_on_another_issue_is_invalid() {
+    let tracker = Tracker::start().await;
+    let (here, there) = (tracker.member.file("here").await, tracker.member.file("there").await);
+    let parent = tracker.member.comment(&there.id, "over there").await;
+
+    let astray = add(&tracker.member, Comment { issue_id: here.id, ..reply_to(&parent, "hello?") }).await;
+
+    let status = assert_invalid(astray, &["comment.parent_id"]);
+    assert!(status.message().contains(&parent.id), "{status:?}");
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 1);
+}
+
+#[tokio::test]
+async fn a_missing_issue_or_parent_is_not_found() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let nowhere = Uuid::now_v7().to_string();
+
+    let no_issue = add(&tracker.member, on(&nowhere, "hello?")).await;
+    assert_error(no_issue, Code::NotFound, "NOT_FOUND");
+    let no_parent = add(&tracker.member, Comment { parent_id: nowhere, ..on(&issue.id, "hello?") }).await;
+    let status = assert_error(no_parent, Code::NotFound, "NOT_FOUND");
+    assert!(status.message().starts_with("comment.parent_id"), "{status:?}");
+    // An issue's id is not a comment's.
+    let not_a_comment = add(&tracker.member, Comment { parent_id: issue.id.clone(), ..on(&issue.id, "hello?") }).await;
+    assert_error(not_a_comment, Code::NotFound, "NOT_FOUND");
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 0);
+}
+
+#[tokio::test]
+async fn all_that_is_wrong_with_a_comment_is_told_at_once() {
+    let tracker = Tracker::start().await;
+    let comment = Comment { issue_id: "7".into(), parent_id: "8".into(), ..Comment::default() };
+
+    let all = ["comment.issue_id", "comment.parent_id", "comment.content"];
+    assert_invalid(add(&tracker.member, comment).await, &all);
+    let nothing = tracker.member.comments().create_comment(CreateCommentRequest::default()).await;
+    assert_eq!(crate::harness::bad_fields(&nothing.unwrap_err())[0], "comment");
+}
+
+#[tokio::test]
+async fn a_deleted_parent_and_a_deleted_issue_take_no_comments() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let parent = tracker.member.comment(&issue.id, "why?").await;
+    delete(&tracker.member, &parent.id).await.unwrap();
+    let reply = add(&tracker.member, reply_to(&parent, "because")).await;
+    assert_error(reply, Code::FailedPrecondition, "COMMENT_DELETED");
+
+    delete_issue(&tracker.member, &issue.id).await;
+    let comment = add(&tracker.member, on(&issue.id, "too late")).await;
+    assert_error(comment, Code::FailedPrecondition, "ISSUE_STATE");
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 1);
+}
+
+#[tokio::test]
+async fn content_is_1_to_16384_characters_kept_as_written() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    for bad in ["", " \t\r\n\u{a0}\u{3000}", "nul\0", &"é".repeat(16_385)] {
+        assert_invalid(add(&tracker.member, on(&issue.id, bad)).await, &["comment.content"]);
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 0);
+
+    let good = ["'); DROP TABLE comments; --", " spaces around \r\n", "$1 \\ %s 😀 \u{202e}", &"😀".repeat(16_384)];
+    for content in good {
+        let comment = add(&tracker.member, on(&issue.id, content)).await.unwrap();
+        assert_eq!(comment.content, content);
+    }
+    assert_eq!(contents(&list_all(&tracker.viewer, &issue.id, 0).await), good);
+}
+
+#[tokio::test]
+async fn pages_are_oldest_first_whatever_is_written_meanwhile() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let other = tracker.member.file("other").await;
+    let mut comments = Vec::new();
+    for n in 0..6 {
+        comments.push(tracker.member.comment(&issue.id, &n.to_string()).await);
+        tracker.member.comment(&other.id, "elsewhere").await;
+    }
+
+    let first = list(&tracker.viewer, &issue.id, 3, "").await.unwrap();
+    assert_eq!(first.comments, comments[..3]);
+    // Before the page's end, behind it, at the end.
+    for index in [2, 3] {
+        delete(&tracker.member, &comments[index].id).await.unwrap();
+    }
+    let second = list(&tracker.viewer, &issue.id, 3, &first.next_page_token).await.unwrap();
+    assert_eq!(contents(&second.comments), ["", "4", "5"]);
+    assert_eq!(second.next_page_token, "", "there is nothing behind the last full page");
+    tracker.member.comment(&issue.id, "6").await;
+    assert_eq!(contents(&list_all(&tracker.viewer, &issue.id, 3).await), ["0", "1", "", "", "4", "5", "6"]);
+}
+
+#[tokio::test]
+async fn a_deleted_comment_keeps_its_place_and_its_text_is_gone() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let secret = tracker.member.comment(&issue.id, "my password is hunter2").await;
+    let reply = add(&tracker.admin, reply_to(&secret, "oh")).await.unwrap();
+
+    let deleted = delete(&tracker.member, &secret.id).await.unwrap();
+
+    assert!(deleted.delete_time.is_some());
+    let kept = Comment {
+        content: String::new(),
+        update_time: deleted.update_time,
+        delete_time: deleted.delete_time,
+        ..secret.clone()
+    };
+    assert_eq!(deleted, kept);
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [deleted.clone(), reply.clone()]);
+    assert_eq!(tracker.viewer.get(&issue.id).await.comments, [deleted, reply]);
+    let kept = "SELECT count(*) FROM comments c WHERE c::text LIKE '%hunter2%'";
+    assert_eq!(tracker.count(kept).await, 0);
+}
+
+#[tokio::test]
+async fn a_page_token_serves_its_own_issue_alone() {
+    let tracker = Tracker::start().await;
+    let (one, other) = (tracker.member.file("one").await, tracker.member.file("other").await);
+    for issue in [&one, &other, &one, &other] {
+        tracker.member.comment(&issue.id, "text").await;
+    }
+    let token = list(&tracker.viewer, &one.id, 1, "").await.unwrap().next_page_token;
+
+    assert_invalid(list(&tracker.viewer, &other.id, 1, &token).await, &["page_token"]);
+    assert_invalid(list(&tracker.viewer, &one.id, 1, &format!("{token}A")).await, &["page_token"]);
+    assert_invalid(list(&tracker.viewer, &one.id, -1, "1").await, &["page_size", "page_token"]);
+    assert_eq!(list(&tracker.viewer, &one.id, 1, &token).await.unwrap().comments.len(), 1);
+}
+
+#[tokio::test]
+async fn an_issue_without_comments_is_empty_and_a_missing_one_not_found() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("quiet").await;
+
+    assert_eq!(list(&tracker.viewer, &issue.id, 0, "").await.unwrap(), ListCommentsResponse::default());
+    let missing = list(&tracker.viewer, &Uuid::now_v7().to_string(), 0, "").await;
+    assert_error(missing, Code::NotFound, "NOT_FOUND");
+    assert_invalid(list(&tracker.viewer, "", 0, "").await, &["issue_id"]);
+}
+
+#[tokio::test]
+async fn comments_of_a_deleted_issue_are_read_but_not_changed() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let comment = tracker.member.comment(&issue.id, "text").await;
+    delete_issue(&tracker.member, &issue.id).await;
+
+    let edited = update(&tracker.admin, edit(&comment.id, "changed")).await;
+    assert_error(edited, Code::FailedPrecondition, "ISSUE_STATE");
+    assert_error(delete(&tracker.member, &comment.id).await, Code::FailedPrecondition, "ISSUE_STATE");
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [comment]);
+}
+
+#[tokio::test]
+async fn author_and_administrator_change_a_comment() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let written = tracker.member.comment(&issue.id, "teh").await;
+
+    let by_author = update(&tracker.member, edit(&written.id, "the")).await.unwrap();
+    let expected = Comment { content: "the".into(), update_time: by_author.update_time, ..written.clone() };
+    assert_eq!(by_author, expected);
+    assert_ne!(by_author.update_time, written.update_time);
+    let unchanged = update(&tracker.member, edit(&written.id, "the")).await.unwrap();
+    assert_eq!(unchanged, by_author, "the same text is no change");
+    let by_admin = update(&tracker.admin, edit(&written.id, "[moderated]")).await.unwrap();
+    assert_eq!((&*by_admin.author_username, &*by_admin.content), ("member", "[moderated]"));
+    assert_eq!(stored_content(&tracker, &written.id).await, "[moderated]");
+    delete(&tracker.admin, &written.id).await.unwrap();
+    assert_eq!(stored_content(&tracker, &written.id).await, "");
+}
+
+#[tokio::test]
+async fn another_member_may_not_change_or_delete_a_comment() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let comment = tracker.member.comment(&issue.id, "mine").await;
+    let other = tracker.user("other", Role::Member).await;
+
+    let edited = update(&other, edit(&comment.id, "yours")).await;
+    assert_error(edited, Code::PermissionDenied, "PERMISSION_DENIED");
+    assert_error(delete(&other, &comment.id).await, Code::PermissionDenied, "PERMISSION_DENIED");
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [comment]);
+}
+
+#[tokio::test]
+async fn a_deleted_comment_is_not_changed_again() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let comment = tracker.member.comment(&issue.id, "text").await;
+    let deleted = delete(&tracker.member, &comment.id).await.unwrap();
+
+    let edited = update(&tracker.admin, edit(&comment.id, "back")).await;
+    assert_error(edited, Code::FailedPrecondition, "COMMENT_DELETED");
+    assert_error(delete(&tracker.member, &comment.id).await, Code::FailedPrecondition, "COMMENT_DELETED");
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [deleted]);
+    let nowhere = Uuid::now_v7().to_string();
+    assert_error(update(&tracker.member, edit(&nowhere, "x")).await, Code::NotFound, "NOT_FOUND");
+    assert_error(delete(&tracker.member, &nowhere).await, Code::NotFound, "NOT_FOUND");
+}
+
+#[tokio::test]
+async fn content_is_the_only_path_of_an_update() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let comment = tracker.member.comment(&issue.id, "text").await;
+    let masked = |paths: &[&str], content: &str| UpdateCommentRequest {
+        update_mask: Some(FieldMask { paths: paths.iter().map(|path| (*path).to_owned()).collect() }),
+        ..edit(&comment.id, content)
+    };
+
+    let bad = update(&tracker.member, masked(&["content", "author_id", "Content"], "changed")).await;
+    let status = assert_invalid(bad, &["update_mask.paths[1]", "update_mask.paths[2]"]);
+    assert!(status.message().contains("\"author_id\""), "{status:?}");
+    assert_invalid(update(&tracker.member, masked(&["content"], "")).await, &["comment.content"]);
+    assert_invalid(update(&tracker.member, edit(&comment.id, "")).await, &["comment.content"]);
+    assert_eq!(stored_content(&tracker, &comment.id).await, "text");
+    for (paths, content) in [(&["content"], "one"), (&["*"], "two")] {
+        assert_eq!(update(&tracker.member, masked(paths, content)).await.unwrap().content, content);
+    }
+}
+
+/// Puts comments on an issue, many at once, as `member`.
+async fn flood(tracker: &Tracker, issue_id: &str, count: i64, content: &str) {
+    let (issue, author): (Uuid, Uuid) = (issue_id.parse().unwrap(), tracker.member.user.id.parse().unwrap());
+    let sql = "INSERT INTO comments (id, issue_id, author_id, content)
+        SELECT ('01980a3e-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, $1, $2, n || $4::text
+        FROM generate_series(1, $3::int8) n";
+    tracker.sql(sql, &[&issue, &author, &count, &content]).await;
+}
+
+#[tokio::test]
+async fn a_full_view_has_the_first_thousand_comments_and_lists_have_all() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("flame war").await;
+    flood(&tracker, &issue.id, 1_003, "!").await;
+
+    let issue = tracker.viewer.get(&issue.id).await;
+    let all = list_all(&tracker.viewer, &issue.id, 5_000).await;
+
+    assert_eq!((issue.comment_count, all.len()), (1_003, 1_003));
+    assert_eq!(issue.comments, all[..1_000]);
+    assert_eq!((&*all[0].content, &*all[1_002].content), ("1!", "1003!"));
+    assert_eq!(list(&tracker.viewer, &issue.id, 5_000, "").await.unwrap().comments.len(), 1_000);
+    assert_eq!(list(&tracker.viewer, &issue.id, 0, "").await.unwrap().comments.len(), 50);
+}
+
+#[tokio::test]
+async fn long_comments_make_short_pages_that_clients_can_take() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("essays").await;
+    flood(&tracker, &issue.id, 70, &"😀".repeat(16_380)).await;
+
+    let page = list(&tracker.viewer, &issue.id, 1_000, "").await.unwrap();
+    assert!(page.encoded_len() < CLIENT_BYTES_MAX && page.comments.len() > 40, "{}", page.comments.len());
+    let all = list_all(&tracker.viewer, &issue.id, 1_000).await;
+    let numbers: Vec<usize> = all.iter().map(|c| c.content.trim_end_matches('😀').parse().unwrap()).collect();
+    assert_eq!(numbers, (1..=70).collect::<Vec<_>>());
+    let issue = tracker.viewer.get(&issue.id).await;
+    assert!(issue.encoded_len() < CLIENT_BYTES_MAX);
+    assert_eq!((issue.comments.len(), issue.comment_count), (page.comments.len(), 70));
+}
+
+#[tokio::test]
+async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let comment = tracker.member.comment(&issue.id, "text").await;
+    let mut client = tracker.member.comments();
+
+    let create =
+        CreateCommentRequest { comment: Some(reply_to(&comment, "re")), validate_only: true, ..Default::default() };
+    let tried = client.create_comment(create.clone()).await.unwrap().into_inner();
+    assert_eq!((&*tried.content, &tried.parent_id), ("re", &comment.id));
+    let tried = update(&tracker.member, UpdateCommentRequest { validate_only: true, ..edit(&comment.id, "new") }).await;
+    assert_eq!(tried.unwrap().content, "new");
+    let delete = DeleteCommentRequest { id: comment.id.clone(), validate_only: true, ..Default::default() };
+    assert!(client.delete_comment(delete).await.unwrap().into_inner().delete_time.is_some());
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [comment]);
+
+    delete_issue(&tracker.member, &issue.id).await;
+    assert_error(client.create_comment(create).await, Code::FailedPrecondition, "ISSUE_STATE");
+}
+
+#[tokio::test]
+async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let id = || Uuid::new_v4().to_string();
+    let mut client = tracker.member.comments();
+
+    let create = CreateCommentRequest { comment: Some(on(&issue.id, "once")), request_id: id(), ..Default::default() };
+    let created = client.create_comment(create.clone()).await.unwrap().into_inner();
+    let edit = UpdateCommentRequest { request_id: id(), ..edit(&created.id, "twice") };
+    let edited = update(&tracker.member, edit.clone()).await.unwrap();
+    let delete = DeleteCommentRequest { id: created.id.clone(), request_id: id(), ..Default::default() };
+    let deleted = client.delete_comment(delete.clone()).await.unwrap().into_inner();
+
+    assert_eq!(client.create_comment(create.clone()).await.unwrap().into_inner(), created);
+    assert_eq!(update(&tracker.member, edit).await.unwrap(), edited);
+    assert_eq!(client.delete_comment(delete).await.unwrap().into_inner(), deleted);
+    let other = CreateCommentRequest { comment: Some(on(&issue.id, "other")), ..create };
+    assert_error(client.create_comment(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [deleted]);
+}
+
+#[tokio::test]
+async fn an_edit_that_meets_a_deletion_never_brings_text_back() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    for round in 0..25 {
+        let comment = tracker.member.comment(&issue.id, "text").await;
+        let edits = async { update(&tracker.admin, edit(&comment.id, "edited")).await };
+        let (edited, deleted) = match round % 2 {
+            0 => tokio::join!(edits, delete(&tracker.member, &comment.id)),
+            _ => {
+                let (deleted, edited) = tokio::join!(delete(&tracker.member, &comment.id), edits);
+                (edited, deleted)
+            }
+        };
+        deleted.unwrap();
+        if let Err(status) = edited {
+            assert_error(Err::<(), _>(status), Code::FailedPrecondition, "COMMENT_DELETED");
+        }
+        assert_eq!(stored_content(&tracker, &comment.id).await, "");
+    }
+}
