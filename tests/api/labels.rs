@@ -1,1 +1,474 @@
+//! `LabelService`.
 
+use issue_tracker::pb::{
+    AddIssueLabelsRequest, CreateLabelRequest, DeleteIssueRequest, DeleteLabelRequest, Issue, Label, ListLabelsRequest,
+    ListLabelsResponse, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, UpdateIssueRequest, UpdateLabelRequest,
+};
+use prost_types::FieldMask;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+use uuid::Uuid;
+
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, eventually};
+
+async fn create(client: &Client, name: &str, description: &str) -> Result<Label, Status> {
+    let label = Label { id: String::new(), name: name.to_owned(), description: description.to_owned() };
+    let request = CreateLabelRequest { label: Some(label), ..Default::default() };
+    client.labels().create_label(request).await.map(tonic::Response::into_inner)
+}
+
+async fn update(client: &Client, label: Label, paths: &[&str]) -> Result<Label, Status> {
+    let mask = FieldMask { paths: paths.iter().map(|path| (*path).to_owned()).collect() };
+    let request = UpdateLabelRequest { label: Some(label), update_mask: Some(mask), ..Default::default() };
+    client.labels().update_label(request).await.map(tonic::Response::into_inner)
+}
+
+async fn delete(client: &Client, id: &str, force: bool) -> Result<i32, Status> {
+    let request = DeleteLabelRequest { id: id.to_owned(), force, ..Default::default() };
+    client.labels().delete_label(request).await.map(|response| response.into_inner().issue_count)
+}
+
+async fn list(client: &Client, page_size: i32, page_token: &str) -> Result<ListLabelsResponse, Status> {
+    let request = ListLabelsRequest { page_size, page_token: page_token.to_owned() };
+    client.labels().list_labels(request).await.map(tonic::Response::into_inner)
+}
+
+async fn add(client: &Client, issue: &Issue, labels: &[&Label]) -> Result<Issue, Status> {
+    let request = AddIssueLabelsRequest { issue_id: issue.id.clone(), label_ids: ids(labels), ..Default::default() };
+    client.labels().add_issue_labels(request).await.map(tonic::Response::into_inner)
+}
+
+async fn remove(client: &Client, issue: &Issue, labels: &[&Label]) -> Result<Issue, Status> {
+    let request = RemoveIssueLabelsRequest { issue_id: issue.id.clone(), label_ids: ids(labels), ..Default::default() };
+    client.labels().remove_issue_labels(request).await.map(tonic::Response::into_inner)
+}
+
+async fn replace(client: &Client, issue: &Issue, labels: &[&Label]) -> Result<Issue, Status> {
+    let request =
+        ReplaceIssueLabelsRequest { issue_id: issue.id.clone(), label_ids: ids(labels), ..Default::default() };
+    client.labels().replace_issue_labels(request).await.map(tonic::Response::into_inner)
+}
+
+fn ids(labels: &[&Label]) -> Vec<String> {
+    labels.iter().map(|label| label.id.clone()).collect()
+}
+
+fn names(labels: &[Label]) -> Vec<&str> {
+    labels.iter().map(|label| &*label.name).collect()
+}
+
+/// Makes labels with these names.
+async fn labels<const N: usize>(client: &Client, names: [&str; N]) -> [Label; N] {
+    let mut labels = Vec::new();
+    for name in names {
+        labels.push(client.label(name).await);
+    }
+    labels.try_into().unwrap()
+}
+
+const LINKS: &str = "SELECT count(*) FROM issue_labels";
+const EVENTS: &str = "SELECT count(*) FROM issue_events";
+
+#[tokio::test]
+async fn a_name_is_1_to_50_characters_without_semicolon_or_space_at_its_ends() {
+    let tracker = Tracker::start().await;
+    for bad in ["", "  ", "a;b", ";", " bug", "bug\n", "\u{3000}bug", "nul\0", &"é".repeat(51)] {
+        assert_invalid(create(&tracker.member, bad, "").await, &["label.name"]);
+    }
+    assert_invalid(create(&tracker.member, "a;b", &"x".repeat(256)).await, &["label.name", "label.description"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 0);
+
+    for good in [&*"é".repeat(50), "😀 two words", "'; DROP TABLE labels --".replace(';', ",").as_str()] {
+        let label = create(&tracker.member, good, &"é".repeat(255)).await.unwrap();
+        assert_eq!((label.name, label.description.chars().count()), (good.to_owned(), 255));
+    }
+}
+
+#[tokio::test]
+async fn a_name_is_taken_in_whatever_case() {
+    let tracker = Tracker::start().await;
+    let [_, summer] = labels(&tracker.member, ["Bug", "été"]).await;
+    for taken in ["Bug", "bUG", "ÉTÉ"] {
+        let status = assert_error(create(&tracker.member, taken, "").await, Code::AlreadyExists, "ALREADY_EXISTS");
+        let details = status.get_error_details();
+        assert_eq!(details.resource_info().map(|info| &*info.resource_name), Some(taken), "{status:?}");
+    }
+    let renamed = update(&tracker.member, Label { name: "BUG".into(), ..summer.clone() }, &["name"]).await;
+    assert_error(renamed, Code::AlreadyExists, "ALREADY_EXISTS");
+
+    // Its own name in another case is free for it.
+    let label = update(&tracker.member, Label { name: "Été".into(), ..summer }, &["name"]).await.unwrap();
+    assert_eq!(label.name, "Été");
+    assert_eq!(names(&list(&tracker.viewer, 0, "").await.unwrap().labels), ["Bug", "Été"]);
+}
+
+#[tokio::test]
+async fn an_update_sets_what_the_mask_names_and_no_issue_changes() {
+    let tracker = Tracker::start().await;
+    let label = create(&tracker.member, "bug", "a fault").await.unwrap();
+    let issue = tracker.member.file_as(Issue { title: "crash".into(), label_ids: ids(&[&label]), ..Issue::default() });
+    let issue = issue.await;
+    let to = |name: &str, text: &str| Label { id: label.id.clone(), name: name.into(), description: text.into() };
+
+    assert_eq!(update(&tracker.member, to("defect", "x"), &["name"]).await.unwrap(), to("defect", "a fault"));
+    assert_eq!(update(&tracker.member, to("", "y"), &[]).await.unwrap(), to("defect", "y"), "the populated fields");
+    assert_eq!(update(&tracker.member, to("", ""), &["description"]).await.unwrap(), to("defect", ""), "cleared");
+    assert_eq!(update(&tracker.member, to("bug", "z"), &["*"]).await.unwrap(), to("bug", "z"));
+
+    assert_invalid(update(&tracker.member, to("", ""), &["name"]).await, &["label.name"]);
+    assert_invalid(update(&tracker.member, to("", ""), &[]).await, &["update_mask"]);
+    assert_invalid(update(&tracker.member, to("x", ""), &["id", "name"]).await, &["update_mask.paths[0]"]);
+    let nowhere = Label { id: Uuid::now_v7().to_string(), ..to("x", "") };
+    assert_error(update(&tracker.member, nowhere, &["name"]).await, Code::NotFound, "NOT_FOUND");
+    assert_eq!(tracker.member.get(&issue.id).await, Issue { labels: vec![to("bug", "z")], ..issue });
+}
+
+#[tokio::test]
+async fn pages_are_by_name_in_whatever_case_and_whatever_is_written_meanwhile() {
+    let tracker = Tracker::start().await;
+    let [banana, ..] = labels(&tracker.member, ["banana", "Cherry", "apple", "Date", "éclair"]).await;
+
+    let first = list(&tracker.viewer, 2, "").await.unwrap();
+    assert_eq!(names(&first.labels), ["apple", "banana"]);
+    // The row that the page ended with goes away, and others come on both sides of it.
+    delete(&tracker.member, &banana.id, false).await.unwrap();
+    labels(&tracker.member, ["Aardvark", "BANANAS"]).await;
+    let second = list(&tracker.viewer, 3, &first.next_page_token).await.unwrap();
+    assert_eq!(names(&second.labels), ["BANANAS", "Cherry", "Date"]);
+    let last = list(&tracker.viewer, 1, &second.next_page_token).await.unwrap();
+    assert_eq!((names(&last.labels), &*last.next_page_token), (vec!["éclair"], ""));
+
+    assert_invalid(list(&tracker.viewer, -1, "AQ").await, &["page_size", "page_token"]);
+}
+
+#[tokio::test]
+async fn only_a_label_that_no_issue_carries_is_deleted_without_force() {
+    let tracker = Tracker::start().await;
+    let [used, unused] = labels(&tracker.member, ["used", "unused"]).await;
+    for title in ["one", "two"] {
+        let issue = tracker.member.file(title).await;
+        add(&tracker.member, &issue, &[&used]).await.unwrap();
+    }
+    let events = tracker.count(EVENTS).await;
+
+    let status = assert_error(delete(&tracker.member, &used.id, false).await, Code::FailedPrecondition, "LABEL_IN_USE");
+    assert!(status.message().contains("2 issues") && status.message().contains("force"), "{status:?}");
+    assert_eq!((tracker.count(LINKS).await, tracker.count(EVENTS).await), (2, events));
+    assert_eq!(delete(&tracker.member, &unused.id, false).await.unwrap(), 0);
+    assert_error(delete(&tracker.member, &unused.id, true).await, Code::NotFound, "NOT_FOUND");
+    assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, [used]);
+}
+
+#[tokio::test]
+async fn force_takes_the_label_off_every_issue_deleted_ones_too() {
+    let tracker = Tracker::start().await;
+    let [bug, ui] = labels(&tracker.member, ["bug", "ui"]).await;
+    let (one, gone) = (tracker.member.file("one").await, tracker.member.file("gone").await);
+    let bystander = tracker.member.file("bystander").await;
+    for issue in [&one, &gone] {
+        add(&tracker.member, issue, &[&bug, &ui]).await.unwrap();
+    }
+    let request = DeleteIssueRequest { id: gone.id.clone(), ..Default::default() };
+    tracker.member.issues().delete_issue(request).await.unwrap();
+
+    assert_eq!(delete(&tracker.admin, &bug.id, true).await.unwrap(), 2);
+
+    for (issue, version) in [(&one, 3), (&gone, 4)] {
+        let now = tracker.member.get(&issue.id).await;
+        assert_eq!((names(&now.labels), now.version), (vec!["ui"], version));
+        let (id, actor): (Uuid, Uuid) = (issue.id.parse().unwrap(), tracker.admin.user.id.parse().unwrap());
+        let sql = "SELECT field, old_value, new_value FROM issue_events
+            WHERE issue_id = $1 AND version = $2 AND actor_id = $3";
+        let events = tracker.sql(sql, &[&id, &version, &actor]).await;
+        let [event] = &events[..] else { panic!("one event, not {events:?}") };
+        let event: (&str, Option<&str>, Option<&str>) = (event.get(0), event.get(1), event.get(2));
+        assert_eq!(event, ("label", Some(&*bug.id), None));
+    }
+    assert_eq!(tracker.member.get(&bystander.id).await, bystander);
+}
+
+#[tokio::test]
+async fn a_set_of_labels_is_one_change_and_none_if_nothing_differs() {
+    let tracker = Tracker::start().await;
+    let [a, b, c] = labels(&tracker.member, ["a", "B", "c"]).await;
+    let issue = tracker.member.file("crash").await;
+    let member = &tracker.member;
+    let seen = |issue: Issue| (issue.labels.iter().map(|l| l.name.clone()).collect::<String>(), issue.version);
+
+    assert_eq!(seen(add(member, &issue, &[&c, &a, &b]).await.unwrap()), ("aBc".into(), 2));
+    let again = add(member, &issue, &[&b, &a]).await.unwrap();
+    assert_eq!(seen(again.clone()), ("aBc".into(), 2));
+    assert_eq!(seen(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
+    assert_eq!(seen(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
+    assert_eq!(seen(add(member, &issue, &[&a, &b]).await.unwrap()), ("aB".into(), 4));
+    assert_eq!(seen(replace(member, &issue, &[&c, &b]).await.unwrap()), ("Bc".into(), 5));
+    assert_eq!(seen(replace(member, &issue, &[&b, &c]).await.unwrap()), ("Bc".into(), 5));
+    assert_eq!(seen(replace(member, &issue, &[]).await.unwrap()), (String::new(), 6));
+    let bare = replace(member, &issue, &[]).await.unwrap();
+    assert_eq!(seen(bare.clone()), (String::new(), 6));
+    assert_eq!(tracker.member.get(&issue.id).await, bare);
+    assert_eq!(tracker.count(LINKS).await, 0);
+}
+
+#[tokio::test]
+async fn missing_labels_are_named_by_index_and_nothing_is_written() {
+    let tracker = Tracker::start().await;
+    let [known, carried] = labels(&tracker.member, ["known", "carried"]).await;
+    let issue = tracker.member.file("crash").await;
+    let issue = add(&tracker.member, &issue, &[&carried]).await.unwrap();
+    let lost = || Label { id: Uuid::now_v7().to_string(), ..Label::default() };
+    let (x, y) = (lost(), lost());
+
+    let wanted = [&x, &known, &carried, &y];
+    for result in [
+        add(&tracker.member, &issue, &wanted).await,
+        remove(&tracker.member, &issue, &wanted).await,
+        replace(&tracker.member, &issue, &wanted).await,
+    ] {
+        let status = assert_error(result, Code::NotFound, "NOT_FOUND");
+        assert_eq!(bad_fields(&status), ["label_ids[0]", "label_ids[3]"]);
+    }
+    let nowhere = Issue { id: lost().id, ..Issue::default() };
+    let status = assert_error(add(&tracker.member, &nowhere, &[&x]).await, Code::NotFound, "NOT_FOUND");
+    assert_eq!(bad_fields(&status), ["issue_id"]);
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
+    assert_eq!(tracker.count(EVENTS).await, 1);
+}
+
+#[tokio::test]
+async fn malformed_doubled_and_too_many_label_ids_are_invalid() {
+    let tracker = Tracker::start().await;
+    let [bug] = labels(&tracker.member, ["bug"]).await;
+    let shouted = Label { id: bug.id.to_uppercase(), ..bug.clone() };
+    let issue = tracker.member.file("crash").await;
+    let garbage = Label { id: "bug".into(), ..Label::default() };
+    let many: Vec<Label> = (0..101).map(|_| Label { id: Uuid::now_v7().to_string(), ..Label::default() }).collect();
+    let many: Vec<&Label> = many.iter().collect();
+    let member = &tracker.member;
+
+    for (wanted, field) in
+        [(&[&bug, &shouted][..], "label_ids[1]"), (&[&garbage], "label_ids[0]"), (&many, "label_ids")]
+    {
+        assert_invalid(add(member, &issue, wanted).await, &[field]);
+        assert_invalid(remove(member, &issue, wanted).await, &[field]);
+        assert_invalid(replace(member, &issue, wanted).await, &[field]);
+    }
+    assert_invalid(add(member, &issue, &[]).await, &["label_ids"]);
+    assert_invalid(remove(member, &issue, &[]).await, &["label_ids"]);
+    let all = AddIssueLabelsRequest { expected_version: -1, request_id: "1".into(), ..Default::default() };
+    let status = member.labels().add_issue_labels(all).await;
+    assert_invalid(status, &["request_id", "issue_id", "label_ids", "expected_version"]);
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
+}
+
+#[tokio::test]
+async fn stale_versions_and_deleted_issues_take_no_labels() {
+    let tracker = Tracker::start().await;
+    let [bug] = labels(&tracker.member, ["bug"]).await;
+    let issue = tracker.member.file("crash").await;
+    let issue = add(&tracker.member, &issue, &[&bug]).await.unwrap();
+    let request = |expected_version| ReplaceIssueLabelsRequest {
+        issue_id: issue.id.clone(),
+        expected_version,
+        ..Default::default()
+    };
+    let mut client = tracker.member.labels();
+
+    for stale in [1, 3] {
+        let status = assert_error(client.replace_issue_labels(request(stale)).await, Code::Aborted, "VERSION_MISMATCH");
+        assert_eq!(error_metadata(&status, "current_version").as_deref(), Some("2"));
+    }
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
+    assert_eq!(client.replace_issue_labels(request(2)).await.unwrap().into_inner().version, 3);
+
+    let delete = DeleteIssueRequest { id: issue.id.clone(), ..Default::default() };
+    tracker.member.issues().delete_issue(delete).await.unwrap();
+    for result in [
+        add(&tracker.member, &issue, &[&bug]).await,
+        remove(&tracker.member, &issue, &[&bug]).await,
+        replace(&tracker.member, &issue, &[&bug]).await,
+    ] {
+        assert_error(result, Code::FailedPrecondition, "ISSUE_STATE");
+    }
+    assert_eq!(tracker.count(LINKS).await, 0);
+}
+
+#[tokio::test]
+async fn an_issue_carries_a_hundred_labels_at_most() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let sql = "INSERT INTO labels (id, name) SELECT gen_random_uuid(), 'label ' || n FROM generate_series(1, 101) n
+        RETURNING id";
+    let rows = tracker.sql(sql, &[]).await;
+    let all: Vec<Label> =
+        rows.iter().map(|row| Label { id: row.get::<_, Uuid>(0).to_string(), ..Label::default() }).collect();
+    let all: Vec<&Label> = all.iter().collect();
+
+    let full = add(&tracker.member, &issue, &all[..100]).await.unwrap();
+    assert_eq!((full.labels.len(), full.version), (100, 2));
+    let over = add(&tracker.member, &issue, &all[100..]).await;
+    assert_error(over, Code::FailedPrecondition, "TOO_MANY_LABELS");
+    assert_eq!(tracker.member.get(&issue.id).await, full);
+    // Those it carries already don't count twice, and a replacement counts what is left.
+    assert_eq!(add(&tracker.member, &issue, &all[..1]).await.unwrap(), full);
+    assert_eq!(replace(&tracker.member, &issue, &all[1..]).await.unwrap().labels.len(), 100);
+}
+
+#[tokio::test]
+async fn concurrent_replacements_leave_exactly_one_of_the_sets() {
+    let tracker = Tracker::start().await;
+    let [a, b, c, d] = labels(&tracker.member, ["a", "b", "c", "d"]).await;
+    let issue = tracker.member.file("crash").await;
+    let (one_set, other_set) = ([&a, &b], [&b, &c, &d]);
+    let mut changes = 0;
+    for _ in 0..30 {
+        let (left, right) =
+            tokio::join!(replace(&tracker.member, &issue, &one_set), replace(&tracker.admin, &issue, &other_set));
+        let (left, right) = (left.unwrap(), right.unwrap());
+        assert_eq!((names(&left.labels), names(&right.labels)), (vec!["a", "b"], vec!["b", "c", "d"]));
+        let now = tracker.member.get(&issue.id).await;
+        let later = if left.version > right.version { left } else { right };
+        assert_eq!(now, later);
+        changes = now.version - 1;
+    }
+    assert_eq!(tracker.count("SELECT count(DISTINCT version) FROM issue_events").await, changes);
+}
+
+#[tokio::test]
+async fn concurrent_additions_lose_none() {
+    let tracker = Tracker::start().await;
+    let wanted = labels(&tracker.member, ["a", "b", "c", "d", "e", "f"]).await;
+    for _ in 0..10 {
+        let issue = tracker.member.file("crash").await;
+        let additions = wanted.iter().map(|label| {
+            let (client, issue, label) = (tracker.member.clone(), issue.clone(), label.clone());
+            async move { add(&client, &issue, &[&label]).await }
+        });
+        for added in futures_util::future::join_all(additions).await {
+            added.unwrap();
+        }
+        let now = tracker.member.get(&issue.id).await;
+        assert_eq!((names(&now.labels), now.version), (vec!["a", "b", "c", "d", "e", "f"], 7));
+    }
+}
+
+#[tokio::test]
+async fn a_deletion_that_meets_additions_wins_or_waits_and_leaves_no_dangling_label() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let kept = tracker.member.label("kept").await;
+    for _ in 0..15 {
+        let doomed = tracker.member.label("doomed").await;
+        let (both, alone) = ([&kept, &doomed], [&doomed]);
+        let filed = Issue { title: "with label".into(), label_ids: ids(&[&doomed]), ..Issue::default() };
+        let file = issue_tracker::pb::CreateIssueRequest { issue: Some(filed), ..Default::default() };
+        let mut issues = tracker.member.issues();
+        let (deleted, added, replaced, created) = tokio::join!(
+            delete(&tracker.admin, &doomed.id, true),
+            add(&tracker.member, &issue, &both),
+            replace(&tracker.admin, &issue, &alone),
+            issues.create_issue(file)
+        );
+        assert!((0..=2).contains(&deleted.unwrap()));
+        for outcome in [added.map(drop), replaced.map(drop), created.map(drop)] {
+            if let Err(status) = outcome {
+                assert_error(Err::<(), _>(status), Code::NotFound, "NOT_FOUND");
+            }
+        }
+        let id: Uuid = doomed.id.parse().unwrap();
+        assert!(tracker.sql("SELECT FROM issue_labels WHERE label_id = $1", &[&id]).await.is_empty());
+    }
+    let versions = "SELECT count(*) FROM issues i WHERE version - 1 <>
+        (SELECT count(DISTINCT e.version) FROM issue_events e WHERE e.issue_id = i.id)";
+    assert_eq!(tracker.count(versions).await, 0);
+}
+
+#[tokio::test]
+async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
+    let tracker = Tracker::start().await;
+    let [bug] = labels(&tracker.member, ["bug"]).await;
+    let issue = tracker.member.file("crash").await;
+    let (id, label): (Uuid, Uuid) = (issue.id.parse().unwrap(), bug.id.parse().unwrap());
+    // What AddIssueLabels does, stopped in front of its commit.
+    let (mut other, connection) = tracker.config.connect(tokio_postgres::NoTls).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let addition = other.transaction().await.unwrap();
+    addition.execute("UPDATE issues SET change_actor_id = reporter_id WHERE id = $1", &[&id]).await.unwrap();
+    addition.execute("INSERT INTO issue_labels VALUES ($1, $2)", &[&id, &label]).await.unwrap();
+
+    let renamed = Issue { title: "crash on start".into(), ..issue.clone() };
+    let request = UpdateIssueRequest { issue: Some(renamed), ..Default::default() };
+    let mut client = tracker.member.issues();
+    let update = tokio::spawn(async move { client.update_issue(request).await });
+    let config = tracker.config.clone();
+    eventually("the update waits", move || Box::pin(waits_for_a_lock(config.clone()))).await;
+    addition.commit().await.unwrap();
+
+    let updated = update.await.unwrap().unwrap().into_inner();
+    assert_eq!((updated.version, names(&updated.labels)), (3, vec!["bug"]));
+    drop(other);
+    connection.await.unwrap().unwrap();
+}
+
+async fn waits_for_a_lock(config: tokio_postgres::Config) -> bool {
+    let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    !client.query(sql, &[]).await.unwrap().is_empty()
+}
+
+#[tokio::test]
+async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    let [bug, ui] = labels(&tracker.member, ["bug", "ui"]).await;
+    let issue = tracker.member.file("crash").await;
+    let issue = add(&tracker.member, &issue, &[&bug]).await.unwrap();
+    let mut client = tracker.member.labels();
+    let (id, validate_only) = (|| issue.id.clone(), true);
+
+    let label = Label { name: "new".into(), ..Label::default() };
+    let create = CreateLabelRequest { label: Some(label), validate_only, ..Default::default() };
+    assert_eq!(client.create_label(create).await.unwrap().into_inner().name, "new");
+    let label = Label { name: "BUG".into(), ..ui.clone() };
+    let update = UpdateLabelRequest { label: Some(label), validate_only, ..Default::default() };
+    assert_error(client.update_label(update).await, Code::AlreadyExists, "ALREADY_EXISTS");
+    let delete = DeleteLabelRequest { id: bug.id.clone(), force: true, validate_only, ..Default::default() };
+    assert_eq!(client.delete_label(delete).await.unwrap().into_inner().issue_count, 1);
+    let add = AddIssueLabelsRequest { issue_id: id(), label_ids: ids(&[&ui]), validate_only, ..Default::default() };
+    let tried = client.add_issue_labels(add).await.unwrap().into_inner();
+    assert_eq!((names(&tried.labels), tried.version), (vec!["bug", "ui"], 3));
+    let remove =
+        RemoveIssueLabelsRequest { issue_id: id(), label_ids: ids(&[&bug]), validate_only, ..Default::default() };
+    assert_eq!(client.remove_issue_labels(remove).await.unwrap().into_inner().labels, []);
+    let replace = ReplaceIssueLabelsRequest { issue_id: id(), validate_only, ..Default::default() };
+    assert_eq!(client.replace_issue_labels(replace).await.unwrap().into_inner().version, 3);
+
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
+    assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, [bug, ui]);
+    assert_eq!(tracker.count(EVENTS).await, 1);
+}
+
+#[tokio::test]
+async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("crash").await;
+    let mut client = tracker.member.labels();
+    let request_id = || Uuid::new_v4().to_string();
+
+    let label = Some(Label { name: "bug".into(), ..Label::default() });
+    let create = CreateLabelRequest { label, request_id: request_id(), ..Default::default() };
+    let label = client.create_label(create.clone()).await.unwrap().into_inner();
+    assert_eq!(client.create_label(create).await.unwrap().into_inner(), label, "not: the name is taken");
+    let (issue_id, label_ids) = (issue.id.clone(), ids(&[&label]));
+    let add = AddIssueLabelsRequest { issue_id, label_ids, request_id: request_id(), ..Default::default() };
+    let added = client.add_issue_labels(add.clone()).await.unwrap().into_inner();
+    let delete =
+        DeleteLabelRequest { id: label.id.clone(), force: true, request_id: request_id(), ..Default::default() };
+    assert_eq!(client.delete_label(delete.clone()).await.unwrap().into_inner().issue_count, 1);
+
+    assert_eq!(client.delete_label(delete).await.unwrap().into_inner().issue_count, 1, "not: there is no such label");
+    assert_eq!(client.add_issue_labels(add.clone()).await.unwrap().into_inner(), added);
+    let other = AddIssueLabelsRequest { expected_version: 2, ..add };
+    assert_error(client.add_issue_labels(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(tracker.member.get(&issue.id).await.version, 3);
+}
