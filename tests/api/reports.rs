@@ -273,6 +273,21 @@ async fn latency_has_the_average_and_interpolated_percentiles() {
 }
 
 #[tokio::test]
+async fn the_sum_of_all_times_may_be_longer_than_any_time() {
+    let tracker = Tracker::start().await;
+    // As long as an import can say; ten million issues of a year each come to as much.
+    let forever = "INSERT INTO issues (id, reporter_id, title, description, status, priority, create_time, close_time)
+        SELECT gen_random_uuid(), $1, 'old', '', 3, 0, '0001-01-01 00:00Z', '9999-12-31 00:00Z'
+        FROM generate_series(1, 1000)";
+    tracker.sql(forever, &[&tracker.member.user.id.parse::<Uuid>().unwrap()]).await;
+
+    let group = total(&tracker).await;
+
+    let days = [group.average, group.p50, group.p99].map(|time| time.unwrap().seconds / 86_400);
+    assert_eq!((group.count, days), (1_000, [3_652_058; 3]));
+}
+
+#[tokio::test]
 async fn nothing_closed_is_one_line_without_durations_and_no_line_of_a_group() {
     let tracker = Tracker::start().await;
     put(&tracker, &[Past::new(Open), Past { deleted: true, ..Past::closed(1) }]).await;
