@@ -273,6 +273,6 @@ impl Caller {
         self.random ^= self.random << 25;
         self.random ^= self.random >> 27;
         let mixed = self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        (mixed * u64::from(below) >> 32) as u32
+        ((mixed * u64::from(below)) >> 32) as u32
     }
 }
