@@ -279,5 +279,9 @@ fn explain_bare_errors(response: http::Response<Body>) -> http::Response<Body> {
     if !status.details().is_empty() || status.code() == tonic::Code::Ok {
         return response;
     }
-    Error::from_bare(&status).map_or(response, |error| Status::from(error).into_http())
+    let Some(error) = Error::from_bare(&status) else { return response };
+    let mut explained = Status::from(error);
+    // Such as `grpc-accept-encoding`, which tells the client how to go on.
+    *explained.metadata_mut() = status.metadata().clone();
+    explained.into_http()
 }

@@ -51,9 +51,9 @@ pub enum Error {
     /// A position in a stream is beyond what was received.
     #[error("{message}")]
     OffsetGap { message: String, expected_offset: i64 },
-    /// There is no such RPC.
-    #[error("there is no such method; reflection lists those there are")]
-    Unimplemented,
+    /// There is no such RPC, or it is not spoken in this way.
+    #[error("{0}")]
+    Unimplemented(&'static str),
     #[error("{0}")]
     Unauthenticated(&'static str),
     #[error("{0}")]
@@ -137,7 +137,13 @@ impl Error {
             }
             // The decoder's own text can quote what was sent.
             Code::Internal | Code::InvalidArgument => request("the message cannot be decoded as what the method takes"),
-            Code::Unimplemented => Some(Self::Unimplemented),
+            // tonic has a text for a compression that is not supported, and none for an unknown method.
+            Code::Unimplemented if status.message().is_empty() => {
+                Some(Self::Unimplemented("there is no such method; reflection lists those there are"))
+            }
+            Code::Unimplemented => {
+                Some(Self::Unimplemented("compressed messages are not taken; send them as they are"))
+            }
             Code::DeadlineExceeded | Code::Cancelled => {
                 Some(Self::Timeout { reason: "DEADLINE", message: "the deadline of the request has passed".to_owned() })
             }
@@ -328,7 +334,7 @@ impl Error {
             Self::VersionMismatch(_) | Self::Aborted { .. } => Code::Aborted,
             Self::Precondition { .. } => Code::FailedPrecondition,
             Self::OffsetGap { .. } => Code::OutOfRange,
-            Self::Unimplemented => Code::Unimplemented,
+            Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
             Self::Exhausted(_) => Code::ResourceExhausted,
@@ -350,7 +356,7 @@ impl Error {
             Self::AlreadyExists(_) => "ALREADY_EXISTS",
             Self::VersionMismatch(_) => "VERSION_MISMATCH",
             Self::OffsetGap { .. } => "IMPORT_OFFSET_GAP",
-            Self::Unimplemented => "UNIMPLEMENTED",
+            Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) => "OVERLOADED",
@@ -388,7 +394,7 @@ impl Error {
                 vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
             }
             Self::OffsetGap { .. }
-            | Self::Unimplemented
+            | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Timeout { .. }
