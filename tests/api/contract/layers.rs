@@ -1,0 +1,74 @@
+//! The lines between the layers, held against the source.
+
+use std::{fs, path::Path};
+
+/// Each file below `src/`: its path from there, and its text.
+fn sources() -> Vec<(String, String)> {
+    fn read(dir: &Path, files: &mut Vec<(String, String)>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                read(&path, files);
+            } else {
+                let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+                files.push((name, fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    fn root() -> &'static Path {
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
+    }
+    let mut files = Vec::new();
+    read(root(), &mut files);
+    files
+}
+
+fn is_db(name: &str) -> bool {
+    name == "db.rs" || name.starts_with("db/")
+}
+
+#[test]
+fn the_database_knows_nothing_of_grpc() {
+    let (db, rest): (Vec<_>, Vec<_>) = sources().into_iter().partition(|(name, _)| is_db(name));
+    assert!(db.len() > 5 && rest.iter().any(|(_, text)| text.contains("tonic")), "the files were found");
+    for (name, text) in db {
+        assert!(!text.contains("tonic"), "{name} names tonic");
+    }
+}
+
+#[test]
+fn only_errors_become_a_status() {
+    for (name, text) in sources() {
+        let edge = name == "error.rs" || name == "auth.rs" || name.starts_with("rpc");
+        let imports = text.split("use tonic::").skip(1).filter_map(|rest| rest.split(';').next());
+        let words = imports.flat_map(|import| import.split(|char: char| !char.is_alphanumeric()));
+        let knows = words.into_iter().any(|word| word == "Status") || text.contains("tonic::Status");
+        assert!(edge || !knows, "{name} names tonic's Status");
+
+        // A status is made of an error, never by a code and a text.
+        let known = ["from", "from_header_map", "as_str_name", "try_from", "default"];
+        for made in text.split("Status::").skip(1).filter(|_| name != "error.rs") {
+            let function = made.split(|char: char| !char.is_alphanumeric() && char != '_').next().unwrap_or_default();
+            let variant = function.starts_with(char::is_uppercase);
+            assert!(variant || known.contains(&function), "{name} calls Status::{function}");
+        }
+    }
+}
+
+/// Rows are read by position: what a statement answers is listed, so that a new column does not move the others.
+#[test]
+fn no_statement_answers_all_columns() {
+    let mut statements = 0;
+    for (name, text) in sources().into_iter().filter(|(name, _)| is_db(name)) {
+        // Each statement begins with its name in a comment; inside parentheses `*` is of a part that has its own names.
+        for statement in text.split("\"-- ").skip(1) {
+            statements += 1;
+            for (at, _) in statement.match_indices("SELECT *").chain(statement.match_indices("RETURNING *")) {
+                let before = &statement[..at];
+                let depth = before.matches('(').count() as i64 - before.matches(')').count() as i64;
+                assert!(depth > 0, "{name}: {} answers *", statement.lines().next().unwrap_or_default());
+            }
+        }
+    }
+    assert!(statements > 30, "the statements were found");
+}

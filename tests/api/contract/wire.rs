@@ -1,0 +1,141 @@
+//! What callers meet before and beside the services: reflection, health, and errors of the transport.
+
+use futures_util::stream;
+use issue_tracker::pb::{CreateIssueRequest, Issue, WhoAmIRequest};
+use prost::Message;
+use prost_types::FileDescriptorProto;
+use tonic::{Code, Request};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_reflection::pb;
+
+use super::{call, call_path, our_files};
+use crate::harness::{Tracker, assert_error, assert_invalid};
+
+fn our_services() -> Vec<String> {
+    let files = our_files();
+    let services = files.iter().flat_map(|file| &file.service);
+    services.map(|service| format!("issuetracker.v1.{}", service.name())).collect()
+}
+
+/// The answer of reflection to one question, in either version: these have the same messages under different names.
+macro_rules! reflect {
+    ($version:ident, $tracker:expr, $question:ident($value:expr)) => {{
+        use pb::$version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest,
+        };
+        let message_request = Some(MessageRequest::$question($value.to_owned()));
+        let request = ServerReflectionRequest { host: String::new(), message_request };
+        let mut client = ServerReflectionClient::new($tracker.channel.clone());
+        let answers = client.server_reflection_info(stream::iter([request])).await.unwrap().into_inner();
+        { answers }.message().await.unwrap().unwrap().message_response.unwrap()
+    }};
+}
+
+#[tokio::test]
+async fn reflection_lists_all_services_in_both_versions_to_anybody() {
+    let tracker = Tracker::start().await;
+    use pb::{v1::server_reflection_response as v1, v1alpha::server_reflection_response as v1alpha};
+    let v1::MessageResponse::ListServicesResponse(list) = reflect!(v1, tracker, ListServices("")) else { panic!() };
+    let listed: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+    let v1alpha::MessageResponse::ListServicesResponse(list) = reflect!(v1alpha, tracker, ListServices("")) else {
+        panic!()
+    };
+    let listed_alpha: Vec<String> = list.service.into_iter().map(|service| service.name).collect();
+
+    let mut expected = our_services();
+    assert_eq!(expected.len(), 7);
+    expected.push("grpc.health.v1.Health".to_owned());
+    for service in expected {
+        assert!(listed.contains(&service) && listed_alpha.contains(&service), "{service}: {listed:?} {listed_alpha:?}");
+    }
+}
+
+#[tokio::test]
+async fn reflection_shows_the_comments_and_what_errors_carry() {
+    let tracker = Tracker::start().await;
+    for symbol in ["issuetracker.v1.IssueService", "google.rpc.ErrorInfo", "google.protobuf.Timestamp"] {
+        use pb::v1::server_reflection_response::MessageResponse;
+        let answer = reflect!(v1, tracker, FileContainingSymbol(symbol));
+        let MessageResponse::FileDescriptorResponse(files) = answer else { panic!("{symbol}: {answer:?}") };
+        let file = FileDescriptorProto::decode(&*files.file_descriptor_proto[0]).unwrap();
+        if symbol.starts_with("issuetracker") {
+            let comments = file.source_code_info.unwrap().location;
+            assert!(comments.iter().any(|location| location.leading_comments().contains("Files an issue.")));
+        }
+    }
+}
+
+#[tokio::test]
+async fn health_serves_for_every_service_and_anybody() {
+    let tracker = Tracker::start().await;
+    let mut health = HealthClient::new(tracker.channel.clone());
+    for service in our_services().into_iter().chain([String::new()]) {
+        let answer = health.check(HealthCheckRequest { service: service.clone() }).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving, "{service}");
+    }
+    for unknown in ["issuetracker.v1.NoSuchService", "issuetracker.v1", "issues"] {
+        let answer = health.check(HealthCheckRequest { service: unknown.to_owned() }).await;
+        assert_eq!(answer.unwrap_err().code(), Code::NotFound);
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_method_is_unimplemented() {
+    let tracker = Tracker::start().await;
+    for unknown in ["IssueService/CreateIssues", "IssueService/createIssue", "NoService/Get", "IssueService/"] {
+        let status =
+            assert_error(call(&tracker, &tracker.member, unknown, b"").await, Code::Unimplemented, "UNIMPLEMENTED");
+        assert!(status.message().contains("no such method"), "{status:?}");
+    }
+    for path in ["/tracker.v1.Issues/Get", "/", "/issuetracker.v1.IssueService"] {
+        let refused = call_path(&tracker, path, Request::new(Vec::new())).await;
+        assert!(
+            [Code::Unimplemented, Code::Unauthenticated].contains(&refused.as_ref().unwrap_err().code()),
+            "{path}: {refused:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn compression_that_is_not_spoken_is_told_as_that() {
+    let tracker = Tracker::start().await;
+    let mut request = Request::new(Vec::new());
+    request.metadata_mut().insert("authorization", format!("Bearer {}", tracker.member.token).parse().unwrap());
+    request.metadata_mut().insert("grpc-encoding", "gzip".parse().unwrap());
+    let refused = call_path(&tracker, "/issuetracker.v1.AuthService/WhoAmI", request).await;
+    let status = assert_error(refused, Code::Unimplemented, "UNIMPLEMENTED");
+    assert!(status.message().contains("compressed"), "{status:?}");
+    assert_eq!(status.metadata().get("grpc-accept-encoding").unwrap(), "identity");
+}
+
+#[tokio::test]
+async fn a_message_of_more_than_4_mib_is_invalid() {
+    let tracker = Tracker::start().await;
+    let before = tracker.contents().await;
+    let request = |bytes: usize| {
+        let issue = Some(Issue { title: "large".into(), description: "x".repeat(bytes), ..Issue::default() });
+        CreateIssueRequest { issue, ..Default::default() }
+    };
+    let mut issues = tracker.member.issues();
+    let status = assert_invalid(issues.create_issue(request(4 * 1024 * 1024)).await, &["request"]);
+    assert!(status.message().contains("too large"), "{status:?}");
+    // What fits is read, and judged as what it is.
+    assert_invalid(issues.create_issue(request(4 * 1024 * 1024 - 100)).await, &["issue.description"]);
+    assert_eq!(tracker.contents().await, before);
+}
+
+#[tokio::test]
+async fn metadata_of_more_than_16_kib_is_refused_and_the_service_goes_on() {
+    let tracker = Tracker::start().await;
+    let with_metadata = |bytes: usize| {
+        let mut request = Request::new(WhoAmIRequest {});
+        request.metadata_mut().insert("x-long", "x".repeat(bytes).parse().unwrap());
+        request
+    };
+    let mut auth = tracker.member.auth();
+    auth.who_am_i(with_metadata(15 * 1024)).await.unwrap();
+    auth.who_am_i(with_metadata(17 * 1024)).await.unwrap_err();
+    auth.who_am_i(with_metadata(1024 * 1024)).await.unwrap_err();
+    auth.who_am_i(with_metadata(0)).await.unwrap();
+}
