@@ -18,9 +18,17 @@ pub const ERROR_DOMAIN: &str = "issuetracker";
 const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// How much of a value an error quotes.
 const QUOTE_CHARS_MAX: usize = 80;
-/// How many items of a batch an error describes one by one: errors travel in headers, which clients bound to 8 KiB as a
-/// rule. When there are more, `ErrorInfo.metadata` has the indices of all.
-const ITEMS_NAMED_MAX: usize = 20;
+const QUOTE_HEADER_BYTES_MAX: usize = 240;
+/// How many items of a batch an error describes one by one, and how long their text may be: errors travel in headers,
+/// which clients bound to 8 KiB as a rule, and one that is larger costs the whole connection.
+const ALL_NAMED: NamedBounds = NamedBounds { items_max: 20, header_bytes_max: 2 * 1024 };
+/// When there are more: the first few, and `ErrorInfo.metadata` has the indices of all.
+const FIRST_NAMED: NamedBounds = NamedBounds { items_max: 10, header_bytes_max: 1024 };
+
+struct NamedBounds {
+    items_max: usize,
+    header_bytes_max: usize,
+}
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -244,24 +252,46 @@ impl fmt::Display for StaleVersion {
 /// A value as errors quote it: shortened, control characters made visible.
 pub fn quote(value: &str) -> String {
     let mut quoted = String::new();
+    let mut bytes = 0;
     for (index, char) in value.chars().enumerate() {
-        if index == QUOTE_CHARS_MAX {
+        let shown = if char.is_control() { char.escape_default().to_string() } else { char.to_string() };
+        bytes += header_bytes(&shown);
+        if index == QUOTE_CHARS_MAX || bytes > QUOTE_HEADER_BYTES_MAX {
             quoted.push('…');
             break;
         }
-        if char.is_control() {
-            quoted.extend(char.escape_default());
-        } else {
-            quoted.push(char);
-        }
+        quoted.push_str(&shown);
     }
     quoted
 }
 
+/// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
+fn header_bytes(text: &str) -> usize {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.,:;/[]()=".contains(&byte);
+    text.bytes().map(|byte| if plain(byte) { 1 } else { 3 }).sum()
+}
+
+/// The items that an error describes one by one: all, or at least the first.
+fn named<T: fmt::Display>(items: &[T]) -> &[T] {
+    let fitting = |bounds: NamedBounds| {
+        let mut bytes = 0;
+        let fits = |item: &&T| {
+            bytes += header_bytes(&item.to_string());
+            bytes <= bounds.header_bytes_max
+        };
+        items.iter().take(bounds.items_max).take_while(fits).count()
+    };
+    match fitting(ALL_NAMED) {
+        count if count == items.len() => items,
+        _ => &items[..fitting(FIRST_NAMED).max(1)],
+    }
+}
+
 fn join(items: &[impl fmt::Display]) -> String {
-    let mut text = items.iter().take(ITEMS_NAMED_MAX).map(ToString::to_string).collect::<Vec<_>>().join("; ");
-    if items.len() > ITEMS_NAMED_MAX {
-        text += &format!("; and {} more", items.len() - ITEMS_NAMED_MAX);
+    let named = named(items);
+    let mut text = named.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    if items.len() > named.len() {
+        text += &format!("; and {} more", items.len() - named.len());
     }
     text
 }
@@ -368,28 +398,22 @@ impl Error {
 
     fn details(&self) -> Vec<ErrorDetail> {
         match self {
-            Self::Invalid(items) => vec![bad_request(items.iter().map(|item| (&*item.field, &*item.message)))],
+            Self::Invalid(items) => vec![bad_request(named(items).iter().map(|item| (&*item.field, &*item.message)))],
             Self::InvalidReason { field, message, .. } => vec![bad_request([(*field, &**message)])],
             Self::NotFound(items) | Self::AlreadyExists(items) => {
-                let mut details: Vec<ErrorDetail> = items
-                    .iter()
-                    .take(ITEMS_NAMED_MAX)
-                    .map(|item| ResourceInfo::new(item.kind, &item.name, "", item.problem()).into())
-                    .collect();
+                let items = named(items);
+                let info = |item: &Resource| ResourceInfo::new(item.kind, &item.name, "", item.problem()).into();
+                let mut details: Vec<ErrorDetail> = items.iter().map(info).collect();
                 details.push(bad_request(items.iter().map(|item| (&*item.field, item.problem()))));
                 details
             }
-            Self::VersionMismatch(items) => vec![bad_request(items.iter().map(|item| (&*item.field, "stale version")))],
-            Self::Precondition { reason, violations } => vec![
-                PreconditionFailure::new(
-                    violations
-                        .iter()
-                        .take(ITEMS_NAMED_MAX)
-                        .map(|item| PreconditionViolation::new(*reason, &item.field, &item.message))
-                        .collect::<Vec<_>>(),
-                )
-                .into(),
-            ],
+            Self::VersionMismatch(items) => {
+                vec![bad_request(named(items).iter().map(|item| (&*item.field, "stale version")))]
+            }
+            Self::Precondition { reason, violations } => {
+                let violation = |item: &Violation| PreconditionViolation::new(*reason, &item.field, &item.message);
+                vec![PreconditionFailure::new(named(violations).iter().map(violation).collect::<Vec<_>>()).into()]
+            }
             Self::Exhausted(_) | Self::Unavailable | Self::Aborted { .. } => {
                 vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
             }
@@ -406,39 +430,36 @@ impl Error {
 
     fn metadata(&self) -> HashMap<String, String> {
         let mut metadata = HashMap::new();
-        let fields: Vec<&str> = match self {
+        let mut add = |key: &str, value: String| drop(metadata.insert(key.to_owned(), value));
+        let (fields, named_count): (Vec<&str>, usize) = match self {
             Self::Invalid(items) | Self::Precondition { violations: items, .. } => {
-                items.iter().map(|item| &*item.field).collect()
+                (items.iter().map(|item| &*item.field).collect(), named(items).len())
             }
-            Self::NotFound(items) | Self::AlreadyExists(items) => items.iter().map(|item| &*item.field).collect(),
+            Self::NotFound(items) | Self::AlreadyExists(items) => {
+                (items.iter().map(|item| &*item.field).collect(), named(items).len())
+            }
             Self::VersionMismatch(items) => {
                 if let Some(first) = items.first() {
-                    metadata.insert("current_version".to_owned(), first.current.to_string());
+                    add("current_version", first.current.to_string());
                 }
-                items.iter().map(|item| &*item.field).collect()
+                (items.iter().map(|item| &*item.field).collect(), named(items).len())
             }
             Self::OffsetGap { expected_offset, .. } => {
-                metadata.insert("expected_offset".to_owned(), expected_offset.to_string());
-                Vec::new()
+                add("expected_offset", expected_offset.to_string());
+                (Vec::new(), 0)
             }
-            _ => Vec::new(),
+            _ => (Vec::new(), 0),
         };
-        if fields.len() > ITEMS_NAMED_MAX {
-            metadata.insert("indices".to_owned(), indices(&fields));
+        if fields.len() > named_count {
+            add("indices", indices(&fields));
         }
         metadata
     }
 }
 
 fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {
-    BadRequest::new(
-        violations
-            .into_iter()
-            .take(ITEMS_NAMED_MAX)
-            .map(|(field, message)| FieldViolation::new(field, message))
-            .collect::<Vec<_>>(),
-    )
-    .into()
+    let violations = violations.into_iter().map(|(field, message)| FieldViolation::new(field, message));
+    BadRequest::new(violations.collect::<Vec<_>>()).into()
 }
 
 /// The indices in fields such as `ids[3]`, as ranges: `0-4,7`.
@@ -471,16 +492,33 @@ mod tests {
     #[test]
     fn quoted_values_are_short_and_printable() {
         assert_eq!(quote("a\0b\nc"), "a\\u{0}b\\nc");
-        assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(80)));
+        assert_eq!(quote(&"e".repeat(100)), format!("{}…", "e".repeat(80)));
+        assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(40)));
+    }
+
+    fn assert_fits_a_header(error: Error) {
+        let mut headers = http::HeaderMap::new();
+        Status::from(error).add_header(&mut headers).unwrap();
+        let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+        assert!(bytes < 8 * 1024, "{bytes} bytes");
     }
 
     #[test]
-    fn an_error_about_a_thousand_items_fits_a_header() {
-        let missing = (0..1_000).step_by(2).map(|i| Resource::missing("issue", format!("ids[{i}]"), Uuid::now_v7()));
-        let status = Status::from(Error::NotFound(missing.collect()));
-        let mut headers = http::HeaderMap::new();
-        status.add_header(&mut headers).unwrap();
-        let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
-        assert!(bytes < 8 * 1024, "{bytes} bytes");
+    fn an_error_about_many_items_fits_a_header() {
+        // Twenty are described one by one, and the indices of every other are the longest.
+        for indices in [(0..20).collect(), (0..1_000).step_by(2).collect::<Vec<_>>()] {
+            let indices = || indices.iter();
+            let missing = indices().map(|i| Resource::missing("issue", format!("ids[{i}]"), Uuid::now_v7()));
+            assert_fits_a_header(Error::NotFound(missing.collect()));
+            for char in ["x", "é", "漢", "😀", "\u{7f}"] {
+                let name = char.repeat(255);
+                let field = |i: &usize| format!("issues[{i}].external_id");
+                let taken = indices().map(|i| Resource::taken("issue", "external id", field(i), &name));
+                assert_fits_a_header(Error::AlreadyExists(taken.collect()));
+                let message = format!("\"{}\" is not a UUID such as {}", quote(&name), Uuid::nil());
+                let invalid = indices().map(|i| Violation::new(field(i), &message));
+                assert_fits_a_header(Error::Invalid(invalid.collect()));
+            }
+        }
     }
 }
