@@ -1,1 +1,295 @@
+//! `BatchCreateIssues` and `BatchGetIssues`: all or none, in order, with every bad item named.
 
+mod bulk_status;
+
+use issue_tracker::pb::{
+    BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, DeleteIssueRequest, Issue, IssueView,
+    Label,
+};
+use tonic::Code;
+use uuid::Uuid;
+
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, resources};
+
+fn titled(title: impl Into<String>) -> Issue {
+    Issue { title: title.into(), ..Issue::default() }
+}
+
+fn numbered(count: usize) -> Vec<Issue> {
+    (0..count).map(|n| titled(format!("issue {n}"))).collect()
+}
+
+fn new_id() -> String {
+    Uuid::now_v7().to_string()
+}
+
+async fn create(client: &Client, issues: Vec<Issue>) -> Result<Vec<Issue>, tonic::Status> {
+    let request = BatchCreateIssuesRequest { issues, ..Default::default() };
+    Ok(client.issues().batch_create_issues(request).await?.into_inner().issues)
+}
+
+async fn get(client: &Client, ids: &[String], view: IssueView) -> Result<Vec<Issue>, tonic::Status> {
+    let request = BatchGetIssuesRequest { ids: ids.to_vec(), view: view.into() };
+    Ok(client.issues().batch_get_issues(request).await?.into_inner().issues)
+}
+
+fn ids(issues: &[Issue]) -> Vec<String> {
+    issues.iter().map(|issue| issue.id.clone()).collect()
+}
+
+/// What the ranges of `ErrorInfo.metadata["indices"]` stand for.
+fn indices(status: &tonic::Status) -> Vec<usize> {
+    let text = error_metadata(status, "indices").unwrap_or_default();
+    let range = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        first.parse::<usize>().unwrap()..=last.parse().unwrap()
+    };
+    text.split(',').filter(|range| !range.is_empty()).flat_map(range).collect()
+}
+
+#[tokio::test]
+async fn a_batch_is_filed_in_the_order_of_the_request() {
+    let tracker = Tracker::start().await;
+    let bug = tracker.member.label("bug").await;
+    let mut issues = numbered(1_000);
+    issues[1].label_ids = vec![bug.id.clone()];
+    issues[2].assignee_id = tracker.viewer.user.id.clone();
+
+    let filed = create(&tracker.member, issues.clone()).await.unwrap();
+
+    let expected = |(new, filed): (&Issue, &Issue)| Issue {
+        id: filed.id.clone(),
+        status: 1,
+        version: 1,
+        reporter_id: tracker.member.user.id.clone(),
+        labels: if new.label_ids.is_empty() { Vec::new() } else { vec![bug.clone()] },
+        label_ids: Vec::new(),
+        create_time: filed.create_time,
+        update_time: filed.create_time,
+        ..new.clone()
+    };
+    assert_eq!(filed, issues.iter().zip(&filed).map(expected).collect::<Vec<_>>());
+    assert!(filed.is_sorted_by(|older, newer| older.id < newer.id));
+    assert_eq!(get(&tracker.viewer, &ids(&filed), IssueView::Basic).await.unwrap(), filed);
+}
+
+#[tokio::test]
+async fn a_batch_has_one_to_a_thousand_issues() {
+    let tracker = Tracker::start().await;
+    for count in [0, 1_001] {
+        assert_invalid(create(&tracker.member, numbered(count)).await, &["issues"]);
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}
+
+#[tokio::test]
+async fn one_bad_issue_keeps_out_the_whole_batch_and_all_bad_ones_are_named() {
+    let tracker = Tracker::start().await;
+    let mut issues = numbered(6);
+    issues[1].title.clear();
+    issues[3].status = 9;
+    issues[3].title = "x".repeat(256);
+    issues[5].assignee_id = "alice".to_owned();
+
+    let status = assert_error(create(&tracker.member, issues).await, Code::InvalidArgument, "INVALID");
+
+    let mut fields = bad_fields(&status);
+    fields.sort();
+    assert_eq!(fields, ["issues[1].title", "issues[3].status", "issues[3].title", "issues[5].assignee_id"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}
+
+#[tokio::test]
+async fn missing_assignees_and_labels_of_a_batch_are_all_named() {
+    let tracker = Tracker::start().await;
+    let bug = tracker.member.label("bug").await.id;
+    let mut issues = numbered(4);
+    issues[0].assignee_id = tracker.viewer.user.id.clone();
+    issues[1].assignee_id = new_id();
+    issues[2].label_ids = vec![bug, new_id(), new_id()];
+    issues[3].assignee_id = issues[1].assignee_id.clone();
+
+    let status = assert_error(create(&tracker.member, issues.clone()).await, Code::NotFound, "NOT_FOUND");
+
+    let fields = ["issues[1].assignee_id", "issues[2].label_ids[1]", "issues[2].label_ids[2]", "issues[3].assignee_id"];
+    assert_eq!(bad_fields(&status), fields);
+    let missing = [
+        ("user", &issues[1].assignee_id),
+        ("label", &issues[2].label_ids[1]),
+        ("label", &issues[2].label_ids[2]),
+        ("user", &issues[3].assignee_id),
+    ];
+    assert_eq!(resources(&status), missing.map(|(kind, id)| (kind.to_owned(), id.clone())));
+    let counts = "SELECT (SELECT count(*) FROM issues) + (SELECT count(*) FROM issue_labels)";
+    assert_eq!(tracker.count(counts).await, 0);
+}
+
+#[tokio::test]
+async fn external_ids_that_are_taken_or_twice_in_a_batch_are_all_named() {
+    let tracker = Tracker::start().await;
+    let keyed = |external_id: &str| Issue { external_id: external_id.to_owned(), ..titled("crash") };
+    tracker.member.file_as(keyed("taken")).await;
+
+    let batch = ["new", "taken", "twice", "", "twice", "taken", ""].map(keyed).to_vec();
+    let status = assert_error(create(&tracker.member, batch).await, Code::AlreadyExists, "ALREADY_EXISTS");
+
+    let fields = ["issues[1].external_id", "issues[4].external_id", "issues[5].external_id"];
+    assert_eq!(bad_fields(&status), fields);
+    let names: Vec<String> = resources(&status).into_iter().map(|(_, name)| name).collect();
+    assert_eq!(names, ["taken", "twice", "taken"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
+}
+
+#[tokio::test]
+async fn an_error_that_quotes_much_still_arrives_and_has_all_indices() {
+    let tracker = Tracker::start().await;
+    // Four bytes a character, and three times that in a header.
+    let keyed = |n: usize| Issue { external_id: format!("{n} {}", "😀".repeat(200)), ..titled("crash") };
+    create(&tracker.member, (0..300).map(keyed).collect()).await.unwrap();
+
+    let again = create(&tracker.member, (0..300).map(keyed).collect()).await;
+    let status = assert_error(again, Code::AlreadyExists, "ALREADY_EXISTS");
+    assert_eq!(indices(&status), (0..300).collect::<Vec<_>>());
+
+    let invalid = |n: usize| Issue { assignee_id: "漢".repeat(n), ..Issue::default() };
+    let status = create(&tracker.member, (1..=1_000).map(invalid).collect()).await;
+    let status = assert_error(status, Code::InvalidArgument, "INVALID");
+    assert_eq!(indices(&status), (0..1_000).collect::<Vec<_>>());
+    assert!(bad_fields(&status).starts_with(&["issues[0].title".to_owned()]), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_batch_whose_answer_would_be_too_large_is_refused_and_not_filed() {
+    let tracker = Tracker::start().await;
+    let mut label_ids = Vec::new();
+    for n in 0..100 {
+        let label = Label { name: format!("label {n}"), description: "d".repeat(255), ..Label::default() };
+        let request = issue_tracker::pb::CreateLabelRequest { label: Some(label), ..Default::default() };
+        label_ids.push(tracker.member.labels().create_label(request).await.unwrap().into_inner().id);
+    }
+    // Small as a request: labels are ids there, and whole in the answer.
+    let labelled = |n: usize| Issue { label_ids: label_ids.clone(), ..titled(format!("issue {n}")) };
+
+    let too_large = create(&tracker.member, (0..200).map(labelled).collect()).await;
+
+    let status = assert_error(too_large, Code::InvalidArgument, "RESPONSE_TOO_LARGE");
+    assert_eq!(bad_fields(&status), ["issues"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+    assert_eq!(create(&tracker.member, (0..50).map(labelled).collect()).await.unwrap().len(), 50);
+}
+
+#[tokio::test]
+async fn a_repeated_request_id_answers_the_batch_that_was_filed() {
+    let tracker = Tracker::start().await;
+    let request = BatchCreateIssuesRequest { issues: numbered(3), request_id: new_id(), ..Default::default() };
+    let mut issues = tracker.member.issues();
+    let first = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
+
+    let again: BatchCreateIssuesResponse = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
+
+    assert_eq!(again, first);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 3);
+    let other = BatchCreateIssuesRequest { issues: numbered(2), ..request };
+    let status = assert_error(issues.batch_create_issues(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(bad_fields(&status), ["request_id"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 3);
+}
+
+#[tokio::test]
+async fn a_dry_run_of_a_batch_answers_as_the_real_call_and_files_nothing() {
+    let tracker = Tracker::start().await;
+    let keyed = |external_id: &str| Issue { external_id: external_id.to_owned(), ..titled("crash") };
+    tracker.member.file_as(keyed("taken")).await;
+    let dry = |issues: Vec<Issue>| {
+        let mut client = tracker.member.issues();
+        let request = BatchCreateIssuesRequest { issues, validate_only: true, ..Default::default() };
+        async move { client.batch_create_issues(request).await }
+    };
+
+    let tried = dry(numbered(2)).await.unwrap().into_inner().issues;
+    assert_eq!(tried.iter().map(|issue| &*issue.title).collect::<Vec<_>>(), ["issue 0", "issue 1"]);
+    assert_error(dry(vec![keyed("taken")]).await, Code::AlreadyExists, "ALREADY_EXISTS");
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
+}
+
+#[tokio::test]
+async fn issues_are_got_in_the_order_of_the_ids_deleted_ones_included() {
+    let tracker = Tracker::start().await;
+    let filed = create(&tracker.member, numbered(5)).await.unwrap();
+    let delete = DeleteIssueRequest { id: filed[4].id.clone(), ..Default::default() };
+    let deleted = tracker.member.issues().delete_issue(delete).await.unwrap().into_inner();
+    let expected = [&filed[2], &deleted, &filed[0], &filed[3]].map(Issue::clone);
+
+    assert_eq!(get(&tracker.viewer, &ids(&expected), IssueView::Basic).await.unwrap(), expected);
+}
+
+#[tokio::test]
+async fn a_batch_get_takes_one_to_a_thousand_well_formed_ids_each_once() {
+    let tracker = Tracker::start().await;
+    let ids = ids(&create(&tracker.member, numbered(2)).await.unwrap());
+    let invalid = async |ids: Vec<String>, fields: &[&str]| {
+        assert_invalid(get(&tracker.viewer, &ids, IssueView::Basic).await, fields);
+    };
+    invalid(vec![], &["ids"]).await;
+    invalid((0..1_001).map(|_| new_id()).collect(), &["ids"]).await;
+    let twice = vec![ids[0].clone(), ids[1].clone(), ids[0].to_uppercase(), ids[1].clone()];
+    invalid(twice, &["ids[2]", "ids[3]"]).await;
+    invalid(vec!["42".to_owned(), ids[0].clone(), String::new(), "42".to_owned()], &["ids[0]", "ids[2]", "ids[3]"])
+        .await;
+    let request = BatchGetIssuesRequest { ids, view: 7 };
+    assert_invalid(tracker.viewer.issues().batch_get_issues(request).await, &["view"]);
+}
+
+#[tokio::test]
+async fn all_missing_ids_of_a_batch_get_are_named() {
+    let tracker = Tracker::start().await;
+    let mut wanted = ids(&create(&tracker.member, numbered(3)).await.unwrap());
+    wanted.insert(1, new_id());
+    wanted.push(new_id());
+    for view in [IssueView::Basic, IssueView::Full] {
+        let status = assert_error(get(&tracker.viewer, &wanted, view).await, Code::NotFound, "NOT_FOUND");
+        assert_eq!(bad_fields(&status), ["ids[1]", "ids[4]"]);
+        assert_eq!(resources(&status), [&wanted[1], &wanted[4]].map(|id| ("issue".to_owned(), id.clone())));
+    }
+}
+
+#[tokio::test]
+async fn a_batch_get_in_full_has_the_comments_of_each_issue() {
+    let tracker = Tracker::start().await;
+    let filed = create(&tracker.member, numbered(3)).await.unwrap();
+    let first = tracker.admin.comment(&filed[2].id, "first").await;
+    let other = tracker.member.comment(&filed[0].id, "other").await;
+    let second = tracker.member.comment(&filed[2].id, "second").await;
+
+    let full = get(&tracker.viewer, &ids(&filed), IssueView::Full).await.unwrap();
+
+    assert_eq!(full.iter().map(|issue| &issue.comments[..]).collect::<Vec<_>>(), [&[other][..], &[], &[first, second]]);
+    let basic = get(&tracker.viewer, &ids(&filed), IssueView::Basic).await.unwrap();
+    assert_eq!(basic.iter().map(|issue| issue.comment_count).collect::<Vec<_>>(), [1, 0, 2]);
+    assert!(basic.iter().all(|issue| issue.comments.is_empty()));
+}
+
+#[tokio::test]
+async fn a_batch_get_over_three_mebibytes_is_refused() {
+    let tracker = Tracker::start().await;
+    let mut large = Vec::new();
+    for _ in 0..2 {
+        let batch = (0..7).map(|_| Issue { description: "😀".repeat(65_536), ..titled("large") });
+        large.extend(create(&tracker.member, batch.collect()).await.unwrap());
+    }
+    let too_large = |answer| {
+        let status = assert_error(answer, Code::InvalidArgument, "RESPONSE_TOO_LARGE");
+        assert_eq!(bad_fields(&status), ["ids"]);
+    };
+    let ids = ids(&large);
+
+    too_large(get(&tracker.viewer, &ids, IssueView::Basic).await);
+    assert_eq!(get(&tracker.viewer, &ids[..11], IssueView::Basic).await.unwrap(), large[..11]);
+
+    // With the comments it is too much again: 64 KiB each.
+    for _ in 0..5 {
+        tracker.member.comment(&ids[0], &"😀".repeat(16_384)).await;
+    }
+    get(&tracker.viewer, &ids[1..12], IssueView::Full).await.unwrap();
+    too_large(get(&tracker.viewer, &ids[..11], IssueView::Full).await);
+}
