@@ -180,7 +180,7 @@ impl Error {
             | Self::VersionMismatch(_)
             | Self::Precondition { .. } => true,
             Self::OffsetGap { .. }
-            | Self::Unimplemented
+            | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
