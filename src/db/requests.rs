@@ -102,7 +102,8 @@ pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result
     // In one order, so that two of these do not wait for each other.
     const SQL: &str = "-- claim_requests
         INSERT INTO requests (caller_id, request_id, fingerprint)
-        SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
+        SELECT caller_id, request_id, fingerprint
+        FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
         ORDER BY caller_id, request_id
         ON CONFLICT DO NOTHING RETURNING caller_id, request_id";
     let mut wanted = HashMap::new();
