@@ -1,11 +1,12 @@
 //! Who is calling: passwords, tokens, and the layer that finds the caller of each request.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -42,6 +43,9 @@ const TOKEN_PREFIX: &str = "itk_";
 
 /// The RPCs that need no token; those of health and reflection are no `issuetracker` services.
 const LOGIN_PATH: &str = "/issuetracker.v1.AuthService/Login";
+
+/// The RPC with a stream of the client's, whose end means something.
+const STREAMED_PATH: &str = "/issuetracker.v1.ImportService/ImportIssues";
 
 /// Who makes a request.
 #[derive(Clone, Copy, Debug)]
@@ -266,10 +270,40 @@ where
         let mut inner = std::mem::replace(&mut self.inner, fresh);
         Box::pin(async move {
             match gate.admit(&mut request).await {
-                Ok(_slot) => inner.call(request).await.map(explain_bare_errors),
+                Ok(_slot) => {
+                    if request.uri().path() == STREAMED_PATH {
+                        request = request.map(|body| Body::new(Uncut(body)));
+                    }
+                    inner.call(request).await.map(explain_bare_errors)
+                }
                 Err(error) => Ok(Status::from(error).into_http()),
             }
         })
+    }
+}
+
+/// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
+/// pass for a whole one.
+struct Uncut(Body);
+
+impl http_body::Body for Uncut {
+    type Data = bytes::Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Status>>> {
+        let cut = || Some(Err(Status::aborted("the stream was cut")));
+        match ready!(Pin::new(&mut self.0).poll_frame(context)) {
+            Some(Err(status)) if status.code() == tonic::Code::Cancelled => Poll::Ready(cut()),
+            None if !self.0.is_end_stream() => Poll::Ready(cut()),
+            frame => Poll::Ready(frame),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_end_stream()
     }
 }
 
