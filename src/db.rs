@@ -139,15 +139,21 @@ async fn probe(manager: Manager) {
     let mut client: Option<Client> = None;
     while !manager.up.is_closed() {
         let answer = tokio::time::timeout(CONNECT_TIMEOUT, async {
-            let connected = match client.take() {
-                Some(client) => client,
-                None => bb8::ManageConnection::connect(&manager.inner).await?,
-            };
+            if let Some(kept) = &client
+                && kept.batch_execute("").await.is_ok()
+            {
+                return Ok(());
+            }
+            // A connection that died says nothing of the database.
+            let connected = bb8::ManageConnection::connect(&manager.inner).await?;
             connected.batch_execute("").await?;
             client = Some(connected);
             Ok::<_, tokio_postgres::Error>(())
         });
         let up = matches!(answer.await, Ok(Ok(())));
+        if !up {
+            client = None;
+        }
         manager.set_up(up);
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
