@@ -17,11 +17,12 @@ pub mod users;
 
 use std::{
     collections::HashMap,
+    future::Future,
     ops::Deref,
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::Poll,
     time::Duration,
@@ -184,7 +185,12 @@ impl bb8::ManageConnection for Manager {
     async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
         let client = self.inner.connect().await.inspect_err(|_| self.set_up(false))?;
         self.set_up(true);
-        Ok(Conn { client, statements: Mutex::default(), discard: AtomicBool::new(false) })
+        Ok(Conn {
+            client,
+            statements: Mutex::default(),
+            unanswered: AtomicU32::new(0),
+            discard: AtomicBool::new(false),
+        })
     }
 
     async fn is_valid(&self, conn: &mut Conn) -> Result<(), tokio_postgres::Error> {
@@ -192,7 +198,7 @@ impl bb8::ManageConnection for Manager {
     }
 
     fn has_broken(&self, conn: &mut Conn) -> bool {
-        conn.client.is_closed() || conn.discard.load(Ordering::Relaxed)
+        conn.client.is_closed() || conn.is_left_busy()
     }
 }
 
@@ -200,6 +206,8 @@ impl bb8::ManageConnection for Manager {
 pub struct Conn {
     client: Client,
     statements: Mutex<HashMap<String, Statement>>,
+    /// Statements whose answer is waited for; at rest, those whose caller has given up.
+    unanswered: AtomicU32,
     discard: AtomicBool,
 }
 
@@ -208,25 +216,25 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 impl Conn {
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.client.query(&statement, params).await?)
+        Ok(self.watch(self.client.query(&statement, params)).await?)
     }
 
     /// Exactly one row.
     pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
         let statement = self.statement(sql).await?;
-        Ok(self.client.query_one(&statement, params).await?)
+        Ok(self.watch(self.client.query_one(&statement, params)).await?)
     }
 
     /// One row or none.
     pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.client.query_opt(&statement, params).await?)
+        Ok(self.watch(self.client.query_opt(&statement, params)).await?)
     }
 
     /// How many rows were touched.
     pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
         let statement = self.statement(sql).await?;
-        Ok(self.client.execute(&statement, params).await?)
+        Ok(self.watch(self.client.execute(&statement, params)).await?)
     }
 
     /// Reads rows until there are `rows_max`, or their sizes add up to `bytes_max`; at least one if there is one. The
@@ -240,25 +248,37 @@ impl Conn {
         size: impl Fn(&T) -> usize,
     ) -> Result<Page<T>> {
         let statement = self.statement(sql).await?;
-        let mut rows = pin!(self.client.query_raw(&statement, params.iter().copied()).await?);
-        let mut items = Vec::new();
-        let mut bytes = 0;
-        while let Some(row) = rows.try_next().await? {
-            let item = from_row(&row)?;
-            bytes += size(&item);
-            let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
-            if !items.is_empty() && !fits {
-                return Ok(Page { items, more: true });
+        let read = async {
+            let mut rows = pin!(self.client.query_raw(&statement, params.iter().copied()).await?);
+            let mut items = Vec::new();
+            let mut bytes = 0;
+            while let Some(row) = rows.try_next().await? {
+                let item = from_row(&row)?;
+                bytes += size(&item);
+                let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
+                if !items.is_empty() && !fits {
+                    return Ok(Page { items, more: true });
+                }
+                items.push(item);
             }
-            items.push(item);
-        }
-        Ok(Page { items, more: false })
+            Ok(Page { items, more: false })
+        };
+        self.watch(read).await
     }
 
     /// A sink for rows in COPY's format.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
         Ok(self.client.copy_in(&statement).await?)
+    }
+
+    /// Waits for a statement's answer. A caller that gives up (its deadline has passed, its client is gone) drops this
+    /// half-way, and is noticed by the count that stays.
+    async fn watch<T>(&self, answer: impl Future<Output = T>) -> T {
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let answer = answer.await;
+        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        answer
     }
 
     async fn statement(&self, sql: &str) -> Result<Statement> {
@@ -285,6 +305,11 @@ impl Conn {
         self.discard.store(discard, Ordering::Relaxed);
     }
 
+    /// Whether something may still be running on the connection, for nobody. What comes next would wait behind it.
+    fn is_left_busy(&self) -> bool {
+        self.discard.load(Ordering::Relaxed) || self.unanswered.load(Ordering::Relaxed) > 0
+    }
+
     /// Sends a command ahead of whatever is sent next on this connection, without waiting for its answer: its first poll
     /// puts it in the connection's queue.
     fn enqueue(&self, command: &str) -> Result<()> {
@@ -293,6 +318,20 @@ impl Conn {
         match sending.as_mut().poll(&mut context) {
             Poll::Ready(result) => Ok(result?),
             Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl Drop for Conn {
+    fn drop(&mut self) {
+        // The server notices that its client is gone only when it next reads or writes, which may be long after: it is
+        // told, so that it rolls back and frees its locks now.
+        if self.is_left_busy()
+            && !self.client.is_closed()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let running = self.client.cancel_token();
+            runtime.spawn(async move { running.cancel_query(NoTls).await });
         }
     }
 }
