@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use tokio_postgres::{
     binary_copy::BinaryCopyInWriter,
     types::{ToSql, Type},
@@ -291,7 +291,8 @@ impl Resolver<'_> {
         }
         let create_time = row.create_time.unwrap_or(self.now);
         if let Some(close_time) = row.close_time.filter(|close_time| *close_time < create_time) {
-            let (value, code) = (close_time.to_rfc3339(), RowErrorCode::CloseTimeBeforeCreateTime);
+            let (value, code) =
+                (close_time.to_rfc3339_opts(SecondsFormat::AutoSi, true), RowErrorCode::CloseTimeBeforeCreateTime);
             self.error(
                 row,
                 "close_time",

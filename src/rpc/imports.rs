@@ -245,7 +245,11 @@ impl FileReader {
 fn take_record(columns: &mut Option<Columns>, batch: &mut Batch, record: &Record<'_>) -> Result<()> {
     let Some(columns) = columns else {
         let violation = |fault: crate::import::HeaderFault| {
-            Violation::new(format!("header.{}", quote(&fault.column)), fault.message)
+            let field = match &*fault.column {
+                "" => "header".to_owned(),
+                column => format!("header.{}", quote(column)),
+            };
+            Violation::new(field, fault.message)
         };
         let parsed = Columns::parse(record);
         *columns = Some(parsed.map_err(|faults| Error::Invalid(faults.into_iter().map(violation).collect()))?);
