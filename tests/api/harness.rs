@@ -134,6 +134,20 @@ impl Tracker {
         self.sql(&format!("{all} ORDER BY 1"), &[]).await.iter().map(|row| row.get(0)).collect()
     }
 
+    /// Waits until a query gives true.
+    pub async fn wait_until(&self, sql: &'static str) {
+        let config = self.config.clone();
+        eventually(sql, || {
+            let config = config.clone();
+            Box::pin(async move {
+                let (client, connection) = config.connect(NoTls).await.unwrap();
+                tokio::spawn(connection);
+                client.query_one(sql, &[]).await.unwrap().get(0)
+            })
+        })
+        .await;
+    }
+
     /// A number that a query gives.
     pub async fn count(&self, sql: &str) -> i64 {
         self.sql(sql, &[]).await[0].get(0)
@@ -328,6 +342,18 @@ impl Client {
         let request = pb::CreateCommentRequest { comment: Some(comment), ..Default::default() };
         self.comments().create_comment(request).await.unwrap().into_inner()
     }
+}
+
+/// How many wait for a lock of somebody else's, for [`Tracker::wait_until`].
+#[macro_export]
+macro_rules! lock_waiters {
+    ($is:literal) => {
+        concat!(
+            "SELECT count(*) ",
+            $is,
+            " FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+    };
 }
 
 /// The error of a call that must fail: its code and reason are these, and it has exactly one `ErrorInfo` of our domain.

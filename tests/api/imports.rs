@@ -1,1 +1,427 @@
+//! `ImportService`: what a file becomes.
 
+mod cuts;
+mod rows;
+mod stream;
+
+use std::collections::BTreeMap;
+
+use issue_tracker::pb::{
+    GetIssueRequest, ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportMode, ImportOptions, ImportProgress,
+    ImportRowError, ImportState, ImportSummary, Issue, ListIssuesRequest, Priority, Role, Status as IssueStatus,
+    import_issues_request, import_issues_response::Message,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, Streaming};
+use uuid::Uuid;
+
+use crate::harness::{Client, Tracker, assert_error};
+
+/// An import that a client makes in one go.
+#[derive(Clone)]
+struct Import {
+    options: ImportOptions,
+    file: Vec<u8>,
+    /// Where the file is cut into chunks.
+    cuts: Vec<usize>,
+}
+
+/// Of this file, ATOMIC, in chunks of 1 MiB.
+fn import(file: impl Into<Vec<u8>>) -> Import {
+    let file = file.into();
+    let options = ImportOptions { total_bytes: file.len() as i64, ..Default::default() };
+    let cuts = (0..file.len()).step_by(1024 * 1024).skip(1).collect();
+    Import { options, file, cuts }
+}
+
+impl Import {
+    fn skip_invalid(mut self) -> Self {
+        self.options.mode = ImportMode::SkipInvalid.into();
+        self
+    }
+
+    fn validate_only(mut self) -> Self {
+        self.options.validate_only = true;
+        self
+    }
+
+    fn id(mut self, id: Uuid) -> Self {
+        self.options.import_id = id.to_string();
+        self
+    }
+
+    fn cut_at(mut self, cuts: impl IntoIterator<Item = usize>) -> Self {
+        self.cuts = cuts.into_iter().collect();
+        self
+    }
+
+    async fn by(self, client: &Client) -> Result<Answer, Status> {
+        let mut messages = vec![options(self.options)];
+        let mut begin = 0;
+        for end in self.cuts.into_iter().chain([self.file.len()]) {
+            messages.push(chunk(begin as i64, self.file[begin..end].to_vec()));
+            begin = end;
+        }
+        send(client, messages).await
+    }
+}
+
+/// What an import has answered.
+#[derive(Debug, Default, PartialEq)]
+struct Answer {
+    progress: Vec<ImportProgress>,
+    errors: Vec<ImportRowError>,
+    summary: ImportSummary,
+}
+
+impl Answer {
+    /// State, rows, created, rejected, errors.
+    fn counts(&self) -> (ImportState, i64, i64, i64, i64) {
+        let summary = &self.summary;
+        (summary.state(), summary.row_count, summary.created_count, summary.rejected_count, summary.error_count)
+    }
+
+    fn codes(&self) -> Vec<(i64, &str)> {
+        self.errors.iter().map(|error| (error.row_number, error.code.as_str())).collect()
+    }
+}
+
+fn options(options: ImportOptions) -> ImportIssuesRequest {
+    ImportIssuesRequest { message: Some(import_issues_request::Message::Options(options)) }
+}
+
+fn chunk(offset: i64, data: impl Into<Vec<u8>>) -> ImportIssuesRequest {
+    let chunk = ImportChunk { offset, data: data.into().into() };
+    ImportIssuesRequest { message: Some(import_issues_request::Message::Chunk(chunk)) }
+}
+
+/// Sends these messages, half-closes, and reads the answer.
+async fn send(client: &Client, messages: Vec<ImportIssuesRequest>) -> Result<Answer, Status> {
+    let answers = client.imports().import_issues(tokio_stream::iter(messages)).await?.into_inner();
+    read(answers).await
+}
+
+async fn read(mut answers: Streaming<ImportIssuesResponse>) -> Result<Answer, Status> {
+    let mut answer = Answer::default();
+    let mut summaries = 0;
+    while let Some(ImportIssuesResponse { message }) = answers.message().await? {
+        assert_eq!(summaries, 0, "nothing comes after the summary");
+        match message.expect("a message has something in it") {
+            Message::Progress(progress) => answer.progress.push(progress),
+            Message::RowError(error) => answer.errors.push(error),
+            Message::Summary(summary) => {
+                summaries += 1;
+                answer.summary = summary;
+            }
+        }
+    }
+    assert_eq!(summaries, 1, "an import that ends OK ends with its summary");
+    Ok(answer)
+}
+
+/// An import that the test sends piece by piece; half-closed by dropping `requests`.
+struct Open {
+    requests: mpsc::Sender<ImportIssuesRequest>,
+    answers: Streaming<ImportIssuesResponse>,
+}
+
+/// Returns when the server works on the import.
+async fn open(client: &Client, opts: ImportOptions) -> Open {
+    let (requests, stream) = mpsc::channel(16);
+    requests.send(options(opts)).await.unwrap();
+    let answers = client.imports().import_issues(ReceiverStream::new(stream)).await.unwrap();
+    let mut answers = answers.into_inner();
+    let first = answers.message().await.unwrap().unwrap();
+    assert!(matches!(first.message, Some(Message::Progress(_))), "{first:?}");
+    Open { requests, answers }
+}
+
+impl Open {
+    async fn send(&self, message: ImportIssuesRequest) {
+        self.requests.send(message).await.unwrap();
+    }
+
+    async fn finish(self) -> Result<Answer, Status> {
+        drop(self.requests);
+        read(self.answers).await
+    }
+}
+
+/// A file of titles `issue 1`, `issue 2` …
+fn titles(rows: usize) -> String {
+    (1..=rows).fold("title\n".to_owned(), |file, row| file + &format!("issue {row}\n"))
+}
+
+/// All issues by title, ids, versions and times of the import aside.
+async fn issues(tracker: &Tracker) -> BTreeMap<String, Issue> {
+    let request = ListIssuesRequest { page_size: 1_000, ..Default::default() };
+    let issues = tracker.viewer.issues().list_issues(request).await.unwrap().into_inner().issues;
+    issues.into_iter().map(|issue| (issue.title.clone(), issue)).collect()
+}
+
+async fn issue_count(tracker: &Tracker) -> i64 {
+    tracker.count("SELECT count(*) FROM issues").await
+}
+
+/// Files an issue with the external id `X-1`, in a transaction that the test commits.
+async fn hold_external_id(tracker: &Tracker) -> tokio_postgres::Client {
+    let (other, connection) = tracker.config.connect(tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let insert = format!(
+        "BEGIN; INSERT INTO issues (id, reporter_id, status, priority, title, description, external_id)
+         VALUES (gen_random_uuid(), '{}', 1, 0, 'theirs', '', 'X-1')",
+        tracker.member.user.id
+    );
+    other.batch_execute(&insert).await.unwrap();
+    other
+}
+
+#[tokio::test]
+async fn four_columns_are_taken_as_they_stand() {
+    let tracker = Tracker::start().await;
+    let file = "title,description,priority,status\n\
+        crash on start,\"says: \"\"no\"\"\nthen, nothing\",high,open\n\
+        typo,,,\n\
+        old,gone,LOW,Closed\n";
+
+    let answer = import(file).by(&tracker.member).await.unwrap();
+
+    assert_eq!(answer.counts(), (ImportState::Committed, 3, 3, 0, 0));
+    assert_eq!(answer.summary.byte_count, file.len() as i64);
+    let issues = issues(&tracker).await;
+    let shown: Vec<_> = issues.values().map(|i| (&*i.title, &*i.description, i.priority(), i.status())).collect();
+    assert_eq!(
+        shown,
+        [
+            ("crash on start", "says: \"no\"\nthen, nothing", Priority::High, IssueStatus::Open),
+            ("old", "gone", Priority::Low, IssueStatus::Closed),
+            ("typo", "", Priority::Unspecified, IssueStatus::Open),
+        ]
+    );
+    assert!(issues["old"].close_time.is_some());
+}
+
+#[tokio::test]
+async fn every_column_goes_to_its_field_whatever_the_order_and_case_of_the_header() {
+    let tracker = Tracker::start().await;
+    let (bug, ui) = (tracker.member.label("Bug").await, tracker.member.label("ui").await);
+    let file = "\u{feff}LABELS, Assignee ,external_id,close_time,create_time,Status,priority,title,description\r\n\
+        ui; bug ;UI,VIEWER,JIRA-7,2024-05-18T09:00:00.123456+02:00,2024-05-17T08:30:00Z,STATUS_CLOSED,PRIORITY_critical,crash,why\r\n";
+
+    let answer = import(file).by(&tracker.member).await.unwrap();
+
+    assert_eq!(answer.counts(), (ImportState::Committed, 1, 1, 0, 0), "{answer:?}");
+    let issue = issues(&tracker).await.remove("crash").unwrap();
+    assert_eq!(issue.labels, [bug, ui]);
+    assert_eq!(issue.assignee_id, tracker.viewer.user.id);
+    assert_eq!(issue.external_id, "JIRA-7");
+    assert_eq!((issue.status(), issue.priority()), (IssueStatus::Closed, Priority::Critical));
+    assert_eq!(issue.description, "why");
+    assert_eq!(issue.create_time.unwrap().to_string(), "2024-05-17T08:30:00Z");
+    assert_eq!(issue.close_time.unwrap().to_string(), "2024-05-18T07:00:00.123456Z");
+}
+
+#[tokio::test]
+async fn imported_issues_sort_by_their_create_time_among_all_others() {
+    let tracker = Tracker::start().await;
+    tracker.member.file("filed now").await;
+    let file =
+        "title,create_time\nmiddle,2020-06-01T00:00:00Z\noldest,1999-01-01T00:00:00Z\nlate,2021-01-01T00:00:00Z\n";
+
+    import(file).by(&tracker.member).await.unwrap();
+
+    let listed = tracker.viewer.issues().list_issues(ListIssuesRequest::default()).await.unwrap().into_inner();
+    let listed: Vec<_> = listed.issues.iter().map(|issue| issue.title.as_str()).collect();
+    assert_eq!(listed, ["filed now", "late", "middle", "oldest"]);
+}
+
+#[tokio::test]
+async fn an_imported_issue_is_one_of_the_callers_in_its_first_version_without_history() {
+    let tracker = Tracker::start().await;
+
+    import("title\nimported\n").by(&tracker.member).await.unwrap();
+
+    let listed = issues(&tracker).await.remove("imported").unwrap();
+    assert_eq!((listed.version, &listed.reporter_id), (1, &tracker.member.user.id));
+    let request = GetIssueRequest { id: listed.id.clone(), ..Default::default() };
+    assert_eq!(tracker.viewer.issues().get_issue(request).await.unwrap().into_inner(), listed);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, 0);
+}
+
+#[tokio::test]
+async fn atomic_import_with_a_bad_row_is_rejected_and_the_mended_file_goes_in_under_the_same_id() {
+    let tracker = Tracker::start().await;
+    let id = Uuid::now_v7();
+    let file = "title,status\ngood,open\nbad,opne\ngood too,closed\n";
+
+    let rejected = import(file).id(id).by(&tracker.member).await.unwrap();
+
+    assert_eq!(rejected.counts(), (ImportState::Rejected, 3, 0, 1, 1));
+    assert_eq!(rejected.codes(), [(2, "INVALID_STATUS")]);
+    assert_eq!(issue_count(&tracker).await, 0);
+
+    let mended = import(file.replace("opne", "open")).id(id).by(&tracker.member).await.unwrap();
+    assert_eq!(mended.counts(), (ImportState::Committed, 3, 3, 0, 0));
+    assert_eq!(issue_count(&tracker).await, 3);
+}
+
+#[tokio::test]
+async fn skip_invalid_takes_the_good_rows_and_reports_the_bad_ones_in_order() {
+    let tracker = Tracker::start().await;
+    // The second kind of error is found by the database, after the others.
+    let file = "title,status,assignee\na,open,\nb,open,nobody\nc,opne,\n,opne,\ne,closed,member\nf,,nobody\n";
+
+    let answer = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+
+    assert_eq!(answer.counts(), (ImportState::Committed, 6, 2, 4, 5));
+    let codes = [
+        (2, "UNKNOWN_ASSIGNEE"),
+        (3, "INVALID_STATUS"),
+        (4, "REQUIRED"),
+        (4, "INVALID_STATUS"),
+        (6, "UNKNOWN_ASSIGNEE"),
+    ];
+    assert_eq!(answer.codes(), codes);
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "e"]);
+}
+
+#[tokio::test]
+async fn validate_only_answers_what_the_real_call_would_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    tracker.member.label("bug").await;
+    let good = "title,labels,external_id\na,bug,1\nb,,2\n";
+    let bad = "title,labels,external_id\na,bug,1\nb,feature,2\nc,,1\n,,\n";
+    for import in [import(good), import(bad), import(good).skip_invalid(), import(bad).skip_invalid()] {
+        let mut trial = import.clone().validate_only().by(&tracker.member).await.unwrap();
+        assert_eq!(issue_count(&tracker).await, 0);
+        assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 0);
+
+        let real = import.by(&tracker.member).await.unwrap();
+
+        if trial.summary.state() == ImportState::Validated {
+            trial.summary.state = ImportState::Committed.into();
+        }
+        trial.summary.import_id = real.summary.import_id.clone();
+        for progress in &mut trial.progress {
+            progress.import_id = real.summary.import_id.clone();
+        }
+        assert_eq!(trial, real);
+        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn an_import_that_was_tried_can_be_made_under_the_same_id() {
+    let tracker = Tracker::start().await;
+    let import = import("title\na\n").id(Uuid::now_v7());
+
+    let trial = import.clone().validate_only().by(&tracker.member).await.unwrap();
+    let real = import.by(&tracker.member).await.unwrap();
+
+    assert_eq!(trial.counts(), (ImportState::Validated, 1, 1, 0, 0));
+    assert_eq!(real.counts(), (ImportState::Committed, 1, 1, 0, 0));
+    assert_eq!(issue_count(&tracker).await, 1);
+}
+
+#[tokio::test]
+async fn a_thousand_errors_are_sent_and_all_are_counted() {
+    let tracker = Tracker::start().await;
+    // Two errors a row; more rows than a batch has.
+    let file = "title,status,priority\n".to_owned() + &"x,opne,hihg\n".repeat(6_000) + "good,open,high\n";
+
+    let answer = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+
+    assert_eq!(answer.errors.len(), 1_000);
+    assert_eq!(answer.errors.last().map(|error| (error.row_number, &*error.code)), Some((500, "INVALID_STATUS")));
+    assert_eq!(answer.counts(), (ImportState::Committed, 6_001, 1, 6_000, 12_000));
+    assert_eq!(issue_count(&tracker).await, 1);
+}
+
+#[tokio::test]
+async fn progress_grows_to_the_end_of_the_file() {
+    let tracker = Tracker::start().await;
+    let file = titles(12_000);
+
+    let answer = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
+
+    let progress: Vec<_> = answer.progress.iter().map(|p| (p.row_count, p.offset, p.rejected_count)).collect();
+    assert_eq!(progress.iter().map(|p| p.0).collect::<Vec<_>>(), [0, 5_000, 10_000, 12_000]);
+    assert!(progress.is_sorted(), "{progress:?}");
+    assert_eq!(progress.last(), Some(&(12_000, file.len() as i64, 0)));
+    assert!(answer.progress.iter().all(|p| p.import_id == answer.summary.import_id));
+}
+
+#[tokio::test]
+async fn where_the_file_is_cut_into_chunks_does_not_matter() {
+    let tracker = Tracker::start().await;
+    let mut file = "\u{feff}title,description,status\r\n".to_owned();
+    for row in 0..200 {
+        file += &match row % 5 {
+            0 => format!("t{row},\"é \"\"quoted\"\"\r\nsecond, line\",open\r\n"),
+            1 => format!("t{row},ü,closed\r\n\r\n"),
+            2 => format!("t{row},x,opne\n"),
+            3 => format!("t{row},too,many,fields\r"),
+            _ => format!("\"t{row}\",,IN_PROGRESS\r\n"),
+        };
+    }
+    let mut whole = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
+    assert_eq!(whole.counts(), (ImportState::Committed, 200, 120, 80, 80));
+    let of = |issues: BTreeMap<String, Issue>| -> Vec<_> {
+        issues.into_values().map(|issue| (issue.title, issue.description, issue.status)).collect()
+    };
+    let rows = of(issues(&tracker).await);
+
+    for seed in 1..=4_usize {
+        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        // Steps from 1 to 40 bytes, another sequence for each seed.
+        let steps = (0_usize..).map(|n| 1 + (n * n * 7 + n * seed * 13) % (seed * 10));
+        let cuts = steps.scan(0, |at, step| {
+            *at += step;
+            Some(*at)
+        });
+        let import = import(&*file).skip_invalid().cut_at(cuts.take_while(|cut| *cut < file.len()));
+        let cut = import.by(&tracker.member).await.unwrap();
+        whole.summary.import_id = cut.summary.import_id.clone();
+        assert_eq!((&cut.errors, &cut.summary), (&whole.errors, &whole.summary), "seed {seed}");
+        assert_eq!(of(issues(&tracker).await), rows, "seed {seed}");
+    }
+}
+
+#[tokio::test]
+async fn viewers_cannot_import() {
+    let tracker = Tracker::start().await;
+
+    let refused = import("title\na\n").by(&tracker.viewer).await;
+
+    assert_error(refused, Code::PermissionDenied, "PERMISSION_DENIED");
+    assert_eq!(issue_count(&tracker).await, 0);
+}
+
+#[tokio::test]
+async fn an_issue_that_an_import_has_made_can_be_changed_like_any_other() {
+    let tracker = Tracker::start().await;
+    import("title,status\nimported,closed\n").by(&tracker.member).await.unwrap();
+    let issue = issues(&tracker).await.remove("imported").unwrap();
+
+    let reopened = Issue { id: issue.id, status: IssueStatus::Open.into(), ..Default::default() };
+    let request =
+        issue_tracker::pb::UpdateIssueRequest { issue: Some(reopened), expected_version: 1, ..Default::default() };
+    let updated = tracker.member.issues().update_issue(request).await.unwrap().into_inner();
+
+    assert_eq!((updated.version, updated.reopen_count, updated.close_time), (2, 1, None));
+}
+
+#[tokio::test]
+async fn names_that_users_and_labels_get_between_two_imports_are_found() {
+    let tracker = Tracker::start().await;
+    let file = "title,assignee,labels\na,alice,new\n";
+    let before = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+    assert_eq!(before.codes(), [(1, "UNKNOWN_ASSIGNEE"), (1, "UNKNOWN_LABEL")]);
+    tracker.user("Alice", Role::Viewer).await;
+    tracker.member.label("NEW").await;
+
+    let after = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+
+    assert_eq!(after.counts(), (ImportState::Committed, 1, 1, 0, 0));
+}

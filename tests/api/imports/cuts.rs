@@ -1,0 +1,138 @@
+//! Streams that break off: by a reset of the stream, as a client's cancellation or deadline sends it, or with the connection.
+
+use h2::{Reason, SendStream, client::SendRequest};
+use prost::Message as _;
+use tokio::{net::TcpStream, task::JoinHandle};
+
+use super::*;
+use crate::{harness::limits, lock_waiters};
+
+/// An import holds an advisory lock as long as it is worked on.
+macro_rules! locks {
+    ($is:literal) => {
+        concat!(
+            "SELECT count(*) ",
+            $is,
+            " FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+            WHERE locktype = 'advisory' AND datname = current_database()"
+        )
+    };
+}
+/// A client that can do what generated ones do not let one do.
+struct RawImport {
+    stream: SendStream<bytes::Bytes>,
+    _requests: SendRequest<bytes::Bytes>,
+    _response: h2::client::ResponseFuture,
+    connection: JoinHandle<()>,
+}
+
+impl RawImport {
+    async fn open(tracker: &Tracker, opts: ImportOptions) -> Self {
+        let tcp = TcpStream::connect(&tracker.address).await.unwrap();
+        let (requests, connection) = h2::client::handshake(tcp).await.unwrap();
+        let connection = tokio::spawn(async move { drop(connection.await) });
+        let mut requests = requests.ready().await.unwrap();
+        let request =
+            http::Request::post(format!("http://{}/issuetracker.v1.ImportService/ImportIssues", tracker.address))
+                .header("content-type", "application/grpc")
+                .header("te", "trailers")
+                .header("authorization", format!("Bearer {}", tracker.member.token));
+        let (response, stream) = requests.send_request(request.body(()).unwrap(), false).unwrap();
+        let mut import = Self { stream, _requests: requests, _response: response, connection };
+        import.send(&options(opts));
+        import
+    }
+
+    fn send(&mut self, message: &ImportIssuesRequest) {
+        let message = message.encode_to_vec();
+        let mut frame = vec![0];
+        frame.extend((message.len() as u32).to_be_bytes());
+        frame.extend(message);
+        self.stream.send_data(frame.into(), false).unwrap();
+    }
+}
+
+/// How a stream can break off.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    Reset(Reason),
+    Disconnect,
+}
+
+const CUTS: [Cut; 3] = [Cut::Reset(Reason::CANCEL), Cut::Reset(Reason::NO_ERROR), Cut::Disconnect];
+
+impl RawImport {
+    /// Returns when the server no longer works on the import.
+    async fn cut(mut self, cut: Cut, tracker: &Tracker) {
+        match cut {
+            Cut::Reset(reason) => self.stream.send_reset(reason),
+            Cut::Disconnect => self.connection.abort(),
+        }
+        tracker.wait_until(locks!("= 0")).await;
+        self.connection.abort();
+    }
+}
+
+#[tokio::test]
+async fn an_atomic_import_that_is_cut_leaves_nothing_and_can_be_sent_again() {
+    let tracker = Tracker::start().await;
+    for cut in CUTS {
+        // The size of the file is not known, so the end of the stream would be the end of the file.
+        let opts = ImportOptions { import_id: Uuid::now_v7().to_string(), ..Default::default() };
+        let mut raw = RawImport::open(&tracker, opts.clone()).await;
+        raw.send(&chunk(0, "title\nwhole\nhal"));
+        tracker.wait_until(locks!("= 1")).await;
+
+        raw.cut(cut, &tracker).await;
+
+        assert_eq!(issue_count(&tracker).await, 0, "{cut:?}");
+        assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 0, "{cut:?}");
+        let again = send(&tracker.member, vec![options(opts), chunk(0, "title\nwhole\nhalf\n")]).await.unwrap();
+        assert_eq!(again.counts(), (ImportState::Committed, 2, 2, 0, 0), "{cut:?}");
+        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_skip_invalid_import_that_is_cut_leaves_whole_batches_and_is_incomplete_when_sent_again() {
+    let tracker = Tracker::start().await;
+    for cut in CUTS {
+        let opts = ImportOptions {
+            import_id: Uuid::now_v7().to_string(),
+            mode: ImportMode::SkipInvalid.into(),
+            ..Default::default()
+        };
+        let mut raw = RawImport::open(&tracker, opts.clone()).await;
+        // One batch, two rows, and the beginning of a third that would pass for a whole one.
+        raw.send(&chunk(0, titles(5_002) + "hal"));
+        tracker.wait_until("SELECT count(*) = 5000 FROM issues").await;
+
+        raw.cut(cut, &tracker).await;
+
+        assert_eq!(issue_count(&tracker).await, 5_000, "{cut:?}");
+        let import = tracker.sql("SELECT row_count, committed_offset, finish_time IS NULL FROM imports", &[]).await;
+        let import = (import[0].get::<_, i64>(0), import[0].get::<_, i64>(1), import[0].get::<_, bool>(2));
+        assert_eq!(import, (5_000, titles(5_000).len() as i64 - 1, true), "{cut:?}");
+        let again = send(&tracker.member, vec![options(opts), chunk(0, titles(5_002))]).await;
+        let status = assert_error(again, Code::FailedPrecondition, "IMPORT_INCOMPLETE");
+        assert!(status.message().contains(&import.1.to_string()), "{status:?}");
+        assert_eq!(issue_count(&tracker).await, 5_000, "{cut:?}");
+        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
+    let tracker = Tracker::start_with(limits(&["--statement-ms", "600000"])).await;
+    let other = hold_external_id(&tracker).await;
+    let opts = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..Default::default() };
+    let mut raw = RawImport::open(&tracker, opts).await;
+    let rows = (0..5_001).fold("title,external_id\nours,X-1\n".to_owned(), |file, n| file + &format!("issue {n},\n"));
+    raw.send(&chunk(0, rows));
+    tracker.wait_until(lock_waiters!("> 0")).await;
+
+    raw.cut(Cut::Reset(Reason::CANCEL), &tracker).await;
+
+    other.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(issue_count(&tracker).await, 1);
+}

@@ -1,0 +1,279 @@
+//! How the stream itself is to be used, and import ids.
+
+use super::*;
+use crate::{
+    harness::{assert_invalid, error_metadata, eventually, limits},
+    lock_waiters,
+};
+
+const MIB: usize = 1024 * 1024;
+
+fn atomic() -> ImportOptions {
+    ImportOptions { import_id: Uuid::now_v7().to_string(), ..Default::default() }
+}
+
+async fn assert_nothing_written(tracker: &Tracker) {
+    assert_eq!(issue_count(tracker).await, 0);
+    assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 0);
+}
+
+#[tokio::test]
+async fn options_come_once_and_first() {
+    let tracker = Tracker::start().await;
+    let file = || chunk(0, "title\na\n");
+    let streams = [
+        vec![],
+        vec![file()],
+        vec![options(atomic()), options(atomic())],
+        vec![options(atomic()), file(), options(atomic())],
+    ];
+    for messages in streams {
+        assert_invalid(send(&tracker.member, messages).await, &["options"]);
+    }
+    assert_invalid(send(&tracker.member, vec![options(atomic()), ImportIssuesRequest::default()]).await, &["message"]);
+    assert_nothing_written(&tracker).await;
+}
+
+#[tokio::test]
+async fn all_that_is_wrong_with_the_options_is_told_at_once() {
+    let tracker = Tracker::start().await;
+    let bad = ImportOptions { import_id: "42".to_owned(), mode: 9, total_bytes: -1, ..Default::default() };
+
+    let refused = send(&tracker.member, vec![options(bad), chunk(0, "title\na\n")]).await;
+
+    assert_invalid(refused, &["options.import_id", "options.mode", "options.total_bytes"]);
+    assert_nothing_written(&tracker).await;
+}
+
+#[tokio::test]
+async fn a_gap_between_chunks_is_told_with_the_offset_to_go_on_from() {
+    let tracker = Tracker::start().await;
+    for mode in [ImportMode::Atomic, ImportMode::SkipInvalid] {
+        let opts = ImportOptions { mode: mode.into(), ..atomic() };
+
+        let refused = send(&tracker.member, vec![options(opts), chunk(0, "title\na\n"), chunk(9, "b\n")]).await;
+
+        let status = assert_error(refused, Code::OutOfRange, "IMPORT_OFFSET_GAP");
+        assert_eq!(error_metadata(&status, "expected_offset").as_deref(), Some("8"));
+        assert_nothing_written(&tracker).await;
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_were_received_before_are_ignored() {
+    let tracker = Tracker::start().await;
+    // Repeated whole, overlapping, wholly inside, and other than what was there: the first ones count.
+    let messages = vec![
+        options(atomic()),
+        chunk(0, "title\na\n"),
+        chunk(0, "title\na\n"),
+        chunk(6, "a\nb\n"),
+        chunk(2, "XXX"),
+        chunk(10, ""),
+        chunk(8, "c\nd\n"),
+    ];
+
+    let answer = send(&tracker.member, messages).await.unwrap();
+
+    assert_eq!(answer.summary.byte_count, 12);
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b", "d"]);
+}
+
+#[tokio::test]
+async fn a_chunk_holds_at_most_one_mebibyte() {
+    let tracker = Tracker::start().await;
+    let file = |bytes: usize| {
+        let mut file = b"title\na\n".to_vec();
+        file.resize(bytes, b'\n');
+        file
+    };
+
+    let over = send(&tracker.member, vec![options(atomic()), chunk(0, file(MIB + 1))]).await;
+    assert_invalid(over, &["chunk.data"]);
+    let far_over = send(&tracker.member, vec![options(atomic()), chunk(0, file(5 * MIB))]).await;
+    assert_invalid(far_over, &["request"]);
+    assert_nothing_written(&tracker).await;
+
+    let fits = send(&tracker.member, vec![options(atomic()), chunk(0, file(MIB))]).await.unwrap();
+    assert_eq!(fits.counts(), (ImportState::Committed, 1, 1, 0, 0));
+}
+
+#[tokio::test]
+async fn a_negative_offset_is_invalid() {
+    let tracker = Tracker::start().await;
+
+    let refused = send(&tracker.member, vec![options(atomic()), chunk(-1, "title\na\n")]).await;
+
+    assert_invalid(refused, &["chunk.offset"]);
+    assert_nothing_written(&tracker).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_ends_elsewhere_than_the_file_is_truncated_and_nothing_is_in() {
+    let tracker = Tracker::start().await;
+    let file = "title\na\nb\n";
+    for (mode, total_bytes) in [
+        (ImportMode::Atomic, 11),
+        (ImportMode::Atomic, 9),
+        (ImportMode::SkipInvalid, 1_000),
+        (ImportMode::SkipInvalid, 1),
+    ] {
+        let opts = ImportOptions { mode: mode.into(), total_bytes, ..atomic() };
+
+        let refused = send(&tracker.member, vec![options(opts), chunk(0, file)]).await;
+
+        let status = assert_error(refused, Code::InvalidArgument, "IMPORT_TRUNCATED");
+        assert!(status.message().contains("10 of"), "{status:?}");
+        assert_nothing_written(&tracker).await;
+    }
+}
+
+#[tokio::test]
+async fn a_finished_import_answers_its_summary_again_and_writes_nothing() {
+    let tracker = Tracker::start().await;
+    for import in [
+        import("title,status\na,open\n").id(Uuid::now_v7()),
+        import("title,status\na,open\nb,opne\n").skip_invalid().id(Uuid::now_v7()),
+    ] {
+        let first = import.clone().by(&tracker.member).await.unwrap();
+        let count = issue_count(&tracker).await;
+
+        let again = import.clone().by(&tracker.member).await.unwrap();
+        let only_options = send(&tracker.member, vec![options(import.options.clone())]).await.unwrap();
+        let trial = import.validate_only().by(&tracker.member).await.unwrap();
+
+        for replayed in [again, only_options, trial] {
+            assert_eq!(replayed.summary, first.summary);
+        }
+        assert_eq!(issue_count(&tracker).await, count);
+    }
+}
+
+#[tokio::test]
+async fn a_finished_import_is_answered_even_to_a_client_that_goes_on_sending() {
+    let tracker = Tracker::start().await;
+    // More than the client may send before the server reads it.
+    let file = "title,description\n".to_owned() + &format!("a,{}\n", "x".repeat(60_000)).repeat(300);
+    let import = import(file).id(Uuid::now_v7());
+    let first = import.clone().by(&tracker.member).await.unwrap();
+
+    let again = import.by(&tracker.member).await.unwrap();
+
+    assert_eq!(again.summary, first.summary);
+    assert_eq!(issue_count(&tracker).await, 300);
+}
+
+#[tokio::test]
+async fn an_import_id_belongs_to_its_user_and_its_mode() {
+    let tracker = Tracker::start().await;
+    let import = import("title\na\n").id(Uuid::now_v7());
+    import.clone().by(&tracker.member).await.unwrap();
+
+    let other_user = import.clone().by(&tracker.admin).await;
+    let other_mode = import.skip_invalid().by(&tracker.member).await;
+
+    assert_error(other_user, Code::FailedPrecondition, "IMPORT_MISMATCH");
+    assert_error(other_mode, Code::FailedPrecondition, "IMPORT_MISMATCH");
+    assert_eq!(issue_count(&tracker).await, 1);
+}
+
+#[tokio::test]
+async fn one_stream_at_a_time_works_on_an_import() {
+    let tracker = Tracker::start().await;
+    let opts = atomic();
+    let first = open(&tracker.member, opts.clone()).await;
+    first.send(chunk(0, "title\na\n")).await;
+
+    let second = send(&tracker.member, vec![options(opts), chunk(0, "title\nb\n")]).await;
+
+    assert_error(second, Code::Aborted, "IMPORT_RUNNING");
+    let first = first.finish().await.unwrap();
+    assert_eq!(first.counts(), (ImportState::Committed, 1, 1, 0, 0));
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a"]);
+}
+
+#[tokio::test]
+async fn imports_beyond_the_bound_are_refused_until_one_ends() {
+    let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
+    let first = open(&tracker.member, atomic()).await;
+    first.send(chunk(0, "title\na\n")).await;
+
+    let second = import("title\nb\n").by(&tracker.member).await;
+
+    let status = assert_error(second, Code::ResourceExhausted, "OVERLOADED");
+    assert!(tonic_types::StatusExt::get_details_retry_info(&status).is_some());
+    first.finish().await.unwrap();
+    let (tracker, again) = (std::sync::Arc::new(tracker), import("title\nb\n"));
+    eventually("the place of the first import is free", || {
+        let (tracker, again) = (tracker.clone(), again.clone());
+        Box::pin(async move { again.by(&tracker.member).await.is_ok() })
+    })
+    .await;
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b"]);
+}
+
+/// Files an issue with an external id that the import has, and commits that once the import waits for it.
+async fn import_into_a_conflict(tracker: &Tracker, import: Import) -> Result<Answer, Status> {
+    let other = hold_external_id(tracker).await;
+    let import = tokio::spawn({
+        let client = tracker.member.clone();
+        async move { import.by(&client).await }
+    });
+    tracker.wait_until(lock_waiters!("> 0")).await;
+    other.batch_execute("COMMIT").await.unwrap();
+    import.await.unwrap()
+}
+
+#[tokio::test]
+async fn an_external_id_that_is_taken_while_the_row_is_written_is_a_row_error_in_skip_invalid() {
+    let tracker = Tracker::start().await;
+    let import = import("title,external_id\na,1\nours,X-1\nb,2\n").skip_invalid();
+
+    let answer = import_into_a_conflict(&tracker, import).await.unwrap();
+
+    assert_eq!(answer.codes(), [(2, "EXTERNAL_ID_TAKEN")]);
+    assert_eq!(answer.counts(), (ImportState::Committed, 3, 2, 1, 1));
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b", "theirs"]);
+}
+
+#[tokio::test]
+async fn an_external_id_that_is_taken_while_the_row_is_written_aborts_an_atomic_import() {
+    let tracker = Tracker::start().await;
+    let import = import("title,external_id\na,1\nours,X-1\nb,2\n").id(Uuid::now_v7());
+
+    let conflict = import_into_a_conflict(&tracker, import.clone()).await;
+
+    assert_error(conflict, Code::Aborted, "CONFLICT");
+    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["theirs"]);
+    let tracker = std::sync::Arc::new(tracker);
+    eventually("a second try is told of the row", || {
+        let (tracker, import) = (tracker.clone(), import.clone());
+        Box::pin(async move { import.by(&tracker.member).await.is_ok_and(|a| a.codes() == [(2, "EXTERNAL_ID_TAKEN")]) })
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn filing_an_issue_whose_external_id_an_import_holds_waits_for_the_import() {
+    let tracker = Tracker::start().await;
+    let import = open(&tracker.member, atomic()).await;
+    // A whole batch, so that it is written before the end.
+    let mut file = "title,external_id\nours,X-1\n".to_owned();
+    file.extend((0..5_000).map(|n| format!("issue {n},{n}\n")));
+    import.send(chunk(0, file)).await;
+    let batch_is_written = "SELECT count(*) > 0 FROM pg_stat_activity
+        WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL AND datname = current_database()";
+    tracker.wait_until(batch_is_written).await;
+    let filed = tokio::spawn({
+        let mut issues = tracker.member.issues();
+        let issue = Issue { title: "theirs".to_owned(), external_id: "X-1".to_owned(), ..Default::default() };
+        let request = issue_tracker::pb::CreateIssueRequest { issue: Some(issue), ..Default::default() };
+        async move { issues.create_issue(request).await }
+    });
+    tracker.wait_until(lock_waiters!("> 0")).await;
+
+    let imported = import.finish().await.unwrap();
+
+    assert_eq!(imported.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
+    assert_error(filed.await.unwrap(), Code::AlreadyExists, "ALREADY_EXISTS");
+}
