@@ -39,7 +39,8 @@ pub(super) fn find_bin_dir() -> anyhow::Result<PathBuf> {
         let dir = PathBuf::from(dir);
         ensure!(
             has_server(&dir),
-            "PG_BINDIR is {}, which holds no postgres and initdb: point it at a server's binaries or unset it",
+            "PG_BINDIR is {}, which holds no postgres and initdb: point it at a server's binaries or unset it; they \
+             are in the package postgresql (apt-get install postgresql)",
             dir.display()
         );
         return dir.canonicalize().with_context(|| format!("cannot resolve PG_BINDIR={}", dir.display()));
