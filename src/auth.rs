@@ -294,7 +294,10 @@ impl http_body::Body for Uncut {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Status>>> {
-        let cut = || Some(Err(Status::aborted("the stream was cut")));
+        let cut = || {
+            let message = "the stream was cut".to_owned();
+            Some(Err(Status::from(Error::Aborted { reason: "STREAM_CUT", message })))
+        };
         match ready!(Pin::new(&mut self.0).poll_frame(context)) {
             Some(Err(status)) if status.code() == tonic::Code::Cancelled => Poll::Ready(cut()),
             None if !self.0.is_end_stream() => Poll::Ready(cut()),

@@ -15,9 +15,30 @@ use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
 
-/// Does the items of a round, and answers an outcome for each, in order. An error means that nothing was done for any
-/// of them, or that it is not known: see [`Error::is_undone`].
-pub type Round<I, O> = Box<dyn Fn(Vec<I>) -> BoxFuture<'static, Result<Vec<Result<O>>>> + Send + Sync>;
+/// Does the items of a round, and answers what became of each, in order. An error means that nothing was done for any of
+/// them, or that it is not known: see [`Error::is_undone`].
+pub type Round<I, O> = Box<dyn Fn(Vec<I>) -> BoxFuture<'static, Result<Vec<Outcome<O>>>> + Send + Sync>;
+
+/// Does one item by itself, however long it has to wait for others' locks.
+pub type Alone<I, O> = Box<dyn Fn(I) -> BoxFuture<'static, Result<O>> + Send + Sync>;
+
+/// What became of an item in a round.
+#[derive(Debug)]
+pub enum Outcome<O> {
+    Done(Result<O>),
+    /// Nothing: it would have held up the others, and is to be done alone.
+    Alone,
+}
+
+/// Whom an item goes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Company<K> {
+    Any,
+    /// All but items with the same key, which keep their order.
+    Distinct(K),
+    /// None: it may have to wait for others' locks.
+    Alone,
+}
 
 /// The bounds of a [`Coalescer`].
 #[derive(Clone, Copy, Debug)]
@@ -36,9 +57,9 @@ pub struct Coalescer<I, O, K> {
 }
 
 struct Shared<I, O, K> {
+    company: fn(&I) -> Company<K>,
     round: Round<I, O>,
-    /// Items with the same key are never in one round, and keep their order.
-    key: fn(&I) -> Option<K>,
+    alone: Alone<I, O>,
     bounds: Bounds,
     queue: Mutex<Queue<I, O>>,
 }
@@ -59,13 +80,16 @@ where
     O: Send + 'static,
     K: Copy + Eq + Hash + Send + 'static,
 {
-    pub fn new(bounds: Bounds, key: fn(&I) -> Option<K>, round: Round<I, O>) -> Self {
+    pub fn new(bounds: Bounds, company: fn(&I) -> Company<K>, round: Round<I, O>, alone: Alone<I, O>) -> Self {
         let queue = Mutex::new(Queue { waiting: VecDeque::new(), rounds: 0 });
-        Self { shared: Arc::new(Shared { round, key, bounds, queue }) }
+        Self { shared: Arc::new(Shared { company, round, alone, bounds, queue }) }
     }
 
     /// Does the item in the next round that has room for it. Dropped before the round begins, it is not done.
     pub async fn call(&self, item: I) -> Result<O> {
+        if (self.shared.company)(&item) == Company::Alone {
+            return (self.shared.alone)(item).await;
+        }
         let (caller, outcome) = oneshot::channel();
         let begins_round = {
             let mut queue = self.shared.lock();
@@ -116,8 +140,8 @@ where
             if call.caller.is_closed() {
                 continue;
             }
-            match (self.key)(&call.item) {
-                Some(key) if !keys.insert(key) => later.push_back(call),
+            match (self.company)(&call.item) {
+                Company::Distinct(key) if !keys.insert(key) => later.push_back(call),
                 _ => calls.push(call),
             }
         }
@@ -131,35 +155,42 @@ where
         Some(calls)
     }
 
-    async fn run(&self, calls: Vec<Call<I, O>>) {
-        let (items, callers): (Vec<I>, Vec<_>) = calls.into_iter().map(|call| (call.item, call.caller)).unzip();
-        let alone = if items.len() > 1 { items.clone() } else { Vec::new() };
+    async fn run(self: &Arc<Self>, calls: Vec<Call<I, O>>) {
+        let items: Vec<I> = calls.iter().map(|call| call.item.clone()).collect();
         match self.outcomes(items).await {
             Ok(outcomes) => {
-                for (caller, outcome) in callers.into_iter().zip(outcomes) {
-                    // A caller that has gone away does not want it.
-                    let _ = caller.send(outcome);
+                for (call, outcome) in calls.into_iter().zip(outcomes) {
+                    match outcome {
+                        // A caller that has gone away does not want it.
+                        Outcome::Done(outcome) => drop(call.caller.send(outcome)),
+                        Outcome::Alone => self.run_alone(call),
+                    }
                 }
             }
             // One of them has made it fail for all: each has its own try.
-            Err(error) if error.is_undone() && !alone.is_empty() => {
-                for (caller, item) in callers.into_iter().zip(alone) {
-                    let outcome = self.outcomes(vec![item]).await.and_then(|mut outcomes| {
-                        outcomes.pop().unwrap_or(Err(Error::Internal("a round of one gave no outcome")))
-                    });
-                    let _ = caller.send(outcome);
-                }
-            }
+            Err(error) if error.is_undone() => calls.into_iter().for_each(|call| self.run_alone(call)),
             Err(error) => {
-                for caller in callers {
-                    let _ = caller.send(Err(error.clone()));
+                for call in calls {
+                    let _ = call.caller.send(Err(error.clone()));
                 }
             }
         }
     }
 
+    /// Beside the rounds, and only as long as its caller waits for it.
+    fn run_alone(self: &Arc<Self>, mut call: Call<I, O>) {
+        let doing = (self.alone)(call.item);
+        tokio::spawn(async move {
+            let outcome = tokio::select! {
+                outcome = doing => outcome,
+                () = call.caller.closed() => return,
+            };
+            let _ = call.caller.send(outcome);
+        });
+    }
+
     /// A panic costs the round, not those that follow.
-    async fn outcomes(&self, items: Vec<I>) -> Result<Vec<Result<O>>> {
+    async fn outcomes(&self, items: Vec<I>) -> Result<Vec<Outcome<O>>> {
         let round = AssertUnwindSafe(async { (self.round)(items).await });
         round.catch_unwind().await.unwrap_or(Err(Error::Internal("a round panicked")))
     }
@@ -179,7 +210,8 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { items_max: 4, rounds_max: 1, waiting_max: 100 };
 
-    /// Doubles numbers. 13 makes its whole round fail, 14 has a failure of its own; a round waits for a permit.
+    /// Doubles numbers. 13 makes its whole round fail, 14 has a failure of its own, 15 wants to be alone; a round waits
+    /// for a permit.
     fn doubler(bounds: Bounds, gate: Arc<Semaphore>, rounds: Arc<Mutex<Vec<Vec<u32>>>>) -> Coalescer<u32, u32, u32> {
         let round: Round<u32, u32> = Box::new(move |items| {
             let (gate, rounds) = (Arc::clone(&gate), Arc::clone(&rounds));
@@ -189,10 +221,17 @@ mod tests {
                 if items.contains(&13) {
                     return Err(Error::invalid("item", "13"));
                 }
-                Ok(items.into_iter().map(double).collect())
+                let outcome = |item| if item == 15 { Outcome::Alone } else { Outcome::Done(double(item)) };
+                Ok(items.into_iter().map(outcome).collect())
             })
         });
-        Coalescer::new(bounds, |item| Some(*item), round)
+        Coalescer::new(bounds, |item| Company::Distinct(*item), round, alone())
+    }
+
+    fn alone() -> Alone<u32, u32> {
+        Box::new(|item| {
+            Box::pin(async move { if item == 13 { Err(Error::invalid("item", "13")) } else { double(item) } })
+        })
     }
 
     fn double(item: u32) -> Result<u32> {
@@ -285,10 +324,10 @@ mod tests {
             let nth = counted.fetch_add(1, Ordering::Relaxed);
             Box::pin(async move {
                 tokio::time::sleep(Duration::from_millis(10)).await;
-                if nth == 0 { Ok(vec![Ok(0)]) } else { Err(Error::Unavailable) }
+                if nth == 0 { Ok(vec![Outcome::Done(Ok(0))]) } else { Err(Error::Unavailable) }
             })
         });
-        let coalescer = Arc::new(Coalescer::new(BOUNDS, |item| Some(*item), round));
+        let coalescer = Arc::new(Coalescer::new(BOUNDS, |item| Company::Distinct(*item), round, alone()));
         let calls = start(&coalescer, &[1, 2, 3]).await;
         let mut outcomes = Vec::new();
         for call in calls {
@@ -304,10 +343,11 @@ mod tests {
             Box::pin(async move {
                 settle().await;
                 assert!(!items.contains(&13), "13");
-                Ok(items.into_iter().map(double).collect())
+                Ok(items.into_iter().map(|item| Outcome::Done(double(item))).collect())
             })
         });
-        let coalescer = Arc::new(Coalescer::new(Bounds { items_max: 1, ..BOUNDS }, |item| Some(*item), round));
+        let bounds = Bounds { items_max: 1, ..BOUNDS };
+        let coalescer = Arc::new(Coalescer::new(bounds, |item| Company::Distinct(*item), round, alone()));
         let calls = start(&coalescer, &[13, 1]).await;
         let mut outcomes = Vec::new();
         for call in calls {
@@ -317,10 +357,38 @@ mod tests {
         assert_eq!(coalescer.call(3).await.unwrap(), 6);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn an_item_that_goes_alone_does_not_hold_up_the_rounds_and_ends_with_its_caller() {
+        let finished = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&finished);
+        let round: Round<u32, u32> = Box::new(|items| {
+            let outcome = |item| if item == 15 { Outcome::Alone } else { Outcome::Done(double(item)) };
+            Box::pin(async move { Ok(items.into_iter().map(outcome).collect()) })
+        });
+        let slow: Alone<u32, u32> = Box::new(move |item| {
+            let counted = Arc::clone(&counted);
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                counted.fetch_add(1, Ordering::Relaxed);
+                double(item)
+            })
+        });
+        let coalescer = Arc::new(Coalescer::new(BOUNDS, |item| Company::Distinct(*item), round, slow));
+        let calls = start(&coalescer, &[15, 15]).await;
+        assert_eq!(coalescer.call(1).await.unwrap(), 2);
+        calls[0].abort();
+        let mut outcomes = Vec::new();
+        for call in calls {
+            outcomes.push(call.await.ok().map(|outcome| outcome.unwrap()));
+        }
+        assert_eq!(outcomes, [None, Some(30)]);
+        assert_eq!(finished.load(Ordering::Relaxed), 1);
+    }
+
     proptest! {
         #[test]
         fn any_mix_gives_what_each_would_have_given_alone(
-            items in prop::collection::vec(prop_oneof![4 => 0_u32..12, 1 => 13_u32..15], 0..40),
+            items in prop::collection::vec(prop_oneof![4 => 0_u32..12, 1 => 13_u32..16], 0..40),
             items_max in 1_usize..8,
             rounds_max in 1_usize..4,
         ) {

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::{Conn, Page, PageBounds, Params, comments};
 use crate::{
+    coalesce::Outcome,
     error::{Error, Result},
     filter::{Filter, LabelRef, Term, UserRef},
     pb::{Issue, IssueView, Label},
@@ -121,7 +122,7 @@ pub async fn get_in_view(db: &Conn, id: Uuid, view: IssueView) -> Result<Issue> 
 }
 
 /// Many calls of [`get_in_view`] in three statements that go out together.
-pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Result<Issue>>> {
+pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Outcome<Issue>>> {
     // First, so that an issue never has labels or comments that are older than its version.
     const ISSUES: &str = concat!(
         "-- get_issues\nSELECT ",
@@ -145,7 +146,7 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Res
         db.query(LABELS, of_labels),
         comments::first_of_each(db, &full, COMMENTS_IN_ROUND_MAX + 1)
     );
-    let (labels, mut comments) = (labels?, comments?);
+    let (labels, comments) = (labels?, comments?);
 
     let mut found: HashMap<Uuid, Issue> = HashMap::with_capacity(ids.len());
     for row in issues? {
@@ -162,13 +163,13 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Res
     let mut answers = Vec::with_capacity(wanted.len());
     for (id, view) in wanted {
         let Some(mut issue) = found.get(id).cloned() else {
-            answers.push(Err(Error::not_found("issue", "id", id)));
+            answers.push(Outcome::Done(Err(Error::not_found("issue", "id", id))));
             continue;
         };
         if full.binary_search(id).is_ok() {
-            let of_issue = comments.remove(id).unwrap_or_default();
+            let of_issue = comments.get(id).cloned().unwrap_or_default();
             if of_issue.len() as i64 > COMMENTS_IN_ROUND_MAX {
-                answers.push(get_in_view(db, *id, *view).await);
+                answers.push(Outcome::Alone);
                 continue;
             }
             issue.comment_count = of_issue.iter().filter(|comment| comment.delete_time.is_none()).count() as i32;
@@ -176,7 +177,7 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Res
                 issue.comments = of_issue;
             }
         }
-        answers.push(Ok(issue));
+        answers.push(Outcome::Done(Ok(issue)));
     }
     Ok(answers)
 }

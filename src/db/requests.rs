@@ -1,6 +1,6 @@
 //! Request ids: a mutation's reply is kept with what it wrote, so that a retry gets the same answer and writes nothing.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use uuid::Uuid;
 
@@ -90,22 +90,57 @@ impl std::ops::Deref for MutationTx {
     }
 }
 
+/// Taken by whoever claims a request id, until the end of the transaction, so that it can be told without waiting
+/// whether another call with the id is under way.
+macro_rules! claim_lock {
+    () => {
+        "uuid_hash_extended(request_id, uuid_hash_extended(caller_id, 0))"
+    };
+}
+
 /// Whether the id is new; waits for a transaction that has claimed it and is not yet done.
 async fn claim(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<bool> {
-    const SQL: &str = "-- claim_request
-        INSERT INTO requests (caller_id, request_id, fingerprint) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+    const SQL: &str = concat!(
+        "-- claim_request
+        WITH locked AS MATERIALIZED (
+            SELECT caller_id, request_id, pg_advisory_xact_lock(",
+        claim_lock!(),
+        ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)
+        )
+        INSERT INTO requests (caller_id, request_id, fingerprint) SELECT caller_id, request_id, $3 FROM locked
+        ON CONFLICT DO NOTHING"
+    );
     Ok(db.execute(SQL, &[&caller_id, &request_id, &&fingerprint[..]]).await? == 1)
 }
 
+/// What came of a claim that does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The id is new, or there is none.
+    Fresh,
+    /// The id was used before.
+    Made,
+    /// Another call with the id is under way.
+    Busy,
+}
+
 /// What [`claim`] says, of many. Of those with the same id the first may be new.
-pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<bool>> {
-    // In one order, so that two of these do not wait for each other.
-    const SQL: &str = "-- claim_requests
-        INSERT INTO requests (caller_id, request_id, fingerprint)
-        SELECT caller_id, request_id, fingerprint
-        FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
-        ORDER BY caller_id, request_id
-        ON CONFLICT DO NOTHING RETURNING caller_id, request_id";
+pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<Claim>> {
+    const SQL: &str = concat!(
+        "-- claim_requests
+        WITH n AS MATERIALIZED (
+            SELECT caller_id, request_id, fingerprint, pg_try_advisory_xact_lock(",
+        claim_lock!(),
+        ") AS locked
+            FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
+        ), claimed AS (
+            INSERT INTO requests (caller_id, request_id, fingerprint)
+            SELECT caller_id, request_id, fingerprint FROM n WHERE locked
+            ON CONFLICT DO NOTHING RETURNING caller_id, request_id
+        )
+        SELECT n.caller_id, n.request_id, n.locked, c.request_id IS NOT NULL
+        FROM n LEFT JOIN claimed c ON c.caller_id = n.caller_id AND c.request_id = n.request_id"
+    );
     let mut wanted = HashMap::new();
     for (caller_id, key) in keys {
         if let Some((request_id, fingerprint)) = &key.request_id {
@@ -115,12 +150,21 @@ pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result
     let (ids, fingerprints): (Vec<(Uuid, Uuid)>, Vec<&[u8]>) = wanted.into_iter().unzip();
     let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = ids.into_iter().unzip();
     let rows = db.query(SQL, &[&caller_ids, &request_ids, &fingerprints]).await?;
-    let mut claimed: HashSet<(Uuid, Uuid)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let is_new = |(caller_id, key): &(Uuid, RequestKey)| match key.request_id {
-        Some((request_id, _)) => claimed.remove(&(*caller_id, request_id)),
-        None => true,
+    let mut claims: HashMap<(Uuid, Uuid), Claim> = HashMap::new();
+    for row in rows {
+        let claim = match (row.get(2), row.get(3)) {
+            (false, _) => Claim::Busy,
+            (true, false) => Claim::Made,
+            (true, true) => Claim::Fresh,
+        };
+        claims.insert((row.get(0), row.get(1)), claim);
+    }
+    let claim_of = |(caller_id, key): &(Uuid, RequestKey)| match key.request_id {
+        // The second of two with one id comes after the first, which is under way.
+        Some((request_id, _)) => claims.insert((*caller_id, request_id), Claim::Busy).unwrap_or(Claim::Busy),
+        None => Claim::Fresh,
     };
-    Ok(keys.iter().map(is_new).collect())
+    Ok(keys.iter().map(claim_of).collect())
 }
 
 /// Keeps the replies of those that have one, and gives up the claims of those that have failed.
@@ -146,12 +190,7 @@ pub(super) async fn keep_replies(db: &Conn, replies: &[(Uuid, Uuid, Option<Vec<u
     if touched == replies.len() as i64 { Ok(()) } else { Err(Error::Internal("the claim of a request id is gone")) }
 }
 
-pub(super) async fn stored_reply(
-    db: &Conn,
-    caller_id: Uuid,
-    request_id: Uuid,
-    fingerprint: [u8; 32],
-) -> Result<Vec<u8>> {
+async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Vec<u8>> {
     const SQL: &str = "-- stored_reply
         SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
     // None: it was pruned between the claim and now, after a day or more.

@@ -7,10 +7,10 @@ use super::{
     Conn, Db,
     comments::{self, NewComment},
     issues::{self, IssueChange, NewIssue},
-    requests::{RequestKey, claim_many, keep_replies, stored_reply},
+    requests::{Begun, Claim, RequestKey, claim_many, keep_replies},
 };
 use crate::{
-    coalesce::{Bounds, Coalescer},
+    coalesce::{Bounds, Coalescer, Company, Outcome},
     error::{Error, Result},
     pb::{Comment, Issue, IssueView},
 };
@@ -19,51 +19,63 @@ use crate::{
 const READS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
 const WRITES: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
 
+/// Whether a statement waits for rows that others have locked, or leaves them alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locked {
+    Wait,
+    Skip,
+}
+
 /// A mutation that can be made for many callers at once.
 pub trait Mutate: Clone + Send + Sync + 'static {
     type Reply: Message + Default + 'static;
 
-    /// Makes the mutations, in one statement and so all or none, and answers an outcome for each, in order. What fails
+    /// Makes the mutations, in one statement and so all or none, and answers what became of each, in order. What fails
     /// without touching the others is an outcome; an error means that nothing was done for any.
-    fn apply(db: &Conn, items: &[Self]) -> impl Future<Output = Result<Vec<Result<Self::Reply>>>> + Send;
+    fn apply(
+        db: &Conn,
+        items: &[Self],
+        locked: Locked,
+    ) -> impl Future<Output = Result<Vec<Outcome<Self::Reply>>>> + Send;
 
-    /// What no two mutations of a round have in common.
-    fn subject(&self) -> Option<Uuid>;
+    /// What might wait for others' locks goes alone, so that nobody has to wait with it.
+    fn company(&self) -> Company<Uuid>;
 }
 
 impl Mutate for NewIssue {
     type Reply = Issue;
 
-    async fn apply(db: &Conn, items: &[Self]) -> Result<Vec<Result<Issue>>> {
-        Ok(issues::create(db, items).await?.into_iter().map(Ok).collect())
+    async fn apply(db: &Conn, items: &[Self], _: Locked) -> Result<Vec<Outcome<Issue>>> {
+        Ok(issues::create(db, items).await?.into_iter().map(|issue| Outcome::Done(Ok(issue))).collect())
     }
 
-    fn subject(&self) -> Option<Uuid> {
-        None
+    fn company(&self) -> Company<Uuid> {
+        // Another transaction may be about to take the external id, or to delete a label.
+        if self.external_id.is_some() || !self.label_ids.is_empty() { Company::Alone } else { Company::Any }
     }
 }
 
 impl Mutate for IssueChange {
     type Reply = Issue;
 
-    async fn apply(db: &Conn, items: &[Self]) -> Result<Vec<Result<Issue>>> {
-        issues::update_many(db, items, "issue.id").await
+    async fn apply(db: &Conn, items: &[Self], locked: Locked) -> Result<Vec<Outcome<Issue>>> {
+        issues::update_many(db, items, "issue.id", locked).await
     }
 
-    fn subject(&self) -> Option<Uuid> {
-        Some(self.id)
+    fn company(&self) -> Company<Uuid> {
+        if self.external_id.is_some() { Company::Alone } else { Company::Distinct(self.id) }
     }
 }
 
 impl Mutate for NewComment {
     type Reply = Comment;
 
-    async fn apply(db: &Conn, items: &[Self]) -> Result<Vec<Result<Comment>>> {
-        comments::create_many(db, items).await
+    async fn apply(db: &Conn, items: &[Self], _: Locked) -> Result<Vec<Outcome<Comment>>> {
+        Ok(comments::create_many(db, items).await?.into_iter().map(Outcome::Done).collect())
     }
 
-    fn subject(&self) -> Option<Uuid> {
-        None
+    fn company(&self) -> Company<Uuid> {
+        Company::Any
     }
 }
 
@@ -88,13 +100,17 @@ pub struct Rounds {
 
 impl Rounds {
     pub fn new(db: Db) -> Self {
-        let reader = db.clone();
+        let (of_round, of_one) = (db.clone(), db.clone());
         let gets = Coalescer::new(
             READS,
-            |_| None,
+            |_| Company::Any,
             Box::new(move |wanted| {
-                let db = reader.clone();
+                let db = of_round.clone();
                 Box::pin(async move { issues::get_many(&*db.conn().await?, &wanted).await })
+            }),
+            Box::new(move |(id, view)| {
+                let db = of_one.clone();
+                Box::pin(async move { issues::get_in_view(&*db.conn().await?, id, view).await })
             }),
         );
         Self { gets, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
@@ -104,66 +120,77 @@ impl Rounds {
         self.gets.call((id, view)).await
     }
 
-    /// Makes a mutation with those that are asked for at the same time. A trial is made by itself, and rolled back.
+    /// Makes a mutation with those that are asked for at the same time. A trial is made alone, and rolled back.
     pub async fn make<M: Mutate>(&self, mutations: &Mutations<M>, call: Call<M>) -> Result<M::Reply> {
-        if !call.key.validate_only {
-            return mutations.call(call).await;
-        }
-        let tx = self.db.begin().await?;
-        let mut outcomes = M::apply(&tx, std::slice::from_ref(&call.item)).await?;
-        outcomes.pop().unwrap_or(Err(Error::Internal("a mutation gave no outcome")))
+        if call.key.validate_only { make_alone(&self.db, call).await } else { mutations.call(call).await }
     }
 }
 
 fn mutations<M: Mutate>(db: &Db) -> Mutations<M> {
-    let db = db.clone();
+    let (of_round, of_one) = (db.clone(), db.clone());
     Coalescer::new(
         WRITES,
-        |call: &Call<M>| call.item.subject(),
+        |call: &Call<M>| call.item.company(),
         Box::new(move |calls| {
-            let db = db.clone();
-            Box::pin(async move { round(&db, calls).await })
+            let db = of_round.clone();
+            Box::pin(async move { make_many(&db, calls).await })
+        }),
+        Box::new(move |call| {
+            let db = of_one.clone();
+            Box::pin(async move { make_alone(&db, call).await })
         }),
     )
 }
 
+async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
+    let tx = match db.begin_single(call.caller_id, call.key).await? {
+        Begun::Fresh(tx) => tx,
+        Begun::Replayed(reply) => return decode(&reply),
+    };
+    match M::apply(&tx, std::slice::from_ref(&call.item), Locked::Wait).await?.pop() {
+        Some(Outcome::Done(outcome)) => {
+            let reply = outcome?;
+            tx.finish(|| reply.encode_to_vec()).await?;
+            Ok(reply)
+        }
+        Some(Outcome::Alone) | None => Err(Error::Internal("a mutation gave no outcome")),
+    }
+}
+
 /// Mutations without request ids are one statement; with some, a transaction that also keeps their replies.
-async fn round<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Result<M::Reply>>> {
+async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcome<M::Reply>>> {
     if calls.iter().all(|call| call.key.request_id.is_none()) {
         let items: Vec<M> = calls.into_iter().map(|call| call.item).collect();
-        return M::apply(&*db.conn().await?, &items).await;
+        return M::apply(&*db.conn().await?, &items, Locked::Skip).await;
     }
     let tx = db.begin().await?;
     let keys: Vec<_> = calls.iter().map(|call| (call.caller_id, call.key)).collect();
-    let fresh = claim_many(&tx, &keys).await?;
-    let items: Vec<M> =
-        (calls.iter().zip(&fresh)).filter(|(_, fresh)| **fresh).map(|(call, _)| call.item.clone()).collect();
-    let mut made = if items.is_empty() { Vec::new() } else { M::apply(&tx, &items).await? }.into_iter();
-    let mut outcomes: Vec<Option<Result<M::Reply>>> = Vec::with_capacity(calls.len());
+    let claims = claim_many(&tx, &keys).await?;
+    let fresh = calls.iter().zip(&claims).filter(|(_, claim)| **claim == Claim::Fresh);
+    let items: Vec<M> = fresh.map(|(call, _)| call.item.clone()).collect();
+    let made = if items.is_empty() { Vec::new() } else { M::apply(&tx, &items, Locked::Skip).await? };
+    let mut made = made.into_iter();
+    let mut outcomes = Vec::with_capacity(calls.len());
     let mut replies = Vec::new();
-    for ((caller_id, key), fresh) in keys.iter().zip(fresh) {
-        let outcome = if fresh { made.next() } else { None };
-        if let (Some(outcome), Some((request_id, _))) = (&outcome, key.request_id) {
-            replies.push((*caller_id, request_id, outcome.as_ref().ok().map(Message::encode_to_vec)));
+    for ((caller_id, key), claim) in keys.iter().zip(&claims) {
+        let outcome = match claim {
+            Claim::Fresh => made.next().unwrap_or(Outcome::Done(Err(Error::Internal("a mutation gave no outcome")))),
+            Claim::Busy | Claim::Made => Outcome::Alone,
+        };
+        if let (Claim::Fresh, Some((request_id, _))) = (claim, key.request_id) {
+            let reply = match &outcome {
+                Outcome::Done(Ok(reply)) => Some(reply.encode_to_vec()),
+                Outcome::Done(Err(_)) | Outcome::Alone => None,
+            };
+            replies.push((*caller_id, request_id, reply));
         }
         outcomes.push(outcome);
     }
     keep_replies(&tx, &replies).await?;
     tx.commit().await?;
-
-    let mut all = Vec::with_capacity(calls.len());
-    for (outcome, (caller_id, key)) in outcomes.into_iter().zip(keys) {
-        all.push(match (outcome, key.request_id) {
-            (Some(outcome), _) => outcome,
-            (None, Some((request_id, fingerprint))) => replay(db, caller_id, request_id, fingerprint).await,
-            (None, None) => Err(Error::Internal("a mutation gave no outcome")),
-        });
-    }
-    Ok(all)
+    Ok(outcomes)
 }
 
-/// What the call with the same request id has answered.
-async fn replay<R: Message + Default>(db: &Db, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<R> {
-    let reply = stored_reply(&*db.conn().await?, caller_id, request_id, fingerprint).await?;
-    R::decode(&*reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))
+fn decode<R: Message + Default>(reply: &[u8]) -> Result<R> {
+    R::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))
 }

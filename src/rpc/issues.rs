@@ -6,10 +6,11 @@ use uuid::Uuid;
 use super::{Api, Reply, finish, fresh};
 use crate::{
     auth::Caller,
+    coalesce::Outcome,
     db::{
         Conn, PageBounds, comments,
         issues::{self, IssueChange, NewIssue},
-        rounds::Call,
+        rounds::{Call, Locked},
     },
     error::{Error, Resource, Result},
     filter,
@@ -243,8 +244,10 @@ impl IssueService for Api {
 }
 
 async fn update_one(db: &Conn, change: &IssueChange, field: &str) -> Result<Issue> {
-    let mut outcomes = issues::update_many(db, std::slice::from_ref(change), field).await?;
-    outcomes.pop().unwrap_or(Err(Error::Internal("a change gave no outcome")))
+    match issues::update_many(db, std::slice::from_ref(change), field, Locked::Wait).await?.pop() {
+        Some(Outcome::Done(outcome)) => outcome,
+        Some(Outcome::Alone) | None => Err(Error::Internal("a change gave no outcome")),
+    }
 }
 
 fn response_too_large(field: &'static str) -> Error {

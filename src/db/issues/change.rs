@@ -5,7 +5,8 @@ use uuid::Uuid;
 
 use super::{from_row_at, get, issue_columns, labels_of};
 use crate::{
-    db::{Conn, Params},
+    coalesce::Outcome,
+    db::{Conn, Params, rounds::Locked},
     error::{Error, Resource, Result, StaleVersion, Violation},
     pb::{Issue, Priority, Status},
 };
@@ -43,7 +44,7 @@ pub struct Changed {
 /// Changes are judged by `locked`, which has the rows as they are once the locks are held; `issues` itself is seen as it
 /// was before the statement waited for them.
 macro_rules! change_issues {
-    ($name:literal, $select:expr) => {
+    ($name:literal, $lock:literal, $select:expr) => {
         concat!(
             "-- ",
             $name,
@@ -53,9 +54,12 @@ macro_rules! change_issues {
                 $9::uuid[], $10::text[], $11::bool[]) WITH ORDINALITY AS n (actor_id, id, expected_version, title, description,
                 status, priority, sets_assignee, assignee_id, external_id, delete, nth)
         ), locked AS (
-            SELECT i.* FROM issues i WHERE i.id = ANY($2) ORDER BY i.id FOR NO KEY UPDATE
+            SELECT i.* FROM issues i WHERE i.id = ANY($2) ORDER BY i.id FOR NO KEY UPDATE",
+            $lock,
+            "
         ), judged AS (
             SELECT n.*, o.version, CASE
+                WHEN o.id IS NULL AND EXISTS (SELECT FROM issues i WHERE i.id = n.id) THEN 'busy'
                 WHEN o.id IS NULL THEN 'missing'
                 WHEN n.expected_version NOT IN (0, o.version) THEN 'stale'
                 WHEN n.delete IS NOT FALSE AND o.delete_time IS NOT NULL THEN 'deleted'
@@ -82,6 +86,26 @@ macro_rules! change_issues {
         )
         ",
             $select
+        )
+    };
+}
+
+/// Answers each issue as it is then.
+macro_rules! update_issues {
+    ($name:literal, $lock:literal) => {
+        change_issues!(
+            $name,
+            $lock,
+            concat!(
+                "SELECT n.problem, n.version, n.version <> (SELECT version FROM issues WHERE id = n.id), ",
+                issue_columns!(),
+                " FROM judged n LEFT JOIN (
+                    SELECT * FROM changed
+                    UNION ALL SELECT * FROM locked o WHERE NOT EXISTS (SELECT FROM changed c WHERE c.id = o.id)
+                ) i ON i.id = n.id",
+                labels_of!("n.id"),
+                " ORDER BY n.nth"
+            )
         )
     };
 }
@@ -120,33 +144,34 @@ async fn run_change(db: &Conn, sql: &str, changes: &[IssueChange], all_or_none: 
 /// issue's id in errors.
 ///
 /// An unknown assignee or a taken external id fails all: it is only explained where there is one change.
-pub async fn update_many(db: &Conn, changes: &[IssueChange], field: &str) -> Result<Vec<Result<Issue>>> {
-    const SQL: &str = change_issues!(
-        "update_issues",
-        concat!(
-            "SELECT n.problem, n.version, n.version <> (SELECT version FROM issues WHERE id = n.id), ",
-            issue_columns!(),
-            " FROM judged n LEFT JOIN (
-                SELECT * FROM changed
-                UNION ALL SELECT * FROM locked o WHERE NOT EXISTS (SELECT FROM changed c WHERE c.id = o.id)
-            ) i ON i.id = n.id",
-            labels_of!("n.id"),
-            " ORDER BY n.nth"
-        )
-    );
-    let rows = run_change(db, SQL, changes, false).await.map_err(|error| match changes {
+pub async fn update_many(
+    db: &Conn,
+    changes: &[IssueChange],
+    field: &str,
+    locked: Locked,
+) -> Result<Vec<Outcome<Issue>>> {
+    let sql = match locked {
+        Locked::Wait => update_issues!("update_issues", ""),
+        Locked::Skip => update_issues!("update_issues_not_locked", " SKIP LOCKED"),
+    };
+    let rows = run_change(db, sql, changes, false).await.map_err(|error| match changes {
         [change] => explain_update(error, change),
         _ => error,
     })?;
     let mut outcomes = Vec::with_capacity(changes.len());
     for (row, change) in rows.iter().zip(changes) {
-        let judged = check_problems([(row.get(0), row.get(1), change, field.to_owned())]);
-        outcomes.push(match judged {
+        let problem: Option<&str> = row.get(0);
+        if problem == Some("busy") {
+            outcomes.push(Outcome::Alone);
+            continue;
+        }
+        let judged = check_problems([(problem, row.get(1), change, field.to_owned())]);
+        outcomes.push(Outcome::Done(match judged {
             // It was changed while the statement waited for it, and its labels are seen as they were before.
             Ok(()) if row.get(2) => get(db, change.id).await,
             Ok(()) => from_row_at(row, 3),
             Err(error) => Err(error),
-        });
+        }));
     }
     Ok(outcomes)
 }
@@ -165,6 +190,7 @@ fn explain_update(error: Error, change: &IssueChange) -> Error {
 pub async fn bulk_update(db: &Conn, changes: &[IssueChange], field: impl Fn(usize) -> String) -> Result<Vec<Changed>> {
     const SQL: &str = change_issues!(
         "bulk_update_issues",
+        "",
         "SELECT n.problem, coalesce(i.version, n.version), i.id IS NOT NULL
          FROM judged n LEFT JOIN changed i ON i.id = n.id ORDER BY n.nth"
     );
