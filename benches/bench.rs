@@ -76,6 +76,15 @@ fn main() -> anyhow::Result<()> {
     dataset::load(&cluster, args.issues)?;
 
     let mut table = Table::default();
+    let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
+    for comparison in singles::COMPARISONS.iter().filter(|comparison| comparison.name.contains(&args.only)) {
+        let mut rounds = Vec::new();
+        for round in 1..=args.rounds() {
+            eprintln!("{} {round}/{}", comparison.name, args.rounds());
+            rounds.push((comparison.compare)(&bench)?);
+        }
+        table.add_single(comparison.name, comparison.target, rounds);
+    }
     for operation in load::OPERATIONS.iter().filter(|operation| operation.name.contains(&args.only)) {
         let mut rounds = Vec::new();
         for round in 1..=args.rounds() {
@@ -85,15 +94,6 @@ fn main() -> anyhow::Result<()> {
             rounds.push((yardstick, service));
         }
         table.add(operation, &rounds);
-    }
-    let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
-    for comparison in singles::COMPARISONS.iter().filter(|comparison| comparison.name.contains(&args.only)) {
-        let mut rounds = Vec::new();
-        for round in 1..=args.rounds() {
-            eprintln!("{} {round}/{}", comparison.name, args.rounds());
-            rounds.push((comparison.compare)(&bench)?);
-        }
-        table.add_single(comparison.name, comparison.target, rounds);
     }
     table.note("idle memory of the service", format!("{} KiB", service.idle_kib));
     service.stop()?;

@@ -268,7 +268,8 @@ where
         // The service that was polled ready is the one that is called.
         let fresh = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, fresh);
-        Box::pin(async move {
+        let deadline = request.headers().get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+        let answer = async move {
             match gate.admit(&mut request).await {
                 Ok(_slot) => {
                     if request.uri().path() == STREAMED_PATH {
@@ -278,6 +279,14 @@ where
                 }
                 Err(error) => Ok(Status::from(error).into_http()),
             }
+        };
+        Box::pin(async move {
+            // tonic would notice it too, but outside of this layer, and tell CANCELLED.
+            let Some(deadline) = deadline else { return answer.await };
+            tokio::time::timeout(deadline, answer).await.unwrap_or_else(|_| {
+                let message = "the deadline of the request has passed".to_owned();
+                Ok(Status::from(Error::Timeout { reason: "DEADLINE", message }).into_http())
+            })
         })
     }
 }
@@ -307,6 +316,24 @@ impl http_body::Body for Uncut {
 
     fn is_end_stream(&self) -> bool {
         self.0.is_end_stream()
+    }
+}
+
+/// The value of `grpc-timeout`: up to eight digits and a unit.
+fn grpc_timeout(value: &str) -> Option<Duration> {
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(count * 3_600)),
+        "M" => Some(Duration::from_secs(count * 60)),
+        "S" => Some(Duration::from_secs(count)),
+        "m" => Some(Duration::from_millis(count)),
+        "u" => Some(Duration::from_micros(count)),
+        "n" => Some(Duration::from_nanos(count)),
+        _ => None,
     }
 }
 

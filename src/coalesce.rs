@@ -34,7 +34,7 @@ pub enum Outcome<O> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Company<K> {
     Any,
-    /// All but items with the same key, which keep their order.
+    /// All but items with the same key: no two of them are in one round.
     Distinct(K),
     /// None: it may have to wait for others' locks.
     Alone,

@@ -166,6 +166,10 @@ pub struct UserCreateArgs {
     /// What the user may do.
     #[arg(long, value_enum, default_value_t = RoleName::Member)]
     pub role: RoleName,
+    /// bcrypt's cost, as the service has it.
+    #[arg(long, env = "ISSUE_TRACKER_BCRYPT_COST", default_value_t = 12, value_name = "COST",
+        value_parser = value_parser!(u32).range(4..=31))]
+    pub bcrypt_cost: u32,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -30,14 +30,20 @@ use std::{
 
 use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_postgres::{Client, CopyInSink, NoTls, Row, Statement, types::ToSql};
 
 use crate::error::{Error, Result};
 
-/// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; those past
-/// the bound are prepared anew at each call.
+/// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound
+/// any one makes room for a new one.
 const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
+/// How long a statement waits for what another transaction has locked.
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long a transaction may wait for its next statement.
+const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
+/// How long a database on the network may be silent when it should answer.
+const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the database is asked whether it is there, and how long it may take to answer.
@@ -59,6 +65,7 @@ pub struct Db {
     pool: bb8::Pool<Manager>,
     up: watch::Receiver<bool>,
     options: PoolOptions,
+    lock_slots: Arc<Semaphore>,
 }
 
 pub type PooledConn = bb8::PooledConnection<'static, Manager>;
@@ -68,13 +75,17 @@ impl Db {
     pub fn new(mut config: tokio_postgres::Config, options: PoolOptions) -> Self {
         // jit compiles expensive-looking plans, which costs more than short statements ever gain.
         let settings = format!(
-            "{} -c jit=off -c statement_timeout={} -c idle_in_transaction_session_timeout=180000",
+            "{} -c jit=off -c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout={}",
             config.get_options().unwrap_or_default(),
             options.statement_max.as_millis(),
+            LOCK_WAIT_MAX.as_millis(),
+            IDLE_IN_TRANSACTION_MAX.as_millis(),
         );
         config.options(settings.trim());
         config.application_name("issue-tracker");
         config.connect_timeout(CONNECT_TIMEOUT);
+        // A server that is cut off without a word is noticed by what is sent to it, or by asking.
+        config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
         let (up_sender, up) = watch::channel(true);
         let manager = Manager { inner: PostgresConnectionManager::new(config, NoTls), up: Arc::new(up_sender) };
@@ -87,7 +98,19 @@ impl Db {
             .test_on_check_out(false)
             .retry_connection(false)
             .build_unchecked(manager);
-        Self { pool, up, options }
+        let lock_slots = Arc::new(Semaphore::new((options.connections_max as usize / 2).max(1)));
+        Self { pool, up, options, lock_slots }
+    }
+
+    /// Taken by what may wait for others' locks, so that half of the connections stay for what does not.
+    pub async fn lock_slot(&self) -> Result<OwnedSemaphorePermit> {
+        let slot = Arc::clone(&self.lock_slots).acquire_owned();
+        match tokio::time::timeout(self.options.wait_max, slot).await {
+            Ok(Ok(slot)) => Ok(slot),
+            Ok(Err(_)) | Err(_) => {
+                Err(Error::Exhausted("too many requests wait for what others are changing; try again".to_owned()))
+            }
+        }
     }
 
     /// A connection for single statements, each of which is its own transaction.
@@ -127,10 +150,6 @@ impl Db {
     /// Whether the database answers, as it changes.
     pub fn watch_up(&self) -> watch::Receiver<bool> {
         self.up.clone()
-    }
-
-    pub fn options(&self) -> &PoolOptions {
-        &self.options
     }
 }
 
@@ -183,7 +202,12 @@ impl bb8::ManageConnection for Manager {
     type Error = tokio_postgres::Error;
 
     async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
-        let client = self.inner.connect().await.inspect_err(|_| self.set_up(false))?;
+        let client = self.inner.connect().await.inspect_err(|error| {
+            // A server that refuses this one connection is there; the probe knows whether it serves.
+            if error.as_db_error().is_none() {
+                self.set_up(false);
+            }
+        })?;
         self.set_up(true);
         Ok(Conn {
             client,
@@ -288,9 +312,12 @@ impl Conn {
         }
         let statement = self.client.prepare(sql).await?;
         let mut statements = self.lock_statements();
-        if statements.len() < STATEMENTS_PER_CONNECTION_MAX {
-            statements.insert(sql.to_owned(), statement.clone());
+        if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
+            && let Some(any) = statements.keys().next().cloned()
+        {
+            statements.remove(&any);
         }
+        statements.insert(sql.to_owned(), statement.clone());
         Ok(statement)
     }
 

@@ -152,9 +152,6 @@ impl Error {
             Code::Unimplemented => {
                 Some(Self::Unimplemented("compressed messages are not taken; send them as they are"))
             }
-            Code::DeadlineExceeded | Code::Cancelled => {
-                Some(Self::Timeout { reason: "DEADLINE", message: "the deadline of the request has passed".to_owned() })
-            }
             _ => None,
         }
     }
@@ -312,6 +309,10 @@ impl From<tokio_postgres::Error> for Error {
                 reason: "CONFLICT",
                 message: "the request got in the way of another one; try again".to_owned(),
             },
+            SqlState::LOCK_NOT_AVAILABLE => Self::Aborted {
+                reason: "CONFLICT",
+                message: "another request is changing the same for long; nothing was written, try again".to_owned(),
+            },
             SqlState::QUERY_CANCELED => Self::Timeout {
                 reason: "STATEMENT_TIMEOUT",
                 message: "the database took too long; nothing was written".to_owned(),
@@ -319,6 +320,7 @@ impl From<tokio_postgres::Error> for Error {
             SqlState::ADMIN_SHUTDOWN
             | SqlState::CRASH_SHUTDOWN
             | SqlState::CANNOT_CONNECT_NOW
+            | SqlState::READ_ONLY_SQL_TRANSACTION
             | SqlState::TOO_MANY_CONNECTIONS
             | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
             _ if state.code().starts_with("08") || state.code().starts_with("53") => Self::Unavailable,

@@ -195,7 +195,7 @@ pub struct TimeWindow {
 pub trait Mutation {
     fn request_id(&self) -> &str;
     fn validate_only(&self) -> bool;
-    /// SHA-256 over the method's name and the payload without request id and secrets.
+    /// SHA-256 over the method's name and the payload, without request id, `validate_only` and secrets.
     fn fingerprint(&self) -> [u8; 32];
 }
 
@@ -212,6 +212,7 @@ macro_rules! mutation {
             fn fingerprint(&self) -> [u8; 32] {
                 let mut payload = self.clone();
                 payload.request_id.clear();
+                payload.validate_only = false;
                 $($(payload.$secret.clear();)+)?
                 $crate::request::sha256(&[stringify!($request).as_bytes(), &prost::Message::encode_to_vec(&payload)])
             }

@@ -18,8 +18,12 @@ use tonic::{Response, Status};
 
 use crate::{
     auth::Auth,
-    db::{Db, requests::MutationTx, rounds::Rounds},
-    error::{Error, Result},
+    db::{
+        Db,
+        requests::{MutationTx, decode_reply},
+        rounds::Rounds,
+    },
+    error::Result,
 };
 
 /// What the services work with.
@@ -46,8 +50,7 @@ macro_rules! fresh {
 use fresh;
 
 fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
-    let reply = T::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))?;
-    Ok(Response::new(reply))
+    Ok(Response::new(decode_reply(reply)?))
 }
 
 /// Commits a mutation together with its reply.

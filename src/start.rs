@@ -3,8 +3,10 @@
 use std::{
     fs,
     io::{Read, Write},
+    net::SocketAddr,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
+    pin::pin,
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -25,7 +27,6 @@ use crate::{
         migrate::migrate,
         tokens, users,
     },
-    error::{Error, quote},
     pb::Role,
     rpc::check_username,
     server,
@@ -40,16 +41,34 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.limits.check()?;
     // First, so that a taken port is told before anything is started.
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
-    let shutdown = shutdown_signal()?;
+    let mut shutdown = pin!(shutdown_signal()?);
+    let started = tokio::select! {
+        started = start(&args, listener.local_addr()?) => started?,
+        () = &mut shutdown => return Ok(()),
+    };
+    let served = server::run(listener, started.db, &args.limits, shutdown).await;
+    if let Some(cluster) = started.cluster {
+        tokio::task::spawn_blocking(move || cluster.stop()).await??;
+    }
+    served
+}
+
+struct Started {
+    db: Db,
+    /// The private PostgreSQL, if there is one.
+    cluster: Option<Cluster>,
+}
+
+/// Starts the private PostgreSQL if it is wanted, brings the schema up to date, and says how to reach the service.
+async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started> {
     if let Some(url) = &args.database.database_url {
         let config = parse_database_url(url)?;
         migrate(&config).await?;
         let db = Db::new(config, args.limits.pool());
         warn_without_users(&db).await?;
-        println!("listening on {}", listener.local_addr()?);
-        return server::run(listener, db, &args.limits, shutdown).await;
+        println!("listening on {address}");
+        return Ok(Started { db, cluster: None });
     }
-
     let data_dir = args.database.data_dir()?;
     let cluster = tokio::task::spawn_blocking({
         let data_dir = data_dir.clone();
@@ -60,7 +79,6 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     create_database(&cluster.connect_config("postgres")).await?;
     migrate(&config).await?;
     let db = Db::new(config, args.limits.pool());
-    let address = listener.local_addr()?;
     let token_file = data_dir.join("admin.token");
     create_first_administrator(&db, &args.limits, &token_file).await?;
     println!(
@@ -70,9 +88,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
          grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
         token_file.display()
     );
-    let served = server::run(listener, db, &args.limits, shutdown).await;
-    tokio::task::spawn_blocking(move || cluster.stop()).await??;
-    served
+    Ok(Started { db, cluster: Some(cluster) })
 }
 
 pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
@@ -88,9 +104,8 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
 
     let config = parse_database_url(&args.database.database_url)?;
     migrate(&config).await?;
-    let limits = Limits::default();
-    let db = Db::new(config, limits.pool());
-    let hash = bcrypt::hash(password, limits.bcrypt_cost)?;
+    let db = Db::new(config, Limits::default().pool());
+    let hash = bcrypt::hash(password, args.bcrypt_cost)?;
     let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
     println!("{}", user.id);
     Ok(())
@@ -156,28 +171,25 @@ async fn create_database(config: &Config) -> anyhow::Result<()> {
 /// by the next one.
 async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path) -> anyhow::Result<()> {
     let tx = db.begin().await?;
+    let mut first_password = None;
     if !users::exist(&tx).await? {
         let (password, _) = new_token()?;
         let (hash, cost) = (password.clone(), limits.bcrypt_cost);
         let hash = tokio::task::spawn_blocking(move || bcrypt::hash(hash, cost)).await??;
         users::create(&tx, FIRST_ADMINISTRATOR, Role::Admin, &hash).await?;
-        println!("made the user \"{FIRST_ADMINISTRATOR}\" with the password {password} (it is not shown again)");
+        first_password = Some(password);
     } else if token_file.exists() {
         return Ok(());
     }
-    match users::get_by_username(&tx, FIRST_ADMINISTRATOR).await {
-        Ok(user) => {
-            let (token, sha256) = new_token()?;
-            tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME).await?;
-            write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
-        }
-        // Another start made another one.
-        Err(Error::NotFound(_)) => {
-            tracing::warn!(username = %quote(FIRST_ADMINISTRATOR), "there is no such user to make a token for")
-        }
-        Err(error) => return Err(error.into()),
-    }
+    let user = users::get_by_username(&tx, FIRST_ADMINISTRATOR).await?;
+    let (token, sha256) = new_token()?;
+    tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME).await?;
     tx.commit().await?;
+    // Last, as a start that finds the file takes it that all is done.
+    write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
+    if let Some(password) = first_password {
+        println!("made the user \"{FIRST_ADMINISTRATOR}\" with the password {password} (it is not shown again)");
+    }
     Ok(())
 }
 

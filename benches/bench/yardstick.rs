@@ -59,6 +59,17 @@ pub fn pgbench(
 
 /// With ids computed from numbers that pgbench picks.
 fn script_text(script: &str, issues: u32) -> String {
+    // A status is part of the text, as in the service's statements.
+    let of_status = |status: &str| script.replace(":STATUS", status);
+    let script = match script.contains(":STATUS") {
+        true => format!(
+            "\\set s random(1, 3)\n\\if :s = 1\n{}\\elif :s = 2\n{}\\else\n{}\\endif\n",
+            of_status("1"),
+            of_status("2"),
+            of_status("3")
+        ),
+        false => script.to_owned(),
+    };
     script
         .replace("ISSUES", &issues.to_string())
         .replace("ISSUE_ID(:n)", &ISSUE_ID_SQL.replace('N', ":n::int"))

@@ -18,6 +18,8 @@ use crate::{
 
 /// How many usernames or labels are remembered during an import.
 const NAMES_REMEMBERED_MAX: usize = 10_000;
+/// Row errors that an import's client is sent.
+pub const IMPORT_ERRORS_SENT_MAX: usize = 1_000;
 /// How often a batch is tried when others change what it refers to at the same time.
 const BATCH_TRIES_MAX: u32 = 3;
 
@@ -28,6 +30,8 @@ pub struct ImportTask {
     pub caller_id: Uuid,
     pub mode: ImportMode,
     pub validate_only: bool,
+    /// The file's size; 0: not known.
+    pub total_bytes: u64,
 }
 
 /// What an import has done so far.
@@ -94,13 +98,16 @@ impl ImportSession {
         let session = Self { conn, task, users: HashMap::new(), labels: HashMap::new() };
         let Some(row) = session.conn.query_opt(FIND, &[&id]).await? else {
             if task.is_one_transaction() {
-                session.conn.enqueue("BEGIN")?;
+                // How long it may wait for its client is the stream's matter.
+                session.conn.enqueue("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")?;
             }
             return Ok(Opened::Session(Box::new(session)));
         };
-        if row.get::<_, Uuid>(0) != task.caller_id || row.get::<_, i16>(1) != task.mode as i16 {
-            let message =
-                format!("import \"{id}\" was made with other options or by another user; take a new import_id");
+        let same_file = !row.get::<_, bool>(2) || [0, row.get::<_, i64>(3).cast_unsigned()].contains(&task.total_bytes);
+        if row.get::<_, Uuid>(0) != task.caller_id || row.get::<_, i16>(1) != task.mode as i16 || !same_file {
+            let message = format!(
+                "import \"{id}\" was made with other options, of another file or by another user; take a new import_id"
+            );
             return Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
         }
         let count = |index: usize| row.get::<_, i64>(index).cast_unsigned();
@@ -115,20 +122,25 @@ impl ImportSession {
             rejected_count: count(6),
             error_count: count(7),
         };
-        session.close().await?;
+        session.close().await;
         Ok(Opened::Committed(task.summary(&totals, ImportState::Committed)))
     }
 
-    /// Writes the rows that are good, and answers the errors of those that are not. `totals` are those before the batch
-    /// and get its counts, `rejected` has the numbers of rows that had errors before.
-    pub async fn write(&mut self, rows: &[ImportRow], totals: &mut ImportTotals) -> Result<Vec<RowError>> {
+    /// Writes the rows that are good, and answers the first errors of those that are not. `totals` are those before these
+    /// rows, and get their counts. What is committed with the last rows says that the import is finished.
+    pub async fn write(
+        &mut self,
+        rows: &[ImportRow],
+        is_last: bool,
+        totals: &mut ImportTotals,
+    ) -> Result<Vec<RowError>> {
         let before = *totals;
         for attempt in 1.. {
             *totals = before;
-            let written = self.try_write(rows, totals).await;
+            let written = self.try_write(rows, is_last, totals).await;
             match written {
-                // Somebody took an external id or deleted a label between the look-up and the COPY.
-                Err(error) if error.constraint().is_some() => {
+                // Somebody took an external id or deleted a label between the look-up and the COPY, or got in the way of it.
+                Err(error) if error.constraint().is_some() || matches!(error, Error::Aborted { .. }) => {
                     if self.task.is_one_transaction() || attempt == BATCH_TRIES_MAX {
                         return Err(Error::Aborted {
                             reason: "CONFLICT",
@@ -145,18 +157,23 @@ impl ImportSession {
         Err(Error::Internal("a batch was tried without end"))
     }
 
-    async fn try_write(&mut self, rows: &[ImportRow], totals: &mut ImportTotals) -> Result<Vec<RowError>> {
+    async fn try_write(
+        &mut self,
+        rows: &[ImportRow],
+        is_last: bool,
+        totals: &mut ImportTotals,
+    ) -> Result<Vec<RowError>> {
         if !self.task.is_one_transaction() {
             self.conn.enqueue("BEGIN")?;
         }
-        let (good, errors) = self.resolve(rows).await?;
+        let (good, errors, error_count) = self.resolve(rows).await?;
         copy_issues(&self.conn, &self.task, &good).await?;
         copy_labels(&self.conn, &good).await?;
         totals.created_count += good.len() as u64;
         totals.rejected_count += (rows.len() - good.len()) as u64;
-        totals.error_count += errors.len() as u64;
+        totals.error_count += error_count;
         if !self.task.is_one_transaction() {
-            keep_import(&self.conn, &self.task, totals, false).await?;
+            keep_import(&self.conn, &self.task, totals, is_last).await?;
             self.conn.client.batch_execute("COMMIT").await?;
         }
         Ok(errors)
@@ -171,27 +188,29 @@ impl ImportSession {
         } else {
             ImportState::Committed
         };
-        if state == ImportState::Committed {
-            keep_import(&self.conn, &self.task, totals, true).await?;
-        }
         if self.task.is_one_transaction() {
+            if state == ImportState::Committed {
+                keep_import(&self.conn, &self.task, totals, true).await?;
+            }
             let end = if state == ImportState::Committed { "COMMIT" } else { "ROLLBACK" };
             self.conn.client.batch_execute(end).await?;
         }
         let summary = self.task.summary(totals, state);
-        self.close().await?;
+        // It is committed, whatever happens to the connection now.
+        self.close().await;
         Ok(summary)
     }
 
-    /// Gives the connection back to the pool.
-    async fn close(self) -> Result<()> {
-        self.conn.client.batch_execute("SELECT pg_advisory_unlock_all()").await?;
-        self.conn.set_discard(false);
-        Ok(())
+    /// Gives the connection back to the pool, or lets it be closed if its lock cannot be freed.
+    async fn close(self) {
+        if self.conn.client.batch_execute("SELECT pg_advisory_unlock_all()").await.is_ok() {
+            self.conn.set_discard(false);
+        }
     }
 
-    /// Looks up what the rows refer to: those that can go in, with ids for names, and the errors of the others.
-    async fn resolve<'a>(&mut self, rows: &'a [ImportRow]) -> Result<(Vec<ResolvedRow<'a>>, Vec<RowError>)> {
+    /// Looks up what the rows refer to: those that can go in, with ids for names, and of the others the
+    /// first errors and how many there are.
+    async fn resolve<'a>(&mut self, rows: &'a [ImportRow]) -> Result<(Vec<ResolvedRow<'a>>, Vec<RowError>, u64)> {
         const USERS: &str = "-- import_users
             SELECT n.name, u.id FROM unnest($1::text[]) AS n (name) JOIN users u ON lower(u.username) = lower(n.name)";
         const LABELS: &str = "-- import_labels
@@ -213,9 +232,10 @@ impl ImportSession {
             }
         }
         let now: DateTime<Utc> = self.conn.query_one("-- import_time\nSELECT now()", &[]).await?.get(0);
-        let mut resolver = Resolver { users: &self.users, labels: &self.labels, taken, now, errors: Vec::new() };
+        let mut resolver =
+            Resolver { users: &self.users, labels: &self.labels, taken, now, errors: Vec::new(), error_count: 0 };
         let good = rows.iter().filter_map(|row| resolver.row(row)).collect();
-        Ok((good, resolver.errors))
+        Ok((good, resolver.errors, resolver.error_count))
     }
 }
 
@@ -252,12 +272,14 @@ struct Resolver<'a> {
     labels: &'a HashMap<String, Option<Uuid>>,
     taken: HashMap<String, RowErrorCode>,
     now: DateTime<Utc>,
+    /// The first [`IMPORT_ERRORS_SENT_MAX`].
     errors: Vec<RowError>,
+    error_count: u64,
 }
 
 impl Resolver<'_> {
     fn row<'a>(&mut self, row: &'a ImportRow) -> Option<ResolvedRow<'a>> {
-        let errors_before = self.errors.len();
+        let errors_before = self.error_count;
         let assignee_id = row.assignee.as_deref().and_then(|username| {
             let id = self.users.get(username).copied().flatten();
             if id.is_none() {
@@ -301,7 +323,7 @@ impl Resolver<'_> {
                 "the issue would be created now, after this; give its create_time",
             );
         }
-        if self.errors.len() > errors_before {
+        if self.error_count > errors_before {
             return None;
         }
         if let Some(external_id) = &row.external_id {
@@ -319,6 +341,10 @@ impl Resolver<'_> {
     }
 
     fn error(&mut self, row: &ImportRow, column: &str, value: &str, code: RowErrorCode, message: &str) {
+        self.error_count += 1;
+        if self.errors.len() >= IMPORT_ERRORS_SENT_MAX {
+            return;
+        }
         self.errors.push(RowError {
             row_number: row.row_number,
             line_number: row.line_number,

@@ -240,7 +240,8 @@ impl ListQuery {
 
     fn term(&mut self, term: &Term) {
         match term {
-            Term::Status(status) => self.and(|n| format!("i.status = ${n}"), *status as i16),
+            // Not a parameter: it has to be seen that one of the indexes by status has all that is wanted.
+            Term::Status(status) => self.conditions.push(format!("i.status = {}", *status as i16)),
             Term::Priority(priority) => self.and(|n| format!("i.priority = ${n}"), *priority as i16),
             Term::Assignee(user) => self.user("i.assignee_id", user),
             Term::Reporter(user) => self.user("i.reporter_id", user),

@@ -130,15 +130,7 @@ pub async fn change_issue_labels(
     // The first that fails is why the others do.
     let known: HashSet<Uuid> = known?.iter().map(|row| row.get(0)).collect();
     let issue = issue?.ok_or_else(|| Error::not_found("issue", "issue_id", issue_id))?;
-    let (version, deleted): (i64, bool) = (issue.get(0), issue.get(1));
-    if expected_version != 0 && expected_version != version {
-        let stale =
-            StaleVersion { field: "issue_id".into(), id: issue_id, expected: expected_version, current: version };
-        return Err(Error::VersionMismatch(vec![stale]));
-    }
-    if deleted {
-        return Err(Error::precondition("ISSUE_STATE", "issue_id", format!("issue \"{issue_id}\" is deleted")));
-    }
+    check_issue(issue_id, issue.get(0), issue.get(1), expected_version)?;
     let missing: Vec<Resource> = (label_ids.iter().enumerate())
         .filter(|(_, id)| !known.contains(id))
         .map(|(nth, id)| Resource::missing("label", format!("label_ids[{nth}]"), id))
@@ -167,6 +159,18 @@ pub async fn change_issue_labels(
     }
     if !added.is_empty() || !removed.is_empty() {
         db.execute(WRITE, &[&issue_id, &actor_id, &removed, &added]).await?;
+    }
+    Ok(())
+}
+
+fn check_issue(issue_id: Uuid, version: i64, deleted: bool, expected_version: i64) -> Result<()> {
+    if expected_version != 0 && expected_version != version {
+        let stale =
+            StaleVersion { field: "issue_id".into(), id: issue_id, expected: expected_version, current: version };
+        return Err(Error::VersionMismatch(vec![stale]));
+    }
+    if deleted {
+        return Err(Error::precondition("ISSUE_STATE", "issue_id", format!("issue \"{issue_id}\" is deleted")));
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use prost::Message;
 use uuid::Uuid;
 
 use super::{Conn, Db, PooledConn, Tx};
@@ -46,10 +47,14 @@ impl Db {
     /// under way is waited for.
     pub async fn begin_mutation(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
         let tx = self.begin().await?;
-        if let Some((request_id, fingerprint)) = key.request_id.filter(|_| !key.validate_only)
-            && !claim(&tx, caller_id, request_id, fingerprint).await?
-        {
-            return stored_reply(&tx, caller_id, request_id, fingerprint).await.map(Begun::Replayed);
+        if let Some((request_id, fingerprint)) = key.request_id {
+            let is_used = match key.validate_only {
+                true => is_used(&tx, caller_id, request_id).await?,
+                false => !claim(&tx, caller_id, request_id, fingerprint).await?,
+            };
+            if is_used {
+                return stored_reply(&tx, caller_id, request_id, fingerprint).await.map(Begun::Replayed);
+            }
         }
         Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key }))
     }
@@ -111,6 +116,13 @@ async fn claim(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 3
         ON CONFLICT DO NOTHING"
     );
     Ok(db.execute(SQL, &[&caller_id, &request_id, &&fingerprint[..]]).await? == 1)
+}
+
+/// What a trial asks instead of [`claim`]: nothing is used up by it.
+async fn is_used(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<bool> {
+    const SQL: &str = "-- is_request_used
+        SELECT EXISTS (SELECT FROM requests WHERE caller_id = $1 AND request_id = $2)";
+    Ok(db.query_one(SQL, &[&caller_id, &request_id]).await?.get(0))
 }
 
 /// What came of a claim that does not wait.
@@ -216,6 +228,10 @@ async fn keep_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, reply: &[u8]) 
         1 => Ok(()),
         _ => Err(Error::Internal("the claim of a request id is gone")),
     }
+}
+
+pub fn decode_reply<R: Message + Default>(reply: &[u8]) -> Result<R> {
+    R::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))
 }
 
 /// Forgets request ids of more than a day ago, and how many these were.

@@ -7,7 +7,7 @@ use super::{
     Conn, Db,
     comments::{self, NewComment},
     issues::{self, IssueChange, NewIssue},
-    requests::{Begun, Claim, RequestKey, claim_many, keep_replies},
+    requests::{Begun, Claim, RequestKey, claim_many, decode_reply, keep_replies},
 };
 use crate::{
     coalesce::{Bounds, Coalescer, Company, Outcome},
@@ -16,8 +16,7 @@ use crate::{
 };
 
 /// Rounds share the pool with everything else, and more of them at once only make each smaller.
-const READS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
-const WRITES: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
+const BOUNDS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
 
 /// Whether a statement waits for rows that others have locked, or leaves them alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +101,7 @@ impl Rounds {
     pub fn new(db: Db) -> Self {
         let (of_round, of_one) = (db.clone(), db.clone());
         let gets = Coalescer::new(
-            READS,
+            BOUNDS,
             |_| Company::Any,
             Box::new(move |wanted| {
                 let db = of_round.clone();
@@ -129,7 +128,7 @@ impl Rounds {
 fn mutations<M: Mutate>(db: &Db) -> Mutations<M> {
     let (of_round, of_one) = (db.clone(), db.clone());
     Coalescer::new(
-        WRITES,
+        BOUNDS,
         |call: &Call<M>| call.item.company(),
         Box::new(move |calls| {
             let db = of_round.clone();
@@ -143,9 +142,10 @@ fn mutations<M: Mutate>(db: &Db) -> Mutations<M> {
 }
 
 async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
+    let _slot = db.lock_slot().await?;
     let tx = match db.begin_single(call.caller_id, call.key).await? {
         Begun::Fresh(tx) => tx,
-        Begun::Replayed(reply) => return decode(&reply),
+        Begun::Replayed(reply) => return decode_reply(&reply),
     };
     match M::apply(&tx, std::slice::from_ref(&call.item), Locked::Wait).await?.pop() {
         Some(Outcome::Done(outcome)) => {
@@ -189,8 +189,4 @@ async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcom
     keep_replies(&tx, &replies).await?;
     tx.commit().await?;
     Ok(outcomes)
-}
-
-fn decode<R: Message + Default>(reply: &[u8]) -> Result<R> {
-    R::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))
 }

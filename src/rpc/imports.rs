@@ -12,7 +12,7 @@ use crate::{
     auth::Caller,
     db::{
         Db,
-        import::{ImportSession, ImportTask, ImportTotals, Opened},
+        import::{IMPORT_ERRORS_SENT_MAX, ImportSession, ImportTask, ImportTotals, Opened},
     },
     error::{Error, Result, Violation, quote},
     import::{Columns, ImportRow, Record, RecordReader, RowError, parse_row},
@@ -30,8 +30,6 @@ const IMPORT_CHUNK_BYTES_MAX: usize = 1024 * 1024;
 /// commits, so it must not depend on how the stream is cut.
 const IMPORT_BATCH_ROWS_MAX: usize = 5_000;
 const IMPORT_BATCH_BYTES_MAX: u64 = 2 * 1024 * 1024;
-/// Row errors that are sent.
-const IMPORT_ERRORS_SENT_MAX: u64 = 1_000;
 /// How long an import waits for its client, to send or to read.
 const IMPORT_IDLE_MAX: Duration = Duration::from_secs(60);
 /// Messages that wait for the client to read them.
@@ -86,7 +84,7 @@ fn idle(what: &str) -> Error {
 }
 
 async fn import(db: &Db, caller_id: Uuid, mut requests: Streaming<ImportIssuesRequest>, client: &Client) -> Result<()> {
-    let (task, total_bytes) = read_options(caller_id, &mut requests).await?;
+    let task = read_options(caller_id, &mut requests).await?;
     let session = match ImportSession::open(db, task).await? {
         Opened::Session(session) => *session,
         Opened::Committed(summary) => return client.send(Message::Summary(summary)).await,
@@ -95,13 +93,13 @@ async fn import(db: &Db, caller_id: Uuid, mut requests: Streaming<ImportIssuesRe
     // While a batch is written, the next is read.
     let (batches, written) = mpsc::channel(1);
     tokio::try_join!(
-        async move { read_file(requests, total_bytes, batches).await },
+        async move { read_file(requests, task.total_bytes, batches).await },
         write_batches(session, task, written, client)
     )?;
     Ok(())
 }
 
-async fn read_options(caller_id: Uuid, requests: &mut Streaming<ImportIssuesRequest>) -> Result<(ImportTask, u64)> {
+async fn read_options(caller_id: Uuid, requests: &mut Streaming<ImportIssuesRequest>) -> Result<ImportTask> {
     let Some(import_issues_request::Message::Options(options)) = next_message(requests).await? else {
         return Err(Error::invalid("options", "must be the first message of the stream"));
     };
@@ -119,8 +117,9 @@ async fn read_options(caller_id: Uuid, requests: &mut Streaming<ImportIssuesRequ
         caller_id,
         mode: if mode == ImportMode::Unspecified { ImportMode::Atomic } else { mode },
         validate_only,
+        total_bytes,
     };
-    Ok((task, total_bytes))
+    Ok(task)
 }
 
 /// None: the client has half-closed the stream.
@@ -142,7 +141,9 @@ async fn next_message(requests: &mut Streaming<ImportIssuesRequest>) -> Result<O
 #[derive(Default)]
 struct Batch {
     rows: Vec<ImportRow>,
+    /// The first [`IMPORT_ERRORS_SENT_MAX`].
     errors: Vec<RowError>,
+    error_count: u64,
     rejected_count: u64,
     /// Where the batch ends in the file.
     offset: u64,
@@ -260,7 +261,9 @@ fn take_record(columns: &mut Option<Columns>, batch: &mut Batch, record: &Record
         Ok(row) => batch.rows.push(row),
         Err(errors) => {
             batch.rejected_count += 1;
-            batch.errors.extend(errors);
+            batch.error_count += errors.len() as u64;
+            let room = IMPORT_ERRORS_SENT_MAX.saturating_sub(batch.errors.len());
+            batch.errors.extend(errors.into_iter().take(room));
         }
     }
     batch.offset = record.end_offset;
@@ -278,13 +281,13 @@ async fn write_batches(
     let mut is_last = false;
     while !is_last {
         let batch = batches.recv().await.ok_or(Error::Cancelled)?;
-        let Batch { rows, mut errors, rejected_count, offset, .. } = batch;
+        let Batch { rows, mut errors, error_count, rejected_count, offset, .. } = batch;
         is_last = batch.is_last;
         totals.offset = offset;
         totals.row_count += rows.len() as u64 + rejected_count;
         totals.rejected_count += rejected_count;
-        totals.error_count += errors.len() as u64;
-        errors.extend(session.write(&rows, &mut totals).await?);
+        totals.error_count += error_count;
+        errors.extend(session.write(&rows, is_last, &mut totals).await?);
         errors.sort_by_key(|error| error.row_number);
         for error in errors {
             if sent < IMPORT_ERRORS_SENT_MAX {

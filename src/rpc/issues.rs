@@ -52,9 +52,7 @@ impl IssueService for Api {
         let call = Call { caller_id: caller.user_id, key, item: issue.clone() };
         match self.rounds.make(&self.rounds.creates, call).await {
             Ok(issue) => Ok(issue.into()),
-            Err(error) => Err(issues::explain_create(&*self.db.conn().await?, error, &[issue], |_| "issue".to_owned())
-                .await
-                .into()),
+            Err(error) => Err(issues::explain_create(&self.db, error, &[issue], |_| "issue".to_owned()).await.into()),
         }
     }
 
@@ -89,7 +87,7 @@ impl IssueService for Api {
             }
             Err(error) => {
                 drop(tx);
-                Err(issues::explain_create(&*self.db.conn().await?, error, &new, field).await.into())
+                Err(issues::explain_create(&self.db, error, &new, field).await.into())
             }
         }
     }

@@ -98,7 +98,11 @@ async fn a_used_up_pool_is_told_and_heals_when_its_connections_are_free() {
         Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1", "--pool-wait-ms", "1500"])).await;
     let (first, second) = (tracker.member.file("first").await, tracker.member.file("second").await);
     let lock = Lock::all_issues(&tracker).await;
-    let updates = [&first, &second].map(|issue| spawn_update(&tracker.member, retitle(issue, "changed")));
+    // With a comment, an update is a transaction of its own.
+    let updates = [&first, &second].map(|issue| {
+        let request = UpdateIssueRequest { comment: "why".to_owned(), ..retitle(issue, "changed") };
+        spawn_update(&tracker.member, request)
+    });
     tracker.wait_until(lock_waiters!("= 2")).await;
 
     assert_overloaded(try_get(&tracker.member, &first).await);
@@ -111,6 +115,43 @@ async fn a_used_up_pool_is_told_and_heals_when_its_connections_are_free() {
     }
     assert_eq!(try_get(&tracker.member, &first).await.unwrap().version, 2);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 2);
+}
+
+#[tokio::test]
+async fn calls_that_wait_for_a_lock_leave_connections_for_others() {
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "4", "--imports", "1"])).await;
+    let mut issues = Vec::new();
+    for _ in 0..8 {
+        issues.push(tracker.member.file("locked").await);
+    }
+    let lock = Lock::all_issues(&tracker).await;
+    let updates: Vec<_> = issues.iter().map(|issue| spawn_update(&tracker.member, retitle(issue, "changed"))).collect();
+    tracker.wait_until(lock_waiters!("= 2")).await;
+
+    let filed = tracker.member.file("beside them").await;
+    assert_eq!(try_get(&tracker.member, &issues[0]).await.unwrap(), issues[0]);
+    assert_eq!(spawn_update(&tracker.member, retitle(&filed, "changed")).await.unwrap().unwrap().version, 2);
+
+    lock.release().await;
+    for update in updates {
+        match update.await.unwrap() {
+            Ok(updated) => assert_eq!(updated.title, "changed"),
+            // It has waited too long for its turn.
+            refused => assert_overloaded(refused),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_lock_that_is_held_too_long_is_told_as_a_conflict() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("first").await;
+    let lock = Lock::all_issues(&tracker).await;
+
+    assert_error(spawn_update(&tracker.member, retitle(&issue, "a")).await.unwrap(), Code::Aborted, "CONFLICT");
+
+    lock.release().await;
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
 }
 
 #[tokio::test]

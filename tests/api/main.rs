@@ -14,4 +14,5 @@ mod issues;
 mod labels;
 mod lists;
 mod reports;
+mod rounds;
 mod users;

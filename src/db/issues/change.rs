@@ -167,13 +167,21 @@ pub async fn update_many(
         }
         let judged = check_problems([(problem, row.get(1), change, field.to_owned())]);
         outcomes.push(Outcome::Done(match judged {
-            // It was changed while the statement waited for it, and its labels are seen as they were before.
-            Ok(()) if row.get(2) => get(db, change.id).await,
+            Ok(()) if row.get(2) => reread(db, change.id, from_row_at(row, 3)?).await,
             Ok(()) => from_row_at(row, 3),
             Err(error) => Err(error),
         }));
     }
     Ok(outcomes)
+}
+
+/// The issue was changed while the statement waited for it, and its labels are seen as they were before. The change is
+/// made by now: whatever becomes of the reading, it is told.
+async fn reread(db: &Conn, id: Uuid, changed: Issue) -> Result<Issue> {
+    match get(db, id).await {
+        Ok(read) if read.version == changed.version => Ok(read),
+        _ => Ok(changed),
+    }
 }
 
 fn explain_update(error: Error, change: &IssueChange) -> Error {

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{from_row, issue_columns};
 use crate::{
-    db::{Conn, Params},
+    db::{Conn, Db, Params},
     error::{Error, Resource, Result},
     pb::{Issue, Priority, Status},
 };
@@ -79,10 +79,14 @@ pub async fn create(db: &Conn, issues: &[NewIssue]) -> Result<Vec<Issue>> {
 /// What a caller is told when [`create`] fails: everything that is missing or taken, named by the fields of `field(n)`.
 ///
 /// Asks the database, outside of the transaction that has failed.
-pub async fn explain_create(db: &Conn, error: Error, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Error {
-    let explained = match error.constraint() {
-        Some("issues_assignee_id_fkey" | "issue_labels_label_id_fkey") => missing_references(db, issues, field).await,
-        Some("issues_external_id_key") => taken_external_ids(db, issues, field).await,
+pub async fn explain_create(db: &Db, error: Error, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Error {
+    let constraint = error.constraint().unwrap_or_default();
+    let explained = match constraint {
+        "issues_assignee_id_fkey" | "issue_labels_label_id_fkey" | "issues_external_id_key" => match db.conn().await {
+            Ok(conn) if constraint == "issues_external_id_key" => taken_external_ids(&conn, issues, field).await,
+            Ok(conn) => missing_references(&conn, issues, field).await,
+            Err(error) => Err(error),
+        },
         _ => return error,
     };
     match explained {

@@ -164,6 +164,28 @@ async fn a_finished_import_is_answered_even_to_a_client_that_goes_on_sending() {
 }
 
 #[tokio::test]
+async fn the_last_rows_and_the_end_of_an_import_are_committed_together() {
+    let tracker = Tracker::start().await;
+    import(titles(3)).skip_invalid().by(&tracker.member).await.unwrap();
+
+    // Both are the time of their transaction.
+    let together = "SELECT finish_time = (SELECT max(create_time) FROM issues) FROM imports";
+    assert!(tracker.sql(together, &[]).await[0].get::<_, bool>(0));
+}
+
+#[tokio::test]
+async fn an_import_id_is_of_one_file_as_far_as_its_size_tells() {
+    let tracker = Tracker::start().await;
+    let id = Uuid::now_v7();
+    import("title\na\n").id(id).by(&tracker.member).await.unwrap();
+
+    let other_file = import("title\na\nb\n").id(id).by(&tracker.member).await;
+
+    assert_error(other_file, Code::FailedPrecondition, "IMPORT_MISMATCH");
+    assert_eq!(issue_count(&tracker).await, 1);
+}
+
+#[tokio::test]
 async fn an_import_id_belongs_to_its_user_and_its_mode() {
     let tracker = Tracker::start().await;
     let import = import("title\na\n").id(Uuid::now_v7());
