@@ -90,21 +90,85 @@ where
         if (self.shared.company)(&item) == Company::Alone {
             return (self.shared.alone)(item).await;
         }
+        match self.enter(item)? {
+            Entry::Lone(item) => Lone(Arc::clone(&self.shared)).run(item).await,
+            Entry::Waits(outcome) => outcome.await.map_err(|_| Error::Internal("a round ended without an outcome"))?,
+        }
+    }
+
+    fn enter(&self, item: I) -> Result<Entry<I, O>> {
+        let mut queue = self.shared.lock();
+        let free = queue.rounds < self.shared.bounds.rounds_max;
+        if free && queue.waiting.is_empty() {
+            queue.rounds += 1;
+            return Ok(Entry::Lone(item));
+        }
+        if queue.waiting.len() >= self.shared.bounds.waiting_max {
+            return Err(Error::Exhausted(format!("{} calls of this kind wait already", queue.waiting.len())));
+        }
         let (caller, outcome) = oneshot::channel();
-        let begins_round = {
-            let mut queue = self.shared.lock();
-            if queue.waiting.len() >= self.shared.bounds.waiting_max {
-                return Err(Error::Exhausted(format!("{} calls of this kind wait already", queue.waiting.len())));
-            }
-            queue.waiting.push_back(Call { item, caller });
-            let free = queue.rounds < self.shared.bounds.rounds_max;
-            queue.rounds += usize::from(free);
-            free
-        };
-        if begins_round {
+        queue.waiting.push_back(Call { item, caller });
+        if free {
+            queue.rounds += 1;
             tokio::spawn(Arc::clone(&self.shared).rounds());
         }
-        outcome.await.map_err(|_| Error::Internal("a round ended without an outcome"))?
+        Ok(Entry::Waits(outcome))
+    }
+}
+
+/// How a call goes on.
+enum Entry<I, O> {
+    /// As a round of its own, which counts as under way.
+    Lone(I),
+    /// In a round of others.
+    Waits(oneshot::Receiver<Result<O>>),
+}
+
+/// The round of a call that has found nothing under way: made by its caller, without a task in between. When it ends,
+/// or its caller goes away, what has come meanwhile is next.
+struct Lone<I, O, K>(Arc<Shared<I, O, K>>)
+where
+    I: Clone + Send + 'static,
+    O: Send + 'static,
+    K: Copy + Eq + Hash + Send + 'static;
+
+impl<I, O, K> Lone<I, O, K>
+where
+    I: Clone + Send + 'static,
+    O: Send + 'static,
+    K: Copy + Eq + Hash + Send + 'static,
+{
+    async fn run(self, item: I) -> Result<O> {
+        let shared = Arc::clone(&self.0);
+        let outcome = shared.outcomes(vec![item.clone()]).await.map(|mut outcomes| outcomes.pop());
+        drop(self);
+        match outcome {
+            Ok(Some(Outcome::Done(outcome))) => outcome,
+            Ok(Some(Outcome::Alone)) => (shared.alone)(item).await,
+            Ok(None) => Err(Error::Internal("a round ended without an outcome")),
+            Err(error) if error.is_undone() => (shared.alone)(item).await,
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl<I, O, K> Drop for Lone<I, O, K>
+where
+    I: Clone + Send + 'static,
+    O: Send + 'static,
+    K: Copy + Eq + Hash + Send + 'static,
+{
+    fn drop(&mut self) {
+        let mut queue = self.0.lock();
+        if queue.waiting.is_empty() {
+            queue.rounds -= 1;
+            return;
+        }
+        drop(queue);
+        // Without a runtime it ends, and nobody waits any more.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(Arc::clone(&self.0).rounds());
+        }
     }
 }
 
@@ -305,6 +369,19 @@ mod tests {
             drop(call.await);
         }
         assert_eq!(*rounds.lock().unwrap(), [[1], [3]]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_the_caller_of_a_lone_round_goes_away_the_next_round_begins() {
+        let (gate, rounds) = (Arc::new(Semaphore::new(0)), Arc::default());
+        let coalescer = Arc::new(doubler(BOUNDS, Arc::clone(&gate), Arc::clone(&rounds)));
+        let mut calls = start(&coalescer, &[1, 2]).await;
+        calls[0].abort();
+        settle().await;
+        gate.add_permits(100);
+        assert_eq!(calls.pop().unwrap().await.unwrap().unwrap(), 4);
+        assert_eq!(coalescer.call(3).await.unwrap(), 6);
+        assert_eq!(*rounds.lock().unwrap(), [[2], [3]]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,7 +6,7 @@ mod create;
 pub use change::{Changed, IssueChange, bulk_update, update_many};
 pub use create::{NewIssue, create, explain_create};
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use tokio_postgres::{Row, types::ToSql};
@@ -160,24 +160,29 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Out
             issue.labels.push(Label { id: id.to_string(), name: row.get(2), description: row.get(3) });
         }
     }
-    let mut answers = Vec::with_capacity(wanted.len());
-    for (id, view) in wanted {
-        let Some(mut issue) = found.get(id).cloned() else {
-            answers.push(Outcome::Done(Err(Error::not_found("issue", "id", id))));
-            continue;
-        };
-        if full.binary_search(id).is_ok() {
-            let of_issue = comments.get(id).cloned().unwrap_or_default();
-            if of_issue.len() as i64 > COMMENTS_IN_ROUND_MAX {
-                answers.push(Outcome::Alone);
-                continue;
-            }
+    let mut truncated = HashSet::new();
+    for (id, of_issue) in comments {
+        if of_issue.len() as i64 > COMMENTS_IN_ROUND_MAX {
+            truncated.insert(id);
+        } else if let Some(issue) = found.get_mut(&id) {
             issue.comment_count = of_issue.iter().filter(|comment| comment.delete_time.is_none()).count() as i32;
-            if *view == IssueView::Full {
-                issue.comments = of_issue;
-            }
+            issue.comments = of_issue;
         }
-        answers.push(Outcome::Done(Ok(issue)));
+    }
+    let mut answers: Vec<Outcome<Issue>> = Vec::with_capacity(wanted.len());
+    for (nth, (id, view)) in wanted.iter().enumerate() {
+        if truncated.contains(id) {
+            answers.push(Outcome::Alone);
+            continue;
+        }
+        // Taken, unless somebody else wants the same.
+        let wanted_again = wanted[nth + 1..].iter().any(|(other, _)| other == id);
+        let issue = if wanted_again { found.get(id).cloned() } else { found.remove(id) };
+        answers.push(Outcome::Done(match issue {
+            Some(issue) if *view == IssueView::Full => Ok(issue),
+            Some(issue) => Ok(Issue { comments: Vec::new(), ..issue }),
+            None => Err(Error::not_found("issue", "id", id)),
+        }));
     }
     Ok(answers)
 }

@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 
+use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{from_row, issue_columns};
 use crate::{
     db::{Conn, Db, Params},
     error::{Error, Resource, Result},
-    pb::{Issue, Priority, Status},
+    pb::{Issue, Label, Priority, Status},
+    request::timestamp,
 };
 
 /// An issue to file.
@@ -29,27 +30,22 @@ pub struct NewIssue {
 /// A missing assignee or label and a taken external id are told by the constraint that they violate:
 /// [`explain_create`] turns it into what a caller is told.
 pub async fn create(db: &Conn, issues: &[NewIssue]) -> Result<Vec<Issue>> {
-    const SQL: &str = concat!(
-        "-- create_issues
-        WITH i AS (
+    // What is known of them already is not sent back.
+    const SQL: &str = "-- create_issues
+        WITH created AS (
             INSERT INTO issues (id, reporter_id, title, description, status, priority, assignee_id, external_id, close_time)
             SELECT n.id, n.reporter_id, n.title, n.description, n.status, n.priority, n.assignee_id, n.external_id,
                 CASE WHEN n.status = 3 THEN now() END
             FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int2[], $6::int2[], $7::uuid[], $8::text[])
                 AS n (id, reporter_id, title, description, status, priority, assignee_id, external_id)
-            RETURNING *
-        ), il AS (
-            INSERT INTO issue_labels (issue_id, label_id) SELECT * FROM unnest($9::uuid[], $10::uuid[])
+            RETURNING id, version, create_time, close_time
+        ), labelled AS (
+            INSERT INTO issue_labels (issue_id, label_id)
+            SELECT issue_id, label_id FROM unnest($9::uuid[], $10::uuid[]) AS n (issue_id, label_id)
         )
-        SELECT ",
-        issue_columns!(),
-        " FROM i LEFT JOIN LATERAL (
-            SELECT array_agg(l.id ORDER BY lower(l.name)) AS ids, array_agg(l.name ORDER BY lower(l.name)) AS names,
-                array_agg(l.description ORDER BY lower(l.name)) AS descriptions
-            FROM unnest($9::uuid[], $10::uuid[]) AS il (issue_id, label_id) JOIN labels l ON l.id = il.label_id
-            WHERE il.issue_id = i.id) l ON true
-        ORDER BY i.id"
-    );
+        SELECT id, version, create_time, close_time FROM created ORDER BY id";
+    // Before the issues are filed, so that nothing can fail behind it. A missing label fails the statement.
+    let labels = labels_by_name(db, issues).await?;
     // Ids of one process ascend, so ordering by id is the order of the request.
     let ids: Vec<Uuid> = issues.iter().map(|_| Uuid::now_v7()).collect();
     let reporter_ids: Vec<Uuid> = issues.iter().map(|issue| issue.reporter_id).collect();
@@ -73,7 +69,44 @@ pub async fn create(db: &Conn, issues: &[NewIssue]) -> Result<Vec<Issue>> {
         &labelled,
         &label_ids,
     ];
-    db.query(SQL, params).await?.iter().map(from_row).collect()
+    let rows = db.query(SQL, params).await?;
+    Ok(rows.iter().zip(issues).map(|(row, issue)| filed(row, issue, &labels)).collect())
+}
+
+fn filed(row: &Row, issue: &NewIssue, labels: &[(Uuid, Label)]) -> Issue {
+    let create_time = Some(timestamp(row.get(2)));
+    let of_issue = labels.iter().filter(|(id, _)| issue.label_ids.contains(id));
+    Issue {
+        id: row.get::<_, Uuid>(0).to_string(),
+        title: issue.title.clone(),
+        description: issue.description.clone(),
+        status: issue.status.into(),
+        priority: issue.priority.into(),
+        assignee_id: issue.assignee_id.map(|id| id.to_string()).unwrap_or_default(),
+        reporter_id: issue.reporter_id.to_string(),
+        labels: of_issue.map(|(_, label)| label.clone()).collect(),
+        version: row.get(1),
+        external_id: issue.external_id.clone().unwrap_or_default(),
+        create_time,
+        update_time: create_time,
+        close_time: row.get::<_, Option<_>>(3).map(timestamp),
+        ..Issue::default()
+    }
+}
+
+/// The labels that the issues are to carry.
+async fn labels_by_name(db: &Conn, issues: &[NewIssue]) -> Result<Vec<(Uuid, Label)>> {
+    const SQL: &str = "-- labels_by_name
+        SELECT id, name, description FROM labels WHERE id = ANY($1) ORDER BY lower(name)";
+    let ids: Vec<Uuid> = issues.iter().flat_map(|issue| issue.label_ids.iter().copied()).collect();
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    let label = |row: &Row| {
+        let id: Uuid = row.get(0);
+        (id, Label { id: id.to_string(), name: row.get(1), description: row.get(2) })
+    };
+    Ok(db.query(SQL, &[&ids]).await?.iter().map(label).collect())
 }
 
 /// What a caller is told when [`create`] fails: everything that is missing or taken, named by the fields of `field(n)`.
