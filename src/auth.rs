@@ -164,7 +164,8 @@ impl Auth {
         {
             return Ok(caller);
         }
-        let found = tokens::find_caller(&*self.db.conn().await?, &sha256).await?;
+        // Boxed, as it happens seldom and would make the future of every request large: they are moved about.
+        let found = Box::pin(async { tokens::find_caller(&*self.db.conn().await?, &sha256).await }).await?;
         let caller = found.ok_or(Error::Unauthenticated(
             "the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
@@ -269,7 +270,7 @@ where
         let fresh = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, fresh);
         let deadline = request.headers().get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
-        let answer = async move {
+        let answer: Self::Future = Box::pin(async move {
             match gate.admit(&mut request).await {
                 Ok(_slot) => {
                     if request.uri().path() == STREAMED_PATH {
@@ -279,10 +280,10 @@ where
                 }
                 Err(error) => Ok(Status::from(error).into_http()),
             }
-        };
+        });
+        let Some(deadline) = deadline else { return answer };
         Box::pin(async move {
             // tonic would notice it too, but outside of this layer, and tell CANCELLED.
-            let Some(deadline) = deadline else { return answer.await };
             tokio::time::timeout(deadline, answer).await.unwrap_or_else(|_| {
                 let message = "the deadline of the request has passed".to_owned();
                 Ok(Status::from(Error::Timeout { reason: "DEADLINE", message }).into_http())

@@ -128,7 +128,11 @@ impl Rounds {
 
     /// Makes a mutation with those that are asked for at the same time. A trial is made alone, and rolled back.
     pub async fn make<M: Mutate>(&self, mutations: &Mutations<M>, call: Call<M>) -> Result<M::Reply> {
-        if call.key.validate_only { make_alone(&self.db, call).await } else { mutations.call(call).await }
+        if call.key.validate_only {
+            // Boxed, as what happens seldom should not make the future of every call large: they are moved about.
+            return Box::pin(make_alone(&self.db, call)).await;
+        }
+        mutations.call(call).await
     }
 }
 

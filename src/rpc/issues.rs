@@ -10,6 +10,7 @@ use crate::{
     db::{
         Conn, PageBounds, comments,
         issues::{self, IssueChange, NewIssue},
+        requests::RequestKey,
         rounds::{Call, Locked},
     },
     error::{Error, Resource, Result},
@@ -52,7 +53,11 @@ impl IssueService for Api {
         let call = Call { caller_id: caller.user_id, key, item: issue.clone() };
         match self.rounds.make(&self.rounds.creates, call).await {
             Ok(issue) => Ok(issue.into()),
-            Err(error) => Err(issues::explain_create(&self.db, error, &[issue], |_| "issue".to_owned()).await.into()),
+            Err(error) => {
+                let explained =
+                    issues::explain_create(&self.db, error, std::slice::from_ref(&issue), |_| "issue".to_owned());
+                Err(Box::pin(explained).await.into())
+            }
         }
     }
 
@@ -176,11 +181,7 @@ impl IssueService for Api {
             let call = Call { caller_id: caller.user_id, key, item: change };
             return Ok(self.rounds.make(&self.rounds.updates, call).await?.into());
         };
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let mut issue = update_one(&tx, &change, "issue.id").await?;
-        comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
-        issue.comment_count += 1;
-        finish(tx, issue).await
+        Box::pin(self.update_with_comment(caller, key, change, content)).await
     }
 
     async fn delete_issue(&self, request: Request<DeleteIssueRequest>) -> Reply<Issue> {
@@ -238,6 +239,22 @@ impl IssueService for Api {
             results: results.into_iter().map(result).collect(),
         };
         finish(tx, reply).await
+    }
+}
+
+impl Api {
+    async fn update_with_comment(
+        &self,
+        caller: Caller,
+        key: RequestKey,
+        change: IssueChange,
+        content: String,
+    ) -> Reply<Issue> {
+        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
+        let mut issue = update_one(&tx, &change, "issue.id").await?;
+        comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
+        issue.comment_count += 1;
+        finish(tx, issue).await
     }
 }
 
