@@ -51,7 +51,7 @@ pub struct Bounds {
     pub waiting_max: usize,
 }
 
-/// Puts calls together. Cheap to clone.
+/// Puts calls together.
 pub struct Coalescer<I, O, K> {
     shared: Arc<Shared<I, O, K>>,
 }
