@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader},
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
 };
@@ -32,7 +33,15 @@ impl Service {
     pub fn start(cluster: &Cluster, dir: &Path) -> anyhow::Result<Self> {
         let token = prepare(cluster)?;
         let url = format!("host={} user=postgres dbname={DATABASE}", cluster.socket_dir().display());
-        let mut child = Command::new(env!("CARGO_BIN_EXE_issue-tracker"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_issue-tracker"));
+        // SAFETY: prctl is one system call. The service must not outlive a benchmark that is killed.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
+        }
+        let mut child = command
             .args(["--listen", "127.0.0.1:0", "--database-url", &url])
             .args(["--pool-connections", &POOL_CONNECTIONS.to_string(), "--imports", "2"])
             .stdout(Stdio::piped())
