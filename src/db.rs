@@ -364,14 +364,14 @@ impl Drop for Conn {
 }
 
 /// How much [`Conn::query_page`] reads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageBounds {
     pub rows_max: usize,
     pub bytes_max: usize,
 }
 
 /// Some rows, and whether there are more.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Page<T> {
     pub items: Vec<T>,
     pub more: bool,

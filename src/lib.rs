@@ -12,6 +12,7 @@ pub mod coalesce;
 pub mod error;
 pub mod request;
 pub mod rpc;
+pub mod singleflight;
 
 pub mod db;
 pub mod filter;

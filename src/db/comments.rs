@@ -48,8 +48,8 @@ pub struct NewComment {
 /// Adds comments independently of each other, in one statement. The issue and the parent of each must be there and not
 /// deleted.
 pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Result<Comment>>> {
-    const SQL: &str = concat!(
-        "-- create_comments
+    // What is known of them already is not sent back.
+    const SQL: &str = "-- create_comments
         WITH judged AS (
             SELECT n.*, CASE
                 WHEN i.id IS NULL THEN 'no issue'
@@ -64,12 +64,11 @@ pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Resul
             LEFT JOIN issues i ON i.id = n.issue_id LEFT JOIN comments p ON p.id = n.parent_id
         ), c AS (
             INSERT INTO comments (id, issue_id, parent_id, author_id, content)
-            SELECT id, issue_id, parent_id, author_id, content FROM judged WHERE problem IS NULL ORDER BY nth RETURNING *
+            SELECT id, issue_id, parent_id, author_id, content FROM judged WHERE problem IS NULL ORDER BY nth
+            RETURNING id, create_time
         )
-        SELECT ",
-        comment_columns!(),
-        ", n.problem FROM judged n LEFT JOIN c ON c.id = n.id LEFT JOIN users u ON u.id = c.author_id ORDER BY n.nth"
-    );
+        SELECT n.problem, n.id, u.username, c.create_time
+        FROM judged n JOIN users u ON u.id = n.author_id LEFT JOIN c ON c.id = n.id ORDER BY n.nth";
     let ids: Vec<Uuid> = comments.iter().map(|_| Uuid::now_v7()).collect();
     let issue_ids: Vec<Uuid> = comments.iter().map(|comment| comment.issue_id).collect();
     let parent_ids: Vec<Option<Uuid>> = comments.iter().map(|comment| comment.parent_id).collect();
@@ -81,8 +80,21 @@ pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Resul
 
 fn created(row: &Row, comment: &NewComment) -> Result<Comment> {
     let parent = comment.parent_id.unwrap_or_default();
-    match row.get::<_, Option<&str>>(9) {
-        None => from_row(row),
+    match row.get::<_, Option<&str>>(0) {
+        None => {
+            let create_time = Some(timestamp(row.get(3)));
+            Ok(Comment {
+                id: row.get::<_, Uuid>(1).to_string(),
+                issue_id: comment.issue_id.to_string(),
+                parent_id: comment.parent_id.map(|id| id.to_string()).unwrap_or_default(),
+                author_id: comment.author_id.to_string(),
+                author_username: row.get(2),
+                content: comment.content.clone(),
+                create_time,
+                update_time: create_time,
+                delete_time: None,
+            })
+        }
         Some("no issue") => Err(Error::not_found("issue", "comment.issue_id", comment.issue_id)),
         Some("issue deleted") => Err(issue_deleted("comment.issue_id", comment.issue_id)),
         Some("no parent") => Err(Error::not_found("comment", "comment.parent_id", parent)),

@@ -9,6 +9,7 @@ pub use create::{NewIssue, create, explain_create};
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
+use prost::Message;
 use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
@@ -187,43 +188,92 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Out
     Ok(answers)
 }
 
+/// The columns of [`listed_page`], of an issue `i`.
+macro_rules! listed_columns {
+    () => {
+        concat!(
+            crate::db::issues::base_columns!(),
+            ", (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL),
+            ARRAY(SELECT label_id FROM issue_labels il WHERE il.issue_id = i.id)"
+        )
+    };
+}
+
 /// The issues that there are of these, in the order of the ids; `more` if they do not fit the bounds.
 pub async fn batch_get(db: &Conn, ids: &[Uuid], bounds: PageBounds) -> Result<Page<Issue>> {
     const SQL: &str = concat!(
         "-- batch_get_issues\nSELECT ",
-        issue_columns!(),
-        " FROM unnest($1::uuid[]) WITH ORDINALITY AS wanted (id, nth) JOIN issues i ON i.id = wanted.id",
-        labels_of!("i.id"),
-        " ORDER BY wanted.nth"
+        listed_columns!(),
+        " FROM unnest($1::uuid[]) WITH ORDINALITY AS wanted (id, nth) JOIN issues i ON i.id = wanted.id
+        ORDER BY wanted.nth"
     );
-    db.query_page(SQL, &[&ids], bounds, from_row, prost::Message::encoded_len).await
+    listed_page(db, SQL, &[&ids], bounds).await
 }
 
-/// Newest first, behind the issue with id `after`. `limit` is one more than the rows that are wanted.
-pub async fn list(
-    db: &Conn,
-    filter: &Filter,
-    show_deleted: bool,
-    after: Option<Uuid>,
-    limit: i64,
-    bounds: PageBounds,
-) -> Result<Page<Issue>> {
-    let mut query = ListQuery::new(filter, show_deleted);
-    if let Some(after) = after {
+/// Newest first.
+pub async fn list(db: &Conn, wanted: &IssueList) -> Result<Page<Issue>> {
+    let mut query = ListQuery::new(&wanted.filter, wanted.show_deleted);
+    if let Some(after) = wanted.after {
         query.and(|n| format!("i.id < ${n}"), after);
     }
-    let limit_n = query.bind(limit);
+    // One more tells whether there are more.
+    let limit_n = query.bind(wanted.bounds.rows_max as i64 + 1);
     // The page is cut before labels and comments are looked up.
     let sql = format!(
-        "-- list_issues\nSELECT {} FROM (SELECT i.* FROM issues i{} WHERE {} ORDER BY i.id DESC LIMIT ${limit_n}) i{} \
+        "-- list_issues\nSELECT {} FROM (SELECT i.* FROM issues i{} WHERE {} ORDER BY i.id DESC LIMIT ${limit_n}) i \
          ORDER BY i.id DESC",
-        issue_columns!(),
+        listed_columns!(),
         query.joins,
         query.conditions.join(" AND "),
-        labels_of!("i.id"),
     );
     let params: Vec<&(dyn ToSql + Sync)> = query.params.iter().map(|param| &**param as _).collect();
-    db.query_page(&sql, &params, bounds, from_row, prost::Message::encoded_len).await
+    listed_page(db, &sql, &params, wanted.bounds).await
+}
+
+/// Issues of `listed_columns!`. Few labels are on many issues: they are read once, behind the issues, so that an issue
+/// never has labels that are older than its version.
+async fn listed_page(db: &Conn, sql: &str, params: Params<'_>, bounds: PageBounds) -> Result<Page<Issue>> {
+    const LABELS: &str = "-- labels_of_page
+        SELECT id, name, description FROM labels WHERE id = ANY ($1) ORDER BY lower(name)";
+    let from_row = |row: &Row| {
+        let issue = Issue { comment_count: row.get(14), ..from_base_row(row, 0) };
+        Ok((issue, row.get::<_, Vec<Uuid>>(15)))
+    };
+    let page = db.query_page(sql, params, bounds, from_row, |(issue, _)| issue.encoded_len()).await?;
+    let mut label_ids: Vec<Uuid> = page.items.iter().flat_map(|(_, label_ids)| label_ids).copied().collect();
+    label_ids.sort_unstable();
+    label_ids.dedup();
+    let labels = if label_ids.is_empty() { Vec::new() } else { db.query(LABELS, &[&label_ids]).await? };
+    let label = |row: &Row| {
+        let id: Uuid = row.get(0);
+        Label { id: id.to_string(), name: row.get(1), description: row.get(2) }
+    };
+    let nth_of: HashMap<Uuid, usize> = labels.iter().enumerate().map(|(nth, row)| (row.get(0), nth)).collect();
+    let labels: Vec<Label> = labels.iter().map(label).collect();
+
+    let mut issues = Vec::with_capacity(page.items.len());
+    let mut bytes = 0;
+    for (mut issue, label_ids) in page.items {
+        let mut nths: Vec<usize> = label_ids.iter().filter_map(|id| nth_of.get(id).copied()).collect();
+        nths.sort_unstable();
+        issue.labels = nths.into_iter().map(|nth| labels[nth].clone()).collect();
+        bytes += issue.encoded_len();
+        if bytes > bounds.bytes_max && !issues.is_empty() {
+            return Ok(Page { items: issues, more: true });
+        }
+        issues.push(issue);
+    }
+    Ok(Page { items: issues, more: page.more })
+}
+
+/// A page of a list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct IssueList {
+    pub filter: Filter,
+    pub show_deleted: bool,
+    /// The last issue of the page before.
+    pub after: Option<Uuid>,
+    pub bounds: PageBounds,
 }
 
 /// The selection of a list as SQL: the text depends on the filter's shape alone, its values are parameters.

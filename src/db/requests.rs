@@ -1,6 +1,6 @@
 //! Request ids: a mutation's reply is kept with what it wrote, so that a retry gets the same answer and writes nothing.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use prost::Message;
 use uuid::Uuid;
@@ -48,12 +48,17 @@ impl Db {
     pub async fn begin_mutation(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
         let tx = self.begin().await?;
         if let Some((request_id, fingerprint)) = key.request_id {
-            let is_used = match key.validate_only {
-                true => is_used(&tx, caller_id, request_id).await?,
-                false => !claim(&tx, caller_id, request_id, fingerprint).await?,
+            let stored = stored_reply(&tx, caller_id, request_id, fingerprint);
+            let stored = match key.validate_only {
+                true => stored.await?,
+                false => {
+                    // They go out together, and the second looks when the first has waited.
+                    let (locked, stored) = tokio::join!(biased; lock(&tx, caller_id, request_id), stored);
+                    locked.and(stored)?
+                }
             };
-            if is_used {
-                return stored_reply(&tx, caller_id, request_id, fingerprint).await.map(Begun::Replayed);
+            if let Some(reply) = stored {
+                return Ok(Begun::Replayed(reply));
             }
         }
         Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key }))
@@ -77,8 +82,9 @@ impl MutationTx {
         if self.key.validate_only {
             return Ok(());
         }
-        if let Some((request_id, _)) = self.key.request_id {
-            keep_reply(&tx, self.caller_id, request_id, &reply()).await?;
+        if let Some((request_id, fingerprint)) = self.key.request_id {
+            let kept = KeptReply { caller_id: self.caller_id, request_id, fingerprint, reply: reply() };
+            keep_replies(&tx, &[kept]).await?;
         }
         tx.commit().await
     }
@@ -95,122 +101,88 @@ impl std::ops::Deref for MutationTx {
     }
 }
 
-/// Taken by whoever claims a request id, until the end of the transaction, so that it can be told without waiting
-/// whether another call with the id is under way.
-macro_rules! claim_lock {
+/// Taken by whoever makes a mutation with a request id, until the end of its transaction.
+macro_rules! request_lock {
     () => {
-        "uuid_hash_extended(request_id, uuid_hash_extended(caller_id, 0))"
+        "uuid_hash_extended(n.request_id, uuid_hash_extended(n.caller_id, 0))"
     };
 }
 
-/// Whether the id is new; waits for a transaction that has claimed it and is not yet done.
-async fn claim(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<bool> {
+/// Waits for a transaction with the same request id that is not yet done.
+async fn lock(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<()> {
     const SQL: &str = concat!(
-        "-- claim_request
-        WITH locked AS MATERIALIZED (
-            SELECT caller_id, request_id, pg_advisory_xact_lock(",
-        claim_lock!(),
-        ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)
-        )
-        INSERT INTO requests (caller_id, request_id, fingerprint) SELECT caller_id, request_id, $3 FROM locked
-        ON CONFLICT DO NOTHING"
+        "-- lock_request\nSELECT pg_advisory_xact_lock(",
+        request_lock!(),
+        ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)"
     );
-    Ok(db.execute(SQL, &[&caller_id, &request_id, &&fingerprint[..]]).await? == 1)
+    db.execute(SQL, &[&caller_id, &request_id]).await.map(drop)
 }
 
-/// What a trial asks instead of [`claim`]: nothing is used up by it.
-async fn is_used(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<bool> {
-    const SQL: &str = "-- is_request_used
-        SELECT EXISTS (SELECT FROM requests WHERE caller_id = $1 AND request_id = $2)";
-    Ok(db.query_one(SQL, &[&caller_id, &request_id]).await?.get(0))
-}
-
-/// What came of a claim that does not wait.
+/// Whether a mutation can be made with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// The id is new, or there is none.
+    /// Its request id is new, or it has none.
     Fresh,
-    /// The id was used before.
-    Made,
-    /// Another call with the id is under way.
-    Busy,
+    /// Its request id was used before, or another call with it is under way.
+    Taken,
 }
 
-/// What [`claim`] says, of many. Of those with the same id the first may be new.
+/// As [`lock`], for many, and without waiting. Of those with the same id the first may be fresh.
 pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<Claim>> {
+    // What was committed between the statement's snapshot and the lock is not seen: `keep_replies` fails then.
     const SQL: &str = concat!(
         "-- claim_requests
-        WITH n AS MATERIALIZED (
-            SELECT caller_id, request_id, fingerprint, pg_try_advisory_xact_lock(",
-        claim_lock!(),
-        ") AS locked
-            FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, fingerprint)
-        ), claimed AS (
-            INSERT INTO requests (caller_id, request_id, fingerprint)
-            SELECT caller_id, request_id, fingerprint FROM n WHERE locked
-            ON CONFLICT DO NOTHING RETURNING caller_id, request_id
-        )
-        SELECT n.caller_id, n.request_id, n.locked, c.request_id IS NOT NULL
-        FROM n LEFT JOIN claimed c ON c.caller_id = n.caller_id AND c.request_id = n.request_id"
+        SELECT n.caller_id, n.request_id FROM unnest($1::uuid[], $2::uuid[]) AS n (caller_id, request_id)
+        LEFT JOIN requests r ON r.caller_id = n.caller_id AND r.request_id = n.request_id
+        WHERE r.request_id IS NULL AND pg_try_advisory_xact_lock(",
+        request_lock!(),
+        ")"
     );
-    let mut wanted = HashMap::new();
-    for (caller_id, key) in keys {
-        if let Some((request_id, fingerprint)) = &key.request_id {
-            wanted.entry((*caller_id, *request_id)).or_insert(&fingerprint[..]);
-        }
-    }
-    let (ids, fingerprints): (Vec<(Uuid, Uuid)>, Vec<&[u8]>) = wanted.into_iter().unzip();
-    let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = ids.into_iter().unzip();
-    let rows = db.query(SQL, &[&caller_ids, &request_ids, &fingerprints]).await?;
-    let mut claims: HashMap<(Uuid, Uuid), Claim> = HashMap::new();
-    for row in rows {
-        let claim = match (row.get(2), row.get(3)) {
-            (false, _) => Claim::Busy,
-            (true, false) => Claim::Made,
-            (true, true) => Claim::Fresh,
-        };
-        claims.insert((row.get(0), row.get(1)), claim);
-    }
+    let wanted: HashSet<(Uuid, Uuid)> =
+        keys.iter().filter_map(|(caller_id, key)| Some((*caller_id, key.request_id?.0))).collect();
+    let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = wanted.into_iter().unzip();
+    let rows = db.query(SQL, &[&caller_ids, &request_ids]).await?;
+    let mut fresh: HashSet<(Uuid, Uuid)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     let claim_of = |(caller_id, key): &(Uuid, RequestKey)| match key.request_id {
         // The second of two with one id comes after the first, which is under way.
-        Some((request_id, _)) => claims.insert((*caller_id, request_id), Claim::Busy).unwrap_or(Claim::Busy),
-        None => Claim::Fresh,
+        Some((request_id, _)) if !fresh.remove(&(*caller_id, request_id)) => Claim::Taken,
+        Some(_) | None => Claim::Fresh,
     };
     Ok(keys.iter().map(claim_of).collect())
 }
 
-/// Keeps the replies of those that have one, and gives up the claims of those that have failed.
-pub(super) async fn keep_replies(db: &Conn, replies: &[(Uuid, Uuid, Option<Vec<u8>>)]) -> Result<()> {
-    const SQL: &str = "-- keep_replies
-        WITH n AS (
-            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS n (caller_id, request_id, reply)
-        ), failed AS (
-            DELETE FROM requests r USING n
-            WHERE n.reply IS NULL AND r.caller_id = n.caller_id AND r.request_id = n.request_id RETURNING 1
-        ), kept AS (
-            UPDATE requests r SET reply = n.reply FROM n
-            WHERE n.reply IS NOT NULL AND r.caller_id = n.caller_id AND r.request_id = n.request_id RETURNING 1
-        )
-        SELECT (SELECT count(*) FROM failed) + (SELECT count(*) FROM kept)";
-    if replies.is_empty() {
-        return Ok(());
-    }
-    let caller_ids: Vec<Uuid> = replies.iter().map(|(caller_id, ..)| *caller_id).collect();
-    let request_ids: Vec<Uuid> = replies.iter().map(|(_, request_id, _)| *request_id).collect();
-    let bytes: Vec<Option<&[u8]>> = replies.iter().map(|(.., reply)| reply.as_deref()).collect();
-    let touched: i64 = db.query_one(SQL, &[&caller_ids, &request_ids, &bytes]).await?.get(0);
-    if touched == replies.len() as i64 { Ok(()) } else { Err(Error::Internal("the claim of a request id is gone")) }
+/// What a retry of a mutation is to get.
+pub(super) struct KeptReply {
+    pub caller_id: Uuid,
+    pub request_id: Uuid,
+    pub fingerprint: [u8; 32],
+    pub reply: Vec<u8>,
 }
 
-async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Vec<u8>> {
+/// Keeps replies in the transaction of their mutations.
+pub(super) async fn keep_replies(db: &Conn, kept: &[KeptReply]) -> Result<()> {
+    const SQL: &str = "-- keep_replies
+        INSERT INTO requests (caller_id, request_id, fingerprint, reply)
+        SELECT caller_id, request_id, fingerprint, reply
+        FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::bytea[]) AS n (caller_id, request_id, fingerprint, reply)";
+    let caller_ids: Vec<Uuid> = kept.iter().map(|kept| kept.caller_id).collect();
+    let request_ids: Vec<Uuid> = kept.iter().map(|kept| kept.request_id).collect();
+    let fingerprints: Vec<&[u8]> = kept.iter().map(|kept| &kept.fingerprint[..]).collect();
+    let replies: Vec<&[u8]> = kept.iter().map(|kept| &kept.reply[..]).collect();
+    let written = db.execute(SQL, &[&caller_ids, &request_ids, &fingerprints, &replies]).await;
+    written.map(drop).map_err(|error| {
+        error.on_constraint("requests_pkey", || Error::Aborted {
+            reason: "CONFLICT",
+            message: "another call with the request id was made at this moment; try again".to_owned(),
+        })
+    })
+}
+
+/// None: the id was not used yet.
+async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Option<Vec<u8>>> {
     const SQL: &str = "-- stored_reply
         SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
-    // None: it was pruned between the claim and now, after a day or more.
-    let row = db.query_opt(SQL, &[&caller_id, &request_id]).await?;
-    let row = row.ok_or_else(|| Error::Aborted {
-        reason: "CONFLICT",
-        message: "the request id has just been forgotten; try again".to_owned(),
-    })?;
+    let Some(row) = db.query_opt(SQL, &[&caller_id, &request_id]).await? else { return Ok(None) };
     if row.get::<_, &[u8]>(0) != fingerprint {
         return Err(Error::InvalidReason {
             reason: "REQUEST_ID_REUSED",
@@ -218,16 +190,7 @@ async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint:
             message: format!("\"{request_id}\" was used for another request; take a new one for a new request"),
         });
     }
-    row.get::<_, Option<Vec<u8>>>(1).ok_or(Error::Internal("a request was committed without its reply"))
-}
-
-async fn keep_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, reply: &[u8]) -> Result<()> {
-    const SQL: &str = "-- keep_reply
-        UPDATE requests SET reply = $3 WHERE caller_id = $1 AND request_id = $2";
-    match db.execute(SQL, &[&caller_id, &request_id, &reply]).await? {
-        1 => Ok(()),
-        _ => Err(Error::Internal("the claim of a request id is gone")),
-    }
+    row.get::<_, Option<Vec<u8>>>(1).map(Some).ok_or(Error::Internal("a request was committed without its reply"))
 }
 
 pub fn decode_reply<R: Message + Default>(reply: &[u8]) -> Result<R> {

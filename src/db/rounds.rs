@@ -4,15 +4,16 @@ use prost::Message;
 use uuid::Uuid;
 
 use super::{
-    Conn, Db,
+    Conn, Db, Page,
     comments::{self, NewComment},
-    issues::{self, IssueChange, NewIssue},
-    requests::{Begun, Claim, RequestKey, claim_many, decode_reply, keep_replies},
+    issues::{self, IssueChange, IssueList, NewIssue},
+    requests::{Begun, Claim, KeptReply, RequestKey, claim_many, decode_reply, keep_replies},
 };
 use crate::{
     coalesce::{Bounds, Coalescer, Company, Outcome},
     error::{Error, Result},
     pb::{Comment, Issue, IssueView},
+    singleflight::Flights,
 };
 
 /// Rounds share the pool with everything else, and more of them at once only make each smaller.
@@ -92,6 +93,7 @@ type Mutations<M> = Coalescer<Call<M>, <M as Mutate>::Reply, Uuid>;
 pub struct Rounds {
     db: Db,
     gets: Coalescer<(Uuid, IssueView), Issue, ()>,
+    lists: Flights<IssueList, Page<Issue>>,
     pub creates: Mutations<NewIssue>,
     pub updates: Mutations<IssueChange>,
     pub comments: Mutations<NewComment>,
@@ -119,11 +121,20 @@ impl Rounds {
                 Box::pin(async move { issues::get_in_view(&*db.conn().await?, id, view).await })
             }),
         );
-        Self { gets, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
+        let of_list = db.clone();
+        let lists = Flights::new(Box::new(move |list| {
+            let db = of_list.clone();
+            Box::pin(async move { issues::list(&*db.conn().await?, &list).await })
+        }));
+        Self { gets, lists, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
     }
 
     pub async fn get(&self, id: Uuid, view: IssueView) -> Result<Issue> {
         self.gets.call((id, view)).await
+    }
+
+    pub async fn list(&self, list: IssueList) -> Result<Page<Issue>> {
+        self.lists.read(list).await
     }
 
     /// Makes a mutation with those that are asked for at the same time. A trial is made alone, and rolled back.
@@ -174,30 +185,46 @@ async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcom
         let items: Vec<M> = calls.into_iter().map(|call| call.item).collect();
         return M::apply(&*db.conn().await?, &items, Locked::Skip).await;
     }
-    let tx = db.begin().await?;
-    let keys: Vec<_> = calls.iter().map(|call| (call.caller_id, call.key)).collect();
-    let claims = claim_many(&tx, &keys).await?;
-    let fresh = calls.iter().zip(&claims).filter(|(_, claim)| **claim == Claim::Fresh);
-    let items: Vec<M> = fresh.map(|(call, _)| call.item.clone()).collect();
-    let made = if items.is_empty() { Vec::new() } else { M::apply(&tx, &items, Locked::Skip).await? };
-    let mut made = made.into_iter();
-    let mut outcomes = Vec::with_capacity(calls.len());
-    let mut replies = Vec::new();
-    for ((caller_id, key), claim) in keys.iter().zip(&claims) {
-        let outcome = match claim {
-            Claim::Fresh => made.next().unwrap_or(Outcome::Done(Err(Error::Internal("a mutation gave no outcome")))),
-            Claim::Busy | Claim::Made => Outcome::Alone,
-        };
-        if let (Claim::Fresh, Some((request_id, _))) = (claim, key.request_id) {
-            let reply = match &outcome {
-                Outcome::Done(Ok(reply)) => Some(reply.encode_to_vec()),
-                Outcome::Done(Err(_)) | Outcome::Alone => None,
-            };
-            replies.push((*caller_id, request_id, reply));
+    let mut claims = vec![Claim::Fresh; calls.len()];
+    loop {
+        let fresh = calls.iter().zip(&claims).filter(|(_, claim)| **claim == Claim::Fresh).map(|(call, _)| call);
+        let (keys, items): (Vec<_>, Vec<M>) = fresh.map(|call| ((call.caller_id, call.key), call.item.clone())).unzip();
+        if items.is_empty() {
+            return Ok(calls.iter().map(|_| Outcome::Alone).collect());
         }
-        outcomes.push(outcome);
+        let tx = db.begin().await?;
+        // Together, as the ids are new but for retries.
+        let (found, made) = tokio::join!(biased; claim_many(&tx, &keys), M::apply(&tx, &items, Locked::Skip));
+        let found = found?;
+        if found.contains(&Claim::Taken) {
+            // Rolled back, and made again without these: the others may be fresh no more then, but become fewer.
+            let mut found = found.into_iter();
+            for claim in claims.iter_mut().filter(|claim| **claim == Claim::Fresh) {
+                *claim = found.next().unwrap_or(Claim::Taken);
+            }
+            continue;
+        }
+        let made = made?;
+        let kept: Vec<KeptReply> =
+            keys.iter().zip(&made).filter_map(|(key, outcome)| kept_reply(key, outcome)).collect();
+        keep_replies(&tx, &kept).await?;
+        tx.commit().await?;
+        let mut made = made.into_iter();
+        let outcome_of = |claim| match claim {
+            Claim::Fresh => made.next().unwrap_or(Outcome::Done(Err(Error::Internal("a mutation gave no outcome")))),
+            Claim::Taken => Outcome::Alone,
+        };
+        return Ok(claims.into_iter().map(outcome_of).collect());
     }
-    keep_replies(&tx, &replies).await?;
-    tx.commit().await?;
-    Ok(outcomes)
+}
+
+/// None: there is no request id, or nothing that a retry should get.
+fn kept_reply<R: Message>((caller_id, key): &(Uuid, RequestKey), outcome: &Outcome<R>) -> Option<KeptReply> {
+    let (request_id, fingerprint) = key.request_id?;
+    match outcome {
+        Outcome::Done(Ok(reply)) => {
+            Some(KeptReply { caller_id: *caller_id, request_id, fingerprint, reply: reply.encode_to_vec() })
+        }
+        Outcome::Done(Err(_)) | Outcome::Alone => None,
+    }
 }

@@ -9,7 +9,7 @@ use crate::{
     coalesce::Outcome,
     db::{
         Conn, PageBounds, comments,
-        issues::{self, IssueChange, NewIssue},
+        issues::{self, IssueChange, IssueList, NewIssue},
         requests::RequestKey,
         rounds::{Call, Locked},
     },
@@ -159,10 +159,9 @@ impl IssueService for Api {
         );
         let filter = check.take("filter", filter::parse(&request.filter).map_err(|error| error.message));
         check.done()?;
-        let after = page.after_id()?;
-
-        let db = self.db.conn().await?;
-        let found = issues::list(&db, &filter, request.show_deleted, after, page.limit(), page.bounds()).await?;
+        let list =
+            IssueList { filter, show_deleted: request.show_deleted, after: page.after_id()?, bounds: page.bounds() };
+        let found = self.rounds.list(list).await?;
         let next_page_token =
             page.next_token(found.more, last_id(found.items.last().map(|issue| &*issue.id)).as_deref());
         Ok(ListIssuesResponse { issues: found.items, next_page_token }.into())

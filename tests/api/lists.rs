@@ -11,8 +11,8 @@ use std::{
 };
 
 use issue_tracker::pb::{
-    BatchCreateIssuesRequest, DeleteIssueRequest, Issue, ListCommentsRequest, ListIssuesRequest, ListIssuesResponse,
-    ListLabelsRequest, ListUsersRequest, Status, UpdateIssueRequest,
+    BatchCreateIssuesRequest, CreateIssueRequest, DeleteIssueRequest, Issue, ListCommentsRequest, ListIssuesRequest,
+    ListIssuesResponse, ListLabelsRequest, ListUsersRequest, Status, UpdateIssueRequest,
 };
 use prost::Message;
 
@@ -242,4 +242,25 @@ async fn a_page_of_large_issues_is_shorter_than_asked_for_and_the_walk_is_comple
         }
     }
     assert_eq!(ids(&walked), ids(filed.iter().rev()));
+}
+
+#[tokio::test]
+async fn who_lists_sees_what_he_has_written_however_many_list_the_same_at_once() {
+    let tracker = Tracker::start().await;
+    let workers = (0..24).map(|worker| {
+        let client = tracker.member.clone();
+        tokio::spawn(async move {
+            for round in 0..10 {
+                let issue = Some(titled(format!("issue {round} of {worker}")));
+                let request = CreateIssueRequest { issue, ..Default::default() };
+                let filed = client.issues().create_issue(request).await.unwrap().into_inner();
+                let request = ListIssuesRequest { page_size: 1_000, ..Default::default() };
+                let listed = list(&client, request).await.unwrap().issues;
+                assert!(listed.iter().any(|issue| issue.id == filed.id), "issue {round} of {worker} is not listed");
+            }
+        })
+    });
+    for worker in workers.collect::<Vec<_>>() {
+        worker.await.unwrap();
+    }
 }
