@@ -2,6 +2,8 @@
 //!
 //! `cargo bench` prints one table of ratios; see `benches/README.md`.
 
+#[path = "bench/client.rs"]
+mod client;
 #[path = "bench/dataset.rs"]
 mod dataset;
 #[path = "bench/load.rs"]
@@ -58,6 +60,25 @@ impl Args {
         Duration::from_secs(if self.quick { 3 } else { 10 })
     }
 
+    fn asks_for(&self, name: &str) -> bool {
+        name.contains(&self.only)
+    }
+
+    /// For what takes minutes: the full run has it, or it is asked for by how its name begins.
+    fn asks_by_name_for(&self, name: &str) -> bool {
+        if self.only.is_empty() { !self.quick } else { name.starts_with(&self.only) }
+    }
+
+    fn in_rounds<T>(&self, name: &str, mut round: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<Vec<T>> {
+        let rounds = self.rounds();
+        (1..=rounds)
+            .map(|nth| {
+                eprintln!("{name} {nth}/{rounds}");
+                round()
+            })
+            .collect()
+    }
+
     fn import_rows(&self) -> u64 {
         if self.quick { 100_000 } else { 1_000_000 }
     }
@@ -71,31 +92,22 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let dir = Directory::new()?;
     let cluster = Cluster::start(&dir.0.join("data"), Durability::Durable)?;
-    let service = Service::start(&cluster, &dir.0)?;
-    eprintln!("loading {} issues", args.issues);
-    dataset::load(&cluster, args.issues)?;
+    let service = Service::start(&cluster, &dir.0, "issue_tracker", args.issues)?;
+    let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
 
     let mut table = Table::default();
-    let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
-    for comparison in singles::COMPARISONS.iter().filter(|comparison| comparison.name.contains(&args.only)) {
-        let mut rounds = Vec::new();
-        for round in 1..=args.rounds() {
-            eprintln!("{} {round}/{}", comparison.name, args.rounds());
-            rounds.push((comparison.compare)(&bench)?);
-        }
-        table.add_single(comparison.name, comparison.target, rounds);
+    let memory = singles::MEMORY.iter().filter(|comparison| args.asks_by_name_for(comparison.name));
+    let others = singles::COMPARISONS.iter().filter(|comparison| args.asks_for(comparison.name));
+    for comparison in memory.chain(others) {
+        let rounds = args.in_rounds(comparison.name, || (comparison.compare)(&bench))?;
+        table.add_single(comparison.name, comparison.target, &rounds);
     }
-    for operation in load::OPERATIONS.iter().filter(|operation| operation.name.contains(&args.only)) {
-        let mut rounds = Vec::new();
-        for round in 1..=args.rounds() {
-            eprintln!("{} {round}/{}", operation.name, args.rounds());
-            let yardstick = yardstick::pgbench(&cluster, &dir.0, operation, args.issues, args.duration())?;
-            let service = load::spawn(operation, &service, args.issues, args.duration())?;
-            rounds.push((yardstick, service));
-        }
+    for operation in load::OPERATIONS.iter().filter(|operation| args.asks_for(operation.name)) {
+        let rounds = args.in_rounds(operation.name, || {
+            Ok((yardstick::pgbench(&bench, operation)?, load::run(operation, &service, args.duration())?))
+        })?;
         table.add(operation, &rounds);
     }
-    table.note("idle memory of the service", format!("{} KiB", service.idle_kib));
     service.stop()?;
     cluster.stop()?;
     if args.json {

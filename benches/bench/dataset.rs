@@ -5,7 +5,6 @@ use issue_tracker::db::embedded::Cluster;
 use tokio_postgres::NoTls;
 use uuid::Uuid;
 
-pub const DATABASE: &str = "issue_tracker";
 pub const USERS: u32 = 1_000;
 pub const LABELS: u32 = 50;
 pub const COMMENTS_PER_ISSUE: usize = 3;
@@ -29,8 +28,8 @@ fn id(prefix: u128, number: u32) -> Uuid {
     Uuid::from_u128(prefix << 112 | u128::from(number) << 80 | 0x7000 << 64 | 0x8000_0000_0000_0000)
 }
 
-/// Fills the database that the service has migrated.
-pub fn load(cluster: &Cluster, issues: u32) -> anyhow::Result<()> {
+/// Fills a database that has the schema and a user.
+pub fn load(cluster: &Cluster, database: &str, issues: u32) -> anyhow::Result<()> {
     let sql = |template: &str| {
         template
             .replace("USER_ID(u)", &USER_ID_SQL.replace('N', "u"))
@@ -59,7 +58,7 @@ pub fn load(cluster: &Cluster, issues: u32) -> anyhow::Result<()> {
         "VACUUM ANALYZE",
         "CHECKPOINT",
     ];
-    let config = cluster.connect_config(DATABASE);
+    let config = cluster.connect_config(database);
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let (client, connection) = config.connect(NoTls).await?;
         tokio::spawn(connection);

@@ -50,21 +50,18 @@ impl Outcome {
     }
 }
 
-/// A comparison that is one figure a side: yardstick, service, and how many calls failed.
+/// One figure of the service, beside the yardstick's if there is one, and how many calls failed.
 #[derive(Clone, Debug)]
 pub struct Single {
     pub unit: &'static str,
-    pub yardstick: f64,
+    pub yardstick: Option<f64>,
     pub service: f64,
     pub errors: u64,
-    /// Figures beside the comparison.
-    pub notes: Vec<(String, String)>,
 }
 
 #[derive(Default)]
 pub struct Table {
     rows: Vec<Value>,
-    notes: Vec<(String, String)>,
     errors: u64,
 }
 
@@ -89,19 +86,17 @@ impl Table {
         }));
     }
 
-    pub fn add_single(&mut self, name: &str, target: &str, rounds: Vec<Single>) {
-        let of = |figure: fn(&Single) -> f64| median(rounds.iter().map(figure).collect());
+    pub fn add_single(&mut self, name: &str, target: &str, rounds: &[Single]) {
+        let of = |figure: fn(&Single) -> Option<f64>| {
+            let figures: Vec<_> = rounds.iter().filter_map(figure).collect();
+            if figures.is_empty() { None } else { Some(median(figures)) }
+        };
         self.errors += rounds.iter().map(|round| round.errors).sum::<u64>();
         let unit = rounds.first().map_or("", |round| round.unit);
         self.rows.push(json!({
-            "operation": name, "unit": unit, "service_figure": of(|s| s.service), "yardstick_figure": of(|s| s.yardstick),
-            "ratio": of(|s| s.service / s.yardstick), "of": unit, "target": target,
+            "operation": name, "unit": unit, "service_figure": of(|s| Some(s.service)), "yardstick_figure": of(|s| s.yardstick),
+            "ratio": of(|s| s.yardstick.map(|yardstick| s.service / yardstick)), "of": unit, "target": target,
         }));
-        self.notes.extend(rounds.into_iter().last().into_iter().flat_map(|round| round.notes));
-    }
-
-    pub fn note(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.notes.push((name.into(), value.into()));
     }
 
     pub fn errors(&self) -> Option<u64> {
@@ -112,41 +107,31 @@ impl Table {
         println!("| operation | service | p50/p95/p99 µs | yardstick | p50/p95/p99 µs | ratio | target |");
         println!("|---|---|---|---|---|---|---|");
         for row in &self.rows {
-            let side = |name: &str| {
-                let figure = &row[format!("{name}_figure")];
-                if figure.is_null() {
-                    let side = &row[name];
+            let text = |name: &str| row[name].as_str().unwrap_or_default();
+            let side = |name: &str| match (row.get(name), row[format!("{name}_figure")].as_f64()) {
+                (Some(side), _) => {
                     let latencies = format!("{} / {} / {}", side["p50_us"], side["p95_us"], side["p99_us"]);
-                    return (format!("{}/s", side["per_second"]), latencies);
+                    (format!("{}/s", side["per_second"]), latencies)
                 }
-                (
-                    format!("{:.1} {}", figure.as_f64().unwrap_or_default(), row["unit"].as_str().unwrap_or_default()),
-                    String::new(),
-                )
+                (None, Some(figure)) => (format!("{figure:.1} {}", text("unit")), String::new()),
+                (None, None) => (String::new(), String::new()),
             };
+            let ratio = row["ratio"].as_f64().map(|ratio| format!("{ratio:.2} × {}", text("of"))).unwrap_or_default();
             let ((service, service_latencies), (yardstick, yardstick_latencies)) = (side("service"), side("yardstick"));
             println!(
-                "| {} | {service} | {service_latencies} | {yardstick} | {yardstick_latencies} | {:.2} × {} | {} |",
-                row["operation"].as_str().unwrap_or_default(),
-                row["ratio"].as_f64().unwrap_or_default(),
-                row["of"].as_str().unwrap_or_default(),
-                row["target"].as_str().unwrap_or_default(),
+                "| {} | {service} | {service_latencies} | {yardstick} | {yardstick_latencies} | {ratio} | {} |",
+                text("operation"),
+                text("target"),
             );
-        }
-        println!();
-        for (name, value) in &self.notes {
-            println!("- {name}: {value}");
         }
     }
 
     pub fn print_json(&self) {
-        let notes: serde_json::Map<String, Value> =
-            self.notes.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
-        println!("{:#}", json!({"operations": self.rows, "notes": notes, "errors": self.errors}));
+        println!("{:#}", json!({"operations": self.rows, "errors": self.errors}));
     }
 }
 
-fn median(mut figures: Vec<f64>) -> f64 {
+pub fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or_default()
 }

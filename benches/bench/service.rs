@@ -15,13 +15,16 @@ use issue_tracker::{
     pb::Role,
 };
 
-use crate::dataset::DATABASE;
+use crate::dataset;
 
 /// As the targets have it.
 const POOL_CONNECTIONS: u32 = 8;
 
 pub struct Service {
     child: Child,
+    pub database: &'static str,
+    /// How many issues the database was loaded with.
+    pub issues: u32,
     pub address: String,
     /// A member's API token.
     pub token: String,
@@ -30,9 +33,10 @@ pub struct Service {
 }
 
 impl Service {
-    pub fn start(cluster: &Cluster, dir: &Path) -> anyhow::Result<Self> {
-        let token = prepare(cluster)?;
-        let url = format!("host={} user=postgres dbname={DATABASE}", cluster.socket_dir().display());
+    /// With a database of its own that is loaded with issues.
+    pub fn start(cluster: &Cluster, dir: &Path, database: &'static str, issues: u32) -> anyhow::Result<Self> {
+        let token = prepare(cluster, database)?;
+        let url = format!("host={} user=postgres dbname={database}", cluster.socket_dir().display());
         let mut command = Command::new(env!("CARGO_BIN_EXE_issue-tracker"));
         // SAFETY: prctl is one system call. The service must not outlive a benchmark that is killed.
         unsafe {
@@ -45,14 +49,16 @@ impl Service {
             .args(["--listen", "127.0.0.1:0", "--database-url", &url])
             .args(["--pool-connections", &POOL_CONNECTIONS.to_string(), "--imports", "2"])
             .stdout(Stdio::piped())
-            .stderr(File::create(dir.join("service.log"))?)
+            .stderr(File::create(dir.join(format!("{database}.log")))?)
             .spawn()?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("no output")?).read_line(&mut line)?;
         let Some(address) = line.trim().strip_prefix("listening on ") else { bail!("the service did not start") };
-        let mut service = Self { child, address: address.to_owned(), token, idle_kib: 0 };
+        let mut service = Self { child, database, issues, address: address.to_owned(), token, idle_kib: 0 };
         std::thread::sleep(std::time::Duration::from_secs(1));
         service.idle_kib = service.memory_kib("VmRSS")?;
+        eprintln!("loading {issues} issues");
+        dataset::load(cluster, database, issues)?;
         Ok(service)
     }
 
@@ -82,12 +88,12 @@ impl Drop for Service {
 }
 
 /// Makes the database with its schema, and a user.
-fn prepare(cluster: &Cluster) -> anyhow::Result<String> {
-    let (maintenance, config) = (cluster.connect_config("postgres"), cluster.connect_config(DATABASE));
+fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
+    let (maintenance, config) = (cluster.connect_config("postgres"), cluster.connect_config(database));
     tokio::runtime::Runtime::new()?.block_on(async {
         let (client, connection) = maintenance.connect(tokio_postgres::NoTls).await?;
         tokio::spawn(connection);
-        client.batch_execute(&format!("CREATE DATABASE {DATABASE}")).await?;
+        client.batch_execute(&format!("CREATE DATABASE {database}")).await?;
         migrate(&config).await?;
         let db = issue_tracker::db::Db::new(config, issue_tracker::config::Limits::default().pool());
         let conn = db.conn().await?;

@@ -11,9 +11,9 @@ use anyhow::ensure;
 use issue_tracker::{
     db::embedded::Cluster,
     pb::{
-        BulkUpdateStatusRequest, ImportChunk, ImportIssuesRequest, ImportOptions, ImportState, ListIssuesRequest,
-        Status, import_issues_request, import_issues_response, import_service_client::ImportServiceClient,
-        issue_service_client::IssueServiceClient,
+        BulkUpdateStatusRequest, ImportChunk, ImportIssuesRequest, ImportMode, ImportOptions, ImportState,
+        ListIssuesRequest, Status, import_issues_request, import_issues_response,
+        import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
     },
 };
 use tonic::{Request, transport::Channel};
@@ -22,7 +22,7 @@ use crate::{
     Args,
     dataset::{ISSUE_ID_SQL, issue_id},
     load,
-    report::Single,
+    report::{Single, median},
     service::Service,
     yardstick,
 };
@@ -33,6 +33,8 @@ pub struct Comparison {
     pub compare: fn(&Bench<'_>) -> anyhow::Result<Single>,
 }
 
+/// A service with its data, and what is to be measured.
+#[derive(Clone, Copy)]
 pub struct Bench<'a> {
     pub cluster: &'a Cluster,
     pub service: &'a Service,
@@ -41,14 +43,34 @@ pub struct Bench<'a> {
 }
 
 pub const COMPARISONS: &[Comparison] = &[
+    Comparison { name: "Memory, idle", target: "< 32 MiB", compare: idle_memory },
     Comparison { name: "ListIssues page 2,000 / page 1", target: "<= 1.2, aim 1.0", compare: deep_page },
     Comparison { name: "BulkUpdateStatus 1,000 ids", target: "<= 1.5, aim 1.1", compare: bulk },
-    Comparison { name: "ImportIssues", target: ">= 0.7, aim 0.95", compare: import },
+    Comparison { name: "ImportIssues", target: ">= 0.7, aim 0.95", compare: |bench| import(bench, ImportMode::Atomic) },
+    Comparison {
+        name: "ImportIssues SKIP_INVALID",
+        target: "",
+        compare: |bench| import(bench, ImportMode::SkipInvalid),
+    },
     Comparison { name: "GetIssue p99 during an import / without", target: "<= 5", compare: fairness },
 ];
 
+/// These come first, before the service is asked for anything else. A million rows take a minute.
+pub const MEMORY: &[Comparison] = &[
+    Comparison {
+        name: "Memory above idle, import of 200,000 rows",
+        target: "<= 64 MiB",
+        compare: |bench| import_memory(bench, 200_000),
+    },
+    Comparison {
+        name: "Memory above idle, import of 1,000,000 rows",
+        target: "<= 64 MiB",
+        compare: |bench| import_memory(bench, 1_000_000),
+    },
+];
+
 impl Bench<'_> {
-    fn block_on<T>(&self, work: impl AsyncFnOnce(Channel) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    pub fn block_on<T>(&self, work: impl AsyncFnOnce(Channel) -> anyhow::Result<T>) -> anyhow::Result<T> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let channel = Channel::from_shared(format!("http://{}", self.service.address))?.connect().await?;
@@ -56,7 +78,7 @@ impl Bench<'_> {
         })
     }
 
-    fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {
+    pub fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", format!("Bearer {}", self.service.token).parse()?);
         Ok(request)
@@ -99,7 +121,7 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
         let ids = format!("SELECT {id} FROM generate_series({first}, {first} + 999) g");
         let other = 3 - status;
         by_psql.push(yardstick::psql(
-            bench.cluster,
+            bench,
             &format!(
                 "SET session_replication_role = replica;
                  BEGIN;
@@ -113,7 +135,7 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
     // What it takes psql to start is not the statement's.
     let mut empty = Vec::new();
     for _ in 0..CALLS {
-        empty.push(yardstick::psql(bench.cluster, "SELECT 1")?);
+        empty.push(yardstick::psql(bench, "SELECT 1")?);
     }
     let by_service = bench.block_on(async |channel| {
         let mut issues = IssueServiceClient::new(channel);
@@ -137,12 +159,12 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
 }
 
 /// Rows a second.
-fn import(bench: &Bench<'_>) -> anyhow::Result<Single> {
+fn import(bench: &Bench<'_>, mode: ImportMode) -> anyhow::Result<Single> {
     let rows = bench.args.import_rows();
     let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
     write_files(&plain, &copied, rows)?;
     let took = yardstick::psql(
-        bench.cluster,
+        bench,
         &format!(
             "\\copy issues (id, create_time, update_time, close_time, reporter_id, status, priority, title, description) FROM '{}' WITH (FORMAT csv)",
             copied.display()
@@ -150,19 +172,26 @@ fn import(bench: &Bench<'_>) -> anyhow::Result<Single> {
     )?;
     let yardstick = rows as f64 / took.as_secs_f64();
     remove_imported(bench)?;
-    bench.service.reset_peak_memory()?;
-    let idle_kib = bench.service.memory_kib("VmRSS")?;
     let started = Instant::now();
-    send_file(bench, &plain, rows)?;
+    send_file(bench, &plain, rows, mode)?;
     let rate = rows as f64 / started.elapsed().as_secs_f64();
+    remove_imported(bench)?;
+    Ok(single("rows/s", yardstick, rate))
+}
+
+fn idle_memory(bench: &Bench<'_>) -> anyhow::Result<Single> {
+    Ok(memory(bench.service.idle_kib))
+}
+
+/// The most that the service has during an import, less what it had when it had just started.
+fn import_memory(bench: &Bench<'_>, rows: u64) -> anyhow::Result<Single> {
+    let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
+    write_files(&plain, &copied, rows)?;
+    bench.service.reset_peak_memory()?;
+    send_file(bench, &plain, rows, ImportMode::Atomic)?;
     let peak_kib = bench.service.memory_kib("VmHWM")?;
     remove_imported(bench)?;
-    let mut single = single("rows/s", yardstick, rate);
-    single.notes.push((
-        format!("memory of the service during an import of {rows} rows"),
-        format!("{} KiB above what it had before ({idle_kib} KiB)", peak_kib.saturating_sub(idle_kib)),
-    ));
-    Ok(single)
+    Ok(memory(peak_kib.saturating_sub(bench.service.idle_kib)))
 }
 
 /// p99 in milliseconds.
@@ -172,12 +201,12 @@ fn fairness(bench: &Bench<'_>) -> anyhow::Result<Single> {
     write_files(&plain, &copied, rows)?;
     let operation = &load::OPERATIONS[0];
     let duration = Duration::from_secs(3);
-    let alone = load::spawn(operation, bench.service, bench.args.issues, duration)?;
+    let alone = load::run(operation, bench.service, duration)?;
     let import = std::thread::scope(|scope| {
-        let import = scope.spawn(|| send_file(bench, &plain, rows));
+        let import = scope.spawn(|| send_file(bench, &plain, rows, ImportMode::Atomic));
         // It is under way when the load begins, and the load is over before it ends or soon after.
         std::thread::sleep(Duration::from_millis(300));
-        let during = load::spawn(operation, bench.service, bench.args.issues, duration);
+        let during = load::run(operation, bench.service, duration);
         let imported = import.join().map_err(|_| anyhow::anyhow!("the import panicked"))?;
         imported.and(during)
     })?;
@@ -207,12 +236,13 @@ fn write_files(plain: &Path, copied: &Path, rows: u64) -> anyhow::Result<()> {
     Ok(copied.flush()?)
 }
 
-fn send_file(bench: &Bench<'_>, path: &Path, rows: u64) -> anyhow::Result<()> {
+fn send_file(bench: &Bench<'_>, path: &Path, rows: u64, mode: ImportMode) -> anyhow::Result<()> {
     const CHUNK_BYTES: usize = 256 * 1024;
     let file = std::fs::read(path)?;
     bench.block_on(async |channel| {
         let message = |message| ImportIssuesRequest { message: Some(message) };
-        let options = message(import_issues_request::Message::Options(ImportOptions::default()));
+        let options = ImportOptions { mode: mode.into(), ..Default::default() };
+        let options = message(import_issues_request::Message::Options(options));
         let chunks = (0..file.len().div_ceil(CHUNK_BYTES)).map(move |nth| {
             let start = nth * CHUNK_BYTES;
             let data = file[start..file.len().min(start + CHUNK_BYTES)].to_vec().into();
@@ -231,18 +261,25 @@ fn send_file(bench: &Bench<'_>, path: &Path, rows: u64) -> anyhow::Result<()> {
     })
 }
 
-/// What an import or psql has added, with the space it took.
 fn remove_imported(bench: &Bench<'_>) -> anyhow::Result<()> {
-    yardstick::psql(bench.cluster, "DELETE FROM issues WHERE title LIKE 'Imported issue %'")?;
-    yardstick::psql(bench.cluster, "VACUUM issues")?;
-    yardstick::psql(bench.cluster, "CHECKPOINT").map(drop)
+    remove_issues(bench, "Imported issue %")
 }
 
-fn single(unit: &'static str, yardstick: f64, service: f64) -> Single {
-    Single { unit, yardstick, service, errors: 0, notes: Vec::new() }
+/// By a pattern of their titles, with the space they took.
+pub fn remove_issues(bench: &Bench<'_>, titles: &str) -> anyhow::Result<()> {
+    yardstick::psql(bench, &format!("DELETE FROM issues WHERE title LIKE '{titles}'"))?;
+    yardstick::psql(bench, "VACUUM issues")?;
+    yardstick::psql(bench, "CHECKPOINT").map(drop)
 }
 
-fn median_ms(mut times: Vec<Duration>) -> f64 {
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default().as_secs_f64() * 1e3
+pub fn single(unit: &'static str, yardstick: f64, service: f64) -> Single {
+    Single { unit, yardstick: Some(yardstick), service, errors: 0 }
+}
+
+fn memory(kib: u64) -> Single {
+    Single { unit: "MiB", yardstick: None, service: kib as f64 / 1024.0, errors: 0 }
+}
+
+pub fn median_ms(times: Vec<Duration>) -> f64 {
+    median(times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect())
 }

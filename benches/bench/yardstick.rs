@@ -2,40 +2,34 @@
 
 use std::{
     fs,
-    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, ensure};
-use issue_tracker::db::embedded::Cluster;
 
 use crate::{
-    dataset::{DATABASE, ISSUE_ID_SQL, USER_ID_SQL},
+    dataset::{ISSUE_ID_SQL, USER_ID_SQL},
     load::Operation,
     report::Outcome,
+    singles::Bench,
 };
 
 /// Runs an operation's script with prepared statements.
-pub fn pgbench(
-    cluster: &Cluster,
-    dir: &Path,
-    operation: &Operation,
-    issues: u32,
-    duration: Duration,
-) -> anyhow::Result<Outcome> {
+pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
+    let (dir, duration) = (bench.dir, bench.args.duration());
     let (script, log) = (dir.join("script.sql"), dir.join("log"));
-    fs::write(&script, script_text(operation.script, issues))?;
+    fs::write(&script, script_text(operation.script, bench.service.issues))?;
     let clients = operation.yardstick_clients.to_string();
     let started = Instant::now();
-    let output = Command::new(cluster.bin_dir().join("pgbench"))
+    let output = Command::new(bench.cluster.bin_dir().join("pgbench"))
         .args(["--no-vacuum", "-M", "prepared", "-j", "1", "-c", &clients, "-U", "postgres", "-h"])
-        .arg(cluster.socket_dir())
+        .arg(bench.cluster.socket_dir())
         .args(["-T", &duration.as_secs().to_string(), "-l", "--log-prefix"])
         .arg(&log)
         .arg("-f")
         .arg(&script)
-        .arg(DATABASE)
+        .arg(bench.service.database)
         // Triggers off: a script says all that is done, history included.
         .env("PGOPTIONS", if operation.triggers_off { "-c session_replication_role=replica" } else { "" })
         .stdin(Stdio::null())
@@ -81,15 +75,22 @@ fn script_text(script: &str, issues: u32) -> String {
         )
 }
 
-/// How long psql takes for a command.
-pub fn psql(cluster: &Cluster, command: &str) -> anyhow::Result<Duration> {
+/// How long psql takes for a command, its start included.
+pub fn psql(bench: &Bench<'_>, command: &str) -> anyhow::Result<Duration> {
     let started = Instant::now();
-    let output = Command::new(cluster.bin_dir().join("psql"))
-        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", DATABASE, "-h"])
-        .arg(cluster.socket_dir())
-        .args(["-c", command])
-        .stdin(Stdio::null())
-        .output()?;
-    ensure!(output.status.success(), "psql failed: {}", String::from_utf8_lossy(&output.stderr));
+    output_of(psql_command(bench).args(["-c", command]))?;
     Ok(started.elapsed())
+}
+
+fn psql_command(bench: &Bench<'_>) -> Command {
+    let mut command = Command::new(bench.cluster.bin_dir().join("psql"));
+    command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", bench.service.database, "-h"]);
+    command.arg(bench.cluster.socket_dir()).stdin(Stdio::null());
+    command
+}
+
+fn output_of(psql: &mut Command) -> anyhow::Result<String> {
+    let output = psql.output()?;
+    ensure!(output.status.success(), "psql failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
 }

@@ -1,0 +1,79 @@
+//! A gRPC client that leaves the machine to what is measured: prost's messages in h2's frames, and no more.
+
+use anyhow::{Context, bail, ensure};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use h2::client::SendRequest;
+use http::{
+    HeaderMap, HeaderValue, Request, Uri,
+    uri::{Authority, Scheme},
+};
+use prost::Message;
+use tokio::net::TcpStream;
+
+/// Wide enough that an answer never waits for the client to open its window.
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// Whether the message is compressed, and its length.
+const PREFIX_BYTES: usize = 5;
+
+/// A connection. A clone is another user of the same.
+#[derive(Clone)]
+pub struct Connection {
+    requests: SendRequest<Bytes>,
+    authority: Authority,
+    authorization: HeaderValue,
+}
+
+impl Connection {
+    pub async fn open(address: &str, token: &str) -> anyhow::Result<Self> {
+        let tcp = TcpStream::connect(address).await?;
+        tcp.set_nodelay(true)?;
+        let (requests, connection) = h2::client::Builder::new()
+            .initial_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .handshake(tcp)
+            .await?;
+        // If it breaks, the calls on it fail.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Self { requests, authority: address.parse()?, authorization: format!("Bearer {token}").parse()? })
+    }
+
+    /// The answer of a method, given as `/package.Service/Method`; any status but OK is an error.
+    pub async fn call<A: Message + Default>(&mut self, method: &str, message: &impl Message) -> anyhow::Result<A> {
+        let mut frame = BytesMut::with_capacity(PREFIX_BYTES + message.encoded_len());
+        frame.put_u8(0);
+        frame.put_u32(message.encoded_len() as u32);
+        message.encode(&mut frame)?;
+        let uri = Uri::builder().scheme(Scheme::HTTP).authority(self.authority.clone()).path_and_query(method);
+        let request = Request::post(uri.build()?)
+            .header("content-type", HeaderValue::from_static("application/grpc"))
+            .header("te", HeaderValue::from_static("trailers"))
+            .header("authorization", self.authorization.clone())
+            .body(())?;
+
+        std::future::poll_fn(|context| self.requests.poll_ready(context)).await?;
+        let (response, mut body) = self.requests.send_request(request, false)?;
+        body.send_data(frame.freeze(), true)?;
+        let (head, mut body) = response.await?.into_parts();
+        let mut answer = BytesMut::new();
+        while let Some(data) = body.data().await {
+            let data = data?;
+            body.flow_control().release_capacity(data.len())?;
+            answer.extend_from_slice(&data);
+        }
+        // A call that fails at once has its status in the headers.
+        check_status(&body.trailers().await?.unwrap_or(head.headers))?;
+        ensure!(answer.len() >= PREFIX_BYTES, "OK without an answer");
+        ensure!(answer.get_u8() == 0, "the answer is compressed");
+        ensure!(answer.get_u32() as usize == answer.len(), "the answer is not one message");
+        Ok(A::decode(answer)?)
+    }
+}
+
+fn check_status(headers: &HeaderMap) -> anyhow::Result<()> {
+    let status = headers.get("grpc-status").context("an answer without a status")?;
+    if status != "0" {
+        bail!("status {status:?}: {:?}", headers.get("grpc-message"));
+    }
+    Ok(())
+}
