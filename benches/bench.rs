@@ -8,6 +8,8 @@ mod client;
 mod dataset;
 #[path = "bench/load.rs"]
 mod load;
+#[path = "bench/million.rs"]
+mod million;
 #[path = "bench/report.rs"]
 mod report;
 #[path = "bench/service.rs"]
@@ -108,6 +110,7 @@ fn main() -> anyhow::Result<()> {
         })?;
         table.add(operation, &rounds);
     }
+    million::run(&bench, &mut table)?;
     service.stop()?;
     cluster.stop()?;
     if args.json {

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::{
     client::Connection,
     dataset::{COMMENTS_PER_ISSUE, LABELS_PER_ISSUE, issue_id},
+    million,
     report::Outcome,
     service::Service,
 };
@@ -24,7 +25,7 @@ use crate::{
 pub const TASK_VARIABLE: &str = "ISSUE_TRACKER_LOAD_TASK";
 
 /// The title of issues that calls have filed.
-const TITLE: &str = "An issue of the benchmark";
+pub const TITLE: &str = "An issue of the benchmark";
 
 /// What is called.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,7 @@ pub enum Call {
     CreateIssue,
     UpdateIssue,
     CreateComment,
+    ListIssues,
     ListIssuesByStatus,
 }
 
@@ -68,7 +70,7 @@ const CONCURRENT: Operation = Operation {
 };
 
 /// No call waits for another, so that its latency is what it takes.
-const ONE_AT_A_TIME: Operation =
+pub const ONE_AT_A_TIME: Operation =
     Operation { yardstick_clients: 1, in_flight: 1, connections: 1, by_latency: true, ..CONCURRENT };
 
 const GET_SCRIPT: &str = "\\set n random(1, ISSUES)
@@ -160,7 +162,11 @@ pub fn main(task: &str) -> anyhow::Result<()> {
     let number = |name: &str| task[name].as_u64().context("no such number in the task");
     let (name, address, token) = (text("operation")?, text("address")?, text("token")?);
     let (issues, duration) = (number("issues")? as u32, Duration::from_millis(number("milliseconds")?));
-    let operation = OPERATIONS.iter().find(|operation| operation.name == name).context("no such operation")?;
+    let operation = OPERATIONS
+        .iter()
+        .chain(million::GROWTH)
+        .find(|operation| operation.name == name)
+        .context("no such operation")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let mut connections = Vec::new();
@@ -256,6 +262,7 @@ impl Caller {
                     self.connection.call("/issuetracker.v1.CommentService/CreateComment", &request).await?;
                 created.issue_id == issue_id
             }
+            Call::ListIssues => self.list(String::new()).await?.len() == 50,
             Call::ListIssuesByStatus => {
                 let (status, name) = [(1, "OPEN"), (2, "IN_PROGRESS"), (3, "CLOSED")][self.pick(3) as usize];
                 let listed = self.list(format!("status = {name}")).await?;

@@ -15,6 +15,9 @@ use crate::{
     singles::Bench,
 };
 
+/// As the service's connections have it.
+const REPORT_OPTIONS: &str = "-c jit=off";
+
 /// Runs an operation's script with prepared statements.
 pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
     let (dir, duration) = (bench.dir, bench.args.duration());
@@ -80,6 +83,25 @@ pub fn psql(bench: &Bench<'_>, command: &str) -> anyhow::Result<Duration> {
     let started = Instant::now();
     output_of(psql_command(bench).args(["-c", command]))?;
     Ok(started.elapsed())
+}
+
+/// A query's rows, their columns parted by tabs, and how long each of some executions took on one connection, in milliseconds.
+pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
+    let mut psql = psql_command(bench);
+    psql.env("PGOPTIONS", REPORT_OPTIONS).args(["-A", "-t", "-F", "\t"]);
+    psql.args(["-c", query, "-c", "\\o /dev/null", "-c", "\\timing on"]);
+    for _ in 0..executions {
+        psql.args(["-c", query]);
+    }
+    let (mut rows, mut times) = (Vec::new(), Vec::new());
+    for line in output_of(&mut psql)?.lines() {
+        match line.strip_prefix("Time: ") {
+            Some(time) => times.push(time.split(' ').next().unwrap_or_default().parse()?),
+            None => rows.push(line.to_owned()),
+        }
+    }
+    ensure!(times.len() == executions, "psql has said {} times", times.len());
+    Ok((rows, times))
 }
 
 fn psql_command(bench: &Bench<'_>) -> Command {
