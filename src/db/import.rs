@@ -74,6 +74,8 @@ impl ImportTask {
             rejected_count: totals.rejected_count as i64,
             error_count: totals.error_count as i64,
             byte_count: totals.offset as i64,
+            updated_count: 0,
+            skipped_count: 0,
         }
     }
 }

@@ -55,6 +55,24 @@ impl ImportService for Api {
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn get_import(&self, _: Request<crate::pb::GetImportRequest>) -> Reply<crate::pb::Import> {
+        todo!()
+    }
+
+    async fn list_import_errors(
+        &self,
+        _: Request<crate::pb::ListImportErrorsRequest>,
+    ) -> Reply<crate::pb::ListImportErrorsResponse> {
+        todo!()
+    }
+
+    async fn revert_import(
+        &self,
+        _: Request<crate::pb::RevertImportRequest>,
+    ) -> Reply<crate::pb::RevertImportResponse> {
+        todo!()
+    }
 }
 
 /// The way back to the client.
@@ -103,7 +121,7 @@ async fn read_options(caller_id: Uuid, requests: &mut Streaming<ImportIssuesRequ
     let Some(import_issues_request::Message::Options(options)) = next_message(requests).await? else {
         return Err(Error::invalid("options", "must be the first message of the stream"));
     };
-    let ImportOptions { import_id, mode, validate_only, total_bytes } = options;
+    let ImportOptions { import_id, mode, validate_only, total_bytes, .. } = options;
     let mut check = Check::default();
     let import_id = check.optional_uuid("options.import_id", &import_id);
     let mode: ImportMode = check.enumeration("options.mode", mode);
@@ -307,6 +325,7 @@ fn progress(task: &ImportTask, totals: &ImportTotals) -> Message {
         offset: totals.offset.cast_signed(),
         row_count: totals.row_count.cast_signed(),
         rejected_count: totals.rejected_count.cast_signed(),
+        committed_offset: 0,
     })
 }
 

@@ -209,6 +209,13 @@ impl IssueService for Api {
         finish(tx, issue).await
     }
 
+    type ExportIssuesStream =
+        tokio_stream::wrappers::ReceiverStream<std::result::Result<crate::pb::ExportIssuesResponse, tonic::Status>>;
+
+    async fn export_issues(&self, _: Request<crate::pb::ExportIssuesRequest>) -> Reply<Self::ExportIssuesStream> {
+        todo!()
+    }
+
     async fn bulk_update_status(&self, request: Request<BulkUpdateStatusRequest>) -> Reply<BulkUpdateStatusResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
