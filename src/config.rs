@@ -4,7 +4,9 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
+use http::Uri;
 use tracing::level_filters::LevelFilter;
+use uuid::Uuid;
 
 use crate::{db::PoolOptions, pb};
 
@@ -39,6 +41,15 @@ pub enum Command {
     User(UserCommand),
     /// Ask a running service whether it serves: exit code 0 if it does.
     Health(HealthArgs),
+    /// Import issues from a CSV file into a running service.
+    ///
+    /// Exit code 0: every row went in (with --validate-only: would). 1: rows were rejected. 2: it failed. 130: it was
+    /// interrupted, and standard error says how to go on.
+    Import(Box<ImportArgs>),
+    /// Export issues from a running service as CSV that import reads.
+    ///
+    /// Exit code 0: the file is whole. 2: it failed. 130: it was interrupted.
+    Export(ExportArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -64,6 +75,12 @@ pub struct Database {
     /// PostgreSQL 15 or newer to work on, as a URL or `key=value` pairs. Default: a private one in the data directory.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
     pub database_url: Option<String>,
+    #[command(flatten)]
+    data_dir: DataDir,
+}
+
+#[derive(Debug, Args)]
+pub struct DataDir {
     /// Where the private PostgreSQL and the administrator's token are kept. Default: /var/lib/issue-tracker for root,
     /// else $XDG_DATA_HOME/issue-tracker or ~/.local/share/issue-tracker.
     #[arg(long, env = "ISSUE_TRACKER_DATA_DIR", value_name = "DIR")]
@@ -196,8 +213,209 @@ pub struct HealthArgs {
     pub listen: SocketAddr,
 }
 
+/// How a client reaches a service, and for how long it tries.
+#[derive(Debug, Args)]
+pub struct Connection {
+    /// Where the service listens: HOST:PORT or http://HOST:PORT.
+    #[arg(long, env = "ISSUE_TRACKER_SERVER", default_value = "http://127.0.0.1:50051", value_name = "ADDRESS",
+        value_parser = parse_server)]
+    pub server: Uri,
+    /// A file with the token. Default: the token in $ISSUE_TRACKER_TOKEN, else, for a service on this machine,
+    /// admin.token in the data directory.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub data_dir: DataDir,
+    /// How long to try again, in seconds without any progress, when the service cannot be reached or the stream is cut.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS", value_parser = value_parser!(u64).range(0..=604_800))]
+    retry_seconds: u64,
+}
+
+impl Connection {
+    pub fn retry_max(&self) -> Duration {
+        Duration::from_secs(self.retry_seconds)
+    }
+}
+
+fn parse_server(text: &str) -> Result<Uri, String> {
+    let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
+    let uri: Uri = with_scheme.parse().map_err(|error| format!("{error}; it is like 127.0.0.1:50051"))?;
+    match (uri.scheme_str(), uri.port_u16(), uri.path()) {
+        (Some("http"), Some(_), "/") => Ok(uri),
+        (Some("http"), None, _) => Err("has no port; it is like 127.0.0.1:50051".to_owned()),
+        (Some("http"), Some(_), path) => Err(format!("has a path, {path}; it is like http://127.0.0.1:50051")),
+        _ => Err("only http:// is spoken; it is like http://127.0.0.1:50051".to_owned()),
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The CSV file, as it is or compressed with gzip; - reads standard input (and keeps a copy of it in $TMPDIR while
+    /// the import runs, for when the stream is cut).
+    #[arg(value_name = "FILE|-")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub connection: Connection,
+    /// All rows or none (atomic), or the good ones (skip-invalid).
+    #[arg(long, value_enum, default_value_t = ImportModeName::Atomic, value_name = "MODE")]
+    pub mode: ImportModeName,
+    /// What becomes of a row whose external_id an issue has already: the row is bad, the issue is left as it is, or gets
+    /// the row's values.
+    #[arg(long, value_enum, default_value_t = OnExistingName::Fail, value_name = "WHAT")]
+    pub on_existing: OnExistingName,
+    /// The file's name of a column, and ours: Summary=title. Without ours the column is ignored: Notes=. Repeatable.
+    #[arg(long, value_name = "FILE_NAME=OUR_NAME", value_parser = parse_column_name)]
+    pub map: Vec<(String, String)>,
+    /// What stands between fields: one character, or tab. Default: a comma.
+    #[arg(long, value_name = "CHARACTER", value_parser = parse_separator)]
+    pub separator: Option<String>,
+    /// What stands between the labels of a row: one character, or tab. Default: a semicolon.
+    #[arg(long, value_name = "CHARACTER", value_parser = parse_separator)]
+    pub label_separator: Option<String>,
+    /// The status of new issues whose row has none. Default: open.
+    #[arg(long, value_enum, value_name = "STATUS")]
+    pub default_status: Option<StatusName>,
+    /// The priority of new issues whose row has none. Default: none.
+    #[arg(long, value_enum, value_name = "PRIORITY")]
+    pub default_priority: Option<PriorityName>,
+    /// The username of the assignee of new issues whose row has none. Default: nobody.
+    #[arg(long, value_name = "USERNAME")]
+    pub default_assignee: Option<String>,
+    /// Leave out columns that have no name of ours, instead of refusing the file.
+    #[arg(long)]
+    pub ignore_unknown_columns: bool,
+    /// Create labels that there are not, instead of rejecting their rows.
+    #[arg(long)]
+    pub create_labels: bool,
+    /// The import to go on with, after it was interrupted. Default: a new one.
+    #[arg(long, value_name = "UUID")]
+    pub import_id: Option<Uuid>,
+    /// Check every row, and write nothing.
+    #[arg(long)]
+    pub validate_only: bool,
+    /// Write progress, row errors and the summary to standard output as JSON, one object a line.
+    #[arg(long)]
+    pub json: bool,
+    /// Write the rejected rows to this file, as they are and with the header, to be repaired and imported again.
+    #[arg(long, value_name = "FILE")]
+    pub rejected: Option<PathBuf>,
+    /// How many row errors to show. Default: 20 on a terminal, else 1,000.
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(0..=10_000))]
+    pub errors: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Where to write, when everything has come; standard output without it or with -.
+    #[arg(value_name = "FILE|-")]
+    pub file: Option<PathBuf>,
+    #[command(flatten)]
+    pub connection: Connection,
+    /// Which issues, as ListIssues takes it: 'status = open AND label = bug'. Default: all.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "FILTER")]
+    pub filter: String,
+    /// Deleted issues too.
+    #[arg(long)]
+    pub show_deleted: bool,
+    /// Put ' in front of values that a spreadsheet would run as formulas. Such a file is for looking at, not for importing.
+    #[arg(long)]
+    pub escape_formulas: bool,
+}
+
+fn parse_column_name(text: &str) -> Result<(String, String), String> {
+    // Ours have no =, theirs may.
+    let (theirs, ours) = text.rsplit_once('=').ok_or("has no =; it is like Summary=title")?;
+    if theirs.is_empty() {
+        return Err("names no column of the file; it is like Summary=title".to_owned());
+    }
+    Ok((theirs.to_owned(), ours.to_owned()))
+}
+
+fn parse_separator(text: &str) -> Result<String, String> {
+    match text {
+        "tab" | "\\t" => Ok("\t".to_owned()),
+        _ if text.chars().count() == 1 => Ok(text.to_owned()),
+        _ => Err("must be one character, or tab".to_owned()),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImportModeName {
+    Atomic,
+    SkipInvalid,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum OnExistingName {
+    Fail,
+    Skip,
+    Update,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum StatusName {
+    Open,
+    #[value(alias = "in_progress")]
+    InProgress,
+    Closed,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PriorityName {
+    Low,
+    Medium,
+    High,
+    Critical,
+}
+
+impl From<ImportModeName> for pb::ImportMode {
+    fn from(mode: ImportModeName) -> Self {
+        match mode {
+            ImportModeName::Atomic => Self::Atomic,
+            ImportModeName::SkipInvalid => Self::SkipInvalid,
+        }
+    }
+}
+
+impl From<OnExistingName> for pb::OnExisting {
+    fn from(what: OnExistingName) -> Self {
+        match what {
+            OnExistingName::Fail => Self::Fail,
+            OnExistingName::Skip => Self::Skip,
+            OnExistingName::Update => Self::Update,
+        }
+    }
+}
+
+impl From<StatusName> for pb::Status {
+    fn from(status: StatusName) -> Self {
+        match status {
+            StatusName::Open => Self::Open,
+            StatusName::InProgress => Self::InProgress,
+            StatusName::Closed => Self::Closed,
+        }
+    }
+}
+
+impl From<PriorityName> for pb::Priority {
+    fn from(priority: PriorityName) -> Self {
+        match priority {
+            PriorityName::Low => Self::Low,
+            PriorityName::Medium => Self::Medium,
+            PriorityName::High => Self::High,
+            PriorityName::Critical => Self::Critical,
+        }
+    }
+}
+
 impl Database {
     pub fn data_dir(&self) -> anyhow::Result<PathBuf> {
+        self.data_dir.path()
+    }
+}
+
+impl DataDir {
+    pub fn path(&self) -> anyhow::Result<PathBuf> {
         if let Some(dir) = &self.data_dir {
             return Ok(dir.clone());
         }
@@ -208,5 +426,54 @@ impl Database {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let data_home = variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")));
         Ok(data_home.context("no home directory to keep data in; give --data-dir")?.join("issue-tracker"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn import(args: &[&str]) -> Result<Box<ImportArgs>, String> {
+        let all = ["issue-tracker", "import", "issues.csv"].iter().chain(args);
+        match Cli::try_parse_from(all).map_err(|error| error.to_string())?.command() {
+            Command::Import(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_server_is_a_host_and_port_with_or_without_a_scheme() {
+        for address in ["127.0.0.1:50051", "http://127.0.0.1:50051", "http://127.0.0.1:50051/"] {
+            let server = import(&["--server", address]).unwrap().connection.server;
+            assert_eq!(server.to_string(), "http://127.0.0.1:50051/");
+        }
+        assert_eq!(import(&["--server", "[::1]:7"]).unwrap().connection.server.host(), Some("[::1]"));
+        for (address, why) in [
+            ("https://tracker.example:443", "only http:// is spoken"),
+            ("tracker.example", "has no port"),
+            ("http://tracker.example:80/api", "has a path"),
+            ("", "it is like 127.0.0.1:50051"),
+        ] {
+            let error = import(&["--server", address]).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn columns_are_mapped_at_the_last_equals_sign() {
+        let args = import(&["--map", "Summary=title", "--map", "a=b=labels", "--map", "Notes="]).unwrap();
+        let pairs: Vec<_> = args.map.iter().map(|(theirs, ours)| (&**theirs, &**ours)).collect();
+        assert_eq!(pairs, [("Summary", "title"), ("a=b", "labels"), ("Notes", "")]);
+        for bad in ["Summary", "=title"] {
+            assert!(import(&["--map", bad]).unwrap_err().contains("it is like Summary=title"));
+        }
+    }
+
+    #[test]
+    fn a_separator_is_one_character_or_tab() {
+        for (given, taken) in [(";", ";"), ("tab", "\t"), ("\\t", "\t"), ("\t", "\t")] {
+            assert_eq!(import(&["--separator", given]).unwrap().separator.unwrap(), taken);
+        }
+        assert!(import(&["--label-separator", ", "]).unwrap_err().contains("one character"));
     }
 }

@@ -1,7 +1,7 @@
 //! An issue tracker: gRPC outside, PostgreSQL underneath, raw SQL in transactions in between.
 //!
 //! A request comes in by [`auth::Gate`], is parsed in [`rpc`] with the help of [`request`], and answered by one function
-//! of [`db`]. [`error`] says what callers are told when it cannot be.
+//! of [`db`]. [`error`] says what callers are told when it cannot be. [`cli`] is on the other side of the wire.
 
 pub mod config;
 pub mod server;
@@ -17,6 +17,8 @@ pub mod singleflight;
 pub mod db;
 pub mod filter;
 pub mod import;
+
+pub mod cli;
 
 /// The messages, clients and service traits generated from `proto/`.
 pub mod pb {

@@ -4,6 +4,7 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use clap::Parser;
 use issue_tracker::{
+    cli,
     config::{Cli, Command, UserCommand},
     start,
 };
@@ -14,18 +15,20 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let args = Cli::parse();
     // Only this program's own lines, whose fields are chosen: libraries log what clients send, credentials included.
-    let own = Targets::new().with_target("issue_tracker", cli.log_level);
+    let own = Targets::new().with_target("issue_tracker", args.log_level);
     let lines =
         tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     tracing_subscriber::registry().with(lines.with_filter(own)).init();
 
-    let result = match cli.command() {
+    let result = match args.command() {
         Command::Serve(args) => start::serve(args).await,
         Command::Migrate(args) => start::migrate_external(args).await,
         Command::User(UserCommand::Create(args)) => start::create_user(args).await,
         Command::Health(args) => start::health(args).await,
+        Command::Import(args) => return cli::import(*args).await,
+        Command::Export(args) => return cli::export(args).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

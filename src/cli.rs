@@ -1,0 +1,87 @@
+//! The client side of import and export: it talks to whatever server, over gRPC, and needs nothing else of this crate
+//! than the messages.
+
+mod connection;
+mod export;
+mod feeder;
+mod import;
+mod meter;
+mod output;
+mod rejected;
+mod report;
+mod retries;
+mod source;
+
+use std::{
+    io::{self, Write},
+    pin::pin,
+    process::ExitCode,
+};
+
+use anyhow::anyhow;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::oneshot,
+};
+
+pub use export::export;
+pub use import::import;
+
+/// Rows were rejected.
+const EXIT_REJECTED: u8 = 1;
+/// It did not work; also what clap says of flags that it does not take.
+const EXIT_FAILED: u8 = 2;
+
+/// How a piece of work ended.
+enum Ended<T> {
+    ByItself(T),
+    /// By a signal, of this number.
+    Interrupted(i32),
+}
+
+/// Works until it is done, or to the first SIGINT or SIGTERM.
+async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) -> Ended<anyhow::Result<T>> {
+    let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
+        return Ended::ByItself(Err(anyhow!("cannot listen to signals")));
+    };
+    let work = pin!(work);
+    tokio::select! {
+        result = work => Ended::ByItself(result),
+        _ = interrupt.recv() => Ended::Interrupted(libc::SIGINT),
+        _ = terminate.recv() => Ended::Interrupted(libc::SIGTERM),
+    }
+}
+
+/// Ends the program at once, whatever its other threads are waiting for: a pipe that nobody reads, or fills.
+fn end_interrupted(number: i32) -> ! {
+    std::process::exit(128 + number)
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("issue-tracker: {error:#}");
+    ExitCode::from(EXIT_FAILED)
+}
+
+/// Runs what may block for long, in a thread that the program's end does not wait for, as it would for tokio's own.
+async fn in_thread<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+    let (result, done) = oneshot::channel();
+    std::thread::spawn(move || result.send(work()));
+    done.await.unwrap_or_else(|_| Err(anyhow!("a thread has failed")))
+}
+
+/// Writes a line to standard output. Nobody may be reading it any more; what is being done is done all the same.
+fn print(line: &str) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// Text from a file or a server without what would steer a terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|char| {
+            let escaped = char.is_control().then(|| char.escape_default());
+            let plain = escaped.is_none().then_some(char);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}

@@ -1,0 +1,183 @@
+//! The rejected rows of a file, as they are, behind its header: to be repaired and imported again.
+
+use std::io::{self, BufWriter, Write};
+
+use super::source::Source;
+
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// Writes the file's header, and the rows that begin at `offsets`, which are in order.
+pub fn write_rows(source: Source, separator: u8, offsets: &[u64], out: impl Write) -> io::Result<()> {
+    let mut rows = Rows { source, separator, buffer: Vec::new(), begin: 0 };
+    let mut out = BufWriter::new(out);
+    rows.copy_header(&mut out)?;
+    for offset in offsets {
+        rows.copy_row(*offset, &mut out)?;
+    }
+    out.flush()
+}
+
+struct Rows {
+    source: Source,
+    separator: u8,
+    /// Read ahead: rows that are to be copied are often near each other, and a compressed file only goes forward.
+    buffer: Vec<u8>,
+    /// Where in the file the buffer begins.
+    begin: u64,
+}
+
+impl Rows {
+    /// From the file's start: with a byte-order mark, and blank lines.
+    fn copy_header(&mut self, out: &mut impl Write) -> io::Result<()> {
+        let mut offset = 0;
+        loop {
+            let ahead = self.at(offset)?;
+            let blank = ahead.iter().take_while(|byte| b"\r\n\xEF\xBB\xBF".contains(byte)).count();
+            if blank == 0 {
+                break;
+            }
+            out.write_all(&ahead[..blank])?;
+            offset += blank as u64;
+        }
+        self.copy_row(offset, out)
+    }
+
+    /// The row that begins at this offset, with its line end. The import reads with the same parser.
+    fn copy_row(&mut self, mut offset: u64, out: &mut impl Write) -> io::Result<()> {
+        let mut parser = csv_core::ReaderBuilder::new().delimiter(self.separator).build();
+        // It takes a byte-order mark out of its first input, where in the middle of a file none is.
+        parser.read_record(b"-", &mut [], &mut []);
+        let (mut fields, mut ends) = ([0; 4096], [0; 64]);
+        loop {
+            let ahead = self.at(offset)?;
+            if ahead.is_empty() {
+                return Ok(());
+            }
+            // What the fields are is of no interest, and overwritten each time.
+            let (result, count, ..) = parser.read_record(ahead, &mut fields, &mut ends);
+            out.write_all(&ahead[..count])?;
+            let last = ahead[..count].last().copied();
+            offset += count as u64;
+            if matches!(result, csv_core::ReadRecordResult::Record) {
+                if last == Some(b'\r') && self.at(offset)?.first() == Some(&b'\n') {
+                    out.write_all(b"\n")?;
+                }
+                return Ok(());
+            }
+        }
+    }
+
+    /// Some of the bytes from this offset on; none at the file's end.
+    fn at(&mut self, offset: u64) -> io::Result<&[u8]> {
+        let ahead = offset.checked_sub(self.begin).and_then(|skipped| usize::try_from(skipped).ok());
+        let skipped = match ahead.filter(|skipped| *skipped < self.buffer.len()) {
+            Some(skipped) => skipped,
+            None => {
+                self.source.seek(offset)?;
+                self.buffer.resize(BUFFER_BYTES, 0);
+                let count = self.source.fill(&mut self.buffer)?;
+                self.buffer.truncate(count);
+                self.begin = offset;
+                0
+            }
+        };
+        Ok(&self.buffer[skipped..])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::{Compression, write::GzEncoder};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::import::RecordReader;
+
+    fn source(bytes: &[u8]) -> Source {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        Source::open(file.path()).unwrap()
+    }
+
+    fn zipped(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn rejected(bytes: &[u8], separator: u8, offsets: &[u64]) -> Vec<u8> {
+        let mut out = Vec::new();
+        write_rows(source(bytes), separator, offsets, &mut out).unwrap();
+        out
+    }
+
+    fn offset(file: &[u8], row: &[u8]) -> u64 {
+        file.windows(row.len()).position(|window| window == row).unwrap() as u64
+    }
+
+    #[test]
+    fn rows_are_copied_as_they_are() {
+        let file = b"\xEF\xBB\xBF\r\ntitle,description\r\ngood,\r\n\"a\nb\",\"x,\"\"y\"\"\r\n\"\r\n\r\nlast,one";
+        let (second, last) = (offset(file, b"\"a\nb"), offset(file, b"last"));
+        assert_eq!(
+            rejected(file, b',', &[second, last]),
+            b"\xEF\xBB\xBF\r\ntitle,description\r\n\"a\nb\",\"x,\"\"y\"\"\r\n\"\r\nlast,one"
+        );
+        assert_eq!(rejected(file, b',', &[]), b"\xEF\xBB\xBF\r\ntitle,description\r\n");
+        assert_eq!(rejected(b"", b',', &[]), b"");
+    }
+
+    #[test]
+    fn quotes_count_where_a_field_begins_which_the_separator_decides() {
+        let file = b"title;labels\nx;\"a\nb\"\ny;z\n";
+        assert_eq!(rejected(file, b';', &[13]), b"title;labels\nx;\"a\nb\"\n");
+    }
+
+    #[test]
+    fn rows_of_any_size_and_far_apart_are_found_in_plain_and_compressed_files() {
+        let long = format!("\"{}\n\"\n", "x".repeat(3 * BUFFER_BYTES));
+        let rows: Vec<String> =
+            (0..30_000).map(|n| if n % 10_000 == 5 { long.clone() } else { format!("row {n}\n") }).collect();
+        let file = format!("title\n{}", rows.concat());
+        let (mut offsets, mut expected, mut offset) = (Vec::new(), "title\n".to_owned(), 6);
+        for (n, row) in rows.iter().enumerate() {
+            if n % 2_500 == 5 || n > 29_990 {
+                offsets.push(offset);
+                expected += row;
+            }
+            offset += row.len() as u64;
+        }
+        for bytes in [file.as_bytes(), &zipped(file.as_bytes())] {
+            assert!(rejected(bytes, b',', &offsets) == expected.as_bytes());
+        }
+    }
+
+    proptest! {
+        /// Whatever the bytes are, all rows together are the file without its blank lines.
+        #[test]
+        fn rows_end_where_the_import_lets_them_end(file in r#"[ax,"\r\n]{0,60}"#) {
+            let mut reader = RecordReader::new();
+            let mut input = file.as_bytes();
+            let mut begins = Vec::new();
+            let mut ends = Vec::new();
+            while let Some(record) = reader.read(&mut input) {
+                begins.push(record.byte_offset);
+                ends.push(record.end_offset);
+            }
+            if let Some(record) = reader.finish() {
+                begins.push(record.byte_offset);
+                ends.push(record.end_offset);
+            }
+            for (begin, end) in begins.iter().zip(&ends).skip(1) {
+                let rows = rejected(file.as_bytes(), b',', &[*begin]);
+                let header = rejected(file.as_bytes(), b',', &[]);
+                let row = std::str::from_utf8(&rows[header.len()..]).unwrap();
+                let expected = &file[*begin as usize..*end as usize];
+                prop_assert!(row.starts_with(expected), "{row:?} {expected:?}");
+                prop_assert!(["", "\n", "\r", "\r\n"].contains(&&row[expected.len()..]), "{row:?} {expected:?}");
+            }
+        }
+    }
+}

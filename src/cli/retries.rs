@@ -1,0 +1,134 @@
+//! When to try again, and when to give up.
+
+use std::time::{Duration, Instant};
+
+const DELAY_FIRST: Duration = Duration::from_millis(250);
+const DELAY_MAX: Duration = Duration::from_secs(15);
+
+/// Waits longer and longer between tries that bring nothing, and gives up after too long without progress. Progress is
+/// what was never reached before: work that is only done again and again does not count, but is not waiting either.
+pub struct Retries {
+    limit: Duration,
+    best_offset: u64,
+    /// Where the present try is.
+    offset: Option<u64>,
+    /// Tries since there was progress.
+    failures: u32,
+    /// Time since there was progress, without that in which work was done again, up to `since`.
+    waited: Duration,
+    since: Instant,
+}
+
+impl Retries {
+    pub fn new(limit: Duration, now: Instant) -> Self {
+        Self { limit, best_offset: 0, offset: None, failures: 0, waited: Duration::ZERO, since: now }
+    }
+
+    /// The present try is at this offset.
+    pub fn reached(&mut self, offset: u64, now: Instant) {
+        if self.offset.is_some_and(|before| offset > before) {
+            self.since = now;
+            if offset > self.best_offset {
+                self.best_offset = offset;
+                self.waited = Duration::ZERO;
+                self.failures = 0;
+            }
+        }
+        self.offset = Some(offset);
+    }
+
+    /// The present try has failed: how long to wait before the next, at least `asked`; `None` is to give up. `random` is
+    /// between 0 and 1.
+    pub fn next_delay(&mut self, asked: Option<Duration>, random: f64, now: Instant) -> Option<Duration> {
+        self.offset = None;
+        self.waited += now.saturating_duration_since(self.since);
+        let left = self.limit.checked_sub(self.waited).filter(|left| !left.is_zero())?;
+        let delay = delay(self.failures, random).max(asked.unwrap_or_default()).min(left);
+        self.failures = self.failures.saturating_add(1);
+        self.waited += delay;
+        self.since = now + delay;
+        Some(delay)
+    }
+}
+
+/// Doubles from try to try. Up to half of it is left to chance, so that clients which have lost the same server do not
+/// come back in step.
+fn delay(failures: u32, random: f64) -> Duration {
+    let full = DELAY_FIRST.saturating_mul(1 << failures.min(16)).min(DELAY_MAX);
+    full.mul_f64(1.0 - random / 2.0)
+}
+
+/// Between 0 and 1.
+pub fn random() -> f64 {
+    // Without a source of randomness there is no jitter, and nothing worse.
+    f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn delays_double_up_to_a_bound_and_half_of_each_is_chance() {
+        let full: Vec<_> = (0..9).map(|failures| delay(failures, 0.0).as_millis()).collect();
+        assert_eq!(full, [250, 500, 1_000, 2_000, 4_000, 8_000, 15_000, 15_000, 15_000]);
+        assert_eq!(delay(2, 1.0), Duration::from_millis(500));
+        assert_eq!(delay(u32::MAX, 0.0), DELAY_MAX);
+        assert!((0.0..=1.0).contains(&random()));
+    }
+
+    #[test]
+    fn the_servers_wish_is_heard_when_it_is_longer() {
+        let now = Instant::now();
+        let mut retries = Retries::new(100 * SECOND, now);
+        assert_eq!(retries.next_delay(Some(3 * SECOND), 0.0, now), Some(3 * SECOND));
+        assert_eq!(retries.next_delay(Some(Duration::from_millis(1)), 0.0, now), Some(Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn it_gives_up_when_the_time_is_used_up_and_the_last_wait_ends_with_it() {
+        let mut now = Instant::now();
+        let begin = now;
+        let mut retries = Retries::new(20 * SECOND, now);
+        let mut tries = 0;
+        while let Some(delay) = retries.next_delay(None, 0.0, now) {
+            now += delay;
+            tries += 1;
+        }
+        assert_eq!((now - begin, tries), (20 * SECOND, 7));
+        assert_eq!(Retries::new(Duration::ZERO, now).next_delay(None, 0.0, now), None);
+    }
+
+    #[test]
+    fn progress_begins_the_time_anew_but_the_same_work_again_does_not() {
+        let mut now = Instant::now();
+        let mut retries = Retries::new(20 * SECOND, now);
+        // Two hours of work, then a cut: only the wait counts.
+        retries.reached(0, now);
+        now += 7_200 * SECOND;
+        retries.reached(1_000, now);
+        assert_eq!(retries.next_delay(None, 0.0, now), Some(DELAY_FIRST));
+        let mut tries = 1;
+        loop {
+            // From the start again, and cut where it was before.
+            retries.reached(0, now);
+            now += 7_200 * SECOND;
+            retries.reached(1_000, now);
+            match retries.next_delay(None, 0.0, now) {
+                Some(delay) => now += delay,
+                None => break,
+            }
+            tries += 1;
+        }
+        assert_eq!(tries, 7);
+
+        let mut retries = Retries::new(20 * SECOND, now);
+        for step in 1..100 {
+            retries.reached(0, now);
+            retries.reached(step, now);
+            assert_eq!(retries.next_delay(None, 0.0, now), Some(DELAY_FIRST), "further than ever");
+        }
+    }
+}
