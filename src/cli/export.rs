@@ -38,7 +38,7 @@ pub async fn export(args: ExportArgs) -> ExitCode {
         let sink = Sink::open(path)?;
         // A bar would stand in the middle of what is written to the same terminal.
         let is_mixed = matches!(sink, Sink::Stdout { .. }) && io::stdout().is_terminal();
-        let meter = if is_mixed { Meter::silent("issues") } else { Meter::new("issues") };
+        let meter = if is_mixed { Meter::silent("issue") } else { Meter::new("issue") };
         Export { server, request, retries, meter, sink }.run().await
     };
     match unless_interrupted(run).await {

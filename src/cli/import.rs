@@ -80,7 +80,9 @@ struct Import {
     errors: RowErrors,
     /// Where the server has said that it goes on after a cut.
     committed_offset: u64,
-    /// Whether any try has sent the whole file: then the import may be in, whether or not its summary has come.
+    /// Whether the server has begun to work on it.
+    is_begun: bool,
+    /// Whether the last try has sent the whole file: then the import may be in, whether or not its summary has come.
     all_sent: Arc<AtomicBool>,
     summary: Option<ImportSummary>,
 }
@@ -93,9 +95,10 @@ impl Import {
             server,
             options,
             retries: Retries::new(args.connection.retry_max(), Instant::now()),
-            meter: if args.json { Meter::silent("rows") } else { Meter::new("rows") },
+            meter: if args.json { Meter::silent("row") } else { Meter::new("row") },
             errors: RowErrors::default(),
             committed_offset: 0,
+            is_begun: false,
             all_sent: Arc::default(),
             summary: None,
             args,
@@ -126,7 +129,12 @@ impl Import {
         loop {
             let (why, wait) = match self.try_once(feeder).await {
                 Ok(summary) => return Ok(summary),
-                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Final(error)) => {
+                    // There is no doubt any more: what was not committed before is not in.
+                    self.all_sent.store(false, Ordering::Relaxed);
+                    self.is_begun = self.committed_offset > 0;
+                    return Err(error);
+                }
                 Err(Failure::Passing { why, wait }) => (why, wait),
             };
             let Some(delay) = self.retries.next_delay(wait, random(), Instant::now()) else {
@@ -148,6 +156,8 @@ impl Import {
             Message::RowError(_) => return Err(anyhow!("the server does not say where to begin").into()),
         };
         let offset = u64::try_from(begin.committed_offset).unwrap_or(0);
+        self.is_begun = true;
+        self.all_sent.store(false, Ordering::Relaxed);
         // What is sent again is told again.
         self.errors.forget_from(offset);
         self.progress(&begin);
@@ -293,21 +303,20 @@ impl Import {
         if self.summary.is_some() {
             return Some("the import itself has ended; only its report has not".to_owned());
         }
-        let is_in_doubt = self.all_sent.load(Ordering::Relaxed);
         let what = match self.args.mode {
             _ if self.args.validate_only => return None,
-            ImportModeName::Atomic if is_in_doubt => {
-                "everything was sent, and may be in or not; nothing is imported twice, and this tells:"
+            ImportModeName::Atomic if self.all_sent.load(Ordering::Relaxed) => {
+                "everything was sent, and may be in or not; this tells, and imports nothing twice:"
             }
-            ImportModeName::Atomic => return None,
-            ImportModeName::SkipInvalid if self.committed_offset == 0 && !is_in_doubt => {
-                "few rows or none are in; nothing is imported twice when it goes on with"
+            ImportModeName::SkipInvalid if self.is_begun => {
+                "some rows may be in; this goes on with the rest, and imports nothing twice:"
             }
-            ImportModeName::SkipInvalid => "some rows are in; nothing is imported twice when it goes on with",
+            ImportModeName::Atomic | ImportModeName::SkipInvalid => return None,
         };
         let mut command: Vec<String> = env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
         if self.args.import_id.is_none() {
-            command.extend(["--import-id".to_owned(), self.options.import_id.clone()]);
+            let behind = command.iter().position(|arg| arg == "import").map_or(command.len(), |index| index + 1);
+            command.splice(behind..behind, ["--import-id".to_owned(), self.options.import_id.clone()]);
         }
         let input = if self.args.file == Path::new("-") { "\n(with the same input, from its start)" } else { "" };
         Some(format!("{what}\n  {}{input}", report::command_line(command)))

@@ -20,8 +20,8 @@ pub struct Position {
 pub struct Meter {
     shown: Shown,
     total_bytes: Option<u64>,
-    /// Of what.
-    rows: &'static str,
+    /// What is counted: `row`, `issue`.
+    noun: &'static str,
     began: Instant,
     /// Where that was; `None` before anything was heard.
     first: Option<Position>,
@@ -36,17 +36,17 @@ enum Shown {
 
 impl Meter {
     /// Shown on standard error, in the way that suits it.
-    pub fn new(rows: &'static str) -> Self {
+    pub fn new(noun: &'static str) -> Self {
         let shown =
             if std::io::stderr().is_terminal() { Shown::Bar(bar(None)) } else { Shown::Lines { last: Instant::now() } };
-        Self { shown, ..Self::silent(rows) }
+        Self { shown, ..Self::silent(noun) }
     }
 
-    pub fn silent(rows: &'static str) -> Self {
+    pub fn silent(noun: &'static str) -> Self {
         Self {
             shown: Shown::Nothing,
             total_bytes: None,
-            rows,
+            noun,
             began: Instant::now(),
             first: None,
             last: Position::default(),
@@ -112,7 +112,8 @@ impl Meter {
         // Below a second, a rate is chance.
         let elapsed = self.began.elapsed().as_secs_f64().max(1.0);
         let rate = HumanCount((new as f64 / elapsed) as u64);
-        let mut text = format!("{} {}, {rate} a second", HumanCount(rows), self.rows);
+        let mut text =
+            format!("{} {}{}, {rate} a second", HumanCount(rows), self.noun, if rows == 1 { "" } else { "s" });
         if rejected > 0 {
             text += &format!(", {} rejected", HumanCount(rejected));
         }
@@ -160,7 +161,7 @@ mod tests {
 
     #[test]
     fn rows_are_told_with_their_rate_and_the_rejected() {
-        let mut meter = Meter::silent("rows");
+        let mut meter = Meter::silent("row");
         assert_eq!(meter.rows_text(), "0 rows, 0 a second");
         meter.update(Position { bytes: 10, rows: 1_000_000, rejected: 0 });
         meter.update(Position { bytes: 20, rows: 1_234_567, rejected: 1_200 });
