@@ -59,6 +59,9 @@ pub enum Error {
     /// A position in a stream is beyond what was received.
     #[error("{message}")]
     OffsetGap { message: String, expected_offset: i64 },
+    /// What an import has made was changed since: how many issues, and the first of them.
+    #[error("import_id: {count} issues were changed or commented since; set force to leave these and undo the rest")]
+    ChangedSince { count: i64, ids: Vec<Uuid> },
     /// There is no such RPC, or it is not spoken in this way.
     #[error("{0}")]
     Unimplemented(&'static str),
@@ -175,7 +178,8 @@ impl Error {
             | Self::NotFound(_)
             | Self::AlreadyExists(_)
             | Self::VersionMismatch(_)
-            | Self::Precondition { .. } => true,
+            | Self::Precondition { .. }
+            | Self::ChangedSince { .. } => true,
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
@@ -364,7 +368,7 @@ impl Error {
             Self::NotFound(_) => Code::NotFound,
             Self::AlreadyExists(_) => Code::AlreadyExists,
             Self::VersionMismatch(_) | Self::Aborted { .. } => Code::Aborted,
-            Self::Precondition { .. } => Code::FailedPrecondition,
+            Self::Precondition { .. } | Self::ChangedSince { .. } => Code::FailedPrecondition,
             Self::OffsetGap { .. } => Code::OutOfRange,
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
@@ -388,6 +392,7 @@ impl Error {
             Self::AlreadyExists(_) => "ALREADY_EXISTS",
             Self::VersionMismatch(_) => "VERSION_MISMATCH",
             Self::OffsetGap { .. } => "IMPORT_OFFSET_GAP",
+            Self::ChangedSince { .. } => "IMPORT_CHANGED_SINCE",
             Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
@@ -415,6 +420,10 @@ impl Error {
             Self::Precondition { reason, violations } => {
                 let violation = |item: &Violation| PreconditionViolation::new(*reason, &item.field, &item.message);
                 vec![PreconditionFailure::new(named(violations).iter().map(violation).collect::<Vec<_>>()).into()]
+            }
+            Self::ChangedSince { .. } => {
+                let violation = PreconditionViolation::new(self.reason(), "import_id", self.to_string());
+                vec![PreconditionFailure::new(vec![violation]).into()]
             }
             Self::Exhausted(_) | Self::Unavailable | Self::Aborted { .. } => {
                 vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
@@ -448,6 +457,11 @@ impl Error {
             }
             Self::OffsetGap { expected_offset, .. } => {
                 add("expected_offset", expected_offset.to_string());
+                (Vec::new(), 0)
+            }
+            Self::ChangedSince { count, ids } => {
+                add("changed_count", count.to_string());
+                add("changed_ids", ids.iter().map(Uuid::to_string).collect::<Vec<_>>().join(","));
                 (Vec::new(), 0)
             }
             _ => (Vec::new(), 0),
@@ -503,6 +517,12 @@ mod tests {
         Status::from(error).add_header(&mut headers).unwrap();
         let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
         assert!(bytes < 8 * 1024, "{bytes} bytes");
+    }
+
+    #[test]
+    fn the_first_hundred_that_were_changed_fit_a_header() {
+        let ids = (0..100).map(|_| Uuid::now_v7()).collect();
+        assert_fits_a_header(Error::ChangedSince { count: 1_000_000, ids });
     }
 
     #[test]

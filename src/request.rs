@@ -294,6 +294,13 @@ impl PageRequest {
         }
     }
 
+    /// The last position of the page before, in lists by position; before the first page 0.
+    pub fn after_position(&self) -> Result<i32> {
+        let Some(key) = &self.after else { return Ok(0) };
+        let key = <[u8; 4]>::try_from(&**key).map_err(|_| Error::invalid("page_token", PAGE_TOKEN_GARBAGE))?;
+        Ok(i32::from_be_bytes(key))
+    }
+
     /// The token of the next page, which begins behind the row with this key.
     pub fn next_token(&self, more: bool, last_key: Option<&[u8]>) -> String {
         let Some(key) = last_key.filter(|_| more) else { return String::new() };

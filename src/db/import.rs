@@ -1,30 +1,37 @@
-//! An import's side of the database: names to ids, rows by COPY, and what is kept of the import itself.
+//! An import's side of the database: one session an import, a batch of rows at a time.
+//!
+//! [`resolve`] looks up what rows refer to and judges them, [`write`](mod@write) puts them in, [`record`] keeps how the
+//! import stands, and [`revert`](mod@revert) undoes it.
 
-use std::collections::{HashMap, HashSet};
+mod record;
+mod resolve;
+mod revert;
+mod write;
 
-use chrono::{DateTime, SecondsFormat, Utc};
-use tokio_postgres::{
-    binary_copy::BinaryCopyInWriter,
-    types::{ToSql, Type},
-};
-use uuid::{NoContext, Uuid};
+pub use record::{get, list_errors};
+pub use revert::{IMPORT_CHANGED_SHOWN_MAX, revert};
+
+use std::{collections::HashMap, sync::Arc};
+
+use uuid::Uuid;
 
 use super::{Conn, Db, PooledConn};
 use crate::{
-    error::{Error, Result},
-    import::{ImportRow, RowError, RowErrorCode, shorten},
-    pb::{ImportMode, ImportState, ImportSummary, Status},
+    error::{Error, Result, quote},
+    import::{Columns, Format, ImportRow, RowError},
+    pb::{ImportMode, ImportState, ImportSummary, OnExisting, Priority},
 };
+use record::Found;
 
-/// How many usernames or labels are remembered during an import.
-const NAMES_REMEMBERED_MAX: usize = 10_000;
 /// Row errors that an import's client is sent.
-pub const IMPORT_ERRORS_SENT_MAX: usize = 1_000;
+pub const IMPORT_ERRORS_SENT_MAX: u64 = 1_000;
+/// Row errors of an import that are kept.
+pub const IMPORT_ERRORS_KEPT_MAX: usize = 10_000;
 /// How often a batch is tried when others change what it refers to at the same time.
 const BATCH_TRIES_MAX: u32 = 3;
 
 /// What an import is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ImportTask {
     pub import_id: Uuid,
     pub caller_id: Uuid,
@@ -32,31 +39,67 @@ pub struct ImportTask {
     pub validate_only: bool,
     /// The file's size; 0: not known.
     pub total_bytes: u64,
+    pub on_existing: OnExisting,
+    pub format: Format,
+    /// Of new issues whose row has none, as the status in the format.
+    pub default_priority: Priority,
+    /// A username.
+    pub default_assignee: Option<String>,
+    pub create_labels: bool,
+    /// SHA-256 over the options that are the same whenever the import is sent.
+    pub fingerprint: [u8; 32],
 }
 
 /// What an import has done so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ImportTotals {
+    /// Where in the file it is, and on which line.
     pub offset: u64,
+    pub line_number: u64,
     pub row_count: u64,
     pub created_count: u64,
+    pub updated_count: u64,
+    pub skipped_count: u64,
     pub rejected_count: u64,
     pub error_count: u64,
 }
 
-/// An import that may begin, or the summary of the one that was committed under this id.
+/// Rows of the file that are written together, and the errors of those that cannot be.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Which columns the file has; known in every batch.
+    pub columns: Option<Arc<Columns>>,
+    pub rows: Vec<ImportRow>,
+    /// Those that may be among the first [`IMPORT_ERRORS_KEPT_MAX`] of the file.
+    pub errors: Vec<RowError>,
+    pub error_count: u64,
+    pub rejected_count: u64,
+    /// Where the batch ends in the file, and on which line.
+    pub offset: u64,
+    pub line_number: u64,
+    /// Whether it ends the file. Without this one nothing is finished, whatever became of the reader.
+    pub is_last: bool,
+}
+
+/// An import that may begin or go on, or the summary of the one that was finished under this id.
 pub enum Opened {
     Session(Box<ImportSession>),
-    Committed(ImportSummary),
+    Finished(ImportSummary),
 }
 
 /// The connection of an import. Dropped before [`ImportSession::finish`], the connection is closed, and with it goes what
 /// is not committed.
 pub struct ImportSession {
+    db: Db,
     conn: PooledConn,
-    task: ImportTask,
+    task: Arc<ImportTask>,
+    totals: ImportTotals,
+    columns: Option<Arc<Columns>>,
+    default_assignee_id: Option<Uuid>,
     users: HashMap<String, Option<Uuid>>,
     labels: HashMap<String, Option<Uuid>>,
+    /// Of an import that is all or nothing: what is kept of it if it is to be nothing.
+    errors: Vec<RowError>,
 }
 
 impl ImportTask {
@@ -65,82 +108,123 @@ impl ImportTask {
         self.mode == ImportMode::Atomic || self.validate_only
     }
 
+    /// Where the stream has to go on if it is cut now, which is told of a trial as it would be of the real import.
+    pub fn committed_offset(&self, totals: &ImportTotals) -> u64 {
+        if self.mode == ImportMode::SkipInvalid { totals.offset } else { 0 }
+    }
+
     fn summary(&self, totals: &ImportTotals, state: ImportState) -> ImportSummary {
+        let written = |count: u64| if state == ImportState::Rejected { 0 } else { count.cast_signed() };
         ImportSummary {
             import_id: self.import_id.to_string(),
             state: state.into(),
-            row_count: totals.row_count as i64,
-            created_count: if state == ImportState::Rejected { 0 } else { totals.created_count as i64 },
-            rejected_count: totals.rejected_count as i64,
-            error_count: totals.error_count as i64,
-            byte_count: totals.offset as i64,
-            updated_count: 0,
-            skipped_count: 0,
+            row_count: totals.row_count.cast_signed(),
+            created_count: written(totals.created_count),
+            rejected_count: totals.rejected_count.cast_signed(),
+            error_count: totals.error_count.cast_signed(),
+            byte_count: totals.offset.cast_signed(),
+            updated_count: written(totals.updated_count),
+            skipped_count: written(totals.skipped_count),
         }
+    }
+
+    /// Whether an import that was begun under this id is this one.
+    fn check_same(&self, found: &Found) -> Result<()> {
+        let sizes = match found.state {
+            // A rejected file is mended before it is sent again.
+            ImportState::Rejected => [0, self.total_bytes],
+            _ if found.is_whole => [0, found.totals.offset],
+            _ if found.total_bytes == 0 => [0, self.total_bytes],
+            _ => [0, found.total_bytes],
+        };
+        let same = found.caller_id == self.caller_id
+            && found.mode == self.mode as i16
+            && found.fingerprint.as_deref().is_none_or(|fingerprint| *fingerprint == self.fingerprint)
+            && sizes.contains(&self.total_bytes);
+        if !same {
+            let message = format!(
+                "import \"{}\" was made with other options, of another file or by another user; take a new import_id",
+                self.import_id
+            );
+            return Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
+        }
+        if found.goes_on() && found.columns.is_none() {
+            let message = format!(
+                "import \"{}\" was begun by a version of the service that does not go on with it; take a new import_id",
+                self.import_id
+            );
+            return Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
+        }
+        Ok(())
     }
 }
 
 impl ImportSession {
-    /// Takes the import's lock, and looks whether it was made before.
-    pub async fn open(db: &Db, task: ImportTask) -> Result<Opened> {
-        const LOCK: &str = "-- lock_import\nSELECT pg_try_advisory_lock(hashtextextended($1, 0))";
-        const FIND: &str = "-- find_import
-            SELECT caller_id, mode, finish_time IS NOT NULL, committed_offset, row_count, created_count, rejected_count,
-                error_count
-            FROM imports WHERE id = $1";
+    /// Takes the import's lock, and looks whether it was begun before.
+    pub async fn open(db: &Db, task: Arc<ImportTask>) -> Result<Opened> {
         let conn = db.conn().await?;
         conn.set_discard(true);
-        let id = task.import_id;
-        if !conn.query_one(LOCK, &[&format!("import {id}")]).await?.get::<_, bool>(0) {
-            return Err(Error::Aborted {
-                reason: "IMPORT_RUNNING",
-                message: format!("another stream works on import \"{id}\"; wait until it has ended"),
-            });
+        if !record::lock(&conn, task.import_id).await? {
+            return Err(running(task.import_id));
         }
-        let session = Self { conn, task, users: HashMap::new(), labels: HashMap::new() };
-        let Some(row) = session.conn.query_opt(FIND, &[&id]).await? else {
-            if task.is_one_transaction() {
-                // How long it may wait for its client is the stream's matter.
-                session.conn.enqueue("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")?;
+        let mut session = Self {
+            db: db.clone(),
+            conn,
+            task: Arc::clone(&task),
+            totals: ImportTotals::default(),
+            columns: None,
+            default_assignee_id: None,
+            users: HashMap::new(),
+            labels: HashMap::new(),
+            errors: Vec::new(),
+        };
+        let found = record::find(&session.conn, task.import_id).await?;
+        if let Some(found) = found {
+            task.check_same(&found)?;
+            if matches!(found.state, ImportState::Committed | ImportState::Reverted) {
+                session.close().await;
+                return Ok(Opened::Finished(task.summary(&found.totals, found.state)));
             }
-            return Ok(Opened::Session(Box::new(session)));
-        };
-        let same_file = !row.get::<_, bool>(2) || [0, row.get::<_, i64>(3).cast_unsigned()].contains(&task.total_bytes);
-        if row.get::<_, Uuid>(0) != task.caller_id || row.get::<_, i16>(1) != task.mode as i16 || !same_file {
-            let message = format!(
-                "import \"{id}\" was made with other options, of another file or by another user; take a new import_id"
-            );
-            return Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
+            if found.goes_on() {
+                session.totals = found.totals;
+                session.columns = found.columns.map(|names| Arc::new(Columns::from_names(&names)));
+            }
         }
-        let count = |index: usize| row.get::<_, i64>(index).cast_unsigned();
-        if !row.get::<_, bool>(2) {
-            let message = format!("import \"{id}\" was cut behind byte {}; the rows before it are in", count(3));
-            return Err(Error::precondition("IMPORT_INCOMPLETE", "options.import_id", message));
+        session.find_default_assignee().await?;
+        if !task.validate_only {
+            record::begin(&session.conn, &task, session.columns.is_some()).await?;
         }
-        let totals = ImportTotals {
-            offset: count(3),
-            row_count: count(4),
-            created_count: count(5),
-            rejected_count: count(6),
-            error_count: count(7),
-        };
-        session.close().await;
-        Ok(Opened::Committed(task.summary(&totals, ImportState::Committed)))
+        if task.is_one_transaction() {
+            // How long it may wait for its client is the stream's matter.
+            session.conn.enqueue("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")?;
+        }
+        Ok(Opened::Session(Box::new(session)))
     }
 
-    /// Writes the rows that are good, and answers the first errors of those that are not. `totals` are those before these
-    /// rows, and get their counts. What is committed with the last rows says that the import is finished.
-    pub async fn write(
-        &mut self,
-        rows: &[ImportRow],
-        is_last: bool,
-        totals: &mut ImportTotals,
-    ) -> Result<Vec<RowError>> {
-        let before = *totals;
+    /// What the import has done so far; after [`ImportSession::open`], where it goes on.
+    pub fn totals(&self) -> &ImportTotals {
+        &self.totals
+    }
+
+    /// The file's columns, if the import goes on behind its header.
+    pub fn columns(&self) -> Option<&Arc<Columns>> {
+        self.columns.as_ref()
+    }
+
+    async fn find_default_assignee(&mut self) -> Result<()> {
+        let Some(username) = &self.task.default_assignee else { return Ok(()) };
+        let id = resolve::user_id(&self.conn, username).await?;
+        let unknown =
+            || Error::invalid("options.default_assignee", format!("there is no user \"{}\"", quote(username)));
+        self.default_assignee_id = Some(id.ok_or_else(unknown)?);
+        Ok(())
+    }
+
+    /// Writes the rows that are good, and answers the errors of those that are not, as far as they are among the first
+    /// [`IMPORT_ERRORS_KEPT_MAX`]. What is committed with the last rows says that the import is finished.
+    pub async fn write(&mut self, batch: &Batch) -> Result<Vec<RowError>> {
         for attempt in 1.. {
-            *totals = before;
-            let written = self.try_write(rows, is_last, totals).await;
-            match written {
+            match self.try_write(batch).await {
                 // Somebody took an external id or deleted a label between the look-up and the COPY, or got in the way of it.
                 Err(error) if error.constraint().is_some() || matches!(error, Error::Aborted { .. }) => {
                     if self.task.is_one_transaction() || attempt == BATCH_TRIES_MAX {
@@ -159,45 +243,68 @@ impl ImportSession {
         Err(Error::Internal("a batch was tried without end"))
     }
 
-    async fn try_write(
-        &mut self,
-        rows: &[ImportRow],
-        is_last: bool,
-        totals: &mut ImportTotals,
-    ) -> Result<Vec<RowError>> {
-        if !self.task.is_one_transaction() {
+    async fn try_write(&mut self, batch: &Batch) -> Result<Vec<RowError>> {
+        let task = Arc::clone(&self.task);
+        let columns = batch.columns.clone().ok_or(Error::Internal("a batch has no columns"))?;
+        if !task.is_one_transaction() {
             self.conn.enqueue("BEGIN")?;
         }
-        let (good, errors, error_count) = self.resolve(rows).await?;
-        copy_issues(&self.conn, &self.task, &good).await?;
-        copy_labels(&self.conn, &good).await?;
-        totals.created_count += good.len() as u64;
-        totals.rejected_count += (rows.len() - good.len()) as u64;
-        totals.error_count += error_count;
-        if !self.task.is_one_transaction() {
-            keep_import(&self.conn, &self.task, totals, is_last).await?;
+        let kept = self.totals.error_count.min(IMPORT_ERRORS_KEPT_MAX as u64) as usize;
+        let resolved = self.resolve(&batch.rows, &columns, IMPORT_ERRORS_KEPT_MAX - kept).await?;
+        let updated_count = write::write(&self.conn, &task, &columns, &resolved).await?;
+
+        let bad_rows = batch.rows.len() - resolved.new.len() - resolved.existing.len() - resolved.skipped.len();
+        let mut totals = self.totals;
+        totals.offset = batch.offset;
+        totals.line_number = batch.line_number;
+        totals.row_count += batch.rows.len() as u64 + batch.rejected_count;
+        totals.created_count += resolved.new.len() as u64;
+        totals.updated_count += updated_count;
+        totals.skipped_count += (resolved.skipped.len() + resolved.existing.len()) as u64 - updated_count;
+        totals.rejected_count += bad_rows as u64 + batch.rejected_count;
+        totals.error_count += resolved.error_count + batch.error_count;
+
+        let mut errors = [&batch.errors[..], &resolved.errors].concat();
+        errors.sort_by_key(|error| error.row_number);
+        errors.truncate(IMPORT_ERRORS_KEPT_MAX - kept);
+        if !task.is_one_transaction() {
+            record::keep_errors(&self.conn, task.import_id, kept, &errors).await?;
+            record::keep(&self.conn, &task, &totals, &columns, batch.is_last).await?;
             self.conn.client.batch_execute("COMMIT").await?;
+        } else if !task.validate_only {
+            self.errors.extend_from_slice(&errors);
+            // Whoever looks at the import is told less if this fails, and that is all.
+            let _ = record::show_progress(&self.db, task.import_id, &totals).await;
         }
+        self.totals = totals;
+        self.columns = Some(columns);
         Ok(errors)
     }
 
     /// Commits, or rolls back what must not stay.
-    pub async fn finish(self, totals: &ImportTotals) -> Result<ImportSummary> {
-        let state = if self.task.mode == ImportMode::Atomic && totals.rejected_count > 0 {
+    pub async fn finish(self) -> Result<ImportSummary> {
+        let (task, totals) = (&*self.task, &self.totals);
+        let state = if task.mode == ImportMode::Atomic && totals.rejected_count > 0 {
             ImportState::Rejected
-        } else if self.task.validate_only {
+        } else if task.validate_only {
             ImportState::Validated
         } else {
             ImportState::Committed
         };
-        if self.task.is_one_transaction() {
+        if task.is_one_transaction() {
             if state == ImportState::Committed {
-                keep_import(&self.conn, &self.task, totals, true).await?;
+                let columns = self.columns.as_ref().ok_or(Error::Internal("an import ends without a batch"))?;
+                record::keep(&self.conn, task, totals, columns, true).await?;
             }
             let end = if state == ImportState::Committed { "COMMIT" } else { "ROLLBACK" };
             self.conn.client.batch_execute(end).await?;
+            if state == ImportState::Rejected && !task.validate_only {
+                self.conn.enqueue("BEGIN")?;
+                record::reject(&self.conn, task.import_id, totals, &self.errors).await?;
+                self.conn.client.batch_execute("COMMIT").await?;
+            }
         }
-        let summary = self.task.summary(totals, state);
+        let summary = task.summary(totals, state);
         // It is committed, whatever happens to the connection now.
         self.close().await;
         Ok(summary)
@@ -209,249 +316,11 @@ impl ImportSession {
             self.conn.set_discard(false);
         }
     }
-
-    /// Looks up what the rows refer to: those that can go in, with ids for names, and of the others the
-    /// first errors and how many there are.
-    async fn resolve<'a>(&mut self, rows: &'a [ImportRow]) -> Result<(Vec<ResolvedRow<'a>>, Vec<RowError>, u64)> {
-        const USERS: &str = "-- import_users
-            SELECT n.name, u.id FROM unnest($1::text[]) AS n (name) JOIN users u ON lower(u.username) = lower(n.name)";
-        const LABELS: &str = "-- import_labels
-            SELECT n.name, l.id FROM unnest($1::text[]) AS n (name) JOIN labels l ON lower(l.name) = lower(n.name)";
-        const EXTERNAL_IDS: &str = "-- import_external_ids
-            SELECT external_id, coalesce(import_id = $2, false) FROM issues WHERE external_id = ANY($1)";
-
-        let usernames: HashSet<&str> = rows.iter().filter_map(|row| row.assignee.as_deref()).collect();
-        look_up(&self.conn, USERS, &mut self.users, usernames).await?;
-        let labels: HashSet<&str> = rows.iter().flat_map(|row| row.labels.iter().map(String::as_str)).collect();
-        look_up(&self.conn, LABELS, &mut self.labels, labels).await?;
-        let external_ids: Vec<&str> = rows.iter().filter_map(|row| row.external_id.as_deref()).collect();
-        let mut taken: HashMap<String, RowErrorCode> = HashMap::new();
-        if !external_ids.is_empty() {
-            for row in self.conn.query(EXTERNAL_IDS, &[&external_ids, &self.task.import_id]).await? {
-                let ours: bool = row.get(1);
-                let code = if ours { RowErrorCode::DuplicateExternalId } else { RowErrorCode::ExternalIdTaken };
-                taken.insert(row.get(0), code);
-            }
-        }
-        let now: DateTime<Utc> = self.conn.query_one("-- import_time\nSELECT now()", &[]).await?.get(0);
-        let mut resolver =
-            Resolver { users: &self.users, labels: &self.labels, taken, now, errors: Vec::new(), error_count: 0 };
-        let good = rows.iter().filter_map(|row| resolver.row(row)).collect();
-        Ok((good, resolver.errors, resolver.error_count))
-    }
 }
 
-/// Asks for the names that are not known yet.
-async fn look_up(db: &Conn, sql: &str, known: &mut HashMap<String, Option<Uuid>>, wanted: HashSet<&str>) -> Result<()> {
-    if known.len() + wanted.len() > NAMES_REMEMBERED_MAX {
-        known.clear();
+fn running(import_id: Uuid) -> Error {
+    Error::Aborted {
+        reason: "IMPORT_RUNNING",
+        message: format!("another call works on import \"{import_id}\"; wait until it has ended"),
     }
-    let new: Vec<&str> = wanted.into_iter().filter(|name| !known.contains_key(*name)).collect();
-    if new.is_empty() {
-        return Ok(());
-    }
-    for row in db.query(sql, &[&new]).await? {
-        known.insert(row.get(0), Some(row.get(1)));
-    }
-    for name in new {
-        known.entry(name.to_owned()).or_insert(None);
-    }
-    Ok(())
-}
-
-/// A row whose names are ids.
-struct ResolvedRow<'a> {
-    row: &'a ImportRow,
-    id: Uuid,
-    create_time: DateTime<Utc>,
-    close_time: Option<DateTime<Utc>>,
-    assignee_id: Option<Uuid>,
-    label_ids: Vec<Uuid>,
-}
-
-struct Resolver<'a> {
-    users: &'a HashMap<String, Option<Uuid>>,
-    labels: &'a HashMap<String, Option<Uuid>>,
-    taken: HashMap<String, RowErrorCode>,
-    now: DateTime<Utc>,
-    /// The first [`IMPORT_ERRORS_SENT_MAX`].
-    errors: Vec<RowError>,
-    error_count: u64,
-}
-
-impl Resolver<'_> {
-    fn row<'a>(&mut self, row: &'a ImportRow) -> Option<ResolvedRow<'a>> {
-        let errors_before = self.error_count;
-        let assignee_id = row.assignee.as_deref().and_then(|username| {
-            let id = self.users.get(username).copied().flatten();
-            if id.is_none() {
-                self.error(
-                    row,
-                    "assignee",
-                    username,
-                    RowErrorCode::UnknownAssignee,
-                    "there is no user with this username",
-                );
-            }
-            id
-        });
-        let mut label_ids = Vec::with_capacity(row.labels.len());
-        for name in &row.labels {
-            match self.labels.get(name).copied().flatten() {
-                // Names that only the database takes for the same.
-                Some(id) if label_ids.contains(&id) => {}
-                Some(id) => label_ids.push(id),
-                None => self.error(row, "labels", name, RowErrorCode::UnknownLabel, "there is no label with this name"),
-            }
-        }
-        if let Some(external_id) = &row.external_id {
-            match self.taken.get(external_id).copied() {
-                Some(code @ RowErrorCode::DuplicateExternalId) => {
-                    self.error(row, "external_id", external_id, code, "a row before this one has the same external_id");
-                }
-                Some(code) => self.error(row, "external_id", external_id, code, "another issue has this external_id"),
-                None => {}
-            }
-        }
-        let create_time = row.create_time.unwrap_or(self.now);
-        if let Some(close_time) = row.close_time.filter(|close_time| *close_time < create_time) {
-            let (value, code) =
-                (close_time.to_rfc3339_opts(SecondsFormat::AutoSi, true), RowErrorCode::CloseTimeBeforeCreateTime);
-            self.error(
-                row,
-                "close_time",
-                &value,
-                code,
-                "the issue would be created now, after this; give its create_time",
-            );
-        }
-        if self.error_count > errors_before {
-            return None;
-        }
-        if let Some(external_id) = &row.external_id {
-            self.taken.insert(external_id.clone(), RowErrorCode::DuplicateExternalId);
-        }
-        let closed_now = (row.status == Status::Closed).then(|| self.now.max(create_time));
-        Some(ResolvedRow {
-            row,
-            id: row.create_time.map_or_else(Uuid::now_v7, uuid_at),
-            create_time,
-            close_time: row.close_time.or(closed_now),
-            assignee_id,
-            label_ids,
-        })
-    }
-
-    fn error(&mut self, row: &ImportRow, column: &str, value: &str, code: RowErrorCode, message: &str) {
-        self.error_count += 1;
-        if self.errors.len() >= IMPORT_ERRORS_SENT_MAX {
-            return;
-        }
-        self.errors.push(RowError {
-            row_number: row.row_number,
-            line_number: row.line_number,
-            byte_offset: row.byte_offset,
-            column: column.to_owned(),
-            value: shorten(value.as_bytes()),
-            code,
-            message: message.to_owned(),
-        });
-    }
-}
-
-/// An id that sorts where an issue of this time belongs.
-fn uuid_at(time: DateTime<Utc>) -> Uuid {
-    let seconds = u64::try_from(time.timestamp()).unwrap_or_default();
-    Uuid::new_v7(uuid::Timestamp::from_unix(NoContext, seconds, time.timestamp_subsec_nanos()))
-}
-
-async fn copy_issues(db: &Conn, task: &ImportTask, rows: &[ResolvedRow<'_>]) -> Result<()> {
-    const SQL: &str = "-- copy_issues
-        COPY issues (id, import_id, create_time, update_time, close_time, reporter_id, assignee_id, status, priority, title,
-            description, external_id) FROM STDIN (FORMAT binary)";
-    const TYPES: [Type; 12] = [
-        Type::UUID,
-        Type::UUID,
-        Type::TIMESTAMPTZ,
-        Type::TIMESTAMPTZ,
-        Type::TIMESTAMPTZ,
-        Type::UUID,
-        Type::UUID,
-        Type::INT2,
-        Type::INT2,
-        Type::TEXT,
-        Type::TEXT,
-        Type::TEXT,
-    ];
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &TYPES));
-    for ResolvedRow { row, id, create_time, close_time, assignee_id, .. } in rows {
-        let values: [&(dyn ToSql + Sync); 12] = [
-            id,
-            &task.import_id,
-            create_time,
-            create_time,
-            close_time,
-            &task.caller_id,
-            assignee_id,
-            &(row.status as i16),
-            &(row.priority as i16),
-            &row.title,
-            &row.description,
-            &row.external_id,
-        ];
-        writer.as_mut().write(&values).await?;
-    }
-    written(writer.as_mut().finish().await?, rows.len())
-}
-
-async fn copy_labels(db: &Conn, rows: &[ResolvedRow<'_>]) -> Result<()> {
-    const SQL: &str = "-- copy_issue_labels\nCOPY issue_labels (issue_id, label_id) FROM STDIN (FORMAT binary)";
-    let count: usize = rows.iter().map(|row| row.label_ids.len()).sum();
-    if count == 0 {
-        return Ok(());
-    }
-    let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &[Type::UUID, Type::UUID]));
-    for row in rows {
-        for label_id in &row.label_ids {
-            writer.as_mut().write(&[&row.id, label_id]).await?;
-        }
-    }
-    written(writer.as_mut().finish().await?, count)
-}
-
-fn written(rows: u64, wanted: usize) -> Result<()> {
-    if rows == wanted as u64 { Ok(()) } else { Err(Error::Internal("COPY took another number of rows")) }
-}
-
-/// Keeps how far the import is, in the transaction of the rows.
-async fn keep_import(db: &Conn, task: &ImportTask, totals: &ImportTotals, finished: bool) -> Result<()> {
-    const SQL: &str = "-- keep_import
-        INSERT INTO imports (id, caller_id, mode, committed_offset, row_count, created_count, rejected_count, error_count,
-            finish_time)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $9 THEN now() END)
-        ON CONFLICT (id) DO UPDATE SET committed_offset = excluded.committed_offset, row_count = excluded.row_count,
-            created_count = excluded.created_count, rejected_count = excluded.rejected_count,
-            error_count = excluded.error_count, finish_time = excluded.finish_time";
-    let [offset, rows, created, rejected, errors] =
-        [totals.offset, totals.row_count, totals.created_count, totals.rejected_count, totals.error_count]
-            .map(u64::cast_signed);
-    db.execute(
-        SQL,
-        &[
-            &task.import_id,
-            &task.caller_id,
-            &(task.mode as i16),
-            &offset,
-            &rows,
-            &created,
-            &rejected,
-            &errors,
-            &finished,
-        ],
-    )
-    .await
-    .map(drop)
 }

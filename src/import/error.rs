@@ -65,6 +65,7 @@ pub enum RowErrorCode {
     UnknownLabel,
     DuplicateExternalId,
     ExternalIdTaken,
+    IssueDeleted,
 }
 
 impl HeaderFaultCode {
@@ -105,6 +106,7 @@ impl RowErrorCode {
             Self::UnknownLabel => "UNKNOWN_LABEL",
             Self::DuplicateExternalId => "DUPLICATE_EXTERNAL_ID",
             Self::ExternalIdTaken => "EXTERNAL_ID_TAKEN",
+            Self::IssueDeleted => "ISSUE_DELETED",
         }
     }
 }

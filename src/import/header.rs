@@ -1,10 +1,13 @@
 //! The file's first record: which field is which.
 
+use std::collections::HashSet;
+
 use super::error::{HeaderFault, HeaderFaultCode, shorten};
+use super::format::{Format, column_key};
 use super::reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
 
 /// What a file may say about an issue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Column {
     Title,
     Description,
@@ -45,7 +48,8 @@ impl Column {
         }
     }
 
-    fn from_name(name: &str) -> Option<Self> {
+    /// In any case.
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|column| column.name().eq_ignore_ascii_case(name))
     }
 }
@@ -60,14 +64,24 @@ pub struct Columns {
 
 impl Columns {
     /// Reads the header, or returns everything that is wrong with it.
-    pub fn parse(header: &Record<'_>) -> Result<Self, Vec<HeaderFault>> {
+    pub fn parse(header: &Record<'_>, format: &Format) -> Result<Self, Vec<HeaderFault>> {
         if let Some(fault) = whole_header_fault(header) {
             return Err(vec![fault]);
         }
         let mut columns = Self { indexes: [None; Column::ALL.len()], field_count: header.field_count };
-        let mut faults: Vec<HeaderFault> =
-            header.fields().enumerate().filter_map(|(index, name)| columns.place(index, name).err()).collect();
-        if columns.index(Column::Title).is_none() {
+        let mut missing: HashSet<&str> = format.column_names.keys().map(String::as_str).collect();
+        let mut faults: Vec<HeaderFault> = header
+            .fields()
+            .enumerate()
+            .filter_map(|(index, name)| columns.place(index, name, format, &mut missing).err())
+            .collect();
+        // In the order of the names, whatever that of the set is.
+        for name in format.column_names.keys().filter(|name| missing.contains(&***name)) {
+            let message =
+                format!("the header has no column \"{}\", which column_names names", shorten(name.as_bytes()));
+            faults.push(fault(name.as_bytes(), HeaderFaultCode::MissingColumn, message));
+        }
+        if columns.index(Column::Title).is_none() && !format.title_optional {
             let message = "the header has no column \"title\", which is required";
             faults.push(fault(Column::Title.name().as_bytes(), HeaderFaultCode::MissingColumn, message.to_owned()));
         }
@@ -77,6 +91,23 @@ impl Columns {
             faults.push(fault(b"", HeaderFaultCode::TooManyColumns, message));
         }
         if faults.is_empty() { Ok(columns) } else { Err(faults) }
+    }
+
+    /// Our name of each of the file's columns, empty for those that are left out.
+    pub fn names(&self) -> Vec<&'static str> {
+        let mut names = vec![""; self.field_count];
+        for column in Column::ALL {
+            if let Some(name) = self.index(column).and_then(|index| names.get_mut(index)) {
+                *name = column.name();
+            }
+        }
+        names
+    }
+
+    /// What [`names`](Self::names) was made of.
+    pub fn from_names(names: &[String]) -> Self {
+        let index = |column: Column| names.iter().position(|name| name == column.name());
+        Self { indexes: Column::ALL.map(index), field_count: names.len() }
     }
 
     /// The column's place among a row's fields; `None` if the file doesn't have it.
@@ -89,20 +120,40 @@ impl Columns {
         self.field_count
     }
 
-    fn place(&mut self, index: usize, raw: &[u8]) -> Result<(), HeaderFault> {
+    /// Takes the name of a field, off those that are still missing too.
+    fn place(
+        &mut self,
+        index: usize,
+        raw: &[u8],
+        format: &Format,
+        missing: &mut HashSet<&str>,
+    ) -> Result<(), HeaderFault> {
         let shown = shorten(raw);
         let name = std::str::from_utf8(raw).map_err(|_| {
             let message = format!("the file is not UTF-8 (column \"{shown}\"): save it as UTF-8");
             fault(raw, HeaderFaultCode::InvalidUtf8, message)
         })?;
         let name = name.trim();
-        if name.is_empty() {
-            let message =
-                format!("column {} has no name: name it or remove it, in every row (a trailing comma?)", index + 1);
-            return Err(fault(raw, HeaderFaultCode::EmptyColumnName, message));
-        }
-        let Some(column) = Column::from_name(name) else {
-            return Err(fault(name.as_bytes(), HeaderFaultCode::UnknownColumn, unknown_column_message(name)));
+        let key = column_key(name);
+        missing.remove(&*key);
+        let column = match format.column_names.get(&key) {
+            Some(Some(column)) => *column,
+            Some(None) => return Ok(()),
+            None => match Column::from_name(name) {
+                Some(column) => column,
+                None if format.ignore_unknown_columns => return Ok(()),
+                None if name.is_empty() => {
+                    let message = format!(
+                        "column {} has no name: name it or remove it, in every row (a trailing comma?)",
+                        index + 1
+                    );
+                    return Err(fault(raw, HeaderFaultCode::EmptyColumnName, message));
+                }
+                None => {
+                    let message = unknown_column_message(name, format.separator);
+                    return Err(fault(name.as_bytes(), HeaderFaultCode::UnknownColumn, message));
+                }
+            },
         };
         match self.indexes[column as usize].replace(index) {
             None => Ok(()),
@@ -138,10 +189,13 @@ fn whole_header_fault(header: &Record<'_>) -> Option<HeaderFault> {
     None
 }
 
-fn unknown_column_message(name: &str) -> String {
+fn unknown_column_message(name: &str, separator: u8) -> String {
     let known = Column::ALL.map(Column::name).join(", ");
     // Spreadsheets write semicolons where the comma is the decimal separator, and tabs when asked for "text".
-    let hint = if name.contains([';', '\t']) { "; fields are separated by commas" } else { "" };
+    let hint = match separator {
+        b',' if name.contains([';', '\t']) => "; fields are separated by commas",
+        _ => "",
+    };
     format!("unknown column \"{}\": the columns are {known}{hint}", shorten(name.as_bytes()))
 }
 
@@ -155,14 +209,22 @@ mod tests {
     use super::*;
 
     fn parse(header: &[u8]) -> Result<Columns, Vec<HeaderFault>> {
+        parse_as(header, &Format::default())
+    }
+
+    fn parse_as(header: &[u8], format: &Format) -> Result<Columns, Vec<HeaderFault>> {
         let mut reader = RecordReader::new();
         let mut input = header;
         assert!(reader.read(&mut input).is_none(), "the header of a test has no line end");
-        Columns::parse(&reader.finish().expect("the header of a test is not empty"))
+        Columns::parse(&reader.finish().expect("the header of a test is not empty"), format)
     }
 
     fn faults(header: &[u8]) -> Vec<(String, &'static str)> {
-        let faults = parse(header).expect_err("the header has a fault");
+        faults_as(header, &Format::default())
+    }
+
+    fn faults_as(header: &[u8], format: &Format) -> Vec<(String, &'static str)> {
+        let faults = parse_as(header, format).expect_err("the header has a fault");
         faults.into_iter().map(|fault| (fault.column, fault.code.as_str())).collect()
     }
 
@@ -255,5 +317,54 @@ mod tests {
         let found = faults(&b"x,".repeat(100_000));
         assert_eq!(found.len(), IMPORT_COLUMNS_MAX + 2);
         assert_eq!(found.last(), Some(&("".into(), "TOO_MANY_COLUMNS")));
+    }
+    /// The file's names to ours; empty is none.
+    fn naming(names: &[(&str, &str)]) -> Format {
+        let names = names.iter().map(|(name, ours)| (column_key(name), Column::from_name(ours)));
+        Format { column_names: names.collect(), ..Format::default() }
+    }
+
+    #[test]
+    fn names_of_the_file_stand_for_ours_and_before_them() {
+        let format = naming(&[(" SUMMARY", "title"), ("Status", "priority"), ("title", "")]);
+        let columns = parse_as(b"summary , STATUS,title", &format).unwrap();
+        assert_eq!(columns.names(), ["title", "priority", ""]);
+    }
+
+    #[test]
+    fn a_name_that_the_file_does_not_have_is_missing() {
+        let format = naming(&[("Summary", "title"), ("Estimate", "")]);
+        assert_eq!(
+            faults_as(b"status", &format),
+            [
+                ("estimate".into(), "MISSING_COLUMN"),
+                ("summary".into(), "MISSING_COLUMN"),
+                ("title".into(), "MISSING_COLUMN")
+            ]
+        );
+    }
+
+    #[test]
+    fn a_column_under_its_own_and_another_name_is_there_twice() {
+        let format = naming(&[("Summary", "title")]);
+        assert_eq!(faults_as(b"title,Summary", &format), [("Summary".into(), "DUPLICATE_COLUMN")]);
+    }
+
+    #[test]
+    fn columns_without_a_name_of_ours_are_left_out_if_that_is_wanted() {
+        let format = Format { ignore_unknown_columns: true, ..Format::default() };
+        assert_eq!(parse_as(b"colour,title,,colour,", &format).unwrap().names(), ["", "title", "", "", ""]);
+        assert_eq!(faults_as(b"title,caf\xE9", &format), [("caf\\xE9".into(), "INVALID_UTF8")]);
+        assert_eq!(faults_as(b"title,title", &format), [("title".into(), "DUPLICATE_COLUMN")]);
+    }
+
+    #[test]
+    fn columns_are_what_their_names_say() {
+        for header in [b"title,status,labels".as_slice(), b"description,x,close_time,title,"] {
+            let format = Format { ignore_unknown_columns: true, ..Format::default() };
+            let columns = parse_as(header, &format).unwrap();
+            let names: Vec<String> = columns.names().into_iter().map(str::to_owned).collect();
+            assert_eq!(Columns::from_names(&names), columns);
+        }
     }
 }

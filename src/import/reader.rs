@@ -99,15 +99,18 @@ impl RecordReader {
         Self::starting_at(0, 0, 1)
     }
 
+    /// With another character between fields than a comma: an ASCII one that is not a quote or a line end. To be said before
+    /// anything is read.
+    pub fn separated_by(mut self, separator: u8) -> Self {
+        self.core = new_core(separator);
+        self
+    }
+
     /// Starts in the middle of a file, between two records: at a record's `byte_offset` with its row and line number, or
     /// at its `end_offset` with the number of the row after it and its `end_line_number`.
     pub fn starting_at(byte_offset: u64, row_number: u64, line_number: u64) -> Self {
-        let mut core = csv_core::Reader::new();
-        // csv-core takes a byte-order mark out of its first input if it is whole there. That would depend on the cut
-        // (and be wrong in the middle of a file), so its first input is this one, which it has no room to read.
-        core.read_record(b"-", &mut [], &mut []);
         Self {
-            core,
+            core: new_core(b','),
             mark_bytes: (byte_offset == 0).then_some(0),
             parsed_offset: byte_offset,
             lines: LineCounter { line_number, after_cr: false },
@@ -268,6 +271,14 @@ impl RecordReader {
             ends: &self.ends[..self.field_count.min(IMPORT_COLUMNS_MAX)],
         }
     }
+}
+
+fn new_core(separator: u8) -> csv_core::Reader {
+    let mut core = csv_core::ReaderBuilder::new().delimiter(separator).build();
+    // csv-core takes a byte-order mark out of its first input if it is whole there. That would depend on the cut (and be
+    // wrong in the middle of a file), so its first input is this one, which it has no room to read.
+    core.read_record(b"-", &mut [], &mut []);
+    core
 }
 
 impl Default for RecordReader {

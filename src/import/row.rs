@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use chrono::{DateTime, Datelike, Utc};
 
 use super::error::{RowError, RowErrorCode, shorten};
+use super::format::Format;
 use super::header::{Column, Columns};
 use super::reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
 use crate::pb::{Priority, Status};
@@ -29,11 +30,13 @@ pub struct ImportRow {
     pub line_number: u64,
     /// Where in the file the row begins.
     pub byte_offset: u64,
+    /// Empty only if the file has no such column.
     pub title: String,
     pub description: String,
     /// `Unspecified` = none.
     pub priority: Priority,
-    pub status: Status,
+    /// None: the field is empty, or the file has no such column.
+    pub status: Option<Status>,
     /// A username as written.
     pub assignee: Option<String>,
     /// Names as written, none twice whatever their case.
@@ -41,14 +44,14 @@ pub struct ImportRow {
     pub external_id: Option<String>,
     /// At microseconds.
     pub create_time: Option<DateTime<Utc>>,
-    /// At microseconds. Given only with status `Closed`, and never before `create_time`.
+    /// At microseconds. Given only where the issue, if it is a new one, is `Closed`, and never before `create_time`.
     pub close_time: Option<DateTime<Utc>>,
 }
 
 /// Makes a record a row, or returns all of its errors, in the order of [`Column::ALL`]. A record that isn't cut into the
 /// header's fields has that one error, since its values would be taken for those of other columns.
-pub fn parse_row(columns: &Columns, record: &Record<'_>) -> Result<ImportRow, Vec<RowError>> {
-    let mut fields = Fields { columns, record, errors: Vec::new() };
+pub fn parse_row(format: &Format, columns: &Columns, record: &Record<'_>) -> Result<ImportRow, Vec<RowError>> {
+    let mut fields = Fields { format, columns, record, errors: Vec::new() };
     if !fields.match_header() {
         return Err(fields.errors);
     }
@@ -62,6 +65,7 @@ pub fn parse_row(columns: &Columns, record: &Record<'_>) -> Result<ImportRow, Ve
     let create_time = fields.time(Column::CreateTime);
     let close_time = fields.time(Column::CloseTime);
     if let Some(close_time) = close_time {
+        let status = status.map(|status| status.unwrap_or(format.default_status));
         fields.check_close_time(close_time, status, create_time);
     }
     match (status, fields.errors) {
@@ -85,6 +89,7 @@ pub fn parse_row(columns: &Columns, record: &Record<'_>) -> Result<ImportRow, Ve
 
 /// One record on its way to a row. Each method takes a column's value and notes what is wrong with it.
 struct Fields<'a> {
+    format: &'a Format,
     columns: &'a Columns,
     record: &'a Record<'a>,
     errors: Vec<RowError>,
@@ -108,9 +113,10 @@ impl<'a> Fields<'a> {
                 (b"".as_slice(), RowErrorCode::RecordTooLong, message)
             }
             None if found != wanted => {
+                let separator = if self.format.separator == b',' { "comma" } else { "separator" };
                 let message = format!(
-                    "the row has {found} fields where the header has {wanted}: a value with a comma, a quote or a line \
-                     end in it needs quotes around it"
+                    "the row has {found} fields where the header has {wanted}: a value with a {separator}, a quote or a \
+                     line end in it needs quotes around it"
                 );
                 (b"".as_slice(), RowErrorCode::WrongFieldCount, message)
             }
@@ -120,8 +126,11 @@ impl<'a> Fields<'a> {
         false
     }
 
-    /// Empty unless valid; a row without a title has an error.
+    /// Empty unless valid; a row without a title has an error, unless the whole file is without.
     fn title(&mut self) -> String {
+        if self.columns.index(Column::Title).is_none() {
+            return String::new();
+        }
         let title = self.bounded(Column::Title, TITLE_CHARS_MAX);
         if title.is_some_and(|title| title.trim().is_empty()) {
             self.refuse(Column::Title, title.unwrap_or_default(), RowErrorCode::Required, "is required");
@@ -139,14 +148,22 @@ impl<'a> Fields<'a> {
     }
 
     /// `None` if there is an error, so that the close time isn't held against a status that is not known.
-    fn status(&mut self) -> Option<Status> {
+    fn status(&mut self) -> Option<Option<Status>> {
         let text = self.text(Column::Status)?.trim();
+        if text.is_empty() {
+            return Some(None);
+        }
         let status = status_from_name(text);
         if status.is_none() {
-            let expected = "is not one of open, in_progress, closed (or empty for open)";
-            self.refuse(Column::Status, text, RowErrorCode::InvalidStatus, expected);
+            let default = match self.format.default_status {
+                Status::InProgress => "in_progress",
+                Status::Closed => "closed",
+                Status::Open | Status::Unspecified => "open",
+            };
+            let expected = format!("is not one of open, in_progress, closed (or empty for {default})");
+            self.refuse(Column::Status, text, RowErrorCode::InvalidStatus, &expected);
         }
-        status
+        status.map(Some)
     }
 
     fn assignee(&mut self) -> Option<String> {
@@ -159,7 +176,7 @@ impl<'a> Fields<'a> {
         let text = self.text(Column::Labels).unwrap_or_default();
         let mut seen = HashSet::new();
         let mut labels = Vec::new();
-        for name in text.split(';').map(str::trim).filter(|name| !name.is_empty()) {
+        for name in text.split(char::from(self.format.label_separator)).map(str::trim).filter(|name| !name.is_empty()) {
             if !seen.insert(name.to_lowercase()) {
                 continue;
             }
@@ -290,11 +307,10 @@ fn priority_from_name(text: &str) -> Option<Priority> {
     .filter(|_| text.is_empty() == name.is_empty())
 }
 
-/// Empty is `Open`. No issue has the status `Unspecified`, so that is no name here.
+/// No issue has the status `Unspecified`, so that is no name here.
 fn status_from_name(text: &str) -> Option<Status> {
     let name = without_prefix(text, "STATUS_");
     [
-        ("", Status::Open),
         ("OPEN", Status::Open),
         ("IN_PROGRESS", Status::InProgress),
         ("IN PROGRESS", Status::InProgress),
@@ -303,7 +319,6 @@ fn status_from_name(text: &str) -> Option<Status> {
     ]
     .into_iter()
     .find_map(|(known, status)| known.eq_ignore_ascii_case(name).then_some(status))
-    .filter(|_| text.is_empty() == name.is_empty())
 }
 
 /// `prefix` is ASCII, in any case.

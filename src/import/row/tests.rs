@@ -6,11 +6,12 @@ fn parse_bytes(header: &str, row: &[u8]) -> Result<ImportRow, Vec<RowError>> {
     let file = [header.as_bytes(), b"\n", row].concat();
     let mut input = file.as_slice();
     let mut reader = RecordReader::new();
-    let columns = Columns::parse(&reader.read(&mut input).unwrap()).unwrap();
+    let format = Format::default();
+    let columns = Columns::parse(&reader.read(&mut input).unwrap(), &format).unwrap();
     if let Some(record) = reader.read(&mut input) {
-        return parse_row(&columns, &record);
+        return parse_row(&format, &columns, &record);
     }
-    parse_row(&columns, &reader.finish().unwrap())
+    parse_row(&format, &columns, &reader.finish().unwrap())
 }
 
 fn parse(header: &str, row: &str) -> Result<ImportRow, Vec<RowError>> {
@@ -52,7 +53,7 @@ fn a_full_row_is_read() {
             title: "Fix it, \"now\"".into(),
             description: "two\r\nlines".into(),
             priority: Priority::High,
-            status: Status::Closed,
+            status: Some(Status::Closed),
             assignee: Some("ada".into()),
             labels: vec!["bug".into(), "UI".into()],
             external_id: Some("J-1".into()),
@@ -66,7 +67,7 @@ fn a_full_row_is_read() {
 fn columns_that_are_absent_or_empty_have_their_defaults() {
     for (header, row) in [("title", "t"), (FULL_HEADER, "t,,,,,,,,"), (FULL_HEADER, "t,, , , , ; ;, , , ")] {
         let row = parse(header, row).unwrap();
-        assert_eq!((row.description.as_str(), row.priority, row.status), ("", Priority::Unspecified, Status::Open));
+        assert_eq!((row.description.as_str(), row.priority, row.status), ("", Priority::Unspecified, None));
         assert_eq!((row.assignee, row.labels, row.external_id), (None, vec![], None));
         assert_eq!((row.create_time, row.close_time), (None, None));
     }
@@ -187,9 +188,13 @@ fn values_in_errors_are_shortened() {
 #[test]
 fn status_names_are_read_in_any_case_with_or_without_prefix() {
     for (names, status) in [
-        (["", " ", "open", "OPEN", " Status_Open "], Status::Open),
-        (["in_progress", "In Progress", "in-progress", "STATUS_IN_PROGRESS", "status_in progress"], Status::InProgress),
-        (["closed", "Closed", "CLOSED", "STATUS_CLOSED", "status_closed\t"], Status::Closed),
+        (["", " ", "\t", "  ", "\n"], None),
+        (["open", "OPEN", "Open", "STATUS_OPEN", " Status_Open "], Some(Status::Open)),
+        (
+            ["in_progress", "In Progress", "in-progress", "STATUS_IN_PROGRESS", "status_in progress"],
+            Some(Status::InProgress),
+        ),
+        (["closed", "Closed", "CLOSED", "STATUS_CLOSED", "status_closed\t"], Some(Status::Closed)),
     ] {
         for name in names {
             assert_eq!(with(Column::Status, name).unwrap().status, status, "{name}");
