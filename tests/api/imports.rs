@@ -1,14 +1,21 @@
 //! `ImportService`: what a file becomes.
 
 mod cuts;
+mod existing;
+mod mapping;
+mod records;
+mod resume;
+mod revert;
 mod rows;
+mod storms;
 mod stream;
 
 use std::collections::BTreeMap;
 
 use issue_tracker::pb::{
-    GetIssueRequest, ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportMode, ImportOptions, ImportProgress,
-    ImportRowError, ImportState, ImportSummary, Issue, ListIssuesRequest, Priority, Role, Status as IssueStatus,
+    GetImportRequest, GetIssueRequest, ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportMode,
+    ImportOptions, ImportProgress, ImportRowError, ImportState, ImportSummary, Issue, ListImportErrorsRequest,
+    ListIssuesRequest, OnExisting, Priority, RevertImportRequest, RevertImportResponse, Role, Status as IssueStatus,
     import_issues_request, import_issues_response::Message,
 };
 use tokio::sync::mpsc;
@@ -46,6 +53,22 @@ impl Import {
         self
     }
 
+    fn update(mut self) -> Self {
+        self.options.on_existing = OnExisting::Update.into();
+        self
+    }
+
+    fn skip_existing(mut self) -> Self {
+        self.options.on_existing = OnExisting::Skip.into();
+        self
+    }
+
+    /// With other options.
+    fn with(mut self, change: impl FnOnce(&mut ImportOptions)) -> Self {
+        change(&mut self.options);
+        self
+    }
+
     fn id(mut self, id: Uuid) -> Self {
         self.options.import_id = id.to_string();
         self
@@ -80,6 +103,12 @@ impl Answer {
     fn counts(&self) -> (ImportState, i64, i64, i64, i64) {
         let summary = &self.summary;
         (summary.state(), summary.row_count, summary.created_count, summary.rejected_count, summary.error_count)
+    }
+
+    /// Created, updated, skipped, rejected.
+    fn outcome(&self) -> (i64, i64, i64, i64) {
+        let summary = &self.summary;
+        (summary.created_count, summary.updated_count, summary.skipped_count, summary.rejected_count)
     }
 
     fn codes(&self) -> Vec<(i64, &str)> {
@@ -122,6 +151,7 @@ async fn read(mut answers: Streaming<ImportIssuesResponse>) -> Result<Answer, St
 
 /// An import that the test sends piece by piece; half-closed by dropping `requests`.
 struct Open {
+    first: ImportProgress,
     requests: mpsc::Sender<ImportIssuesRequest>,
     answers: Streaming<ImportIssuesResponse>,
 }
@@ -133,11 +163,67 @@ async fn open(client: &Client, opts: ImportOptions) -> Open {
     let answers = client.imports().import_issues(ReceiverStream::new(stream)).await.unwrap();
     let mut answers = answers.into_inner();
     let first = answers.message().await.unwrap().unwrap();
-    assert!(matches!(first.message, Some(Message::Progress(_))), "{first:?}");
-    Open { requests, answers }
+    let Some(Message::Progress(first)) = first.message else { panic!("{first:?}") };
+    Open { first, requests, answers }
+}
+
+/// Opens the import's stream once more, and sends what is missing.
+async fn go_on(client: &Client, import: &Import) -> Result<Answer, Status> {
+    let open = open(client, import.options.clone()).await;
+    let offset = open.first.committed_offset;
+    for (nth, piece) in import.file[offset as usize..].chunks(1024 * 1024).enumerate() {
+        open.send(chunk(offset + (nth * 1024 * 1024) as i64, piece)).await;
+    }
+    open.finish().await
+}
+
+async fn get_import(client: &Client, id: &str) -> Result<issue_tracker::pb::Import, Status> {
+    Ok(client.imports().get_import(GetImportRequest { id: id.to_owned() }).await?.into_inner())
+}
+
+/// All errors that are kept of an import, page by page.
+async fn kept_errors(client: &Client, import_id: &str) -> Vec<ImportRowError> {
+    let mut errors = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = ListImportErrorsRequest { import_id: import_id.to_owned(), page_size: 1_000, page_token };
+        let page = client.imports().list_import_errors(request).await.unwrap().into_inner();
+        errors.extend(page.errors);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return errors;
+        }
+    }
+}
+
+async fn revert(client: &Client, import_id: &str, force: bool) -> Result<RevertImportResponse, Status> {
+    let request = RevertImportRequest { import_id: import_id.to_owned(), force, ..Default::default() };
+    Ok(client.imports().revert_import(request).await?.into_inner())
+}
+
+/// All issues as text, without ids and the times that the server has made (those of this year).
+async fn table(tracker: &Tracker) -> Vec<String> {
+    const SQL: &str = "SELECT jsonb_build_array(i.title, i.description, i.status, i.priority, a.username, r.username,
+            i.external_id, i.version, i.reopen_count, i.close_time IS NULL, i.delete_time IS NULL,
+            CASE WHEN i.create_time < '2025-01-01' THEN i.create_time END,
+            CASE WHEN i.close_time < '2025-01-01' THEN i.close_time END,
+            (SELECT array_agg(l.name ORDER BY lower(l.name)) FROM issue_labels il JOIN labels l ON l.id = il.label_id
+                WHERE il.issue_id = i.id),
+            (SELECT jsonb_agg(jsonb_build_array(e.version, e.field,
+                    CASE e.field WHEN 'label' THEN '' ELSE e.old_value END,
+                    CASE e.field WHEN 'label' THEN '' ELSE e.new_value END) ORDER BY e.version, e.field)
+                FROM issue_events e WHERE e.issue_id = i.id AND e.field <> 'assignee_id'))::text
+        FROM issues i JOIN users r ON r.id = i.reporter_id LEFT JOIN users a ON a.id = i.assignee_id ORDER BY 1";
+    tracker.sql(SQL, &[]).await.iter().map(|row| row.get(0)).collect()
 }
 
 impl Open {
+    /// Breaks off: the stream is reset.
+    fn cut(self) {
+        drop(self.answers);
+        drop(self.requests);
+    }
+
     async fn send(&self, message: ImportIssuesRequest) {
         self.requests.send(message).await.unwrap();
     }

@@ -9,9 +9,10 @@ use issue_tracker::{
     pb::{
         AddIssueLabelsRequest, BatchCreateIssuesRequest, BulkUpdateStatusRequest, Comment, CreateCommentRequest,
         CreateIssueRequest, CreateLabelRequest, CreateUserRequest, DeleteCommentRequest, DeleteIssueRequest,
-        DeleteLabelRequest, Issue, Label, LoginRequest, LogoutRequest, RemoveIssueLabelsRequest,
-        ReplaceIssueLabelsRequest, RevokeApiTokenRequest, Role, Status as IssueStatus, UndeleteIssueRequest,
-        UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest, UpdateUserRequest, User,
+        DeleteLabelRequest, ImportChunk, ImportIssuesRequest, ImportOptions, Issue, Label, LoginRequest, LogoutRequest,
+        RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, RevertImportRequest, RevokeApiTokenRequest, Role,
+        Status as IssueStatus, UndeleteIssueRequest, UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest,
+        UpdateUserRequest, User, import_issues_request::Message as ImportMessage,
     },
 };
 use prost::Message;
@@ -188,6 +189,18 @@ async fn user_cases(tracker: &Tracker) -> Vec<Case> {
     ]
 }
 
+async fn import_cases(tracker: &Tracker) -> Vec<Case> {
+    let import_id = new_id();
+    let options = ImportOptions { import_id: import_id.clone(), ..Default::default() };
+    let file = ImportChunk { offset: 0, data: "title\nimported\n".into() };
+    let messages = [ImportMessage::Options(options), ImportMessage::Chunk(file)];
+    let messages = messages.map(|message| ImportIssuesRequest { message: Some(message) });
+    let mut answers = tracker.admin.imports().import_issues(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    while answers.message().await.unwrap().is_some() {}
+    let revert = |force| RevertImportRequest { import_id: import_id.clone(), force, ..Default::default() };
+    vec![case("ImportService/RevertImport", [revert(false), revert(true)])]
+}
+
 /// A case of every mutation that takes a request id, but for the two that end or change the credentials of the call
 /// itself: those of `AuthService`'s own tests.
 async fn all_cases(tracker: &Tracker) -> Vec<(Method, Vec<u8>, Vec<u8>)> {
@@ -195,6 +208,7 @@ async fn all_cases(tracker: &Tracker) -> Vec<(Method, Vec<u8>, Vec<u8>)> {
     cases.extend(comment_cases(tracker).await);
     cases.extend(label_cases(tracker).await);
     cases.extend(user_cases(tracker).await);
+    cases.extend(import_cases(tracker).await);
 
     let mut methods = our_methods();
     methods.retain(|method| method.field("request_id").is_some());
