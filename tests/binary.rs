@@ -1,5 +1,8 @@
 //! The program as people start it: its output, exit codes, signals, and what it leaves on disk and in logs.
 
+#[path = "binary/kills.rs"]
+mod kills;
+
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read, Write},
@@ -370,8 +373,12 @@ struct External {
 
 impl External {
     fn start() -> Self {
+        Self::start_as(Durability::Throwaway)
+    }
+
+    fn start_as(durability: Durability) -> Self {
         let dir = Dir::new();
-        let cluster = Cluster::start(&dir.path("external"), Durability::Throwaway).unwrap();
+        let cluster = Cluster::start(&dir.path("external"), durability).unwrap();
         Self { cluster: Some(cluster), dir }
     }
 

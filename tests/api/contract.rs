@@ -184,7 +184,9 @@ fn expect_message(message: &DescriptorProto, path: &[i32], name: &str, expected:
     for (index, field) in (0..).zip(&message.field) {
         expected.push(([path, &[2, index]].concat(), format!("{name}.{}", field.name())));
     }
-    for (index, nested) in (0..).zip(&message.nested_type) {
+    // Of a map there is nothing to say but what its field says.
+    let is_map = |nested: &DescriptorProto| nested.options.as_ref().is_some_and(|options| options.map_entry());
+    for (index, nested) in (0..).zip(&message.nested_type).filter(|(_, nested)| !is_map(nested)) {
         expect_message(nested, &[path, &[3, index]].concat(), &format!("{name}.{}", nested.name()), expected);
     }
     for (index, nested) in (0..).zip(&message.enum_type) {

@@ -339,7 +339,7 @@ fn assert_faults(file: &[u8], seen: &[Seen]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
     fn any_file_cut_anywhere_gives_the_records_of_the_csv_crate(
@@ -360,6 +360,26 @@ proptest! {
             assert_same_place(&file, ours, position);
         }
         assert_faults(&file, &seen);
+    }
+
+    #[test]
+    fn another_separator_is_to_a_file_what_the_comma_is_to_another(
+        file in prop_oneof![any_file(), nearly_valid_file()],
+        separator in proptest::sample::select(b";\t| -:'\x1f".to_vec()),
+    ) {
+        let swap = |bytes: &[u8]| -> Vec<u8> {
+            let swap = |byte: &u8| match *byte {
+                b',' => separator,
+                byte if byte == separator => b',',
+                byte => byte,
+            };
+            bytes.iter().map(swap).collect()
+        };
+        let mut seen = read_chunks(RecordReader::new().separated_by(separator), swap(&file).chunks(3));
+        for field in seen.iter_mut().flat_map(|record| &mut record.fields) {
+            *field = swap(field);
+        }
+        prop_assert_eq!(seen, read_chunks(RecordReader::new(), [file.as_slice()]));
     }
 
     #[test]

@@ -1,0 +1,160 @@
+//! An import that outlives whatever is killed below it.
+
+use issue_tracker::pb::{
+    ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportMode, ImportOptions, ImportState, ImportSummary,
+    OnExisting, import_issues_request, import_issues_response::Message, import_service_client::ImportServiceClient,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::*;
+
+const SERVICE_KILLS: usize = 20;
+const DATABASE_KILLS: usize = 5;
+const ROWS_PER_KILL: usize = 2_500;
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// An import's stream, behind its first answer.
+struct Stream {
+    committed_offset: usize,
+    requests: tokio::sync::mpsc::Sender<ImportIssuesRequest>,
+    answers: Streaming<ImportIssuesResponse>,
+}
+
+fn request(message: import_issues_request::Message) -> ImportIssuesRequest {
+    ImportIssuesRequest { message: Some(message) }
+}
+
+async fn try_open(service: &Service, token: &str, options: &ImportOptions) -> Result<Stream, tonic::Status> {
+    let (requests, stream) = tokio::sync::mpsc::channel(1_000);
+    requests.send(request(import_issues_request::Message::Options(options.clone()))).await.unwrap();
+    let mut client = ImportServiceClient::new(service.channel());
+    let mut answers = client.import_issues(with_token(token, ReceiverStream::new(stream))).await?.into_inner();
+    match answers.message().await?.unwrap().message {
+        Some(Message::Progress(first)) => {
+            Ok(Stream { committed_offset: first.committed_offset as usize, requests, answers })
+        }
+        other => panic!("not where to go on: {other:?}"),
+    }
+}
+
+/// Tries until it is taken: what was killed takes a moment to be gone, and to be back.
+async fn open(service: &Service, token: &str, options: &ImportOptions) -> Stream {
+    let began = Instant::now();
+    loop {
+        match try_open(service, token, options).await {
+            Ok(stream) => return stream,
+            Err(status) => {
+                assert!([Code::Aborted, Code::Unavailable].contains(&status.code()), "{status:?}");
+                assert!(began.elapsed() < HANG, "{status:?}");
+                tokio::time::sleep(TICK).await;
+            }
+        }
+    }
+}
+
+impl Stream {
+    /// Sends the file up to here.
+    async fn send(&self, file: &[u8], end: usize) {
+        let mut offset = self.committed_offset;
+        while offset < end {
+            let piece = &file[offset..end.min(offset + CHUNK_BYTES)];
+            let chunk = ImportChunk { offset: offset as i64, data: piece.to_vec().into() };
+            // A stream that has failed takes no more.
+            let _ = self.requests.send(request(import_issues_request::Message::Chunk(chunk))).await;
+            offset += piece.len();
+        }
+    }
+
+    async fn finish(mut self) -> ImportSummary {
+        drop(self.requests);
+        loop {
+            if let Some(Message::Summary(summary)) = self.answers.message().await.unwrap().unwrap().message {
+                return summary;
+            }
+        }
+    }
+}
+
+fn file_with_bad_rows(rows: usize) -> Vec<u8> {
+    let row = |n: usize| match n % 50 {
+        0 => format!("issue {n},{n},opne,\r\n"),
+        7 => format!("twice,{},,bug\r\n", n - 3),
+        _ => format!("issue {n},{n},closed,\"bug;\r\nui {}\"\r\n", n % 9),
+    };
+    (1..=rows).fold("title,external_id,status,labels\r\n".to_owned(), |file, n| file + &row(n)).into_bytes()
+}
+
+/// All that an import has made, without ids and times.
+async fn made(external: &External, import_id: &str) -> Vec<String> {
+    const SQL: &str = "SELECT jsonb_build_array(title, external_id, status, version, close_time IS NOT NULL,
+            (SELECT array_agg(l.name ORDER BY l.name) FROM issue_labels il JOIN labels l ON l.id = il.label_id
+                WHERE il.issue_id = i.id))::text FROM issues i
+        UNION ALL SELECT to_jsonb(e)::text FROM (SELECT position, row_number, line_number, byte_offset, value, code
+            FROM import_errors WHERE import_id = $1::text::uuid) e
+        UNION ALL SELECT field || version FROM issue_events
+        ORDER BY 1";
+    external.sql().await.query(SQL, &[&import_id]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_over_none() {
+    let external = External::start_as(Durability::Durable);
+    let url = external.url();
+    create_user(&url, &["--role", "admin", "ada"], SECRET);
+    let start = || Service::start(&external.dir, &["--database-url", &url]);
+    let mut service = start();
+    let token = login(&service, "ada", SECRET).await.unwrap();
+    let kills = SERVICE_KILLS + DATABASE_KILLS;
+    let file = file_with_bad_rows(kills * ROWS_PER_KILL);
+    let options = || ImportOptions {
+        import_id: Uuid::now_v7().to_string(),
+        mode: ImportMode::SkipInvalid.into(),
+        on_existing: OnExisting::Update.into(),
+        total_bytes: file.len() as i64,
+        create_labels: true,
+        ..Default::default()
+    };
+    let clean = options();
+    let stream = open(&service, &token, &clean).await;
+    stream.send(&file, file.len()).await;
+    let clean_summary = stream.finish().await;
+    let clean_rows = made(&external, &clean.import_id).await;
+    assert!(clean_rows.len() > kills * ROWS_PER_KILL - 1_000, "{clean_summary:?}");
+    external
+        .sql()
+        .await
+        .batch_execute("TRUNCATE issues, issue_labels, comments, import_issues, issue_events")
+        .await
+        .unwrap();
+
+    let killed = options();
+    let mut resumed = 0;
+    for kill in 0..kills {
+        let stream = open(&service, &token, &killed).await;
+        resumed += usize::from(stream.committed_offset > 0);
+        stream.send(&file, file.len() * (kill + 1) / (kills + 1)).await;
+        // From at once to when a batch is surely in.
+        tokio::time::sleep(Duration::from_millis((kill as u64 * 37) % 300)).await;
+        if kill % 5 == 4 {
+            let server = external.cluster.as_ref().unwrap().server_pid();
+            signal(server, libc::SIGKILL);
+            wait_until("there is another server", || external.cluster.as_ref().unwrap().server_pid() != server);
+        } else {
+            service.signal(libc::SIGKILL);
+            service.wait();
+            service = start();
+        }
+    }
+    let stream = open(&service, &token, &killed).await;
+    assert!(stream.committed_offset > file.len() / 2 && resumed > kills / 2, "the kills were during the import");
+    stream.send(&file, file.len()).await;
+    let summary = stream.finish().await;
+
+    assert_eq!(summary.state(), ImportState::Committed);
+    assert_eq!(summary, ImportSummary { import_id: killed.import_id.clone(), ..clean_summary });
+    let rows = made(&external, &killed.import_id).await;
+    assert_eq!(rows.len(), clean_rows.len());
+    assert!(rows == clean_rows, "the rows are others");
+    assert_eq!(service.stop().code(), Some(0));
+}
