@@ -361,6 +361,10 @@ proptest! {
         }
         assert_faults(&file, &seen);
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
     fn another_separator_is_to_a_file_what_the_comma_is_to_another(

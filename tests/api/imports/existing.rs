@@ -71,7 +71,8 @@ async fn skip_leaves_existing_issues_as_they_are_even_deleted_ones() {
 #[tokio::test]
 async fn update_changes_the_columns_that_the_file_has_and_no_others() {
     let tracker = Tracker::start().await;
-    let cases: [(&str, &str, fn(&mut Issue, &Tracker)); 6] = [
+    type Change = fn(&mut Issue, &Tracker);
+    let cases: [(&str, &str, Change); 6] = [
         ("title", "other", |issue, _| issue.title = "other".into()),
         ("description", "other", |issue, _| issue.description = "other".into()),
         ("priority", "low", |issue, _| issue.priority = Priority::Low.into()),

@@ -160,8 +160,10 @@ async fn an_atomic_import_begins_at_the_start_again() {
     assert_eq!(issue_count(&tracker).await, 5_010);
 }
 
+type Change = fn(&mut ImportOptions);
+
 /// Each other than what [`import`] has, and the name of what is other.
-fn other_options() -> Vec<(&'static str, fn(&mut ImportOptions))> {
+fn other_options() -> Vec<(&'static str, Change)> {
     vec![
         ("mode", |options| options.mode = ImportMode::Atomic.into()),
         ("on_existing", |options| options.on_existing = OnExisting::Skip.into()),
