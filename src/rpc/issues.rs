@@ -286,7 +286,6 @@ pub(super) fn last_id(id: Option<&str>) -> Option<Vec<u8>> {
 
 fn new_issue(check: &mut Check, caller: &Caller, field: &str, issue: Issue) -> NewIssue {
     let status: Status = check.enumeration(format!("{field}.status"), issue.status);
-    let external_id = check.text(format!("{field}.external_id"), issue.external_id, EXTERNAL_ID_CHARS_MAX);
     NewIssue {
         reporter_id: caller.user_id,
         title: check.required_text(format!("{field}.title"), issue.title, TITLE_CHARS_MAX),
@@ -294,7 +293,7 @@ fn new_issue(check: &mut Check, caller: &Caller, field: &str, issue: Issue) -> N
         status: if status == Status::Unspecified { Status::Open } else { status },
         priority: check.enumeration(format!("{field}.priority"), issue.priority),
         assignee_id: check.optional_uuid(format!("{field}.assignee_id"), &issue.assignee_id),
-        external_id: Some(external_id).filter(|id| !id.is_empty()),
+        external_id: external_id(check, format!("{field}.external_id"), issue.external_id),
         label_ids: check.uuids(&format!("{field}.label_ids"), &issue.label_ids, 0, LABELS_PER_ISSUE_MAX),
     }
 }
@@ -334,8 +333,8 @@ fn issue_change(check: &mut Check, caller: &Caller, request: &UpdateIssueRequest
                 change.assignee_id = Some(check.optional_uuid("issue.assignee_id", &issue.assignee_id));
             }
             "external_id" => {
-                let external_id = issue.external_id.clone();
-                change.external_id = Some(check.text("issue.external_id", external_id, EXTERNAL_ID_CHARS_MAX));
+                let id = external_id(check, "issue.external_id", issue.external_id.clone());
+                change.external_id = Some(id.unwrap_or_default());
             }
             // `UPDATABLE` has no others.
             _ => {}
@@ -380,6 +379,12 @@ fn required_status(check: &mut Check, field: &str, status: i32) -> Status {
         check.fail(field, "must be one of STATUS_OPEN, STATUS_IN_PROGRESS, STATUS_CLOSED");
     }
     check.enumeration(field, status)
+}
+
+/// Empty is none.
+fn external_id(check: &mut Check, field: impl Into<String>, id: String) -> Option<String> {
+    // Of whitespace alone, it would be none in an import of what was exported.
+    if id.is_empty() { None } else { Some(check.required_text(field, id, EXTERNAL_ID_CHARS_MAX)) }
 }
 
 /// Empty is none.

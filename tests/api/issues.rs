@@ -195,6 +195,22 @@ async fn a_taken_external_id_is_refused_even_when_a_deleted_issue_has_it() {
 }
 
 #[tokio::test]
+async fn an_external_id_of_whitespace_alone_is_invalid() {
+    let tracker = Tracker::start().await;
+    for blank in [" ", "\t\n", "\u{a0}"] {
+        let issue = Issue { external_id: blank.to_owned(), ..titled("crash") };
+        assert_invalid(try_create(&tracker.member, issue).await, &["issue.external_id"]);
+    }
+    assert_no_issues(&tracker).await;
+
+    let issue = tracker.member.file("crash").await;
+    let blank = Issue { id: issue.id.clone(), external_id: " ".to_owned(), ..Issue::default() };
+    let update = UpdateIssueRequest { issue: Some(blank), ..Default::default() };
+    assert_invalid(tracker.member.issues().update_issue(update).await, &["issue.external_id"]);
+    assert_eq!(tracker.member.get(&issue.id).await, issue);
+}
+
+#[tokio::test]
 async fn a_title_out_of_bounds_is_invalid() {
     let tracker = Tracker::start().await;
     for title in ["", " ", "\t\r\n", "\u{a0}\u{2003}", "nul\0inside", &"x".repeat(256), &"é".repeat(10_000)] {
