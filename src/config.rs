@@ -118,6 +118,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_IMPORTS", default_value_t = 10, value_name = "N",
         value_parser = value_parser!(u32).range(1..=999))]
     pub imports: u32,
+    /// Exports at once, each of which holds a connection; more are told RESOURCE_EXHAUSTED.
+    #[arg(long, env = "ISSUE_TRACKER_EXPORTS", default_value_t = 4, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=999))]
+    pub exports: u32,
     /// bcrypt's cost for new passwords: each step doubles the time, 12 takes a quarter of a second.
     #[arg(long, env = "ISSUE_TRACKER_BCRYPT_COST", default_value_t = 12, value_name = "COST",
         value_parser = value_parser!(u32).range(4..=31))]
@@ -135,10 +139,12 @@ pub struct Limits {
 impl Limits {
     /// What only makes sense together.
     pub fn check(&self) -> anyhow::Result<()> {
-        if self.imports >= self.pool_connections {
+        if self.imports + self.exports >= self.pool_connections {
             bail!(
-                "--imports {} must be less than --pool-connections {}: each import holds a connection",
+                "--imports {} and --exports {} together must be less than --pool-connections {}: each import and export \
+                 holds a connection",
                 self.imports,
+                self.exports,
                 self.pool_connections
             );
         }
@@ -167,6 +173,7 @@ impl Default for Limits {
             statement_ms: 30_000,
             requests: 1_024,
             imports: 10,
+            exports: 4,
             bcrypt_cost: 12,
             session_hours: 12,
             drain_seconds: 30,

@@ -15,6 +15,7 @@ pub mod rpc;
 pub mod singleflight;
 
 pub mod db;
+pub mod export;
 pub mod filter;
 pub mod import;
 

@@ -2,6 +2,7 @@
 
 mod auth;
 mod comments;
+mod exports;
 mod imports;
 mod issues;
 mod labels;
@@ -34,6 +35,8 @@ pub struct Api {
     pub session_hours: i32,
     /// A permit for each import under way.
     pub imports: Arc<Semaphore>,
+    /// A permit for each export under way.
+    pub exports: Arc<Semaphore>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;

@@ -62,6 +62,7 @@ pub async fn run(
         rounds: Rounds::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
+        exports: Arc::new(Semaphore::new(limits.exports as usize)),
     });
     let (health, health_service) = tonic_health::server::health_reporter();
     let stop = tokio_util::sync::CancellationToken::new();

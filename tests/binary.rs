@@ -327,7 +327,9 @@ fn flags_that_make_no_sense_are_refused_before_anything_starts() {
     let dir = Dir::new();
     for (args, why) in [
         (&["--imports", "5", "--pool-connections", "5"][..], "must be less than --pool-connections"),
+        (&["--imports", "3", "--exports", "2", "--pool-connections", "5"], "must be less than --pool-connections"),
         (&["--imports", "0"], "--imports"),
+        (&["--exports", "0"], "--exports"),
         (&["--pool-connections", "1"], "--pool-connections"),
         (&["--bcrypt-cost", "3"], "--bcrypt-cost"),
         (&["--listen", "localhost"], "--listen"),

@@ -2,9 +2,11 @@
 
 mod change;
 mod create;
+mod export;
 
 pub use change::{Changed, IssueChange, bulk_update, update_many};
 pub use create::{NewIssue, create, explain_create};
+pub use export::ExportSession;
 
 use std::collections::{HashMap, HashSet};
 

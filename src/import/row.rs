@@ -39,7 +39,7 @@ pub struct ImportRow {
     pub status: Option<Status>,
     /// A username as written.
     pub assignee: Option<String>,
-    /// Names as written, none twice whatever their case.
+    /// Names as written, none twice whatever the case of their ASCII letters.
     pub labels: Vec<String>,
     pub external_id: Option<String>,
     /// At microseconds.
@@ -177,7 +177,8 @@ impl<'a> Fields<'a> {
         let mut seen = HashSet::new();
         let mut labels = Vec::new();
         for name in text.split(char::from(self.format.label_separator)).map(str::trim).filter(|name| !name.is_empty()) {
-            if !seen.insert(name.to_lowercase()) {
+            // Whether others are the same is for the database to say, whose lower case is not quite Rust's.
+            if !seen.insert(name.to_ascii_lowercase()) {
                 continue;
             }
             // Also bounds the errors that one row can have.

@@ -1,9 +1,15 @@
 //! `IssueService`.
 
+use std::sync::Arc;
+
 use tonic::Request;
 use uuid::Uuid;
 
-use super::{Api, Reply, finish, fresh};
+use super::{
+    Api, Reply,
+    exports::{self, ExportStream, ExportTask},
+    finish, fresh,
+};
 use crate::{
     auth::Caller,
     coalesce::Outcome,
@@ -17,9 +23,9 @@ use crate::{
     filter,
     pb::{
         BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, BatchGetIssuesResponse,
-        BulkUpdateStatusRequest, BulkUpdateStatusResponse, CreateIssueRequest, DeleteIssueRequest, GetIssueRequest,
-        Issue, IssueView, ListIssuesRequest, ListIssuesResponse, Priority, Role, Status, UndeleteIssueRequest,
-        UpdateIssueRequest, bulk_update_status_response, issue_service_server::IssueService,
+        BulkUpdateStatusRequest, BulkUpdateStatusResponse, CreateIssueRequest, DeleteIssueRequest, ExportIssuesRequest,
+        GetIssueRequest, Issue, IssueView, ListIssuesRequest, ListIssuesResponse, Priority, Role, Status,
+        UndeleteIssueRequest, UpdateIssueRequest, bulk_update_status_response, issue_service_server::IssueService,
     },
     request::{
         BATCH_ITEMS_MAX, COMMENT_CHARS_MAX, Check, DESCRIPTION_CHARS_MAX, EXTERNAL_ID_CHARS_MAX, LABELS_PER_ISSUE_MAX,
@@ -209,13 +215,6 @@ impl IssueService for Api {
         finish(tx, issue).await
     }
 
-    type ExportIssuesStream =
-        tokio_stream::wrappers::ReceiverStream<std::result::Result<crate::pb::ExportIssuesResponse, tonic::Status>>;
-
-    async fn export_issues(&self, _: Request<crate::pb::ExportIssuesRequest>) -> Reply<Self::ExportIssuesStream> {
-        todo!()
-    }
-
     async fn bulk_update_status(&self, request: Request<BulkUpdateStatusRequest>) -> Reply<BulkUpdateStatusResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
@@ -245,6 +244,22 @@ impl IssueService for Api {
             results: results.into_iter().map(result).collect(),
         };
         finish(tx, reply).await
+    }
+
+    type ExportIssuesStream = ExportStream;
+
+    async fn export_issues(&self, request: Request<ExportIssuesRequest>) -> Reply<ExportStream> {
+        Caller::with_role(&request, Role::Viewer)?;
+        let ExportIssuesRequest { filter, show_deleted, escape_formulas } = request.into_inner();
+        let mut check = Check::default();
+        let filter = check.take("filter", filter::parse(&filter).map_err(|error| error.message));
+        check.done()?;
+
+        let permit = Arc::clone(&self.exports)
+            .try_acquire_owned()
+            .map_err(|_| Error::Exhausted("as many exports as are made at once are under way; try again".to_owned()))?;
+        let task = ExportTask { filter, show_deleted, escape_formulas };
+        Ok(exports::start(self.db.clone(), task, permit).into())
     }
 }
 

@@ -29,6 +29,7 @@ const READ_ONLY: &[&str] = &[
     "IssueService/GetIssue",
     "IssueService/BatchGetIssues",
     "IssueService/ListIssues",
+    "IssueService/ExportIssues",
     "CommentService/ListComments",
     "LabelService/ListLabels",
     "ImportService/GetImport",

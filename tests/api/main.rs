@@ -7,6 +7,7 @@ mod auth;
 mod batches;
 mod comments;
 mod contract;
+mod exports;
 mod faults;
 mod history;
 mod imports;
