@@ -1,4 +1,4 @@
-//! Comparisons that are not a rate of calls: deep pages, bulk changes, imports, fairness.
+//! Comparisons that are not a rate of calls: deep pages, bulk changes, imports, exports, fairness.
 
 use std::{
     fs::File,
@@ -11,8 +11,8 @@ use anyhow::ensure;
 use issue_tracker::{
     db::embedded::Cluster,
     pb::{
-        BulkUpdateStatusRequest, ImportChunk, ImportIssuesRequest, ImportMode, ImportOptions, ImportState,
-        ListIssuesRequest, Status, import_issues_request, import_issues_response,
+        BulkUpdateStatusRequest, ExportIssuesRequest, ImportChunk, ImportIssuesRequest, ImportMode, ImportOptions,
+        ImportState, ListIssuesRequest, Status, import_issues_request, import_issues_response,
         import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
     },
 };
@@ -52,6 +52,7 @@ pub const COMPARISONS: &[Comparison] = &[
         target: "",
         compare: |bench| import(bench, ImportMode::SkipInvalid),
     },
+    Comparison { name: "ExportIssues", target: ">= 0.6", compare: export },
     Comparison { name: "GetIssue p99 during an import / without", target: "<= 5", compare: fairness },
 ];
 
@@ -192,6 +193,47 @@ fn import_memory(bench: &Bench<'_>, rows: u64) -> anyhow::Result<Single> {
     let peak_kib = bench.service.memory_kib("VmHWM")?;
     remove_imported(bench)?;
     Ok(memory(peak_kib.saturating_sub(bench.service.idle_kib)))
+}
+
+/// Rows a second, of all issues, into a file.
+fn export(bench: &Bench<'_>) -> anyhow::Result<Single> {
+    // The same columns, in the fastest way that was found in SQL alone: labels are sorted once, not for each issue.
+    const SELECT: &str = "SELECT i.external_id, i.title, i.description,
+            (ARRAY['', 'low', 'medium', 'high', 'critical'])[i.priority + 1] AS priority,
+            (ARRAY['open', 'in_progress', 'closed'])[i.status] AS status, u.username AS assignee, l.names AS labels,
+            i.create_time, i.close_time
+        FROM issues i LEFT JOIN users u ON u.id = i.assignee_id
+        LEFT JOIN (
+            SELECT issue_id, string_agg(name, ';') AS names
+            FROM (
+                SELECT il.issue_id, l.name FROM issue_labels il
+                JOIN (SELECT id, name, row_number() OVER (ORDER BY lower(name)) AS nth FROM labels) l ON l.id = il.label_id
+                ORDER BY il.issue_id, l.nth
+            ) AS sorted
+            GROUP BY issue_id
+        ) l ON l.issue_id = i.id
+        WHERE i.delete_time IS NULL ORDER BY i.create_time, i.id";
+    let path = bench.dir.join("export.csv");
+    // The command must be one line.
+    let select = SELECT.split_whitespace().collect::<Vec<_>>().join(" ");
+    let copy = format!("\\copy ({select}) TO '{}' WITH (FORMAT csv, HEADER)", path.display());
+    let took = yardstick::psql(bench, &copy)?;
+    let started = Instant::now();
+    let rows = bench.block_on(async |channel| {
+        let mut file = BufWriter::new(File::create(&path)?);
+        let request = bench.request(ExportIssuesRequest::default())?;
+        let mut pieces = IssueServiceClient::new(channel).export_issues(request).await?.into_inner();
+        let mut rows = 0;
+        while let Some(piece) = pieces.message().await? {
+            file.write_all(&piece.data)?;
+            rows = piece.row_count;
+        }
+        file.flush()?;
+        Ok(rows)
+    })?;
+    let rate = rows as f64 / started.elapsed().as_secs_f64();
+    ensure!(rows as u64 >= u64::from(bench.args.issues), "all issues are in the file");
+    Ok(single("rows/s", rows as f64 / took.as_secs_f64(), rate))
 }
 
 /// p99 in milliseconds.
