@@ -19,6 +19,11 @@ pub fn user_id(number: u32) -> Uuid {
     id(0x0180, number)
 }
 
+/// As `LABEL_ID_SQL`.
+pub fn label_id(number: u32) -> Uuid {
+    id(0x0181, number)
+}
+
 /// As `ISSUE_ID_SQL`.
 pub fn issue_id(number: u32) -> Uuid {
     id(0x0190, number)

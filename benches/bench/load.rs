@@ -128,7 +128,8 @@ pub const OPERATIONS: &[Operation] = &[
         name: "ListIssues by status",
         target: ">= 0.7, aim 1.0",
         call: Call::ListIssuesByStatus,
-        script: "SELECT i.id, i.title, i.description, i.status, i.priority, i.assignee_id, i.reporter_id, i.version, i.external_id, i.create_time, i.update_time, i.close_time, i.delete_time, i.reopen_count, (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL), l.ids, l.names, l.descriptions FROM (SELECT i.* FROM issues i WHERE i.delete_time IS NULL AND i.status = :STATUS ORDER BY i.id DESC LIMIT 51) i LEFT JOIN LATERAL (SELECT array_agg(l.id ORDER BY lower(l.name)) AS ids, array_agg(l.name ORDER BY lower(l.name)) AS names, array_agg(l.description ORDER BY lower(l.name)) AS descriptions FROM issue_labels il JOIN labels l ON l.id = il.label_id WHERE il.issue_id = i.id) l ON true ORDER BY i.id DESC;
+        script: "SELECT i.id, i.title, i.description, i.status, i.priority, i.assignee_id, i.reporter_id, i.version, i.external_id, i.create_time, i.update_time, i.close_time, i.delete_time, i.reopen_count, (SELECT count(*)::int4 FROM comments c WHERE c.issue_id = i.id AND c.delete_time IS NULL), ARRAY(SELECT label_id FROM issue_labels il WHERE il.issue_id = i.id) FROM (SELECT i.* FROM issues i WHERE i.delete_time IS NULL AND i.status = :STATUS ORDER BY i.id DESC LIMIT 51) i ORDER BY i.id DESC;
+SELECT id, name, description FROM labels WHERE id = ANY (LABEL_IDS) ORDER BY lower(name);
 ",
         ..CONCURRENT
     },

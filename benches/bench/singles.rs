@@ -12,8 +12,8 @@ use issue_tracker::{
     db::embedded::Cluster,
     pb::{
         BulkUpdateStatusRequest, ExportIssuesRequest, ImportChunk, ImportIssuesRequest, ImportMode, ImportOptions,
-        ImportState, ListIssuesRequest, Status, import_issues_request, import_issues_response,
-        import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
+        ImportState, ImportSummary, ListIssuesRequest, OnExisting, Status, import_issues_request,
+        import_issues_response, import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
     },
 };
 use tonic::{Request, transport::Channel};
@@ -52,6 +52,7 @@ pub const COMPARISONS: &[Comparison] = &[
         target: "",
         compare: |bench| import(bench, ImportMode::SkipInvalid),
     },
+    Comparison { name: "ImportIssues ON_EXISTING_UPDATE", target: "", compare: import_updates },
     Comparison { name: "ExportIssues", target: ">= 0.6", compare: export },
     Comparison { name: "GetIssue p99 during an import / without", target: "<= 5", compare: fairness },
 ];
@@ -167,17 +168,61 @@ fn import(bench: &Bench<'_>, mode: ImportMode) -> anyhow::Result<Single> {
     let took = yardstick::psql(
         bench,
         &format!(
-            "\\copy issues (id, create_time, update_time, close_time, reporter_id, status, priority, title, description) FROM '{}' WITH (FORMAT csv)",
+            "\\copy issues (id, create_time, update_time, close_time, reporter_id, status, priority, title, description, import_id) FROM '{}' WITH (FORMAT csv)",
             copied.display()
         ),
     )?;
     let yardstick = rows as f64 / took.as_secs_f64();
     remove_imported(bench)?;
     let started = Instant::now();
-    send_file(bench, &plain, rows, mode)?;
+    let summary = send_file(bench, &plain, ImportOptions { mode: mode.into(), ..Default::default() })?;
+    ensure!(summary.created_count as u64 == rows, "all rows are in");
     let rate = rows as f64 / started.elapsed().as_secs_f64();
     remove_imported(bench)?;
     Ok(single("rows/s", yardstick, rate))
+}
+
+/// Rows a second of a file that changes the title of each issue. psql does it as well as one can by hand: the file into a
+/// table of its own, the changes and their history from there.
+fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
+    let rows = bench.args.import_rows() / 5;
+    let path = bench.dir.join("update.csv");
+    let write_file = |title: &str| {
+        let mut file = BufWriter::new(File::create(&path)?);
+        writeln!(file, "external_id,title")?;
+        for row in 0..rows {
+            writeln!(file, "benchmark {row},Imported issue {row} {title}")?;
+        }
+        file.flush()
+    };
+    write_file("as it was")?;
+    send_file(bench, &path, ImportOptions::default())?;
+    write_file("as psql has it")?;
+    let copy = format!("\\copy wanted FROM '{}' WITH (FORMAT csv, HEADER)", path.display());
+    let took = yardstick::psql_session(
+        bench,
+        &[
+            "SET session_replication_role = replica",
+            "CREATE TEMP TABLE wanted (external_id text, title text)",
+            &copy,
+            "ANALYZE wanted",
+            "BEGIN",
+            "INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
+             SELECT i.id, i.version + 1, i.reporter_id, 'title', i.title, w.title
+             FROM wanted w JOIN issues i ON i.external_id = w.external_id WHERE i.title <> w.title",
+            "UPDATE issues i SET title = w.title, version = version + 1, update_time = now()
+             FROM wanted w WHERE i.external_id = w.external_id AND i.title <> w.title",
+            "COMMIT",
+        ],
+    )?;
+    write_file("as the service has it")?;
+    let options = ImportOptions { on_existing: OnExisting::Update.into(), ..Default::default() };
+    let started = Instant::now();
+    let summary = send_file(bench, &path, options)?;
+    let rate = rows as f64 / started.elapsed().as_secs_f64();
+    ensure!(summary.updated_count as u64 == rows, "all rows have changed an issue");
+    remove_imported(bench)?;
+    Ok(single("rows/s", rows as f64 / took.as_secs_f64(), rate))
 }
 
 fn idle_memory(bench: &Bench<'_>) -> anyhow::Result<Single> {
@@ -189,7 +234,7 @@ fn import_memory(bench: &Bench<'_>, rows: u64) -> anyhow::Result<Single> {
     let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
     write_files(&plain, &copied, rows)?;
     bench.service.reset_peak_memory()?;
-    send_file(bench, &plain, rows, ImportMode::Atomic)?;
+    send_file(bench, &plain, ImportOptions::default())?;
     let peak_kib = bench.service.memory_kib("VmHWM")?;
     remove_imported(bench)?;
     Ok(memory(peak_kib.saturating_sub(bench.service.idle_kib)))
@@ -245,7 +290,7 @@ fn fairness(bench: &Bench<'_>) -> anyhow::Result<Single> {
     let duration = Duration::from_secs(3);
     let alone = load::run(operation, bench.service, duration)?;
     let import = std::thread::scope(|scope| {
-        let import = scope.spawn(|| send_file(bench, &plain, rows, ImportMode::Atomic));
+        let import = scope.spawn(|| send_file(bench, &plain, ImportOptions::default()));
         // It is under way when the load begins, and the load is over before it ends or soon after.
         std::thread::sleep(Duration::from_millis(300));
         let during = load::run(operation, bench.service, duration);
@@ -262,7 +307,7 @@ fn fairness(bench: &Bench<'_>) -> anyhow::Result<Single> {
 fn write_files(plain: &Path, copied: &Path, rows: u64) -> anyhow::Result<()> {
     let (mut plain, mut copied) = (BufWriter::new(File::create(plain)?), BufWriter::new(File::create(copied)?));
     writeln!(plain, "title,description,priority,status")?;
-    let reporter = crate::dataset::user_id(1);
+    let (reporter, import_id) = (crate::dataset::user_id(1), uuid::Uuid::now_v7());
     for row in 0..rows {
         let description =
             &"how to see it, and what should be seen instead, as far as anybody can tell "[..20 + (row % 50) as usize];
@@ -271,19 +316,18 @@ fn write_files(plain: &Path, copied: &Path, rows: u64) -> anyhow::Result<()> {
         let id = uuid::Uuid::now_v7();
         writeln!(
             copied,
-            "{id},2026-01-01T00:00:00Z,2026-01-01T00:00:00Z,,{reporter},1,{priority},Imported issue {row},\"{description}\""
+            "{id},2026-01-01T00:00:00Z,2026-01-01T00:00:00Z,,{reporter},1,{priority},Imported issue {row},\"{description}\",{import_id}"
         )?;
     }
     plain.flush()?;
     Ok(copied.flush()?)
 }
 
-fn send_file(bench: &Bench<'_>, path: &Path, rows: u64, mode: ImportMode) -> anyhow::Result<()> {
+fn send_file(bench: &Bench<'_>, path: &Path, options: ImportOptions) -> anyhow::Result<ImportSummary> {
     const CHUNK_BYTES: usize = 256 * 1024;
     let file = std::fs::read(path)?;
     bench.block_on(async |channel| {
         let message = |message| ImportIssuesRequest { message: Some(message) };
-        let options = ImportOptions { mode: mode.into(), ..Default::default() };
         let options = message(import_issues_request::Message::Options(options));
         let chunks = (0..file.len().div_ceil(CHUNK_BYTES)).map(move |nth| {
             let start = nth * CHUNK_BYTES;
@@ -295,8 +339,7 @@ fn send_file(bench: &Bench<'_>, path: &Path, rows: u64, mode: ImportMode) -> any
         while let Some(answer) = answers.message().await? {
             if let Some(import_issues_response::Message::Summary(summary)) = answer.message {
                 ensure!(summary.state() == ImportState::Committed, "the import is committed");
-                ensure!(summary.created_count as u64 == rows, "all rows are in");
-                return Ok(());
+                return Ok(summary);
             }
         }
         anyhow::bail!("the import ended without a summary")

@@ -9,14 +9,14 @@ use std::{
 use anyhow::{Context, ensure};
 
 use crate::{
-    dataset::{ISSUE_ID_SQL, USER_ID_SQL},
+    dataset::{ISSUE_ID_SQL, LABELS, USER_ID_SQL, label_id},
     load::Operation,
     report::Outcome,
     singles::Bench,
 };
 
 /// As the service's connections have it.
-const REPORT_OPTIONS: &str = "-c jit=off";
+const PSQL_OPTIONS: &str = "-c jit=off";
 
 /// Runs an operation's script with prepared statements.
 pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
@@ -72,24 +72,35 @@ fn script_text(script: &str, issues: u32) -> String {
         .replace("ISSUE_ID(:n)", &ISSUE_ID_SQL.replace('N', ":n::int"))
         .replace("ISSUE_ID(g)", &ISSUE_ID_SQL.replace('N', "g"))
         .replace("USER_ID(:u)", &USER_ID_SQL.replace('N', ":u::int"))
+        .replace("LABEL_IDS", &label_ids_sql())
         .replace(
             "NEW_ID()",
             "(lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0') || '7000a' || substr(md5(random()::text), 1, 15))::uuid",
         )
 }
 
+/// All labels: a page of issues has each of them.
+fn label_ids_sql() -> String {
+    let ids: Vec<String> = (1..=LABELS).map(|number| label_id(number).to_string()).collect();
+    format!("'{{{}}}'::uuid[]", ids.join(","))
+}
+
 /// How long psql takes for a command, its start included.
 pub fn psql(bench: &Bench<'_>, command: &str) -> anyhow::Result<Duration> {
+    psql_session(bench, &[command])
+}
+
+/// The same of commands one after the other.
+pub fn psql_session(bench: &Bench<'_>, commands: &[&str]) -> anyhow::Result<Duration> {
     let started = Instant::now();
-    output_of(psql_command(bench).args(["-c", command]))?;
+    output_of(psql_command(bench).args(commands.iter().flat_map(|command| ["-c", command])))?;
     Ok(started.elapsed())
 }
 
 /// A query's rows, their columns parted by tabs, and how long each of some executions took on one connection, in milliseconds.
 pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
     let mut psql = psql_command(bench);
-    psql.env("PGOPTIONS", REPORT_OPTIONS).args(["-A", "-t", "-F", "\t"]);
-    psql.args(["-c", query, "-c", "\\o /dev/null", "-c", "\\timing on"]);
+    psql.args(["-A", "-t", "-F", "\t", "-c", query, "-c", "\\o /dev/null", "-c", "\\timing on"]);
     for _ in 0..executions {
         psql.args(["-c", query]);
     }
@@ -107,7 +118,7 @@ pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::
 fn psql_command(bench: &Bench<'_>) -> Command {
     let mut command = Command::new(bench.cluster.bin_dir().join("psql"));
     command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", bench.service.database, "-h"]);
-    command.arg(bench.cluster.socket_dir()).stdin(Stdio::null());
+    command.arg(bench.cluster.socket_dir()).env("PGOPTIONS", PSQL_OPTIONS).stdin(Stdio::null());
     command
 }
 
