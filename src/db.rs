@@ -390,6 +390,20 @@ impl Tx {
         self.open = false;
         Ok(())
     }
+
+    /// The same behind a last statement, without waiting for its answer in between.
+    pub async fn commit_after(mut self, sql: &str, params: Params<'_>) -> Result<()> {
+        // Prepared first: nothing may hold it up when the COMMIT is sent.
+        let statement = self.conn.statement(sql).await?;
+        let client = &self.conn.client;
+        let (written, committed) =
+            tokio::join!(biased; client.execute(&statement, params), client.batch_execute("COMMIT"));
+        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK.
+        written?;
+        committed?;
+        self.open = false;
+        Ok(())
+    }
 }
 
 impl Deref for Tx {

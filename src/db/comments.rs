@@ -46,67 +46,78 @@ pub struct NewComment {
 }
 
 /// Adds comments independently of each other, in one statement. The issue and the parent of each must be there and not
-/// deleted.
+/// deleted; those that are not added are looked at again.
 pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Result<Comment>>> {
     // What is known of them already is not sent back.
     const SQL: &str = "-- create_comments
-        WITH judged AS (
-            SELECT n.*, CASE
-                WHEN i.id IS NULL THEN 'no issue'
-                WHEN i.delete_time IS NOT NULL THEN 'issue deleted'
-                WHEN n.parent_id IS NULL THEN NULL
-                WHEN p.id IS NULL THEN 'no parent'
-                WHEN p.issue_id <> n.issue_id THEN 'parent elsewhere'
-                WHEN p.delete_time IS NOT NULL THEN 'parent deleted'
-            END AS problem
-            FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[]) WITH ORDINALITY
-                AS n (id, issue_id, parent_id, author_id, content, nth)
-            LEFT JOIN issues i ON i.id = n.issue_id LEFT JOIN comments p ON p.id = n.parent_id
-        ), c AS (
-            INSERT INTO comments (id, issue_id, parent_id, author_id, content)
-            SELECT id, issue_id, parent_id, author_id, content FROM judged WHERE problem IS NULL ORDER BY nth
-            RETURNING id, create_time
-        )
-        SELECT n.problem, n.id, u.username, c.create_time
-        FROM judged n JOIN users u ON u.id = n.author_id LEFT JOIN c ON c.id = n.id ORDER BY n.nth";
+        INSERT INTO comments (id, issue_id, parent_id, author_id, content)
+        SELECT n.id, n.issue_id, n.parent_id, n.author_id, n.content
+        FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[]) AS n (id, issue_id, parent_id, author_id, content)
+        WHERE EXISTS (SELECT FROM issues i WHERE i.id = n.issue_id AND i.delete_time IS NULL)
+            AND (n.parent_id IS NULL OR EXISTS (
+                SELECT FROM comments p WHERE p.id = n.parent_id AND p.issue_id = n.issue_id AND p.delete_time IS NULL))
+        RETURNING id, create_time, (SELECT username FROM users u WHERE u.id = author_id)";
     let ids: Vec<Uuid> = comments.iter().map(|_| Uuid::now_v7()).collect();
     let issue_ids: Vec<Uuid> = comments.iter().map(|comment| comment.issue_id).collect();
     let parent_ids: Vec<Option<Uuid>> = comments.iter().map(|comment| comment.parent_id).collect();
     let author_ids: Vec<Uuid> = comments.iter().map(|comment| comment.author_id).collect();
     let contents: Vec<&str> = comments.iter().map(|comment| &*comment.content).collect();
     let rows = db.query(SQL, &[&ids, &issue_ids, &parent_ids, &author_ids, &contents]).await?;
-    Ok(rows.iter().zip(comments).map(|(row, comment)| created(row, comment)).collect())
+    let mut added: HashMap<Uuid, Row> = rows.into_iter().map(|row| (row.get(0), row)).collect();
+    let mut outcomes = Vec::with_capacity(comments.len());
+    for (id, comment) in ids.iter().zip(comments) {
+        outcomes.push(match added.remove(id) {
+            Some(row) => Ok(created(&row, comment)),
+            None => Err(not_created(db, comment).await?),
+        });
+    }
+    Ok(outcomes)
 }
 
-fn created(row: &Row, comment: &NewComment) -> Result<Comment> {
-    let parent = comment.parent_id.unwrap_or_default();
-    match row.get::<_, Option<&str>>(0) {
-        None => {
-            let create_time = Some(timestamp(row.get(3)));
-            Ok(Comment {
-                id: row.get::<_, Uuid>(1).to_string(),
-                issue_id: comment.issue_id.to_string(),
-                parent_id: comment.parent_id.map(|id| id.to_string()).unwrap_or_default(),
-                author_id: comment.author_id.to_string(),
-                author_username: row.get(2),
-                content: comment.content.clone(),
-                create_time,
-                update_time: create_time,
-                delete_time: None,
-            })
+fn created(row: &Row, comment: &NewComment) -> Comment {
+    let create_time = Some(timestamp(row.get(1)));
+    Comment {
+        id: row.get::<_, Uuid>(0).to_string(),
+        issue_id: comment.issue_id.to_string(),
+        parent_id: comment.parent_id.map(|id| id.to_string()).unwrap_or_default(),
+        author_id: comment.author_id.to_string(),
+        author_username: row.get(2),
+        content: comment.content.clone(),
+        create_time,
+        update_time: create_time,
+        delete_time: None,
+    }
+}
+
+/// Why a comment was not added.
+async fn not_created(db: &Conn, comment: &NewComment) -> Result<Error> {
+    const SQL: &str = "-- why_comment_is_not_created
+        SELECT i.id IS NULL, i.delete_time IS NOT NULL, p.id IS NULL, p.issue_id <> n.issue_id, p.delete_time IS NOT NULL
+        FROM (VALUES ($1::uuid, $2::uuid)) AS n (issue_id, parent_id)
+        LEFT JOIN issues i ON i.id = n.issue_id LEFT JOIN comments p ON p.id = n.parent_id";
+    let row = db.query_one(SQL, &[&comment.issue_id, &comment.parent_id]).await?;
+    let is = |index: usize| row.get::<_, Option<bool>>(index).unwrap_or_default();
+    if is(0) {
+        return Ok(Error::not_found("issue", "comment.issue_id", comment.issue_id));
+    }
+    if is(1) {
+        return Ok(issue_deleted("comment.issue_id", comment.issue_id));
+    }
+    Ok(match comment.parent_id {
+        Some(parent) if is(2) => Error::not_found("comment", "comment.parent_id", parent),
+        Some(parent) if is(3) => {
+            Error::invalid("comment.parent_id", format!("comment \"{parent}\" is on another issue"))
         }
-        Some("no issue") => Err(Error::not_found("issue", "comment.issue_id", comment.issue_id)),
-        Some("issue deleted") => Err(issue_deleted("comment.issue_id", comment.issue_id)),
-        Some("no parent") => Err(Error::not_found("comment", "comment.parent_id", parent)),
-        Some("parent elsewhere") => {
-            Err(Error::invalid("comment.parent_id", format!("comment \"{parent}\" is on another issue")))
-        }
-        Some(_) => Err(Error::precondition(
+        Some(parent) if is(4) => Error::precondition(
             "COMMENT_DELETED",
             "comment.parent_id",
             format!("comment \"{parent}\" is deleted and takes no replies"),
-        )),
-    }
+        ),
+        Some(_) | None => Error::Aborted {
+            reason: "CONFLICT",
+            message: "the issue or the parent was changed at this moment; try again".to_owned(),
+        },
+    })
 }
 
 /// Adds the same comment to each of these issues, which the caller has just changed in this transaction.

@@ -82,11 +82,13 @@ impl MutationTx {
         if self.key.validate_only {
             return Ok(());
         }
-        if let Some((request_id, fingerprint)) = self.key.request_id {
-            let kept = KeptReply { caller_id: self.caller_id, request_id, fingerprint, reply: reply() };
-            keep_replies(&tx, &[kept]).await?;
-        }
-        tx.commit().await
+        let kept = self.key.request_id.map(|(request_id, fingerprint)| KeptReply {
+            caller_id: self.caller_id,
+            request_id,
+            fingerprint,
+            reply: reply(),
+        });
+        commit_with_replies(tx, kept.as_slice()).await
     }
 }
 
@@ -129,7 +131,7 @@ pub(super) enum Claim {
 
 /// As [`lock`], for many, and without waiting. Of those with the same id the first may be fresh.
 pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<Claim>> {
-    // What was committed between the statement's snapshot and the lock is not seen: `keep_replies` fails then.
+    // What was committed between the statement's snapshot and the lock is not seen: keeping the reply fails then.
     const SQL: &str = concat!(
         "-- claim_requests
         SELECT n.caller_id, n.request_id FROM unnest($1::uuid[], $2::uuid[]) AS n (caller_id, request_id)
@@ -159,18 +161,20 @@ pub(super) struct KeptReply {
     pub reply: Vec<u8>,
 }
 
-/// Keeps replies in the transaction of their mutations.
-pub(super) async fn keep_replies(db: &Conn, kept: &[KeptReply]) -> Result<()> {
+/// Commits mutations together with their replies.
+pub(super) async fn commit_with_replies(tx: Tx, kept: &[KeptReply]) -> Result<()> {
     const SQL: &str = "-- keep_replies
         INSERT INTO requests (caller_id, request_id, fingerprint, reply)
         SELECT caller_id, request_id, fingerprint, reply
         FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::bytea[]) AS n (caller_id, request_id, fingerprint, reply)";
+    if kept.is_empty() {
+        return tx.commit().await;
+    }
     let caller_ids: Vec<Uuid> = kept.iter().map(|kept| kept.caller_id).collect();
     let request_ids: Vec<Uuid> = kept.iter().map(|kept| kept.request_id).collect();
     let fingerprints: Vec<&[u8]> = kept.iter().map(|kept| &kept.fingerprint[..]).collect();
     let replies: Vec<&[u8]> = kept.iter().map(|kept| &kept.reply[..]).collect();
-    let written = db.execute(SQL, &[&caller_ids, &request_ids, &fingerprints, &replies]).await;
-    written.map(drop).map_err(|error| {
+    tx.commit_after(SQL, &[&caller_ids, &request_ids, &fingerprints, &replies]).await.map_err(|error| {
         error.on_constraint("requests_pkey", || Error::Aborted {
             reason: "CONFLICT",
             message: "another call with the request id was made at this moment; try again".to_owned(),

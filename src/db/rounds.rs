@@ -7,7 +7,7 @@ use super::{
     Conn, Db, Page,
     comments::{self, NewComment},
     issues::{self, IssueChange, IssueList, NewIssue},
-    requests::{Begun, Claim, KeptReply, RequestKey, claim_many, decode_reply, keep_replies},
+    requests::{Begun, Claim, KeptReply, RequestKey, claim_many, commit_with_replies, decode_reply},
 };
 use crate::{
     coalesce::{Bounds, Coalescer, Company, Outcome},
@@ -207,8 +207,7 @@ async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcom
         let made = made?;
         let kept: Vec<KeptReply> =
             keys.iter().zip(&made).filter_map(|(key, outcome)| kept_reply(key, outcome)).collect();
-        keep_replies(&tx, &kept).await?;
-        tx.commit().await?;
+        commit_with_replies(tx, &kept).await?;
         let mut made = made.into_iter();
         let outcome_of = |claim| match claim {
             Claim::Fresh => made.next().unwrap_or(Outcome::Done(Err(Error::Internal("a mutation gave no outcome")))),
