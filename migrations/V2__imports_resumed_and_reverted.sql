@@ -2,6 +2,7 @@
 
 ALTER TABLE imports
     -- As in the protocol: 1 committed, 2 rejected, 4 running (or cut, when nobody holds the import's lock), 6 reverted.
+    -- Null: by a version that did not keep it, while replicas are replaced; then finish_time says it.
     ADD COLUMN state          smallint CONSTRAINT imports_state_known CHECK (state IN (1, 2, 4, 6)),
     -- SHA-256 over the options; null: begun by a version that did not keep it.
     ADD COLUMN fingerprint    bytea    CONSTRAINT imports_fingerprint_length CHECK (length(fingerprint) = 32),
@@ -22,7 +23,6 @@ ALTER TABLE imports
     ADD CONSTRAINT imports_reverted_with_answer CHECK (
         (state = 6) = (num_nonnulls(revert_time, removed_count, restored_count, kept_count, kept_ids) = 5));
 UPDATE imports SET state = CASE WHEN finish_time IS NULL THEN 4 ELSE 1 END;
-ALTER TABLE imports ALTER COLUMN state SET NOT NULL;
 
 -- The first errors of an import's rows, in the order of the file.
 CREATE TABLE import_errors (
@@ -115,3 +115,6 @@ BEGIN
     RETURN NEW;
 END
 $$;
+
+-- A row is written with its reply, at the end of the mutation's transaction: no room has to be left for it.
+ALTER TABLE requests SET (fillfactor = 100);

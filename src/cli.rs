@@ -16,6 +16,7 @@ use std::{
     io::{self, Write},
     pin::pin,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::anyhow;
@@ -32,6 +33,9 @@ const EXIT_REJECTED: u8 = 1;
 /// It did not work; also what clap says of flags that it does not take.
 const EXIT_FAILED: u8 = 2;
 
+/// How long work that was interrupted has to come to a point where it can be left.
+const INTERRUPTED_WORK_MAX: Duration = Duration::from_secs(1);
+
 /// How a piece of work ended.
 enum Ended<T> {
     ByItself(T),
@@ -45,11 +49,21 @@ async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) ->
     let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
         return Ended::ByItself(Err(anyhow!("cannot listen to signals")));
     };
+    let (sender, interrupted) = oneshot::channel();
+    tokio::spawn(async move {
+        let number = tokio::select! {
+            _ = interrupt.recv() => libc::SIGINT,
+            _ = terminate.recv() => libc::SIGTERM,
+        };
+        let _ = sender.send(number);
+        // The work may stand in a write to a pipe that nobody reads.
+        tokio::time::sleep(INTERRUPTED_WORK_MAX).await;
+        end_interrupted(number)
+    });
     let work = pin!(work);
     tokio::select! {
         result = work => Ended::ByItself(result),
-        _ = interrupt.recv() => Ended::Interrupted(libc::SIGINT),
-        _ = terminate.recv() => Ended::Interrupted(libc::SIGTERM),
+        Ok(number) = interrupted => Ended::Interrupted(number),
     }
 }
 
@@ -59,7 +73,7 @@ fn end_interrupted(number: i32) -> ! {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("issue-tracker: {error:#}");
+    tell(&format!("issue-tracker: {error:#}"));
     ExitCode::from(EXIT_FAILED)
 }
 
@@ -73,6 +87,11 @@ async fn in_thread<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> +
 /// Writes a line to standard output. Nobody may be reading it any more; what is being done is done all the same.
 fn print(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
+}
+
+/// As [`print`], to standard error.
+fn tell(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 /// Text from a file or a server without what would steer a terminal.

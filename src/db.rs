@@ -290,6 +290,14 @@ impl Conn {
         self.watch(read).await
     }
 
+    /// Prepares statements, so that they reach the server in the order in which they are polled.
+    pub async fn prepare(&self, statements: &[&str]) -> Result<()> {
+        for sql in statements {
+            self.statement(sql).await?;
+        }
+        Ok(())
+    }
+
     /// A sink for rows in COPY's format.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
@@ -391,7 +399,12 @@ impl Tx {
         Ok(())
     }
 
-    /// The same behind a last statement, without waiting for its answer in between.
+    /// Rolls back what was done, and begins anew.
+    pub fn restart(&self) -> Result<()> {
+        self.conn.enqueue("ROLLBACK; BEGIN")
+    }
+
+    /// Commits behind a last statement, without waiting for its answer in between.
     pub async fn commit_after(mut self, sql: &str, params: Params<'_>) -> Result<()> {
         // Prepared first: nothing may hold it up when the COMMIT is sent.
         let statement = self.conn.statement(sql).await?;

@@ -5,10 +5,11 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     hash::Hash,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
@@ -84,8 +85,15 @@ where
         (self.shared.read)(self.key.clone()).await
     }
 
+    /// As long as one of them waits for it.
     async fn read_for(self, mut callers: Waiting<V>) {
-        let outcome = self.read().await;
+        let outcome = {
+            let mut gone = pin!(join_all(callers.iter_mut().map(oneshot::Sender::closed)));
+            tokio::select! {
+                outcome = self.read() => outcome,
+                _ = &mut gone => return,
+            }
+        };
         let last = callers.pop();
         // A caller that has gone away needs no answer.
         for caller in callers {
@@ -109,10 +117,12 @@ where
         // Without a runtime it ends, and nobody waits any more.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) if !callers.is_empty() => {
+                // A runtime that is ending drops what it is given at once, which comes back to here.
+                drop(flying);
                 let next = Self { shared: Arc::clone(&self.shared), key: self.key.clone() };
                 runtime.spawn(next.read_for(callers));
             }
-            _ => drop(flying.remove(&self.key)),
+            Ok(_) | Err(_) => drop(flying.remove(&self.key)),
         }
     }
 }
@@ -196,6 +206,35 @@ mod tests {
         tokio::time::sleep(READ * 3).await;
         assert_eq!(count.load(Ordering::SeqCst), 1);
         assert!(flights.shared.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shared_read_ends_when_the_last_of_its_callers_goes_away() {
+        let (_, flights) = counting();
+        let first = spawn(&flights, 1);
+        tokio::time::sleep(READ / 2).await;
+        let shared = [spawn(&flights, 1), spawn(&flights, 1)];
+        first.await.unwrap().unwrap();
+        tokio::time::sleep(READ / 2).await;
+        shared.iter().for_each(tokio::task::JoinHandle::abort);
+        tokio::time::sleep(READ / 4).await;
+        assert!(flights.shared.lock().is_empty(), "the read has ended before its time");
+    }
+
+    #[test]
+    fn a_runtime_that_ends_does_not_wait_for_those_who_wait() {
+        let (_, flights) = counting();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (_first, _second) = (spawn(&flights, 1), spawn(&flights, 1));
+            tokio::time::sleep(READ / 10).await;
+        });
+        let (sender, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            drop(runtime);
+            sender.send(()).unwrap();
+        });
+        ended.recv_timeout(READ * 10).expect("the runtime has ended");
     }
 
     #[tokio::test(start_paused = true)]

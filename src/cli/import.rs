@@ -31,7 +31,7 @@ use super::{
     report,
     retries::{Retries, random},
     source::Source,
-    unless_interrupted,
+    tell, unless_interrupted,
 };
 use crate::{
     config::{ImportArgs, ImportModeName},
@@ -58,14 +58,14 @@ pub async fn import(args: ImportArgs) -> ExitCode {
             import.meter.clear();
             let code = fail(&error);
             if let Some(how) = import.how_to_go_on() {
-                eprintln!("{how}");
+                tell(&how);
             }
             code
         }
         Ended::Interrupted(number) => {
             import.meter.clear();
             let how = import.how_to_go_on().unwrap_or_else(|| "nothing was written; run it again".to_owned());
-            eprintln!("interrupted\n{how}");
+            tell(&format!("interrupted\n{how}"));
             end_interrupted(number)
         }
     }
@@ -80,10 +80,13 @@ struct Import {
     errors: RowErrors,
     /// Where the server has said that it goes on after a cut.
     committed_offset: u64,
-    /// Whether the server has begun to work on it.
+    /// Whether the server may have begun to work on it, in this run or one before.
     is_begun: bool,
-    /// Whether the last try has sent the whole file: then the import may be in, whether or not its summary has come.
+    /// Whether the last try that the server has answered, here or in a run before, may have sent the whole file: then
+    /// the import may be in, whether or not its summary has come.
     all_sent: Arc<AtomicBool>,
+    /// Whether the server has answered the present try.
+    is_answered: bool,
     summary: Option<ImportSummary>,
 }
 
@@ -98,8 +101,9 @@ impl Import {
             meter: if args.json { Meter::silent("row") } else { Meter::new("row") },
             errors: RowErrors::default(),
             committed_offset: 0,
-            is_begun: false,
-            all_sent: Arc::default(),
+            is_begun: args.import_id.is_some(),
+            all_sent: Arc::new(AtomicBool::new(args.import_id.is_some())),
+            is_answered: false,
             summary: None,
             args,
         })
@@ -112,16 +116,30 @@ impl Import {
             self.options.total_bytes = i64::try_from(size)?;
             self.meter.expect(size);
         }
+        // Before the import, as it may not be possible.
+        let rejected = match self.args.rejected.clone() {
+            Some(path) => {
+                let to = path.clone();
+                Some((in_thread(move || Output::create(&to)).await?, path))
+            }
+            None => None,
+        };
         let feeder = Feeder::new(source);
+        // A pipe may have been waited for.
+        self.retries = self.new_retries();
         let summary = self.send(&feeder).await?;
         self.summary = Some(summary.clone());
         self.meter.finish();
         self.complete_errors(&summary).await;
         self.report(&summary);
-        if let Some(path) = self.args.rejected.clone() {
-            self.write_rejected(&summary, feeder, &path).await?;
+        if let Some((output, path)) = rejected {
+            self.write_rejected(&summary, feeder, output, &path).await?;
         }
         exit_code(&summary)
+    }
+
+    fn new_retries(&self) -> Retries {
+        Retries::new(self.args.connection.retry_max(), Instant::now())
     }
 
     /// Tries until there is a summary.
@@ -130,9 +148,11 @@ impl Import {
             let (why, wait) = match self.try_once(feeder).await {
                 Ok(summary) => return Ok(summary),
                 Err(Failure::Final(error)) => {
-                    // There is no doubt any more: what was not committed before is not in.
-                    self.all_sent.store(false, Ordering::Relaxed);
-                    self.is_begun = self.committed_offset > 0;
+                    if self.is_answered {
+                        // There is no doubt any more: what was not committed before is not in.
+                        self.all_sent.store(false, Ordering::Relaxed);
+                        self.is_begun = self.committed_offset > 0;
+                    }
                     return Err(error);
                 }
                 Err(Failure::Passing { why, wait }) => (why, wait),
@@ -146,6 +166,7 @@ impl Import {
     }
 
     async fn try_once(&mut self, feeder: &Feeder) -> Result<ImportSummary, Failure> {
+        self.is_answered = false;
         let mut client = ImportServiceClient::new(self.server.connect().await?);
         let (mut feed, requests) = feeder.requests(self.options.clone(), Arc::clone(&self.all_sent));
         let answers = client.import_issues(self.server.request(requests)).await.map_err(|status| failure(&status))?;
@@ -157,6 +178,7 @@ impl Import {
         };
         let offset = u64::try_from(begin.committed_offset).unwrap_or(0);
         self.is_begun = true;
+        self.is_answered = true;
         self.all_sent.store(false, Ordering::Relaxed);
         // What is sent again is told again.
         self.errors.forget_from(offset);
@@ -172,6 +194,8 @@ impl Import {
             let message = tokio::select! {
                 message = next_answer(&mut answers) => message?,
                 error = &mut failed => {
+                    // The server may still be at work on what it has got.
+                    self.is_answered = false;
                     let what = format!("cannot read {}", self.args.file.display());
                     return Err(anyhow::Error::new(error).context(what).into());
                 }
@@ -218,11 +242,22 @@ impl Import {
         if self.errors.list.len() >= wanted || self.options.validate_only {
             return;
         }
-        // What the server does not tell is counted in the report.
-        if let Ok(list) = self.list_errors(wanted).await
-            && list.len() > self.errors.list.len()
-        {
-            self.errors.list = list;
+        let mut retries = self.new_retries();
+        loop {
+            let (why, wait) = match self.list_errors(wanted).await {
+                Ok(list) if list.len() > self.errors.list.len() => {
+                    self.errors.list = list;
+                    return;
+                }
+                Ok(_) => return,
+                // What is not told is counted in the report.
+                Err(Failure::Final(error)) => return self.meter.say(&format!("cannot list the errors: {error:#}")),
+                Err(Failure::Passing { why, wait }) => (why, wait),
+            };
+            let Some(delay) = retries.next_delay(wait, random(), Instant::now()) else {
+                return self.meter.say(&format!("cannot list the errors: {why}"));
+            };
+            tokio::time::sleep(delay).await;
         }
     }
 
@@ -268,10 +303,13 @@ impl Import {
         print(&report::outcome(summary));
     }
 
-    async fn write_rejected(&self, summary: &ImportSummary, feeder: Feeder, path: &Path) -> anyhow::Result<()> {
-        if summary.rejected_count == 0 {
-            return Ok(());
-        }
+    async fn write_rejected(
+        &self,
+        summary: &ImportSummary,
+        feeder: Feeder,
+        mut output: Output,
+        path: &Path,
+    ) -> anyhow::Result<()> {
         let mut offsets: Vec<u64> =
             self.errors.list.iter().filter_map(|error| error.byte_offset.try_into().ok()).collect();
         offsets.sort_unstable();
@@ -279,9 +317,8 @@ impl Import {
         let count = offsets.len();
         let separator = self.options.separator.bytes().next().unwrap_or(b',');
         let source = feeder.into_source().await?;
-        let (to, what) = (path.to_owned(), format!("cannot write {}", path.display()));
+        let what = format!("cannot write {}", path.display());
         in_thread(move || {
-            let mut output = Output::create(&to)?;
             write_rows(source, separator, &offsets, &mut output).context(what)?;
             output.finish()
         })
@@ -289,12 +326,12 @@ impl Import {
         let all = summary.rejected_count;
         let mut line = format!("{} has {count} of {all} rejected rows", path.display());
         if (count as i64) < all {
-            line += ": of the others the server does not tell where they are";
+            line += ": of the others it is not known where they are";
         }
         if summary.state() == ImportState::Rejected {
             line += "; the rest of the file is not in either";
         }
-        eprintln!("{line}");
+        tell(&line);
         Ok(())
     }
 
@@ -306,7 +343,7 @@ impl Import {
         let what = match self.args.mode {
             _ if self.args.validate_only => return None,
             ImportModeName::Atomic if self.all_sent.load(Ordering::Relaxed) => {
-                "everything was sent, and may be in or not; this tells, and imports nothing twice:"
+                "all of it may be in, or nothing; this tells, and imports nothing twice:"
             }
             ImportModeName::SkipInvalid if self.is_begun => {
                 "some rows may be in; this goes on with the rest, and imports nothing twice:"

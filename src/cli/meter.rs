@@ -7,6 +7,8 @@ use std::{
 
 use indicatif::{HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressStyle};
 
+use super::tell;
+
 const LINE_EVERY: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(200);
 
@@ -76,7 +78,8 @@ impl Meter {
             }
             Shown::Lines { last } if last.elapsed() >= LINE_EVERY => {
                 *last = Instant::now();
-                eprintln!("{text}, {}", bytes_text(position.bytes, self.total_bytes, self.began.elapsed(), self.first));
+                let bytes = bytes_text(position.bytes, self.total_bytes, self.began.elapsed(), self.first);
+                tell(&format!("{text}, {bytes}"));
             }
             Shown::Lines { .. } | Shown::Nothing => {}
         }
@@ -85,8 +88,8 @@ impl Meter {
     /// A line that stays, above the bar if there is one.
     pub fn say(&self, line: &str) {
         match &self.shown {
-            Shown::Bar(bar) => bar.suspend(|| eprintln!("{line}")),
-            Shown::Lines { .. } | Shown::Nothing => eprintln!("{line}"),
+            Shown::Bar(bar) => bar.suspend(|| tell(line)),
+            Shown::Lines { .. } | Shown::Nothing => tell(line),
         }
     }
 
@@ -102,7 +105,7 @@ impl Meter {
         self.clear();
         if !matches!(self.shown, Shown::Nothing) {
             let bytes = HumanBytes(self.last.bytes);
-            eprintln!("{}, {bytes} in {}", self.rows_text(), HumanDuration(self.began.elapsed()));
+            tell(&format!("{}, {bytes} in {}", self.rows_text(), HumanDuration(self.began.elapsed())));
         }
     }
 

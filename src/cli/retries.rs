@@ -14,7 +14,7 @@ pub struct Retries {
     offset: Option<u64>,
     /// Tries since there was progress.
     failures: u32,
-    /// Time since there was progress, without that in which work was done again, up to `since`.
+    /// Time since there was progress in which no server had answered, up to `since`.
     waited: Duration,
     since: Instant,
 }
@@ -40,8 +40,10 @@ impl Retries {
     /// The present try has failed: how long to wait before the next, at least `asked`; `None` is to give up. `random` is
     /// between 0 and 1.
     pub fn next_delay(&mut self, asked: Option<Duration>, random: f64, now: Instant) -> Option<Duration> {
-        self.offset = None;
-        self.waited += now.saturating_duration_since(self.since);
+        // A server that has answered is not waited for, however long it takes for the next rows.
+        if self.offset.take().is_none() {
+            self.waited += now.saturating_duration_since(self.since);
+        }
         let left = self.limit.checked_sub(self.waited).filter(|left| !left.is_zero())?;
         let delay = delay(self.failures, random).max(asked.unwrap_or_default()).min(left);
         self.failures = self.failures.saturating_add(1);

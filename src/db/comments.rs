@@ -6,8 +6,9 @@ use chrono::{DateTime, Utc};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds};
+use super::{Conn, Page, PageBounds, rounds::Locked};
 use crate::{
+    coalesce::Outcome,
     error::{Error, Result},
     pb::Comment,
     request::timestamp,
@@ -45,30 +46,49 @@ pub struct NewComment {
     pub content: String,
 }
 
-/// Adds comments independently of each other, in one statement. The issue and the parent of each must be there and not
-/// deleted; those that are not added are looked at again.
-pub async fn create_many(db: &Conn, comments: &[NewComment]) -> Result<Vec<Result<Comment>>> {
-    // What is known of them already is not sent back.
-    const SQL: &str = "-- create_comments
+/// Adds comments. The issue and the parent of each must be there and not deleted.
+macro_rules! create_comments {
+    ($name:literal, $lock:literal) => {
+        concat!(
+            "-- ",
+            $name,
+            "
+        WITH i AS MATERIALIZED (
+            SELECT id FROM issues WHERE id = ANY ($2) AND delete_time IS NULL ORDER BY id FOR KEY SHARE",
+            $lock,
+            "
+        )
         INSERT INTO comments (id, issue_id, parent_id, author_id, content)
         SELECT n.id, n.issue_id, n.parent_id, n.author_id, n.content
         FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[]) AS n (id, issue_id, parent_id, author_id, content)
-        WHERE EXISTS (SELECT FROM issues i WHERE i.id = n.issue_id AND i.delete_time IS NULL)
-            AND (n.parent_id IS NULL OR EXISTS (
-                SELECT FROM comments p WHERE p.id = n.parent_id AND p.issue_id = n.issue_id AND p.delete_time IS NULL))
-        RETURNING id, create_time, (SELECT username FROM users u WHERE u.id = author_id)";
+        JOIN i ON i.id = n.issue_id
+        WHERE n.parent_id IS NULL OR EXISTS (
+            SELECT FROM comments p WHERE p.id = n.parent_id AND p.issue_id = n.issue_id AND p.delete_time IS NULL)
+        RETURNING id, create_time, (SELECT username FROM users u WHERE u.id = author_id)"
+        )
+    };
+}
+
+/// Adds comments independently of each other, in one statement. If that does not wait for locks, those that it has not
+/// added are to be added alone; else it is told why they cannot be.
+pub async fn create_many(db: &Conn, comments: &[NewComment], locked: Locked) -> Result<Vec<Outcome<Comment>>> {
+    let sql = match locked {
+        Locked::Wait => create_comments!("create_comments", ""),
+        Locked::Skip => create_comments!("create_comments_not_locked", " SKIP LOCKED"),
+    };
     let ids: Vec<Uuid> = comments.iter().map(|_| Uuid::now_v7()).collect();
     let issue_ids: Vec<Uuid> = comments.iter().map(|comment| comment.issue_id).collect();
     let parent_ids: Vec<Option<Uuid>> = comments.iter().map(|comment| comment.parent_id).collect();
     let author_ids: Vec<Uuid> = comments.iter().map(|comment| comment.author_id).collect();
     let contents: Vec<&str> = comments.iter().map(|comment| &*comment.content).collect();
-    let rows = db.query(SQL, &[&ids, &issue_ids, &parent_ids, &author_ids, &contents]).await?;
+    let rows = db.query(sql, &[&ids, &issue_ids, &parent_ids, &author_ids, &contents]).await?;
     let mut added: HashMap<Uuid, Row> = rows.into_iter().map(|row| (row.get(0), row)).collect();
     let mut outcomes = Vec::with_capacity(comments.len());
     for (id, comment) in ids.iter().zip(comments) {
-        outcomes.push(match added.remove(id) {
-            Some(row) => Ok(created(&row, comment)),
-            None => Err(not_created(db, comment).await?),
+        outcomes.push(match (added.remove(id), locked) {
+            (Some(row), _) => Outcome::Done(Ok(created(&row, comment))),
+            (None, Locked::Skip) => Outcome::Alone,
+            (None, Locked::Wait) => Outcome::Done(Err(not_created(db, comment).await?)),
         });
     }
     Ok(outcomes)

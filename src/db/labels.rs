@@ -118,8 +118,8 @@ pub async fn change_issue_labels(
         FROM changed, (SELECT unnest($3::uuid[])::text, NULL UNION ALL SELECT NULL, unnest($4::uuid[])::text)
             AS n (old_value, new_value)";
 
-    // In this order on the wire, whichever statements have yet to be prepared. Labels before issues, as a deletion of a
-    // label locks them: the other order would deadlock with it.
+    // Labels before issues, as a deletion of a label locks them: the other order would deadlock with it.
+    db.prepare(&[KNOWN, LOCK, CARRIED]).await?;
     let (of_issue, of_labels): (Params, Params) = (&[&issue_id], &[&label_ids]);
     let (known, issue, carried) = tokio::join!(
         biased;

@@ -53,6 +53,7 @@ impl Db {
                 true => stored.await?,
                 false => {
                     // They go out together, and the second looks when the first has waited.
+                    tx.prepare(&[LOCK, STORED_REPLY]).await?;
                     let (locked, stored) = tokio::join!(biased; lock(&tx, caller_id, request_id), stored);
                     locked.and(stored)?
                 }
@@ -110,14 +111,15 @@ macro_rules! request_lock {
     };
 }
 
+const LOCK: &str = concat!(
+    "-- lock_request\nSELECT pg_advisory_xact_lock(",
+    request_lock!(),
+    ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)"
+);
+
 /// Waits for a transaction with the same request id that is not yet done.
 async fn lock(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<()> {
-    const SQL: &str = concat!(
-        "-- lock_request\nSELECT pg_advisory_xact_lock(",
-        request_lock!(),
-        ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)"
-    );
-    db.execute(SQL, &[&caller_id, &request_id]).await.map(drop)
+    db.execute(LOCK, &[&caller_id, &request_id]).await.map(drop)
 }
 
 /// Whether a mutation can be made with others.
@@ -131,7 +133,8 @@ pub(super) enum Claim {
 
 /// As [`lock`], for many, and without waiting. Of those with the same id the first may be fresh.
 pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<Claim>> {
-    // What was committed between the statement's snapshot and the lock is not seen: keeping the reply fails then.
+    // What was committed between the statement's snapshot and the lock is not seen: then keeping the reply fails, or the
+    // mutation has, and is looked at alone.
     const SQL: &str = concat!(
         "-- claim_requests
         SELECT n.caller_id, n.request_id FROM unnest($1::uuid[], $2::uuid[]) AS n (caller_id, request_id)
@@ -182,11 +185,12 @@ pub(super) async fn commit_with_replies(tx: Tx, kept: &[KeptReply]) -> Result<()
     })
 }
 
+const STORED_REPLY: &str = "-- stored_reply
+    SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
+
 /// None: the id was not used yet.
 async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Option<Vec<u8>>> {
-    const SQL: &str = "-- stored_reply
-        SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
-    let Some(row) = db.query_opt(SQL, &[&caller_id, &request_id]).await? else { return Ok(None) };
+    let Some(row) = db.query_opt(STORED_REPLY, &[&caller_id, &request_id]).await? else { return Ok(None) };
     if row.get::<_, &[u8]>(0) != fingerprint {
         return Err(Error::InvalidReason {
             reason: "REQUEST_ID_REUSED",

@@ -70,8 +70,8 @@ impl Mutate for IssueChange {
 impl Mutate for NewComment {
     type Reply = Comment;
 
-    async fn apply(db: &Conn, items: &[Self], _: Locked) -> Result<Vec<Outcome<Comment>>> {
-        Ok(comments::create_many(db, items).await?.into_iter().map(Outcome::Done).collect())
+    async fn apply(db: &Conn, items: &[Self], locked: Locked) -> Result<Vec<Outcome<Comment>>> {
+        comments::create_many(db, items, locked).await
     }
 
     fn company(&self) -> Company<Uuid> {
@@ -186,18 +186,19 @@ async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcom
         return M::apply(&*db.conn().await?, &items, Locked::Skip).await;
     }
     let mut claims = vec![Claim::Fresh; calls.len()];
+    let tx = db.begin().await?;
     loop {
         let fresh = calls.iter().zip(&claims).filter(|(_, claim)| **claim == Claim::Fresh).map(|(call, _)| call);
         let (keys, items): (Vec<_>, Vec<M>) = fresh.map(|call| ((call.caller_id, call.key), call.item.clone())).unzip();
         if items.is_empty() {
             return Ok(calls.iter().map(|_| Outcome::Alone).collect());
         }
-        let tx = db.begin().await?;
         // Together, as the ids are new but for retries.
         let (found, made) = tokio::join!(biased; claim_many(&tx, &keys), M::apply(&tx, &items, Locked::Skip));
         let found = found?;
         if found.contains(&Claim::Taken) {
-            // Rolled back, and made again without these: the others may be fresh no more then, but become fewer.
+            // Made again without these: the others may be fresh no more then, but become fewer.
+            tx.restart()?;
             let mut found = found.into_iter();
             for claim in claims.iter_mut().filter(|claim| **claim == Claim::Fresh) {
                 *claim = found.next().unwrap_or(Claim::Taken);
@@ -209,11 +210,16 @@ async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcom
             keys.iter().zip(&made).filter_map(|(key, outcome)| kept_reply(key, outcome)).collect();
         commit_with_replies(tx, &kept).await?;
         let mut made = made.into_iter();
-        let outcome_of = |claim| match claim {
-            Claim::Fresh => made.next().unwrap_or(Outcome::Done(Err(Error::Internal("a mutation gave no outcome")))),
+        let outcome_of = |(call, claim): (&Call<M>, Claim)| match claim {
             Claim::Taken => Outcome::Alone,
+            Claim::Fresh => match made.next() {
+                // It may have failed because the first call with its id was just made.
+                Some(Outcome::Done(Err(_))) if call.key.request_id.is_some() => Outcome::Alone,
+                Some(outcome) => outcome,
+                None => Outcome::Done(Err(Error::Internal("a mutation gave no outcome"))),
+            },
         };
-        return Ok(claims.into_iter().map(outcome_of).collect());
+        return Ok(calls.iter().zip(claims).map(outcome_of).collect());
     }
 }
 

@@ -5,7 +5,7 @@ mod stream;
 
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
@@ -34,9 +34,7 @@ impl ImportService for Api {
 
     async fn import_issues(&self, request: Request<Streaming<ImportIssuesRequest>>) -> Reply<Self::ImportIssuesStream> {
         let caller = Caller::with_role(&request, Role::Member)?;
-        let permit = Arc::clone(&self.imports).try_acquire_owned().map_err(|_| {
-            Error::Exhausted("as many imports as are taken at once are under way; try again".to_owned())
-        })?;
+        let permit = self.import_permit()?;
         let (answers, stream) = mpsc::channel(IMPORT_ANSWERS_WAITING_MAX);
         let (db, requests) = (self.db.clone(), request.into_inner());
         tokio::spawn(async move {
@@ -85,9 +83,20 @@ impl ImportService for Api {
         let id = check.uuid("import_id", &request.import_id);
         check.done()?;
 
+        // It can take as long as an import.
+        let _permit = self.import_permit()?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         let response = import::revert(&tx, id, owner(&caller), caller.user_id, request.force).await?;
         finish(tx, response).await
+    }
+}
+
+impl Api {
+    /// Of what holds a connection for long.
+    fn import_permit(&self) -> Result<OwnedSemaphorePermit> {
+        Arc::clone(&self.imports)
+            .try_acquire_owned()
+            .map_err(|_| Error::Exhausted("as many imports as are taken at once are under way; try again".to_owned()))
     }
 }
 

@@ -1,5 +1,17 @@
 //! `ImportService`: what a file becomes.
 
+/// An import holds an advisory lock as long as it is worked on.
+macro_rules! locks {
+    ($is:literal) => {
+        concat!(
+            "SELECT count(*) ",
+            $is,
+            " FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+            WHERE locktype = 'advisory' AND datname = current_database()"
+        )
+    };
+}
+
 mod cuts;
 mod existing;
 mod mapping;

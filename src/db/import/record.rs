@@ -13,6 +13,14 @@ use crate::{
     request::timestamp,
 };
 
+/// The state of an import; of one by a version that did not keep it, what its times say.
+macro_rules! state_column {
+    () => {
+        "coalesce(state, CASE WHEN finish_time IS NULL THEN 4 ELSE 1 END::smallint)"
+    };
+}
+pub(super) use state_column;
+
 /// The key of the lock that whoever works on an import holds.
 macro_rules! lock_key {
     () => {
@@ -70,10 +78,14 @@ impl Found {
 }
 
 pub(super) async fn find(db: &Conn, import_id: Uuid) -> Result<Option<Found>> {
-    const SQL: &str = "-- find_import
-        SELECT caller_id, mode, state, fingerprint, total_bytes, finish_time IS NOT NULL, columns, committed_offset,
+    const SQL: &str = concat!(
+        "-- find_import
+        SELECT caller_id, mode, ",
+        state_column!(),
+        ", fingerprint, total_bytes, finish_time IS NOT NULL, columns, committed_offset,
             committed_line, row_count, created_count, updated_count, skipped_count, rejected_count, error_count
-        FROM imports WHERE id = $1";
+        FROM imports WHERE id = $1"
+    );
     let Some(row) = db.query_opt(SQL, &[&import_id]).await? else { return Ok(None) };
     let count = |index: usize| row.get::<_, i64>(index).cast_unsigned();
     Ok(Some(Found {
@@ -246,10 +258,14 @@ pub(super) async fn keep_errors(db: &Conn, import_id: Uuid, kept: usize, errors:
 
 /// How an import stands: one of `owner`'s, or anybody's if there is no `owner`. `field` names its id in errors.
 pub async fn get(db: &Conn, import_id: Uuid, owner: Option<Uuid>, field: &str) -> Result<Import> {
-    const SQL: &str = "-- get_import
-        SELECT caller_id, mode, state, create_time, finish_time, revert_time, committed_offset, total_bytes, row_count,
+    const SQL: &str = concat!(
+        "-- get_import
+        SELECT caller_id, mode, ",
+        state_column!(),
+        ", create_time, finish_time, revert_time, committed_offset, total_bytes, row_count,
             created_count, updated_count, skipped_count, rejected_count, error_count
-        FROM imports WHERE id = $1";
+        FROM imports WHERE id = $1"
+    );
     // In this order: an import that ends in between is finished, not cut.
     let locked = is_locked(db, import_id).await?;
     let row = db.query_opt(SQL, &[&import_id]).await?;

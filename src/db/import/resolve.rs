@@ -66,9 +66,6 @@ async fn look_up_labels(db: &Conn, known: &mut HashMap<String, Option<Uuid>>, wa
 
 /// Asks for the names that are not known yet.
 async fn look_up(db: &Conn, sql: &str, known: &mut HashMap<String, Option<Uuid>>, wanted: HashSet<&str>) -> Result<()> {
-    if known.len() + wanted.len() > NAMES_REMEMBERED_MAX {
-        known.clear();
-    }
     let new: Vec<&str> = wanted.into_iter().filter(|name| !known.contains_key(*name)).collect();
     if new.is_empty() {
         return Ok(());
@@ -102,6 +99,12 @@ impl ImportSession {
         errors_max: usize,
     ) -> Result<Resolved<'a>> {
         const NOW: &str = "-- import_time\nSELECT now()";
+
+        for known in [&mut self.users, &mut self.labels] {
+            if known.len() > NAMES_REMEMBERED_MAX {
+                known.clear();
+            }
+        }
 
         let usernames: HashSet<&str> = rows.iter().filter_map(|row| row.assignee.as_deref()).collect();
         look_up_users(&self.conn, &mut self.users, usernames).await?;
@@ -213,7 +216,9 @@ impl ImportSession {
         const ISSUES: &str = "-- lock_existing_issues
             SELECT external_id, id, delete_time IS NOT NULL FROM issues WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE";
         if columns.index(Column::Labels).is_some() {
-            let ids: HashSet<Uuid> = resolved.existing.iter().flat_map(|row| row.label_ids.iter().copied()).collect();
+            let of_existing = resolved.existing.iter().flat_map(|row| row.label_ids.iter().copied());
+            let ids: HashSet<Uuid> =
+                resolved.new.iter().flat_map(|row| row.label_ids.iter().copied()).chain(of_existing).collect();
             let ids: Vec<Uuid> = ids.into_iter().collect();
             self.conn.query(LABELS, &[&ids]).await?;
         }

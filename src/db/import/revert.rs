@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::{
     Conn,
-    record::{check_owner, lock_in_transaction, state_from_row},
+    record::{check_owner, lock_in_transaction, state_column, state_from_row},
     running,
 };
 use crate::{
@@ -71,8 +71,12 @@ async fn check_state(
     owner: Option<Uuid>,
     is_ours: bool,
 ) -> Result<Option<RevertImportResponse>> {
-    const SQL: &str = "-- get_import_to_revert
-        SELECT caller_id, mode, state, removed_count, restored_count, kept_count, kept_ids FROM imports WHERE id = $1";
+    const SQL: &str = concat!(
+        "-- get_import_to_revert
+        SELECT caller_id, mode, ",
+        state_column!(),
+        ", removed_count, restored_count, kept_count, kept_ids FROM imports WHERE id = $1"
+    );
     let row = db.query_opt(SQL, &[&import_id]).await?;
     let row = row.ok_or_else(|| Error::not_found("import", "import_id", import_id))?;
     check_owner(row.get(0), owner)?;

@@ -7,17 +7,6 @@ use tokio::{net::TcpStream, task::JoinHandle};
 use super::*;
 use crate::{harness::limits, lock_waiters};
 
-/// An import holds an advisory lock as long as it is worked on.
-macro_rules! locks {
-    ($is:literal) => {
-        concat!(
-            "SELECT count(*) ",
-            $is,
-            " FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-            WHERE locktype = 'advisory' AND datname = current_database()"
-        )
-    };
-}
 /// A client that can do what generated ones do not let one do.
 pub(super) struct RawImport {
     stream: SendStream<bytes::Bytes>,

@@ -91,14 +91,14 @@ async fn asking_how_an_import_stands_does_not_keep_it_from_going_on() {
     let tracker = Tracker::start().await;
     let import = import("title\na\n").id(Uuid::now_v7());
     open(&tracker.member, import.options.clone()).await.cut();
-    tracker.wait_until("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'").await;
+    tracker.wait_until(locks!("= 0")).await;
 
     for _ in 0..20 {
         let asked = get_import(&tracker.member, &import.options.import_id);
         let (told, opened) = tokio::join!(asked, open(&tracker.member, import.options.clone()));
         assert!([ImportState::Running, ImportState::Interrupted].contains(&told.unwrap().state()));
         opened.cut();
-        tracker.wait_until("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'").await;
+        tracker.wait_until(locks!("= 0")).await;
     }
 }
 

@@ -30,7 +30,7 @@ async fn the_first_answer_tells_where_to_go_on() {
     let fresh = open(&tracker.member, import.options.clone()).await;
     assert_eq!((fresh.first.offset, fresh.first.row_count, fresh.first.committed_offset), (0, 0, 0));
     fresh.cut();
-    tracker.wait_until("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'").await;
+    tracker.wait_until(locks!("= 0")).await;
     cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
 
     let again = open(&tracker.member, import.options.clone()).await;

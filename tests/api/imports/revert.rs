@@ -278,7 +278,7 @@ async fn there_is_nothing_to_undo_of_an_atomic_import_that_is_not_finished() {
     let rejected = import("title,status\na,opne\n").by(&tracker.member).await.unwrap().summary.import_id;
     let cut = import("title\na\n").id(Uuid::now_v7());
     open(&tracker.member, cut.options.clone()).await.cut();
-    tracker.wait_until("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'").await;
+    tracker.wait_until(locks!("= 0")).await;
 
     for id in [&rejected, &cut.options.import_id] {
         let refused = revert(&tracker.member, id, true).await;

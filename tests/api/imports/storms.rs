@@ -24,7 +24,7 @@ fn storm_file(seed: u64, rows: usize) -> String {
     let mut file =
         "title,description,status,priority,assignee,labels,external_id,create_time,close_time\r\n".to_owned();
     for row in 0..rows {
-        let status = ["open", "closed", "in_progress", "", "opne"][numbers.below(41).min(4) % 5];
+        let status = ["open", "closed", "in_progress", ""][numbers.below(4)];
         let status = if numbers.below(10) < 4 { "closed" } else { status };
         let status = if numbers.below(40) == 0 { "opne" } else { status };
         let priority = ["low", "HIGH", "", "critical"][numbers.below(4)];
