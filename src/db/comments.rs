@@ -53,15 +53,14 @@ macro_rules! create_comments {
             "-- ",
             $name,
             "
-        WITH i AS MATERIALIZED (
-            SELECT id FROM issues WHERE id = ANY ($2) AND delete_time IS NULL ORDER BY id FOR KEY SHARE",
-            $lock,
-            "
-        )
         INSERT INTO comments (id, issue_id, parent_id, author_id, content)
         SELECT n.id, n.issue_id, n.parent_id, n.author_id, n.content
         FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[]) AS n (id, issue_id, parent_id, author_id, content)
-        JOIN i ON i.id = n.issue_id
+        CROSS JOIN LATERAL (
+            SELECT FROM issues i WHERE i.id = n.issue_id AND i.delete_time IS NULL FOR KEY SHARE",
+            $lock,
+            "
+        ) i
         WHERE n.parent_id IS NULL OR EXISTS (
             SELECT FROM comments p WHERE p.id = n.parent_id AND p.issue_id = n.issue_id AND p.delete_time IS NULL)
         RETURNING id, create_time, (SELECT username FROM users u WHERE u.id = author_id)"
