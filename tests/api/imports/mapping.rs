@@ -229,6 +229,21 @@ async fn labels_that_there_are_not_are_created_once() {
 }
 
 #[tokio::test]
+async fn rows_with_more_labels_than_are_remembered_go_in() {
+    let tracker = Tracker::start().await;
+    tracker.member.label("0").await;
+    let labels = |row: usize| (row * 100..row * 100 + 100).map(|n| n.to_string()).collect::<Vec<_>>().join(";");
+    let rows: String = (0..101).map(|row| format!("{row},{}\n", labels(row))).collect();
+
+    let import = import(format!("title,labels\n{rows}")).with(|options| options.create_labels = true);
+    let answer = import.by(&tracker.member).await.unwrap();
+
+    assert_eq!(answer.counts(), (ImportState::Committed, 101, 101, 0, 0));
+    assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 10_100);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 10_100);
+}
+
+#[tokio::test]
 async fn only_rows_that_go_in_create_labels() {
     let tracker = Tracker::start().await;
     let existing = Issue { title: "old".into(), external_id: "X-1".into(), ..Issue::default() };
