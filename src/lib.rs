@@ -1,6 +1,6 @@
 //! An issue tracker: gRPC outside, PostgreSQL underneath, raw SQL in transactions in between.
 //!
-//! A request comes in by [`auth::Gate`], is parsed in [`rpc`] with the help of [`request`], and answered by one function
+//! A request comes in by [`gate`], is parsed in [`rpc`] with the help of [`request`], and answered by one function
 //! of [`db`]. [`error`] says what callers are told when it cannot be. [`cli`] is on the other side of the wire.
 
 pub mod config;
@@ -10,6 +10,7 @@ pub mod start;
 pub mod auth;
 pub mod coalesce;
 pub mod error;
+pub mod gate;
 pub mod request;
 pub mod rpc;
 pub mod singleflight;

@@ -9,9 +9,10 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     FILE_DESCRIPTOR_SET,
-    auth::{Auth, Gate},
+    auth::Auth,
     config::Limits,
     db::{Db, requests::prune_requests, rounds::Rounds, tokens::prune_sessions},
+    gate::Gate,
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
