@@ -360,7 +360,9 @@ async fn a_commit_whose_answer_is_late_ends_at_the_callers_deadline_and_its_retr
     let (method, deadline) = ("IssueService/CreateIssue", Duration::from_millis(500));
     let late = call_within(&channel, &broken.caller.token, method, &message, deadline).await;
 
-    assert_eq!(late.unwrap_err().code(), Code::DeadlineExceeded);
+    // Whose clock is quicker, the service's or the client's own.
+    let code = late.unwrap_err().code();
+    assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
     eventually("the database has done it", async || broken.issues_titled(&title).await == 1).await;
     let retried = call(&channel, &broken.caller.token, method, &message).await.unwrap();
     assert_eq!(Issue::decode(&*retried).unwrap().title, title);

@@ -13,11 +13,13 @@ use bytes::{Buf, BufMut, Bytes};
 use issue_tracker::db::embedded::{Cluster, Durability};
 use tokio_postgres::{Config, NoTls};
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
     client::Grpc,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     transport::{Channel, Endpoint},
 };
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_types::StatusExt;
 use uuid::Uuid;
 
 /// A test that waits longer than this hangs.
@@ -89,10 +91,6 @@ impl Dir {
         // A dead one leaves its file, and its number may be somebody else's by now.
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         String::from_utf8_lossy(&command).contains(&self.data()).then_some(pid)
-    }
-
-    pub fn server_log(&self) -> String {
-        String::from_utf8_lossy(&fs::read(self.path("data/cluster/server.log")).unwrap_or_default()).into_owned()
     }
 }
 
@@ -199,10 +197,6 @@ impl Service {
         fs::read_to_string(&self.log).unwrap()
     }
 
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -275,6 +269,21 @@ impl Drop for External {
         // Before its directory.
         drop(self.cluster.take());
     }
+}
+
+/// Whether the service says that it serves. It always says something.
+pub async fn serves(channel: &Channel) -> bool {
+    let mut health = HealthClient::new(channel.clone());
+    let checked = tokio::time::timeout(HANG, health.check(HealthCheckRequest::default())).await.expect("health does not answer").unwrap();
+    checked.into_inner().status() == ServingStatus::Serving
+}
+
+/// Refused with this, and told when to try again.
+#[track_caller]
+pub fn assert_retriable(status: &Status, code: Code, reason: &str) {
+    assert_eq!(status.code(), code, "{status:?}");
+    assert_eq!(status.get_details_error_info().map(|info| info.reason).as_deref(), Some(reason), "{status:?}");
+    assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
 }
 
 /// A session past the service.

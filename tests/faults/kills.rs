@@ -61,11 +61,9 @@ async fn whatever_is_killed_every_acknowledged_write_is_there_once_and_health_te
     load.acknowledges(100).await;
 
     let mut recoveries = Vec::new();
-    let t0 = Instant::now();
     for fault in faults(form, &mut rng) {
         tokio::time::sleep(Duration::from_millis(rng.u64(100..600))).await;
         let began = Instant::now();
-        println!("DBG {:?} {fault:?} acks {}", t0.elapsed(), load.acknowledged());
         match fault {
             Fault::Service => {
                 service.kill();
@@ -86,7 +84,6 @@ async fn whatever_is_killed_every_acknowledged_write_is_there_once_and_health_te
                 }
             }
         }
-        println!("DBG {:?} done {fault:?} acks {}", t0.elapsed(), load.acknowledged());
         // Now and then the next one comes while this one is not yet over.
         if rng.u32(..5) > 0 {
             recoveries.push((fault, load.acknowledged_after(began).await));
