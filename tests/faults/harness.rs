@@ -274,7 +274,10 @@ impl Drop for External {
 /// Whether the service says that it serves. It always says something.
 pub async fn serves(channel: &Channel) -> bool {
     let mut health = HealthClient::new(channel.clone());
-    let checked = tokio::time::timeout(HANG, health.check(HealthCheckRequest::default())).await.expect("health does not answer").unwrap();
+    let checked = tokio::time::timeout(HANG, health.check(HealthCheckRequest::default()))
+        .await
+        .expect("health does not answer")
+        .unwrap();
     checked.into_inner().status() == ServingStatus::Serving
 }
 

@@ -133,7 +133,10 @@ async fn check_comments(rows: &Client, made: &[Made]) {
                 let with_comment =
                     !issue_tracker::pb::BulkUpdateStatusRequest::decode(&*made.message).unwrap().comment.is_empty();
                 let results = BulkUpdateStatusResponse::decode(&**reply).unwrap().results;
-                results.iter().filter(|result| result.changed && with_comment).for_each(|result| tell(made, &result.id));
+                results
+                    .iter()
+                    .filter(|result| result.changed && with_comment)
+                    .for_each(|result| tell(made, &result.id));
             }
             _ => {}
         }
@@ -231,7 +234,8 @@ async fn replay(channel: &Channel, made: Vec<Made>) {
 
 /// How much there is of everything, and what issues are like.
 async fn digest(rows: &Client) -> Vec<String> {
-    const SQL: &str = "SELECT 'issues ' || count(*) || coalesce(md5(string_agg(i::text, ',' ORDER BY id)), '') FROM issues i
+    const SQL: &str =
+        "SELECT 'issues ' || count(*) || coalesce(md5(string_agg(i::text, ',' ORDER BY id)), '') FROM issues i
         UNION ALL SELECT 'comments ' || count(*) FROM comments
         UNION ALL SELECT 'events ' || count(*) FROM issue_events
         UNION ALL SELECT 'labels ' || count(*) FROM issue_labels
