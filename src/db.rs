@@ -46,6 +46,8 @@ const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many calls wait for a connection, for each there is; more are told at once.
+const POOL_WAITING_PER_CONNECTION_MAX: usize = 8;
 /// How often the database is asked whether it is there, and how long it may take to answer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -59,6 +61,12 @@ pub struct PoolOptions {
     pub statement_max: Duration,
 }
 
+impl PoolOptions {
+    /// For a program that does one thing and ends.
+    pub const SMALL: Self =
+        Self { connections_max: 2, wait_max: Duration::from_secs(2), statement_max: Duration::from_secs(30) };
+}
+
 /// The pool. Cheap to clone.
 #[derive(Clone)]
 pub struct Db {
@@ -66,6 +74,7 @@ pub struct Db {
     up: watch::Receiver<bool>,
     options: PoolOptions,
     lock_slots: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
 }
 
 pub type PooledConn = bb8::PooledConnection<'static, Manager>;
@@ -99,7 +108,8 @@ impl Db {
             .retry_connection(false)
             .build_unchecked(manager);
         let lock_slots = Arc::new(Semaphore::new((options.connections_max as usize / 2).max(1)));
-        Self { pool, up, options, lock_slots }
+        let waiting = Arc::new(Semaphore::new(options.connections_max as usize * POOL_WAITING_PER_CONNECTION_MAX));
+        Self { pool, up, options, lock_slots, waiting }
     }
 
     /// Taken by what may wait for others' locks, so that half of the connections stay for what does not.
@@ -113,10 +123,28 @@ impl Db {
         }
     }
 
-    /// A connection for single statements, each of which is its own transaction.
+    /// A connection for statements that only read.
     ///
-    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time.
+    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time, and at once
+    /// when too many wait for one.
     pub async fn conn(&self) -> Result<PooledConn> {
+        let conn = self.checkout().await?;
+        conn.set_autocommits(false);
+        Ok(conn)
+    }
+
+    /// A connection for single statements that write, each of which is its own transaction. If it is lost, whether the
+    /// statement was executed is not known.
+    pub async fn autocommit_conn(&self) -> Result<PooledConn> {
+        let conn = self.checkout().await?;
+        conn.set_autocommits(true);
+        Ok(conn)
+    }
+
+    async fn checkout(&self) -> Result<PooledConn> {
+        let _waiting = self.waiting.try_acquire().map_err(|_| {
+            Error::Exhausted("too many requests wait for a database connection already; try again".to_owned())
+        })?;
         let mut up = self.up.clone();
         loop {
             let conn = tokio::select! {
@@ -135,7 +163,12 @@ impl Db {
                         self.options.wait_max.as_millis()
                     )));
                 }
-                Err(bb8::RunError::User(error)) => return Err(error.into()),
+                Err(bb8::RunError::User(error)) => {
+                    return Err(match error.into() {
+                        Error::ConnectionLost => Error::Unavailable,
+                        error => error,
+                    });
+                }
             }
         }
     }
@@ -214,6 +247,7 @@ impl bb8::ManageConnection for Manager {
             statements: Mutex::default(),
             unanswered: AtomicU32::new(0),
             discard: AtomicBool::new(false),
+            autocommits: AtomicBool::new(false),
         })
     }
 
@@ -233,6 +267,8 @@ pub struct Conn {
     /// Statements whose answer is waited for; at rest, those whose caller has given up.
     unanswered: AtomicU32,
     discard: AtomicBool,
+    /// Whether each statement is committed by itself, and what it writes with it.
+    autocommits: AtomicBool,
 }
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -240,25 +276,25 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 impl Conn {
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query(&statement, params)).await?)
+        self.watch(self.client.query(&statement, params)).await
     }
 
     /// Exactly one row.
     pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query_one(&statement, params)).await?)
+        self.watch(self.client.query_one(&statement, params)).await
     }
 
     /// One row or none.
     pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query_opt(&statement, params)).await?)
+        self.watch(self.client.query_opt(&statement, params)).await
     }
 
     /// How many rows were touched.
     pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.execute(&statement, params)).await?)
+        self.watch(self.client.execute(&statement, params)).await
     }
 
     /// Reads rows until there are `rows_max`, or their sizes add up to `bytes_max`; at least one if there is one. The
@@ -281,7 +317,7 @@ impl Conn {
                 bytes += size(&item);
                 let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
                 if !items.is_empty() && !fits {
-                    return Ok(Page { items, more: true });
+                    return Ok::<_, Error>(Page { items, more: true });
                 }
                 items.push(item);
             }
@@ -298,6 +334,14 @@ impl Conn {
         Ok(())
     }
 
+    /// Commits what was begun. If the connection is lost meanwhile, whether it was committed is not known.
+    async fn commit(&self) -> Result<()> {
+        if self.client.is_closed() {
+            return Err(Error::ConnectionLost);
+        }
+        self.watch(self.client.batch_execute("COMMIT")).await.map_err(Error::in_commit)
+    }
+
     /// A sink for rows in COPY's format.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
@@ -306,11 +350,22 @@ impl Conn {
 
     /// Waits for a statement's answer. A caller that gives up (its deadline has passed, its client is gone) drops this
     /// half-way, and is noticed by the count that stays.
-    async fn watch<T>(&self, answer: impl Future<Output = T>) -> T {
+    async fn watch<T, E: Into<Error>>(&self, answer: impl Future<Output = Result<T, E>>) -> Result<T> {
+        if self.client.is_closed() {
+            // Nothing was sent.
+            return Err(Error::ConnectionLost);
+        }
         self.unanswered.fetch_add(1, Ordering::Relaxed);
         let answer = answer.await;
         self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        answer
+        answer.map_err(|error| match self.autocommits.load(Ordering::Relaxed) {
+            true => error.into().in_commit(),
+            false => error.into(),
+        })
+    }
+
+    fn set_autocommits(&self, autocommits: bool) {
+        self.autocommits.store(autocommits, Ordering::Relaxed);
     }
 
     async fn statement(&self, sql: &str) -> Result<Statement> {
@@ -394,7 +449,7 @@ pub struct Tx {
 impl Tx {
     /// After an error of a statement there is nothing to commit: return it instead.
     pub async fn commit(mut self) -> Result<()> {
-        self.conn.client.batch_execute("COMMIT").await?;
+        self.conn.commit().await?;
         self.open = false;
         Ok(())
     }
@@ -408,12 +463,15 @@ impl Tx {
     pub async fn commit_after(mut self, sql: &str, params: Params<'_>) -> Result<()> {
         // Prepared first: nothing may hold it up when the COMMIT is sent.
         let statement = self.conn.statement(sql).await?;
-        let client = &self.conn.client;
-        let (written, committed) =
-            tokio::join!(biased; client.execute(&statement, params), client.batch_execute("COMMIT"));
-        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK.
-        written?;
-        committed?;
+        let conn = &*self.conn;
+        let written = conn.watch(conn.client.execute(&statement, params));
+        let (written, committed) = tokio::join!(biased; written, conn.commit());
+        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK. If the connection was lost,
+        // whether the COMMIT was sent is what counts.
+        match written {
+            Ok(_) | Err(Error::ConnectionLost) => committed?,
+            Err(error) => return Err(error),
+        }
         self.open = false;
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::{
     auth::{check_password, new_token},
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
     db::{
-        Db,
+        Db, PoolOptions,
         embedded::{Cluster, Durability},
         migrate::migrate,
         tokens, users,
@@ -104,7 +104,7 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
 
     let config = parse_database_url(&args.database.database_url)?;
     migrate(&config).await?;
-    let db = Db::new(config, Limits::default().pool());
+    let db = Db::new(config, PoolOptions::SMALL);
     let hash = bcrypt::hash(password, args.bcrypt_cost)?;
     let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
     println!("{}", user.id);

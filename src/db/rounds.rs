@@ -143,7 +143,8 @@ impl Rounds {
             // Boxed, as what happens seldom should not make the future of every call large: they are moved about.
             return Box::pin(make_alone(&self.db, call)).await;
         }
-        mutations.call(call).await
+        let key = call.key;
+        mutations.call(call).await.map_err(|error| key.explain(error))
     }
 }
 
@@ -183,7 +184,7 @@ async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
 async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcome<M::Reply>>> {
     if calls.iter().all(|call| call.key.request_id.is_none()) {
         let items: Vec<M> = calls.into_iter().map(|call| call.item).collect();
-        return M::apply(&*db.conn().await?, &items, Locked::Skip).await;
+        return M::apply(&*db.autocommit_conn().await?, &items, Locked::Skip).await;
     }
     let mut claims = vec![Claim::Fresh; calls.len()];
     let tx = db.begin().await?;
