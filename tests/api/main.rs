@@ -6,6 +6,7 @@ mod harness;
 mod auth;
 mod batches;
 mod comments;
+mod conformance;
 mod contract;
 mod exports;
 mod faults;
