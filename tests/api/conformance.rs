@@ -102,9 +102,8 @@ impl Target {
 /// The sockets of this process that were accepted on a port.
 fn open_connections(port: u16) -> usize {
     let links = fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
-    let open: HashSet<String> = links
-        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
-        .collect();
+    let open: HashSet<String> =
+        links.filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
     let sockets = fs::read_to_string("/proc/self/net/tcp").unwrap();
     let local = format!(":{port:04X}");
     let is_accepted = |line: &&str| {

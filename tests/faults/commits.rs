@@ -33,6 +33,8 @@ const INSERT: At = At::Execute("create_issues");
 const UPDATE: At = At::Execute("update_issues");
 const BULK: At = At::Execute("bulk_update_issues");
 const CREATES_AT_ONCE: usize = 24;
+/// Long enough to get as far as the commit on a busy machine.
+const HELD_DEADLINE: Duration = Duration::from_secs(4);
 const CLIENTS: usize = 8;
 
 /// A service whose way to the database can be broken.
@@ -355,15 +357,19 @@ async fn a_commit_whose_answer_is_late_ends_at_the_callers_deadline_and_its_retr
     let channel = broken.service.channel();
     let title = "held".to_owned();
     let message = create(&title, true).encode_to_vec();
+    let method = "IssueService/CreateIssue";
+    broken.file("so that all is warm").await;
     broken.proxy.arm(At::Commit, Hold);
 
-    let (method, deadline) = ("IssueService/CreateIssue", Duration::from_millis(500));
-    let late = call_within(&channel, &broken.caller.token, method, &message, deadline).await;
+    let late = tokio::spawn({
+        let (channel, token, message) = (channel.clone(), broken.caller.token.clone(), message.clone());
+        async move { call_within(&channel, &token, method, &message, HELD_DEADLINE).await }
+    });
+    eventually("the database has done it", async || broken.issues_titled(&title).await == 1).await;
 
     // Whose clock is quicker, the service's or the client's own.
-    let code = late.unwrap_err().code();
+    let code = late.await.unwrap().unwrap_err().code();
     assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
-    eventually("the database has done it", async || broken.issues_titled(&title).await == 1).await;
     let retried = call(&channel, &broken.caller.token, method, &message).await.unwrap();
     assert_eq!(Issue::decode(&*retried).unwrap().title, title);
     assert_eq!(broken.issues_titled(&title).await, 1);

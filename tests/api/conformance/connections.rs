@@ -96,7 +96,8 @@ async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
 async fn a_client_that_answers_no_ping_is_let_go_with_its_call() {
     let target = Target::start_with(&["--keepalive-seconds", "1"]).await;
     let mut raw = Raw::begin(&target, &[]).await;
-    raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.ImportService/ImportIssues"))).await;
+    raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.ImportService/ImportIssues")))
+        .await;
     raw.until_closed().await;
     target.assert_unharmed().await;
 }

@@ -98,7 +98,6 @@ pub async fn read_answer(answer: h2::client::ResponseFuture) -> Result<Answer, h
 pub struct Frame {
     pub kind: u8,
     pub flags: u8,
-    pub stream: u32,
     pub payload: Vec<u8>,
 }
 
@@ -174,8 +173,7 @@ impl Raw {
             self.0.read_exact(&mut header).await.ok()?;
             let mut payload = vec![0; u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize];
             self.0.read_exact(&mut payload).await.ok()?;
-            let stream = u32::from_be_bytes([header[5] & 0x7f, header[6], header[7], header[8]]);
-            Some(Frame { kind: header[3], flags: header[4], stream, payload })
+            Some(Frame { kind: header[3], flags: header[4], payload })
         };
         timeout(HANG, read).await.expect("nothing comes")
     }
