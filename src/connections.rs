@@ -34,7 +34,7 @@ const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
-/// How often a connection with calls under way is looked at.
+/// How often it is looked at what a connection does.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Longer than a process runs, and not too long for a clock.
 const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3_600);
@@ -190,9 +190,10 @@ impl Shared {
                 State::Idle(since) if now.duration_since(since) >= self.limits.idle_max => return Silent::Idle,
                 State::Idle(since) => since + self.limits.idle_max,
                 State::Busy(until) if until <= now => return Silent::Stuck,
-                State::Busy(_) => now + LOOK_INTERVAL,
+                State::Busy(until) => until,
             };
-            sleep_until(next).await;
+            // A call may begin meanwhile.
+            sleep_until(next.min(now + LOOK_INTERVAL)).await;
         }
     }
 

@@ -46,8 +46,10 @@ const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many calls wait for a connection, for each there is; more are told at once.
-const POOL_WAITING_PER_CONNECTION_MAX: usize = 8;
+/// How many calls wait for a connection or a slot, for each there is; more are told at once.
+const WAITING_EACH_MAX: usize = 8;
+/// Connections that only see who calls: they are not behind what else is asked for.
+const AUTH_CONNECTIONS_MAX: u32 = 2;
 /// How often the database is asked whether it is there, and how long it may take to answer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -71,9 +73,11 @@ impl PoolOptions {
 #[derive(Clone)]
 pub struct Db {
     pool: bb8::Pool<Manager>,
+    manager: Manager,
     up: watch::Receiver<bool>,
     options: PoolOptions,
-    lock_slots: Arc<Semaphore>,
+    lock_slots: Arc<Slots>,
+    heavy_slots: Arc<Slots>,
     waiting: Arc<Semaphore>,
 }
 
@@ -99,6 +103,16 @@ impl Db {
         let (up_sender, up) = watch::channel(true);
         let manager = Manager { inner: PostgresConnectionManager::new(config, NoTls), up: Arc::new(up_sender) };
         tokio::spawn(probe(manager.clone()));
+        Self::with_manager(manager, up, options)
+    }
+
+    /// A pool of its own on the same database, for finding out who calls.
+    pub fn for_auth(&self) -> Self {
+        let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
+        Self::with_manager(self.manager.clone(), self.up.clone(), options)
+    }
+
+    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -106,21 +120,27 @@ impl Db {
             // `has_broken`, and a waiting call is told at once through `up`.
             .test_on_check_out(false)
             .retry_connection(false)
-            .build_unchecked(manager);
-        let lock_slots = Arc::new(Semaphore::new((options.connections_max as usize / 2).max(1)));
-        let waiting = Arc::new(Semaphore::new(options.connections_max as usize * POOL_WAITING_PER_CONNECTION_MAX));
-        Self { pool, up, options, lock_slots, waiting }
+            .build_unchecked(manager.clone());
+        let connections = options.connections_max as usize;
+        Self {
+            pool,
+            manager,
+            up,
+            lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
+            heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
+            waiting: Arc::new(Semaphore::new(connections * WAITING_EACH_MAX)),
+            options,
+        }
     }
 
     /// Taken by what may wait for others' locks, so that half of the connections stay for what does not.
     pub async fn lock_slot(&self) -> Result<OwnedSemaphorePermit> {
-        let slot = Arc::clone(&self.lock_slots).acquire_owned();
-        match tokio::time::timeout(self.options.wait_max, slot).await {
-            Ok(Ok(slot)) => Ok(slot),
-            Ok(Err(_)) | Err(_) => {
-                Err(Error::Exhausted("too many requests wait for what others are changing; try again".to_owned()))
-            }
-        }
+        self.lock_slots.take("too many requests wait for what others are changing; try again").await
+    }
+
+    /// Taken by what keeps the database at work for long, so that most of the connections stay for what does not.
+    pub async fn heavy_slot(&self) -> Result<OwnedSemaphorePermit> {
+        self.heavy_slots.take("too many reports and searches are under way; try again").await
     }
 
     /// A connection for statements that only read.
@@ -183,6 +203,28 @@ impl Db {
     /// Whether the database answers, as it changes.
     pub fn watch_up(&self) -> watch::Receiver<bool> {
         self.up.clone()
+    }
+}
+
+/// A share of the connections: who does not get one in time is told so, and at once if too many wait.
+struct Slots {
+    free: Arc<Semaphore>,
+    waiting: Semaphore,
+    wait_max: Duration,
+}
+
+impl Slots {
+    /// At least one.
+    fn new(count: usize, wait_max: Duration) -> Self {
+        let count = count.max(1);
+        Self { free: Arc::new(Semaphore::new(count)), waiting: Semaphore::new(count * WAITING_EACH_MAX), wait_max }
+    }
+
+    async fn take(&self, busy: &str) -> Result<OwnedSemaphorePermit> {
+        let busy = || Error::Exhausted(busy.to_owned());
+        let _waiting = self.waiting.try_acquire().map_err(|_| busy())?;
+        let slot = tokio::time::timeout(self.wait_max, Arc::clone(&self.free).acquire_owned()).await;
+        slot.map_err(|_| busy())?.map_err(|_| busy())
     }
 }
 

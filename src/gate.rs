@@ -78,7 +78,7 @@ pub struct Gate {
     limits: RequestLimits,
     slots: Arc<Semaphore>,
     open_streams: Arc<Semaphore>,
-    payload: Arc<Semaphore>,
+    payload: Payload,
     stopping: CancellationToken,
 }
 
@@ -132,7 +132,7 @@ impl Gate {
             limits,
             slots: Arc::new(Semaphore::new(limits.requests_max)),
             open_streams: Arc::new(Semaphore::new(OPEN_STREAMS_MAX)),
-            payload: Arc::new(Semaphore::new(PAYLOAD_KIB_MAX)),
+            payload: Payload::new(PAYLOAD_KIB_MAX),
             stopping,
         }
     }
@@ -237,7 +237,7 @@ impl Gate {
             if message.len() + more.len() + data.len() > bytes_max {
                 return Err(Error::too_large(bytes_max - MESSAGE_PREFIX_BYTES));
             }
-            self.hold(message.len() + more.len(), data.len(), held)?;
+            held.payload.extend(self.payload.take(message.len() + more.len(), data.len())?);
             if message.is_empty() && more.is_empty() {
                 message = data;
             } else {
@@ -249,20 +249,6 @@ impl Gate {
             return Err(Error::Cancelled);
         }
         Ok(if more.is_empty() { message } else { more.freeze() })
-    }
-
-    /// Counts bytes that are kept in memory for a request which has some already.
-    fn hold(&self, before: usize, bytes: usize, held: &mut Held) -> Result<()> {
-        let beyond_free = |bytes: usize| bytes.saturating_sub(PAYLOAD_FREE_BYTES).div_ceil(1024);
-        let kib = beyond_free(before + bytes) - beyond_free(before);
-        if kib > 0 {
-            let kib = u32::try_from(kib).unwrap_or(u32::MAX);
-            let permit = Arc::clone(&self.payload).try_acquire_many_owned(kib).map_err(|_| {
-                Error::Exhausted("the large requests and answers under way are as many as are taken".to_owned())
-            })?;
-            held.payload.push(permit);
-        }
-        Ok(())
     }
 
     async fn call(&self, request: http::Request<Body>) -> http::Response<Body> {
@@ -310,7 +296,7 @@ impl Gate {
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.map_err(|_| Error::Internal("an answer cannot be encoded"))?.into_data() {
                 Ok(bytes) if data.is_none() => {
-                    self.hold(0, bytes.len(), held)?;
+                    held.payload.extend(self.payload.take(0, bytes.len())?);
                     data = Some(bytes);
                 }
                 Ok(_) => return Err(Error::Internal("an answer has more than one frame")),
@@ -347,6 +333,29 @@ fn deadline_passed() -> Error {
 fn refusal(error: Error) -> (http::response::Parts, Content) {
     let (parts, ()) = Status::from(error).into_http::<()>().into_parts();
     (parts, Content::Unary { data: None, trailers: None })
+}
+
+/// The memory that requests and answers may take together.
+struct Payload(Arc<Semaphore>);
+
+impl Payload {
+    fn new(kib_max: usize) -> Self {
+        Self(Arc::new(Semaphore::new(kib_max)))
+    }
+
+    /// Counts bytes that are kept for a message which has some already; the first ones of each are free.
+    fn take(&self, before: usize, bytes: usize) -> Result<Option<OwnedSemaphorePermit>> {
+        let beyond_free = |bytes: usize| bytes.saturating_sub(PAYLOAD_FREE_BYTES).div_ceil(1024);
+        let kib = beyond_free(before + bytes) - beyond_free(before);
+        if kib == 0 {
+            return Ok(None);
+        }
+        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
+        let permit = Arc::clone(&self.0).try_acquire_many_owned(kib);
+        permit.map(Some).map_err(|_| {
+            Error::Exhausted("the large requests and answers under way are as many as are taken; try again".to_owned())
+        })
+    }
 }
 
 /// The tries of a call.
@@ -499,4 +508,85 @@ fn explain_bare_errors(response: http::Response<Body>) -> http::Response<Body> {
     // Such as `grpc-accept-encoding`, which tells the client how to go on.
     *explained.metadata_mut() = status.metadata().clone();
     explained.into_http()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_messages_are_counted_beyond_their_first_bytes_and_given_back() {
+        let payload = Payload::new(100);
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
+        let first = payload.take(PAYLOAD_FREE_BYTES, 60 * 1024).unwrap();
+        let second = payload.take(0, PAYLOAD_FREE_BYTES + 40 * 1024).unwrap();
+        assert!(first.is_some() && second.is_some());
+        assert!(matches!(payload.take(0, PAYLOAD_FREE_BYTES + 1), Err(Error::Exhausted(_))));
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
+        drop(first);
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES + 60 * 1024).unwrap().is_some());
+    }
+
+    #[test]
+    fn passing_failures_are_tried_again_up_to_a_bound_and_others_never() {
+        let tries_of = |error: Error| {
+            let mut tries = Tries::default();
+            (1..).take_while(|_| tries.pause_after(&error).is_some()).count() as u32 + 1
+        };
+        assert_eq!(tries_of(Error::ConnectionLost), TRIES_MAX);
+        assert_eq!(tries_of(Error::Conflict("they met")), TRIES_MAX);
+        for error in [
+            Error::Unavailable,
+            Error::Exhausted(String::new()),
+            Error::OutcomeUnknown { has_request_id: false },
+            Error::Aborted { reason: "CONFLICT", message: String::new() },
+            deadline_passed(),
+            Error::Internal("a fault"),
+        ] {
+            assert_eq!(tries_of(error.clone()), 1, "{error:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_outcome_with_a_request_id_is_asked_for_until_it_is_known_or_it_takes_too_long() {
+        let began = Instant::now();
+        let mut tries = Tries::default();
+        let mut pause = tries.pause_after(&Error::OutcomeUnknown { has_request_id: true });
+        while let Some(time) = pause {
+            assert!(time <= PAUSE_MAX);
+            tokio::time::sleep(time).await;
+            pause = tries.pause_after(&Error::Unavailable);
+        }
+        assert!(began.elapsed() >= LOOKUP_MAX && began.elapsed() < LOOKUP_MAX + 2 * PAUSE_MAX);
+        assert!(tries.unknown_since.is_some());
+
+        let mut tries = Tries::default();
+        assert!(tries.pause_after(&Error::OutcomeUnknown { has_request_id: true }).is_some());
+        assert!(tries.pause_after(&Error::invalid("id", "is wrong")).is_none());
+    }
+
+    #[test]
+    fn a_grpc_timeout_is_up_to_eight_digits_and_a_unit() {
+        for (value, wanted) in [
+            ("1H", Some(Duration::from_secs(3_600))),
+            ("2M", Some(Duration::from_secs(120))),
+            ("3S", Some(Duration::from_secs(3))),
+            ("4m", Some(Duration::from_millis(4))),
+            ("5u", Some(Duration::from_micros(5))),
+            ("99999999n", Some(Duration::from_nanos(99_999_999))),
+            ("0S", Some(Duration::ZERO)),
+            ("", None),
+            ("S", None),
+            ("1", None),
+            ("1s", None),
+            ("-1S", None),
+            ("+1S", None),
+            ("1.5S", None),
+            ("123456789S", None),
+            ("1 S", None),
+            ("1é", None),
+        ] {
+            assert_eq!(grpc_timeout(value), wanted, "{value}");
+        }
+    }
 }

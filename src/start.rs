@@ -35,10 +35,13 @@ use crate::{
 /// The database of the embedded cluster, and the administrator that it begins with.
 const EMBEDDED_DATABASE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
+/// Of a service that was told to end twice.
+const EXIT_AT_ONCE: i32 = 1;
 const FIRST_TOKEN_NAME: &str = "admin.token";
 
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.limits.check()?;
+    raise_open_files();
     // First, so that a taken port is told before anything is started.
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let mut shutdown = pin!(shutdown_signal()?);
@@ -136,15 +139,35 @@ fn parse_database_url(url: &str) -> anyhow::Result<Config> {
         .map_err(|_| anyhow!("the database URL cannot be read; it is like postgresql://user:password@host/database"))
 }
 
-/// Ready at the first SIGINT or SIGTERM. Listens from now on.
+/// Lets the process open as many files as it may: each connection is one, and the usual bound is 1,024.
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls are given a structure that lives as long as they take; if they fail, the bound stays as it is.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
+/// Ready at the first SIGINT or SIGTERM; a second one ends the process at once. Listens from now on.
 fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
+    let mut next = async move || {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+    };
+    Ok(async move {
+        next().await;
+        tokio::spawn(async move {
+            next().await;
+            // The private PostgreSQL ends by itself when its parent does.
+            std::process::exit(EXIT_AT_ONCE);
+        });
     })
 }
 

@@ -122,9 +122,12 @@ impl Rounds {
             }),
         );
         let of_list = db.clone();
-        let lists = Flights::new(Box::new(move |list| {
+        let lists = Flights::new(Box::new(move |list: IssueList| {
             let db = of_list.clone();
-            Box::pin(async move { issues::list(&*db.conn().await?, &list).await })
+            Box::pin(async move {
+                let _slot = if list.filter.searches() { Some(db.heavy_slot().await?) } else { None };
+                issues::list(&*db.conn().await?, &list).await
+            })
         }));
         Self { gets, lists, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
     }
