@@ -150,7 +150,7 @@ async fn a_thousand_connections_without_a_call_keep_nobody_from_being_answered()
 async fn where_there_is_no_room_idle_connections_make_it() {
     let target = Target::start_with(&["--connections", "20"]).await;
     let mut idle = Vec::new();
-    for _ in 0..60 {
+    for _ in 0..30 {
         // Not all are taken at once.
         idle.push(TcpStream::connect(target.address()).await.unwrap());
     }

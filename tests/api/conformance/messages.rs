@@ -55,6 +55,7 @@ async fn a_message_in_pieces_of_one_byte_is_whole() {
     }
     // What a client says behind its message is not read.
     stream.send_trailers([("x-trailer".parse().unwrap(), "1".parse().unwrap())].into_iter().collect()).unwrap();
+    drop(stream);
     timeout(HANG, read_answer(answer)).await.unwrap().unwrap().assert_grpc(Code::Ok);
     let titled = target.tracker.count("SELECT count(*) FROM issues WHERE title = 'in pieces'").await;
     assert_eq!(titled, 1);
