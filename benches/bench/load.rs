@@ -299,7 +299,11 @@ impl Caller {
                     self.connection.call("/issuetracker.v1.CommentService/CreateComment", &request).await?;
                 created.issue_id == issue_id
             }
-            Call::Search => self.list("nosuchwordanywhere".to_owned()).await?.is_empty(),
+            Call::Search => {
+                // Another one each time: equal ones would be looked for together.
+                let word = format!("nosuchword{}", self.pick(1_000_000_000));
+                self.list(word).await?.is_empty()
+            }
             Call::ListIssues => self.list(String::new()).await?.len() == 50,
             Call::ListIssuesByStatus => {
                 let (status, name) = [(1, "OPEN"), (2, "IN_PROGRESS"), (3, "CLOSED")][self.pick(3) as usize];
