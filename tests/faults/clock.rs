@@ -128,7 +128,7 @@ async fn sessions_end_by_the_databases_clock_and_deadlines_by_no_clock() {
     let request = CreateUserRequest { user: Some(user), password: PASSWORD.to_owned(), ..Default::default() };
     clocked.call::<User>("UserService/CreateUser", &request).await;
     let session = clocked.sign_in("ada").await;
-    for (step, lasts) in [(-HOUR, true), (HOUR, true), (TWO_DAYS, false)] {
+    for (step, lasts) in [(-HOUR, true), (TWO_DAYS, false)] {
         clocked.shim.set_clock(step);
         eventually("the session is what it should be", async || clocked.knows(&session).await == lasts).await;
         let new = clocked.sign_in("ada").await;

@@ -32,7 +32,7 @@ const INSERT: At = At::Execute("create_issues");
 /// The statements of an UpdateIssue and of a BulkUpdateStatus.
 const UPDATE: At = At::Execute("update_issues");
 const BULK: At = At::Execute("bulk_update_issues");
-const CREATES_AT_ONCE: usize = 24;
+const CREATES_AT_ONCE: usize = 16;
 /// Long enough to get as far as the commit on a busy machine.
 const HELD_DEADLINE: Duration = Duration::from_secs(4);
 const CLIENTS: usize = 8;
@@ -50,10 +50,7 @@ impl Broken {
     async fn start() -> Self {
         let external = External::start(Durability::Throwaway);
         let proxy = Proxy::start(external.socket_dir().join(".s.PGSQL.5432")).await;
-        let pool = ["--pool-connections", "6", "--imports", "1", "--exports", "1"];
-        let mut command = program(&["--database-url", &proxy.url()]);
-        command.args(pool);
-        let service = Service::start(&external.dir, command);
+        let service = Service::start(&external.dir, program(&["--database-url", &proxy.url()]));
         let caller = callers(&external.config(), 1).await.remove(0);
         Self { service, proxy, external, caller }
     }

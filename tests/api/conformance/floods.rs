@@ -1,8 +1,9 @@
 //! Much of what is harmless once.
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use http::HeaderName;
-use issue_tracker::pb::Issue;
+use issue_tracker::pb::{Issue, Role, WhoAmIRequest};
 use tokio::time::timeout;
 use tonic::Code;
 
@@ -13,6 +14,7 @@ use super::{
         WINDOW_UPDATE, call, call_block, connect, frame, framed, request,
     },
 };
+use crate::harness::Tracker;
 
 const MANY: usize = 10_000;
 
@@ -175,4 +177,15 @@ async fn many_calls_of_one_connection_are_answered_or_refused_one_by_one() {
     drop(requests);
     let _ = call(&target, request(&target, WHO_AM_I), Bytes::new()).await;
     target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_token_that_nobody_knows_yet_is_looked_up_for_all_calls_that_come_with_it() {
+    let tracker = Tracker::start().await;
+    for round in 0..5 {
+        let client = tracker.user(&format!("newcomer-{round}"), Role::Member).await;
+        let calls = (0..200).map(|_| async { client.auth().who_am_i(WhoAmIRequest {}).await });
+        let refused: Vec<_> = join_all(calls).await.into_iter().filter_map(Result::err).collect();
+        assert!(refused.is_empty(), "{} of 200: {:?}", refused.len(), refused[0]);
+    }
 }
