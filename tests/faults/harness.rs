@@ -90,7 +90,8 @@ impl Dir {
         let pid = text.lines().next()?.parse().ok()?;
         // A dead one leaves its file, and its number may be somebody else's by now.
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        String::from_utf8_lossy(&command).contains(&self.data()).then_some(pid)
+        let cluster = self.path("data/cluster").canonicalize().ok()?;
+        String::from_utf8_lossy(&command).contains(cluster.to_str()?).then_some(pid)
     }
 }
 

@@ -1,6 +1,9 @@
 //! Whether the database holds what callers were told, all of it, once, and nothing else.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    time::Instant,
+};
 
 use issue_tracker::pb::{
     BatchGetIssuesRequest, BatchGetIssuesResponse, BulkUpdateStatusResponse, Comment, Issue, UpdateIssueRequest,
@@ -11,7 +14,7 @@ use tokio_postgres::{Client, Config};
 use tonic::transport::Channel;
 
 use crate::{
-    harness::{call, session},
+    harness::{HANG, call, session},
     load::{Kind, Made, judged, told_versions},
 };
 
@@ -218,7 +221,9 @@ async fn replay(channel: &Channel, made: Vec<Made>) {
         }
         let channel = channel.clone();
         running.spawn(async move {
+            let began = Instant::now();
             loop {
+                assert!(began.elapsed() < HANG, "never replayed: {made:?}");
                 let again = call(&channel, &made.token, made.method, &made.message).await;
                 if let Some(reply) = judged(again) {
                     assert!(reply == made.reply, "another reply: {made:?}");
