@@ -1,6 +1,7 @@
 //! The service and its private database are killed again and again while many clients write.
 
 use std::{
+    fs,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -8,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use issue_tracker::db::embedded::Durability;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_postgres::{Config, NoTls};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
-    harness::{Dir, Form, HANG, Service, TICK, channel, eventually, program, session, signal},
+    harness::{Dir, External, Form, HANG, Service, TICK, channel, eventually, program, serves, session, signal},
     load::Load,
     verify::verify,
 };
@@ -104,6 +106,45 @@ async fn whatever_is_killed_every_acknowledged_write_is_there_once_and_health_te
     service.assert_sound();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_tells_of_a_database_that_neither_answers_nor_dies() {
+    let external = External::start(Durability::Throwaway);
+    let service = Service::start(&external.dir, program(&["--database-url", &external.url()]));
+    let channel = service.channel();
+    eventually("it serves", async || serves(&channel).await).await;
+    for _ in 0..Form::of_environment().pick(2, 10) {
+        let frozen = Frozen::freeze(external.cluster.as_ref().unwrap().server_pid());
+        tokio::time::sleep(TRUTH_AFTER + TRUTH_MARGIN).await;
+        let told = serves(&channel).await;
+        drop(frozen);
+        assert!(!told, "it says that it serves, {:?} after the database has stopped", TRUTH_AFTER + TRUTH_MARGIN);
+        eventually("it serves again", async || serves(&channel).await).await;
+    }
+}
+
+/// A server none of whose processes does anything until this is dropped.
+struct Frozen(Vec<u32>);
+
+impl Frozen {
+    fn freeze(server: u32) -> Self {
+        let mut frozen = Self(vec![server]);
+        // First, so that it makes no more.
+        signal(server, libc::SIGSTOP);
+        let children = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap();
+        frozen.0.extend(children.split_whitespace().map(|pid| pid.parse::<u32>().unwrap()));
+        frozen.0[1..].iter().for_each(|pid| assert!(signal(*pid, libc::SIGSTOP)));
+        frozen
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            signal(*pid, libc::SIGCONT);
+        }
+    }
+}
+
 async fn kill_database(dir: &Dir) {
     let mut pid = None;
     eventually("there is a database to kill", async || {
@@ -180,7 +221,12 @@ impl Watched {
             if silent || health[0].from > since {
                 continue;
             }
-            assert_eq!(told, truth, "health says it at {:?} after the first poll", seen.from - health[0].from);
+            assert_eq!(
+                told,
+                truth,
+                "{:?} after the first poll, and {lag:?} after it was so",
+                seen.from - health[0].from
+            );
             *if truth { &mut serving } else { &mut not_serving } += 1;
         }
         println!("health was right {serving} times with the database there, {not_serving} times with it away");

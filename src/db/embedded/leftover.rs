@@ -21,8 +21,6 @@ const FAST_AFTER: Duration = Duration::from_secs(3);
 /// A fast shutdown writes a checkpoint; after this long it's left to recovery.
 const IMMEDIATE_AFTER: Duration = Duration::from_secs(12);
 const GONE_AFTER_MAX: Duration = Duration::from_secs(30);
-/// What the others have to notice that the main process is dead; they only hold up the next server.
-const ORPHANS_AFTER: Duration = Duration::from_millis(300);
 /// Every process of a server runs this program.
 const PROGRAM: &str = "postgres";
 
@@ -75,9 +73,8 @@ pub(super) fn clear(cluster: &Path, pause: &dyn Fn(Duration) -> bool) -> anyhow:
 fn signal_due(running: &[u32], main: Option<u32>, waited: Duration) -> Option<(libc::c_int, Vec<u32>)> {
     let main = main.filter(|pid| running.contains(pid));
     match main {
-        None if waited < ORPHANS_AFTER => None,
+        _ if waited < FAST_AFTER => None,
         None => Some((libc::SIGQUIT, running.to_vec())),
-        Some(_) if waited < FAST_AFTER => None,
         Some(pid) if waited < IMMEDIATE_AFTER => Some((libc::SIGINT, vec![pid])),
         Some(pid) => Some((libc::SIGQUIT, vec![pid])),
     }
