@@ -55,7 +55,7 @@ struct Shared {
     socket: PathBuf,
     plan: Mutex<Plan>,
     struck: AtomicUsize,
-    /// Counts up; at each step every connection is cut.
+    /// Counts up; at each step every connection that is made is cut.
     cuts: watch::Sender<u32>,
     /// Counts up; at each step what is held goes on.
     releases: watch::Sender<u32>,
@@ -113,7 +113,7 @@ impl Proxy {
         self.shared.struck.load(Ordering::SeqCst)
     }
 
-    /// All connections end now.
+    /// All connections that are made end now.
     pub fn cut_all(&self) {
         self.shared.cuts.send_modify(|count| *count += 1);
     }
@@ -187,7 +187,10 @@ impl Connection {
                     }
                     connection.answer().await?.ok()?;
                 }
-                _ = cuts.changed() => return None,
+                // One that is only being made is not idle: its loss is that of the database.
+                _ = cuts.changed() => if connection.ready_said > 0 {
+                    return None;
+                },
                 _ = releases.changed() => {
                     connection.answers = Answers::Forwarded;
                     let held = std::mem::take(&mut connection.held);
