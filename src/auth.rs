@@ -16,8 +16,10 @@ use tonic::Request;
 use uuid::Uuid;
 
 use crate::{
+    config::Limits,
     db::{Db, tokens},
     error::{Error, Result},
+    login::LoginLimits,
     pb::Role,
     request::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
 };
@@ -27,12 +29,10 @@ use crate::{
 const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 /// How many tokens are remembered at once.
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
-/// How many passwords are checked at once: each takes a core for a quarter of a second.
-const PASSWORDS_AT_ONCE_MAX: usize = 2;
 /// How long a password waits to be checked.
 const PASSWORD_WAIT: Duration = Duration::from_secs(5);
-/// How many may wait: what these can be done with in that time.
-const PASSWORDS_WAITING_MAX: usize = 32;
+/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each.
+const PASSWORDS_WAITING_PER_THREAD_MAX: usize = 16;
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -80,20 +80,25 @@ pub struct Auth {
     generation: Arc<AtomicU64>,
     passwords: Arc<Semaphore>,
     passwords_waiting: Arc<Semaphore>,
+    /// How often a password may be tried.
+    pub login_limits: LoginLimits,
     bcrypt_cost: u32,
     /// What is checked when there is no such user, so that it takes as long.
     decoy_hash: Arc<str>,
 }
 
 impl Auth {
-    /// `bcrypt_cost`: 4 to 31; 12 takes a quarter of a second.
-    pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
+    pub fn new(db: Db, limits: &Limits) -> anyhow::Result<Self> {
+        let bcrypt_cost = limits.bcrypt_cost;
+        // Half of the cores, so that whoever sends passwords does not take the others' time.
+        let passwords_max = (std::thread::available_parallelism()?.get() / 2).max(1);
         Ok(Self {
             db,
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
-            passwords: Arc::new(Semaphore::new(PASSWORDS_AT_ONCE_MAX)),
-            passwords_waiting: Arc::new(Semaphore::new(PASSWORDS_WAITING_MAX)),
+            passwords: Arc::new(Semaphore::new(passwords_max)),
+            passwords_waiting: Arc::new(Semaphore::new(passwords_max * PASSWORDS_WAITING_PER_THREAD_MAX)),
+            login_limits: LoginLimits::new(limits.free_login_failures()),
             bcrypt_cost,
             decoy_hash: bcrypt::hash(new_token()?.0, bcrypt_cost)?.into(),
         })

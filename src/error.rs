@@ -72,6 +72,9 @@ pub enum Error {
     /// A bound on work at once is reached.
     #[error("{0}")]
     Exhausted(String),
+    /// Passwords were tried and wrong too often; the next try is taken after the delay.
+    #[error("the password was wrong too often; try again in {} s", seconds_up(.delay))]
+    TooManyTries { delay: Duration },
     /// It took too long.
     #[error("{message}")]
     Timeout { reason: &'static str, message: String },
@@ -185,6 +188,7 @@ impl Error {
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
+            | Self::TooManyTries { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::Unavailable
@@ -373,7 +377,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::Exhausted(_) | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable => Code::Unavailable,
@@ -397,6 +401,7 @@ impl Error {
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) => "OVERLOADED",
+            Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Unavailable => "DATABASE_UNAVAILABLE",
             Self::Database(_) | Self::Internal(_) => "INTERNAL",
@@ -428,6 +433,7 @@ impl Error {
             Self::Exhausted(_) | Self::Unavailable | Self::Aborted { .. } => {
                 vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
             }
+            Self::TooManyTries { delay } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
@@ -471,6 +477,11 @@ impl Error {
         }
         metadata
     }
+}
+
+/// Whole seconds, not before the delay is over.
+fn seconds_up(delay: &Duration) -> u64 {
+    delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
 }
 
 fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {

@@ -11,11 +11,11 @@ mod users;
 
 pub use users::check_username;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use prost::Message;
 use tokio::sync::Semaphore;
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 
 use crate::{
     auth::Auth,
@@ -54,6 +54,11 @@ use fresh;
 
 fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
     Ok(Response::new(decode_reply(reply)?))
+}
+
+/// Where a request comes from. None: not by TCP.
+fn address_of<T>(request: &Request<T>) -> Option<IpAddr> {
+    request.remote_addr().map(|address| address.ip())
 }
 
 /// Commits a mutation together with its reply.

@@ -55,7 +55,7 @@ pub async fn run(
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let auth = Auth::new(db.clone(), limits.bcrypt_cost)?;
+    let auth = Auth::new(db.clone(), limits)?;
     let gate = Gate::new(auth.clone(), limits.requests as usize);
     let api = Arc::new(Api {
         db: db.clone(),

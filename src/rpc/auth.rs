@@ -2,11 +2,17 @@
 
 use tonic::Request;
 
-use super::{Api, Reply, finish, fresh};
+use super::{Api, Reply, address_of, finish, fresh};
 use crate::{
     auth::{Caller, check_password, new_token},
-    db::{Conn, requests::RequestKey, tokens, users},
+    db::{
+        Conn,
+        requests::RequestKey,
+        tokens,
+        users::{self, Credentials},
+    },
     error::{Error, Result},
+    login::Subject,
     pb::{
         ApiToken, ChangePasswordRequest, ChangePasswordResponse, CreateApiTokenRequest, CreateApiTokenResponse,
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
@@ -25,17 +31,18 @@ mutation! {
 #[tonic::async_trait]
 impl AuthService for Api {
     async fn login(&self, request: Request<LoginRequest>) -> Reply<LoginResponse> {
+        let address = address_of(&request);
         let request = request.into_inner();
-        // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
-        // connection is not held while the password is checked.
-        let credentials = match request.username.contains('\0') {
-            true => None,
-            false => users::find_credentials(&*self.db.conn().await?, &request.username).await?,
-        };
-        let hash = credentials.as_ref().map(|credentials| &*credentials.password_hash);
+        let attempt = self.auth.login_limits.begin(Subject::Username(&request.username), address)?;
         let wrong = || Error::Unauthenticated("the username or the password is wrong");
-        let verified = self.auth.verify_password(&request.password, hash).await?;
-        let credentials = credentials.filter(|_| verified).ok_or_else(wrong)?;
+        let credentials = match self.check_credentials(&request).await {
+            Ok(credentials) => credentials.ok_or_else(wrong)?,
+            Err(error) => {
+                attempt.unchecked();
+                return Err(error.into());
+            }
+        };
+        attempt.succeeded();
         let mut reply = LoginResponse { user: Some(credentials.user), ..LoginResponse::default() };
         if !request.validate_only {
             let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
@@ -70,6 +77,7 @@ impl AuthService for Api {
 
     async fn change_password(&self, request: Request<ChangePasswordRequest>) -> Reply<ChangePasswordResponse> {
         let caller = Caller::of(&request)?;
+        let address = address_of(&request);
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
@@ -83,8 +91,14 @@ impl AuthService for Api {
         if key.request_id.is_some() {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
-        if !self.auth.verify_password(&request.current_password, Some(&old_hash)).await? {
-            return Err(wrong().into());
+        let attempt = self.auth.login_limits.begin(Subject::Caller(caller.user_id), address)?;
+        match self.auth.verify_password(&request.current_password, Some(&old_hash)).await {
+            Ok(true) => attempt.succeeded(),
+            Ok(false) => return Err(wrong().into()),
+            Err(error) => {
+                attempt.unchecked();
+                return Err(error.into());
+            }
         }
         let password_hash = self.auth.hash_password(&request.new_password).await?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
@@ -147,6 +161,22 @@ impl AuthService for Api {
         let reply = finish(tx, api_token).await;
         self.auth.forget_tokens();
         reply
+    }
+}
+
+impl Api {
+    /// The user, if the password is his.
+    async fn check_credentials(&self, request: &LoginRequest) -> Result<Option<Credentials>> {
+        // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
+        // connection is not held while the password is checked.
+        let credentials = match request.username.contains('\0') || !request.username.is_ascii() {
+            // Usernames are ASCII, and to the database some other letters are the same in lower case.
+            true => None,
+            false => users::find_credentials(&*self.db.conn().await?, &request.username).await?,
+        };
+        let hash = credentials.as_ref().map(|credentials| &*credentials.password_hash);
+        let verified = self.auth.verify_password(&request.password, hash).await?;
+        Ok(credentials.filter(|_| verified))
     }
 }
 

@@ -1,5 +1,7 @@
 //! `AuthService`, and what a token is worth.
 
+mod limits;
+
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use issue_tracker::{

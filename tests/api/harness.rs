@@ -184,7 +184,15 @@ pub fn limits(args: &[&str]) -> Limits {
     }
     let fixed = ["test", "--bcrypt-cost", "4"];
     // The later of two values would be an error, so those of the test go first.
-    let defaults = [["--pool-connections", "6"], ["--imports", "4"], ["--exports", "1"], ["--drain-seconds", "1"]];
+    let defaults = [
+        ["--pool-connections", "6"],
+        ["--imports", "4"],
+        ["--exports", "1"],
+        ["--drain-seconds", "1"],
+        // All tests are one address.
+        ["--login-failures", "1000"],
+        ["--login-failures-per-address", "1000"],
+    ];
     let missing = defaults.iter().filter(|[name, _]| !args.contains(name)).flatten();
     let args = fixed.iter().chain(args).chain(missing);
     <Args as clap::Parser>::parse_from(args).limits
