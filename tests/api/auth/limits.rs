@@ -54,10 +54,6 @@ async fn after_too_many_wrong_passwords_a_try_waits_as_long_as_it_is_told() {
         fail(&client, username).await;
         let (more, next) = fail_until_refused(&client, username).await;
         assert!(next <= Duration::from_secs(1 << (taken + more - 2)), "{username}: {next:?} after {taken} and {more}");
-        assert!(
-            next > Duration::from_secs(1 << (taken + more - 2)) / 2,
-            "{username}: {next:?} after {taken} and {more}"
-        );
     }
     // The right password is not looked at either, and then it is.
     let (_, delay) = fail_until_refused(&client, "MEMBER").await;
