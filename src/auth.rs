@@ -5,21 +5,20 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::{HeaderMap, header::AUTHORIZATION};
 use moka::future::Cache;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::Semaphore;
 use tonic::Request;
 use uuid::Uuid;
 
 use crate::{
-    config::Limits,
     db::{Db, tokens},
     error::{Error, Result},
-    login::LoginLimits,
     pb::Role,
     request::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
 };
@@ -70,26 +69,33 @@ impl Caller {
     }
 }
 
+/// What is known of a token.
+#[derive(Clone, Copy)]
+struct Known {
+    caller: Caller,
+    /// The generation in which it was read.
+    generation: u64,
+    /// When it expires. None: not before it is revoked.
+    valid_until: Option<Instant>,
+}
+
 /// Checks passwords and tokens. Cheap to clone.
 #[derive(Clone)]
 pub struct Auth {
     db: Db,
-    /// What is known of tokens, each with the generation in which it was read.
-    callers: Cache<[u8; TOKEN_BYTES], (u64, Caller)>,
+    callers: Cache<[u8; TOKEN_BYTES], Known>,
     /// What was read in an earlier one is not believed any more.
     generation: Arc<AtomicU64>,
     passwords: Arc<Semaphore>,
     passwords_waiting: Arc<Semaphore>,
-    /// How often a password may be tried.
-    pub login_limits: LoginLimits,
     bcrypt_cost: u32,
     /// What is checked when there is no such user, so that it takes as long.
-    decoy_hash: Arc<str>,
+    decoy_hash: Arc<SecretString>,
 }
 
 impl Auth {
-    pub fn new(db: Db, limits: &Limits) -> anyhow::Result<Self> {
-        let bcrypt_cost = limits.bcrypt_cost;
+    /// `bcrypt_cost`: 4 to 31; 12 takes a quarter of a second.
+    pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
         // Half of the cores, so that whoever sends passwords does not take the others' time.
         let passwords_max = (std::thread::available_parallelism()?.get() / 2).max(1);
         Ok(Self {
@@ -98,26 +104,25 @@ impl Auth {
             generation: Arc::default(),
             passwords: Arc::new(Semaphore::new(passwords_max)),
             passwords_waiting: Arc::new(Semaphore::new(passwords_max * PASSWORDS_WAITING_PER_THREAD_MAX)),
-            login_limits: LoginLimits::new(limits.free_login_failures()),
             bcrypt_cost,
-            decoy_hash: bcrypt::hash(new_token()?.0, bcrypt_cost)?.into(),
+            decoy_hash: Arc::new(hash_password(&new_token()?.0.into(), bcrypt_cost)?),
         })
     }
 
     /// Whether the password is the one that was hashed; without a hash it is not, after the same time.
-    pub async fn verify_password(&self, password: &str, hash: Option<&str>) -> Result<bool> {
+    pub async fn verify_password(&self, password: &SecretString, hash: Option<&SecretString>) -> Result<bool> {
         // bcrypt takes more than these for a password's first bytes, or for its repetition.
-        let exact = password.len() <= PASSWORD_BYTES_MAX && !password.contains('\0');
+        let exact = password.expose_secret().len() <= PASSWORD_BYTES_MAX && !password.expose_secret().contains('\0');
         let known = hash.is_some();
-        let hash = hash.unwrap_or(&self.decoy_hash).to_owned();
-        let password = password.to_owned();
-        let equal = self.on_password_thread(move || bcrypt::verify(password, &hash)).await?;
+        let (password, hash) = (password.clone(), hash.unwrap_or(&self.decoy_hash).clone());
+        let verify = move || bcrypt::verify(password.expose_secret(), hash.expose_secret());
+        let equal = self.on_password_thread(verify).await?;
         Ok(equal && exact && known)
     }
 
-    pub async fn hash_password(&self, password: &str) -> Result<String> {
-        let (password, cost) = (password.to_owned(), self.bcrypt_cost);
-        self.on_password_thread(move || bcrypt::hash(password, cost)).await
+    pub async fn hash_password(&self, password: &SecretString) -> Result<SecretString> {
+        let (password, cost) = (password.clone(), self.bcrypt_cost);
+        self.on_password_thread(move || hash_password(&password, cost)).await
     }
 
     async fn on_password_thread<T: Send + 'static>(
@@ -156,19 +161,28 @@ impl Auth {
             .and_then(|(_, token)| token_sha256(token.trim()))
             .ok_or(Error::Unauthenticated("the authorization metadata is not \"Bearer <token>\""))?;
         let generation = self.generation.load(Ordering::SeqCst);
-        if let Some((known_in, caller)) = self.callers.get(&sha256).await
-            && known_in == generation
+        let now = Instant::now();
+        if let Some(known) = self.callers.get(&sha256).await
+            && known.generation == generation
+            && known.valid_until.is_none_or(|end| now < end)
         {
-            return Ok(caller);
+            return Ok(known.caller);
         }
         // Boxed, as it happens seldom and would make the future of every request large: they are moved about.
         let found = Box::pin(async { tokens::find_caller(&*self.db.conn().await?, &sha256).await }).await?;
-        let caller = found.ok_or(Error::Unauthenticated(
+        let (caller, valid_for) = found.ok_or(Error::Unauthenticated(
             "the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
-        self.callers.insert(sha256, (generation, caller)).await;
+        // From before the database was asked, and so rather too early. Too long to reckon with is for ever.
+        let valid_until = valid_for.and_then(|valid_for| now.checked_add(valid_for));
+        self.callers.insert(sha256, Known { caller, generation, valid_until }).await;
         Ok(caller)
     }
+}
+
+/// `cost` is bcrypt's, as of [`Auth::new`].
+pub fn hash_password(password: &SecretString, cost: u32) -> Result<SecretString, bcrypt::BcryptError> {
+    bcrypt::hash(password.expose_secret(), cost).map(SecretString::from)
 }
 
 /// A new token, and its SHA-256 for the database.
@@ -189,7 +203,8 @@ fn token_sha256(token: &str) -> Option<[u8; 32]> {
 }
 
 /// What a password must be.
-pub fn check_password(password: &str) -> Result<(), String> {
+pub fn check_password(password: &SecretString) -> Result<(), String> {
+    let password = password.expose_secret();
     if !(PASSWORD_BYTES_MIN..=PASSWORD_BYTES_MAX).contains(&password.len()) {
         return Err(format!(
             "must have {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX} bytes of UTF-8, has {}",

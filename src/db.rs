@@ -3,6 +3,7 @@
 //! A query is a free function in the file of its noun, over [`Conn`]; a [`Tx`] dereferences to [`Conn`], so the same
 //! function serves both. Nothing here knows of gRPC.
 
+pub mod audit;
 pub mod comments;
 pub mod embedded;
 pub mod import;

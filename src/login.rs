@@ -60,17 +60,16 @@ pub enum Subject<'a> {
     Caller(Uuid),
 }
 
-/// Counts tries. Cheap to clone.
-#[derive(Clone)]
+/// Counts tries.
 pub struct LoginLimits {
     free: FreeFailures,
-    hasher: Arc<RandomState>,
+    hasher: RandomState,
     tries: Arc<Mutex<Tries>>,
 }
 
 impl LoginLimits {
     pub fn new(free: FreeFailures) -> Self {
-        Self { free, hasher: Arc::default(), tries: Arc::default() }
+        Self { free, hasher: RandomState::new(), tries: Arc::default() }
     }
 
     /// Begins a try, which counts as a failure until it is said to be none: of many at once only as many are taken as

@@ -25,12 +25,14 @@ use crate::{
         rounds::Rounds,
     },
     error::Result,
+    login::LoginLimits,
 };
 
 /// What the services work with.
 pub struct Api {
     pub db: Db,
     pub auth: Auth,
+    pub login_limits: LoginLimits,
     pub rounds: Rounds,
     pub session_hours: i32,
     /// A permit for each import under way.

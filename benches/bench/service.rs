@@ -11,7 +11,13 @@ use std::{
 use anyhow::{Context, bail};
 use issue_tracker::{
     auth::new_token,
-    db::{embedded::Cluster, migrate::migrate, tokens, users},
+    db::{
+        audit::By,
+        embedded::Cluster,
+        migrate::migrate,
+        tokens,
+        users::{self, NewUser},
+    },
     pb::Role,
 };
 
@@ -97,9 +103,10 @@ fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
         migrate(&config).await?;
         let db = issue_tracker::db::Db::new(config, issue_tracker::config::Limits::default().pool());
         let conn = db.conn().await?;
-        let user = users::create(&conn, "bench", Role::Member, "").await?;
+        let new = NewUser { username: "bench", role: Role::Member, disabled: false, password_hash: &"".into() };
+        let user = users::create(&conn, new, By::COMMAND_LINE).await?;
         let (token, sha256) = new_token()?;
-        tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench").await?;
+        tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench", None, By::COMMAND_LINE).await?;
         Ok(token)
     })
 }

@@ -1,5 +1,6 @@
 //! `AuthService`, and what a token is worth.
 
+mod expiry;
 mod limits;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
