@@ -38,7 +38,10 @@ pub mod pb {
                     f.debug_struct(stringify!($message))$(.field(stringify!($field), &self.$field))+.finish_non_exhaustive()
                 }
             }
-        )+};
+        )+
+        #[cfg(test)]
+        const WITH_SECRETS: &[&str] = &[$(stringify!($message)),+];
+        };
     }
     debug_without_secrets! {
         // People type their password as the username, too.
@@ -51,7 +54,23 @@ pub mod pb {
 
     #[cfg(test)]
     mod tests {
+        use prost::Message;
+
         use super::*;
+
+        #[test]
+        fn the_messages_with_secrets_are_those_with_a_password_or_a_token() {
+            let files = prost_types::FileDescriptorSet::decode(crate::FILE_DESCRIPTOR_SET).unwrap().file;
+            let ours = files.iter().filter(|file| file.package() == "issuetracker.v1");
+            let messages = ours.flat_map(|file| &file.message_type);
+            let secret = |name: &str| name.ends_with("password") || name == "access_token";
+            let found = messages.filter(|message| message.field.iter().any(|field| secret(field.name())));
+            let mut found: Vec<_> = found.map(|message| message.name()).collect();
+            let mut known = WITH_SECRETS.to_vec();
+            found.sort_unstable();
+            known.sort_unstable();
+            assert_eq!(found, known);
+        }
 
         #[test]
         fn messages_with_secrets_are_printed_without_them() {
