@@ -30,8 +30,10 @@ const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
 /// How long a password waits to be checked.
 const PASSWORD_WAIT: Duration = Duration::from_secs(5);
-/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each.
-const PASSWORDS_WAITING_PER_THREAD_MAX: usize = 16;
+/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
+/// do not take the places of those who have signed in.
+const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
+const KNOWN_WAITING_PER_THREAD_MAX: usize = 8;
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -69,6 +71,15 @@ impl Caller {
     }
 }
 
+/// Where a password waits to be checked or hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// Of those who have signed in, now or lately.
+    Known,
+    /// Of everybody else.
+    Strangers,
+}
+
 /// What is known of a token.
 #[derive(Clone, Copy)]
 struct Known {
@@ -87,7 +98,8 @@ pub struct Auth {
     /// What was read in an earlier one is not believed any more.
     generation: Arc<AtomicU64>,
     passwords: Arc<Semaphore>,
-    passwords_waiting: Arc<Semaphore>,
+    known_waiting: Arc<Semaphore>,
+    strangers_waiting: Arc<Semaphore>,
     bcrypt_cost: u32,
     /// What is checked when there is no such user, so that it takes as long.
     decoy_hash: Arc<SecretString>,
@@ -103,34 +115,46 @@ impl Auth {
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
             passwords: Arc::new(Semaphore::new(passwords_max)),
-            passwords_waiting: Arc::new(Semaphore::new(passwords_max * PASSWORDS_WAITING_PER_THREAD_MAX)),
+            known_waiting: Arc::new(Semaphore::new(passwords_max * KNOWN_WAITING_PER_THREAD_MAX)),
+            strangers_waiting: Arc::new(Semaphore::new(passwords_max * STRANGERS_WAITING_PER_THREAD_MAX)),
             bcrypt_cost,
             decoy_hash: Arc::new(hash_password(&new_token()?.0.into(), bcrypt_cost)?),
         })
     }
 
     /// Whether the password is the one that was hashed; without a hash it is not, after the same time.
-    pub async fn verify_password(&self, password: &SecretString, hash: Option<&SecretString>) -> Result<bool> {
+    pub async fn verify_password(
+        &self,
+        line: Line,
+        password: &SecretString,
+        hash: Option<&SecretString>,
+    ) -> Result<bool> {
         // bcrypt takes more than these for a password's first bytes, or for its repetition.
         let exact = password.expose_secret().len() <= PASSWORD_BYTES_MAX && !password.expose_secret().contains('\0');
         let known = hash.is_some();
         let (password, hash) = (password.clone(), hash.unwrap_or(&self.decoy_hash).clone());
         let verify = move || bcrypt::verify(password.expose_secret(), hash.expose_secret());
-        let equal = self.on_password_thread(verify).await?;
+        let equal = self.on_password_thread(line, verify).await?;
         Ok(equal && exact && known)
     }
 
+    /// For somebody who has signed in.
     pub async fn hash_password(&self, password: &SecretString) -> Result<SecretString> {
         let (password, cost) = (password.clone(), self.bcrypt_cost);
-        self.on_password_thread(move || hash_password(&password, cost)).await
+        self.on_password_thread(Line::Known, move || hash_password(&password, cost)).await
     }
 
     async fn on_password_thread<T: Send + 'static>(
         &self,
+        line: Line,
         work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
     ) -> Result<T> {
         let busy = || Error::Exhausted("too many passwords are being checked; try again".to_owned());
-        let _waiting = self.passwords_waiting.try_acquire().map_err(|_| busy())?;
+        let waiting = match line {
+            Line::Known => &self.known_waiting,
+            Line::Strangers => &self.strangers_waiting,
+        };
+        let _waiting = waiting.try_acquire().map_err(|_| busy())?;
         let acquire = Arc::clone(&self.passwords).acquire_owned();
         let permit = tokio::time::timeout(PASSWORD_WAIT, acquire).await.map_err(|_| busy())?;
         tokio::task::spawn_blocking(move || {

@@ -91,6 +91,7 @@ impl LoginLimits {
         }
         let tried = Try {
             tries: Arc::clone(&self.tries),
+            is_known: tries.known.get(pair, now, KNOWN_FOR).is_some(),
             pair,
             began: now,
             pair_before: tries.pairs.count(pair, now),
@@ -111,10 +112,16 @@ pub struct Try {
     pair_before: Option<Instant>,
     user_before: Option<Instant>,
     address_before: Option<Instant>,
+    is_known: bool,
     settled: bool,
 }
 
 impl Try {
+    /// Whether the user has signed in from the address lately.
+    pub fn is_known(&self) -> bool {
+        self.is_known
+    }
+
     /// The password was right: the pair's failures are forgotten, and it is known from now on.
     pub fn succeeded(mut self) {
         self.take_back();

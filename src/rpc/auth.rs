@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{Api, Reply, address_of, finish, fresh};
 use crate::{
-    auth::{Caller, check_password, new_token},
+    auth::{Caller, Line, check_password, new_token},
     db::{
         Conn,
         audit::{self, By},
@@ -41,7 +41,8 @@ impl AuthService for Api {
         let password = password.into();
         let attempt = self.login_limits.begin(Subject::Username(&username), address)?;
         let by = By::nobody(address);
-        match self.check_credentials(&username, &password).await {
+        let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
+        match self.check_credentials(line, &username, &password).await {
             Ok(Checked::Right(credentials)) => {
                 attempt.succeeded();
                 if validate_only {
@@ -102,7 +103,7 @@ impl AuthService for Api {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
         let attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
-        match self.auth.verify_password(&current_password, Some(&old_hash)).await {
+        match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
             Ok(true) => attempt.succeeded(),
             Ok(false) => return Err(wrong().into()),
             Err(error) => {
@@ -188,7 +189,7 @@ enum Checked {
 }
 
 impl Api {
-    async fn check_credentials(&self, username: &str, password: &SecretString) -> Result<Checked> {
+    async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<Checked> {
         // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
         // connection is not held while the password is checked.
         let credentials = match username.contains('\0') || !username.is_ascii() {
@@ -197,7 +198,7 @@ impl Api {
             false => users::find_credentials(&*self.db.conn().await?, username).await?,
         };
         let hash = credentials.as_ref().map(|credentials| &credentials.password_hash);
-        let verified = self.auth.verify_password(password, hash).await?;
+        let verified = self.auth.verify_password(line, password, hash).await?;
         Ok(match credentials {
             Some(credentials) if verified && !credentials.user.disabled => Checked::Right(credentials),
             credentials => Checked::Wrong(credentials.map(|credentials| credentials.user_id)),

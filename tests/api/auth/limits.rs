@@ -75,6 +75,28 @@ async fn of_a_burst_of_wrong_passwords_only_the_free_ones_are_checked() {
     assert_eq!(checked, 4);
 }
 
+/// Each password takes a while, and only so many may wait.
+#[tokio::test]
+async fn strangers_who_send_many_passwords_do_not_take_the_places_of_who_has_signed_in() {
+    let tracker = Tracker::start().await;
+    let client = tracker.client_with_token(None);
+    try_password(&client, "member", PASSWORD).await.unwrap();
+    let slow = bcrypt::hash(PASSWORD, 10).unwrap();
+    tracker.sql("UPDATE users SET password_hash = $1 WHERE username = 'viewer'", &[&slow]).await;
+    let strangers = tokio::spawn({
+        let client = client.clone();
+        async move { join_all((0..200).map(|_| try_password(&client, "viewer", "wrong password"))).await }
+    });
+    let mut signed_in = 0;
+    while !strangers.is_finished() {
+        try_password(&client, "member", PASSWORD).await.expect("the places of the known are free");
+        signed_in += 1;
+    }
+    assert!(signed_in > 1);
+    let codes: Vec<Code> = strangers.await.unwrap().into_iter().map(|result| result.unwrap_err().code()).collect();
+    assert!(codes.contains(&Code::ResourceExhausted) && codes.contains(&Code::Unauthenticated), "{codes:?}");
+}
+
 #[tokio::test]
 async fn who_is_attacked_from_elsewhere_signs_in() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "2"])).await;
