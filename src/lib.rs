@@ -11,6 +11,7 @@ pub mod auth;
 pub mod coalesce;
 pub mod error;
 pub mod gate;
+pub mod pem;
 pub mod request;
 pub mod rpc;
 pub mod singleflight;

@@ -22,7 +22,7 @@ use crate::{
     auth::{check_password, new_token},
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
     db::{
-        Db,
+        Db, Target,
         embedded::{Cluster, Durability},
         migrate::migrate,
         tokens, users,
@@ -62,9 +62,9 @@ struct Started {
 /// Starts the private PostgreSQL if it is wanted, brings the schema up to date, and says how to reach the service.
 async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started> {
     if let Some(url) = &args.database.database_url {
-        let config = parse_database_url(url)?;
-        migrate(&config).await?;
-        let db = Db::new(config, args.limits.pool());
+        let target: Target = url.parse()?;
+        migrate(target.clone()).await?;
+        let db = Db::new(target, args.limits.pool());
         warn_without_users(&db).await?;
         println!("listening on {address}");
         return Ok(Started { db, cluster: None });
@@ -92,7 +92,7 @@ async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started>
 }
 
 pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
-    migrate(&parse_database_url(&args.database_url)?).await
+    migrate(args.database_url.parse::<Target>()?).await
 }
 
 pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
@@ -102,9 +102,9 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     let password = password.trim_end_matches(['\r', '\n']);
     check_password(password).map_err(|message| anyhow!("the password {message}"))?;
 
-    let config = parse_database_url(&args.database.database_url)?;
-    migrate(&config).await?;
-    let db = Db::new(config, Limits::default().pool());
+    let target: Target = args.database.database_url.parse()?;
+    migrate(target.clone()).await?;
+    let db = Db::new(target, Limits::default().pool());
     let hash = bcrypt::hash(password, args.bcrypt_cost)?;
     let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
     println!("{}", user.id);
@@ -128,12 +128,6 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
         }
         status => bail!("{}", status.as_str_name()),
     }
-}
-
-fn parse_database_url(url: &str) -> anyhow::Result<Config> {
-    // The parser's own message can quote the password.
-    url.parse()
-        .map_err(|_| anyhow!("the database URL cannot be read; it is like postgresql://user:password@host/database"))
 }
 
 /// Ready at the first SIGINT or SIGTERM. Listens from now on.

@@ -2,7 +2,9 @@
 
 use anyhow::{Context, anyhow, bail};
 use refinery::error::Kind;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
+
+use super::Target;
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -17,8 +19,9 @@ const SERVER_VERSION_MIN: i32 = 150_000;
 ///
 /// Refuses a server older than PostgreSQL 15, a schema newer than this binary, and one whose applied migrations are not
 /// those of this binary.
-pub async fn migrate(config: &tokio_postgres::Config) -> anyhow::Result<()> {
-    let (mut client, connection) = config.connect(NoTls).await.context("cannot connect to the database")?;
+pub async fn migrate(target: impl Into<Target>) -> anyhow::Result<()> {
+    let Target { config, connector } = target.into();
+    let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
     let result = migrate_with(&mut client).await;
     // Closing the connection frees the lock.

@@ -1,12 +1,15 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod harness;
 
 mod auth;
 mod batches;
 mod comments;
 mod contract;
+mod database_tls;
 mod exports;
 mod faults;
 mod history;
