@@ -218,15 +218,42 @@ pub struct HealthArgs {
     /// Where the service listens.
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// How the service is reached instead, HOST:PORT, http://HOST:PORT or https://HOST:PORT. Default: --listen, with http.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_server)]
+    pub server: Option<Uri>,
+    #[command(flatten)]
+    pub tls: ClientTls,
+}
+
+/// What a client wants of a service's certificate, and shows of its own.
+#[derive(Debug, Args)]
+pub struct ClientTls {
+    /// A PEM file with the authorities that may have signed the service's certificate. Default: this machine's.
+    #[arg(long, env = "ISSUE_TRACKER_CA_CERT", value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
+    /// A PEM file with the certificate that is shown to the service, and its chain.
+    #[arg(long, env = "ISSUE_TRACKER_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+    pub client_cert: Option<PathBuf>,
+    /// A PEM file with the private key of --client-cert.
+    #[arg(long, env = "ISSUE_TRACKER_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+    pub client_key: Option<PathBuf>,
+    /// The name that the service's certificate must be made out to. Default: the host of --server.
+    #[arg(long, env = "ISSUE_TRACKER_SERVER_NAME", value_name = "NAME")]
+    pub server_name: Option<String>,
 }
 
 /// How a client reaches a service, and for how long it tries.
 #[derive(Debug, Args)]
 pub struct Connection {
-    /// Where the service listens: HOST:PORT or http://HOST:PORT.
+    /// Where the service listens: HOST:PORT, http://HOST:PORT or https://HOST:PORT.
     #[arg(long, env = "ISSUE_TRACKER_SERVER", default_value = "http://127.0.0.1:50051", value_name = "ADDRESS",
         value_parser = parse_server)]
     pub server: Uri,
+    #[command(flatten)]
+    pub tls: ClientTls,
+    /// Send the token unencrypted to another machine, over a network that nobody else can listen to.
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT")]
+    pub insecure_plaintext: bool,
     /// A file with the token. Default: the token in $ISSUE_TRACKER_TOKEN, else, for a service on this machine,
     /// admin.token in the data directory.
     #[arg(long, value_name = "FILE")]
@@ -248,10 +275,12 @@ fn parse_server(text: &str) -> Result<Uri, String> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let uri: Uri = with_scheme.parse().map_err(|error| format!("{error}; it is like 127.0.0.1:50051"))?;
     match (uri.scheme_str(), uri.port_u16(), uri.path()) {
-        (Some("http"), Some(_), "/") => Ok(uri),
-        (Some("http"), None, _) => Err("has no port; it is like 127.0.0.1:50051".to_owned()),
-        (Some("http"), Some(_), path) => Err(format!("has a path, {path}; it is like http://127.0.0.1:50051")),
-        _ => Err("only http:// is spoken; it is like http://127.0.0.1:50051".to_owned()),
+        (Some("http" | "https"), Some(_), "/") => Ok(uri),
+        (Some("http" | "https"), None, _) => Err("has no port; it is like 127.0.0.1:50051".to_owned()),
+        (Some("http" | "https"), Some(_), path) => {
+            Err(format!("has a path, {path}; it is like http://127.0.0.1:50051"))
+        }
+        _ => Err("only http:// and https:// are spoken; it is like http://127.0.0.1:50051".to_owned()),
     }
 }
 
@@ -455,8 +484,11 @@ mod tests {
             assert_eq!(server.to_string(), "http://127.0.0.1:50051/");
         }
         assert_eq!(import(&["--server", "[::1]:7"]).unwrap().connection.server.host(), Some("[::1]"));
+        let encrypted = import(&["--server", "https://tracker.example:443"]).unwrap().connection.server;
+        assert_eq!((encrypted.scheme_str(), encrypted.port_u16()), (Some("https"), Some(443)));
         for (address, why) in [
-            ("https://tracker.example:443", "only http:// is spoken"),
+            ("ftp://tracker.example:443", "only http:// and https:// are spoken"),
+            ("https://tracker.example", "has no port"),
             ("tracker.example", "has no port"),
             ("http://tracker.example:80/api", "has a path"),
             ("", "it is like 127.0.0.1:50051"),
@@ -464,6 +496,13 @@ mod tests {
             let error = import(&["--server", address]).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
+    }
+
+    #[test]
+    fn a_clients_certificate_and_key_come_together() {
+        import(&["--client-cert", "a.crt", "--client-key", "a.key"]).unwrap();
+        assert!(import(&["--client-cert", "a.crt"]).unwrap_err().contains("--client-key"));
+        assert!(import(&["--client-key", "a.key"]).unwrap_err().contains("--client-cert"));
     }
 
     #[test]

@@ -11,10 +11,10 @@ pub mod auth;
 pub mod coalesce;
 pub mod error;
 pub mod gate;
-pub mod pem;
 pub mod request;
 pub mod rpc;
 pub mod singleflight;
+pub mod tls;
 
 pub mod db;
 pub mod export;

@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     pin::pin,
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -15,11 +16,11 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 use tokio_postgres::{Config, NoTls};
-use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
     auth::{check_password, new_token},
+    cli,
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
     db::{
         Db, Target,
@@ -36,6 +37,8 @@ use crate::{
 const EMBEDDED_DATABASE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
 const FIRST_TOKEN_NAME: &str = "admin.token";
+/// How long a service that is asked for its health may take to answer at all.
+const HEALTH_CONNECT_MAX: Duration = Duration::from_secs(10);
 
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.limits.check()?;
@@ -111,12 +114,16 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Fails unless the service at the address serves.
+/// Fails unless the service serves.
 pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
-    let channel = Endpoint::try_from(format!("http://{}", args.listen))?
-        .connect()
-        .await
-        .with_context(|| format!("nothing answers on {}", args.listen))?;
+    let server = match args.server {
+        Some(server) => server,
+        None => format!("http://{}", args.listen).parse()?,
+    };
+    let channel =
+        cli::endpoint(&server, &args.tls)?.connect_timeout(HEALTH_CONNECT_MAX).connect().await.with_context(|| {
+            format!("nothing answers on {}", server.authority().map_or("", |authority| authority.as_str()))
+        })?;
     let status = HealthClient::new(channel)
         .check(HealthCheckRequest::default())
         .await

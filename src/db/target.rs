@@ -11,7 +11,7 @@ use tokio_postgres::{
     config::{Host, SslMode},
 };
 
-use super::tls::{self, Connector, Files, Roots, Verify};
+use super::tls::{self, Connector, Files, RootsFrom, Verify};
 
 const UNREADABLE: &str = "the database URL cannot be read; it is like postgresql://user:password@host/database";
 
@@ -196,8 +196,8 @@ impl Parameters {
     /// As in libpq, a given authority is verified whatever the mode.
     fn verify(&self, mode: Mode) -> anyhow::Result<Verify> {
         let roots = match self.roots.as_deref() {
-            Some("system") => Roots::System,
-            Some(file) => Roots::File(file.into()),
+            Some("system") => RootsFrom::System,
+            Some(file) => RootsFrom::File(file.into()),
             None if mode >= Mode::VerifyCa => {
                 bail!("sslmode={mode} needs sslrootcert=FILE, or sslrootcert=system for the platform's authorities")
             }
