@@ -17,6 +17,7 @@ mod imports;
 mod issues;
 mod labels;
 mod lists;
+mod privileges;
 mod reports;
 mod rounds;
 mod users;
