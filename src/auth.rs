@@ -89,7 +89,7 @@ impl Auth {
     /// `bcrypt_cost`: 4 to 31; 12 takes a quarter of a second.
     pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
         Ok(Self {
-            db,
+            db: db.for_auth(),
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
             passwords: Arc::new(Semaphore::new(PASSWORDS_AT_ONCE_MAX)),

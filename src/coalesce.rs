@@ -8,12 +8,19 @@ use std::{
     hash::Hash,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, join_all},
+};
 use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
+
+/// After this a round is given up when nobody waits for it any more.
+const ROUND_LONG: Duration = Duration::from_millis(100);
 
 /// Does the items of a round, and answers what became of each, in order. An error means that nothing was done for any of
 /// them, or that it is not known: see [`Error::is_undone`].
@@ -219,9 +226,14 @@ where
         Some(calls)
     }
 
-    async fn run(self: &Arc<Self>, calls: Vec<Call<I, O>>) {
+    async fn run(self: &Arc<Self>, mut calls: Vec<Call<I, O>>) {
         let items: Vec<I> = calls.iter().map(|call| call.item.clone()).collect();
-        match self.outcomes(items).await {
+        let outcomes = tokio::select! {
+            biased;
+            outcomes = self.outcomes(items) => outcomes,
+            () = abandoned(&mut calls) => return,
+        };
+        match outcomes {
             Ok(outcomes) => {
                 for (call, outcome) in calls.into_iter().zip(outcomes) {
                     match outcome {
@@ -258,6 +270,13 @@ where
         let round = AssertUnwindSafe(async { (self.round)(items).await });
         round.catch_unwind().await.unwrap_or(Err(Error::Internal("a round panicked")))
     }
+}
+
+/// Waits until all callers of a round have gone away, if it takes long.
+async fn abandoned<I, O>(calls: &mut [Call<I, O>]) {
+    // Most rounds are done before that, and spared the looking.
+    tokio::time::sleep(ROUND_LONG).await;
+    join_all(calls.iter_mut().map(|call| call.caller.closed())).await;
 }
 
 #[cfg(test)]
@@ -382,6 +401,29 @@ mod tests {
         assert_eq!(calls.pop().unwrap().await.unwrap().unwrap(), 4);
         assert_eq!(coalescer.call(3).await.unwrap(), 6);
         assert_eq!(*rounds.lock().unwrap(), [[2], [3]]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_round_that_nobody_waits_for_any_more_is_given_up() {
+        let (gate, rounds) = (Arc::new(Semaphore::new(0)), Arc::default());
+        let coalescer = Arc::new(doubler(BOUNDS, Arc::clone(&gate), Arc::clone(&rounds)));
+        let first = start(&coalescer, &[1]).await;
+        let together = start(&coalescer, &[2, 3]).await;
+        gate.add_permits(1);
+        for call in first {
+            call.await.unwrap().unwrap();
+        }
+        together[0].abort();
+        tokio::time::sleep(2 * ROUND_LONG).await;
+        assert!(!together[1].is_finished());
+        together[1].abort();
+        tokio::time::sleep(2 * ROUND_LONG).await;
+        let next = start(&coalescer, &[4]).await;
+        gate.add_permits(1);
+        for call in next {
+            assert_eq!(call.await.unwrap().unwrap(), 8);
+        }
+        assert_eq!(*rounds.lock().unwrap(), [[1], [4]]);
     }
 
     #[tokio::test(start_paused = true)]

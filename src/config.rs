@@ -8,7 +8,7 @@ use http::Uri;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
-use crate::{db::PoolOptions, pb};
+use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, pb};
 
 /// An issue tracker over gRPC, on PostgreSQL.
 #[derive(Debug, Parser)]
@@ -110,10 +110,46 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_STATEMENT_MS", default_value_t = 30_000, value_name = "MS",
         value_parser = value_parser!(u64).range(1..=600_000))]
     statement_ms: u64,
+    /// How long a call may take whose client sets no deadline, in milliseconds; imports and exports have none.
+    #[arg(long, env = "ISSUE_TRACKER_DEADLINE_MS", default_value_t = 30_000, value_name = "MS",
+        value_parser = value_parser!(u64).range(1..=600_000))]
+    deadline_ms: u64,
+    /// Bytes of one message of a client.
+    #[arg(long, env = "ISSUE_TRACKER_MESSAGE_BYTES", default_value_t = 4_194_304, value_name = "BYTES",
+        value_parser = value_parser!(u32).range(2_097_152..=67_108_864))]
+    message_bytes: u32,
+    /// Bytes of a call's metadata.
+    #[arg(long, env = "ISSUE_TRACKER_HEADER_BYTES", default_value_t = 16_384, value_name = "BYTES",
+        value_parser = value_parser!(u32).range(4_096..=1_048_576))]
+    header_bytes: u32,
+    /// Connections at once; a new one makes the longest idle ones go.
+    #[arg(long, env = "ISSUE_TRACKER_CONNECTIONS", default_value_t = 4_096, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=100_000))]
+    connections: u32,
+    /// Calls of one connection at once; more wait in the client.
+    #[arg(long, env = "ISSUE_TRACKER_STREAMS", default_value_t = 256, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=10_000))]
+    streams: u32,
+    /// How long a connection may be without a call, in seconds.
+    #[arg(long, env = "ISSUE_TRACKER_IDLE_SECONDS", default_value_t = 300, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=86_400))]
+    idle_seconds: u64,
+    /// How long a connection is used, in seconds; then its client is asked to connect anew.
+    #[arg(long, env = "ISSUE_TRACKER_AGE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=604_800))]
+    age_seconds: u64,
+    /// What the calls of a connection have when it is too old, in seconds.
+    #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=604_800))]
+    age_grace_seconds: u64,
+    /// How often a client is asked whether it is there, in seconds; without an answer for as long it is taken for gone.
+    #[arg(long, env = "ISSUE_TRACKER_KEEPALIVE_SECONDS", default_value_t = 30, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=3_600))]
+    keepalive_seconds: u64,
     /// Requests at once; more are told RESOURCE_EXHAUSTED.
     #[arg(long, env = "ISSUE_TRACKER_REQUESTS", default_value_t = 1_024, value_name = "N",
         value_parser = value_parser!(u32).range(1..=100_000))]
-    pub requests: u32,
+    requests: u32,
     /// Imports at once, each of which holds a connection; more are told RESOURCE_EXHAUSTED.
     #[arg(long, env = "ISSUE_TRACKER_IMPORTS", default_value_t = 10, value_name = "N",
         value_parser = value_parser!(u32).range(1..=999))]
@@ -159,25 +195,29 @@ impl Limits {
         }
     }
 
+    pub fn requests(&self) -> RequestLimits {
+        RequestLimits {
+            requests_max: self.requests as usize,
+            message_bytes_max: self.message_bytes as usize,
+            deadline_default: Duration::from_millis(self.deadline_ms),
+        }
+    }
+
+    pub fn connections(&self) -> ConnectionLimits {
+        ConnectionLimits {
+            connections_max: self.connections as usize,
+            idle_max: Duration::from_secs(self.idle_seconds),
+            age_max: Duration::from_secs(self.age_seconds),
+            age_grace: Duration::from_secs(self.age_grace_seconds),
+            keepalive_interval: Duration::from_secs(self.keepalive_seconds),
+            keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
+            streams_max: self.streams,
+            header_bytes_max: self.header_bytes,
+        }
+    }
+
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
-    }
-}
-
-/// The values that the command line has when nothing is said.
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            pool_connections: 20,
-            pool_wait_ms: 2_000,
-            statement_ms: 30_000,
-            requests: 1_024,
-            imports: 10,
-            exports: 4,
-            bcrypt_cost: 12,
-            session_hours: 12,
-            drain_seconds: 30,
-        }
     }
 }
 

@@ -50,6 +50,10 @@ const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many calls wait for a connection or a slot, for each there is; more are told at once.
+const WAITING_EACH_MAX: usize = 8;
+/// Connections that only see who calls: they are not behind what else is asked for.
+const AUTH_CONNECTIONS_MAX: u32 = 2;
 /// How often the database is asked whether it is there, and how long it may take to answer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -63,13 +67,22 @@ pub struct PoolOptions {
     pub statement_max: Duration,
 }
 
+impl PoolOptions {
+    /// For a program that does one thing and ends.
+    pub const SMALL: Self =
+        Self { connections_max: 2, wait_max: Duration::from_secs(2), statement_max: Duration::from_secs(30) };
+}
+
 /// The pool. Cheap to clone.
 #[derive(Clone)]
 pub struct Db {
     pool: bb8::Pool<Manager>,
+    manager: Manager,
     up: watch::Receiver<bool>,
     options: PoolOptions,
-    lock_slots: Arc<Semaphore>,
+    lock_slots: Arc<Slots>,
+    heavy_slots: Arc<Slots>,
+    waiting: Arc<Semaphore>,
 }
 
 pub type PooledConn = bb8::PooledConnection<'static, Manager>;
@@ -96,6 +109,16 @@ impl Db {
         let inner = PostgresConnectionManager::new(config, connector.clone());
         let manager = Manager { inner, connector, up: Arc::new(up_sender) };
         tokio::spawn(probe(manager.clone()));
+        Self::with_manager(manager, up, options)
+    }
+
+    /// A pool of its own on the same database, for finding out who calls.
+    pub fn for_auth(&self) -> Self {
+        let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
+        Self::with_manager(self.manager.clone(), self.up.clone(), options)
+    }
+
+    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -103,26 +126,51 @@ impl Db {
             // `has_broken`, and a waiting call is told at once through `up`.
             .test_on_check_out(false)
             .retry_connection(false)
-            .build_unchecked(manager);
-        let lock_slots = Arc::new(Semaphore::new((options.connections_max as usize / 2).max(1)));
-        Self { pool, up, options, lock_slots }
+            .build_unchecked(manager.clone());
+        let connections = options.connections_max as usize;
+        Self {
+            pool,
+            manager,
+            up,
+            lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
+            heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
+            waiting: Arc::new(Semaphore::new(connections * WAITING_EACH_MAX)),
+            options,
+        }
     }
 
     /// Taken by what may wait for others' locks, so that half of the connections stay for what does not.
     pub async fn lock_slot(&self) -> Result<OwnedSemaphorePermit> {
-        let slot = Arc::clone(&self.lock_slots).acquire_owned();
-        match tokio::time::timeout(self.options.wait_max, slot).await {
-            Ok(Ok(slot)) => Ok(slot),
-            Ok(Err(_)) | Err(_) => {
-                Err(Error::Exhausted("too many requests wait for what others are changing; try again".to_owned()))
-            }
-        }
+        self.lock_slots.take("too many requests wait for what others are changing; try again").await
     }
 
-    /// A connection for single statements, each of which is its own transaction.
+    /// Taken by what keeps the database at work for long, so that most of the connections stay for what does not.
+    pub async fn heavy_slot(&self) -> Result<OwnedSemaphorePermit> {
+        self.heavy_slots.take("too many reports and searches are under way; try again").await
+    }
+
+    /// A connection for statements that only read.
     ///
-    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time.
+    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time, and at once
+    /// when too many wait for one.
     pub async fn conn(&self) -> Result<PooledConn> {
+        let conn = self.checkout().await?;
+        conn.set_autocommits(false);
+        Ok(conn)
+    }
+
+    /// A connection for single statements that write, each of which is its own transaction. If it is lost, whether the
+    /// statement was executed is not known.
+    pub async fn autocommit_conn(&self) -> Result<PooledConn> {
+        let conn = self.checkout().await?;
+        conn.set_autocommits(true);
+        Ok(conn)
+    }
+
+    async fn checkout(&self) -> Result<PooledConn> {
+        let _waiting = self.waiting.try_acquire().map_err(|_| {
+            Error::Exhausted("too many requests wait for a database connection already; try again".to_owned())
+        })?;
         let mut up = self.up.clone();
         loop {
             let conn = tokio::select! {
@@ -141,7 +189,12 @@ impl Db {
                         self.options.wait_max.as_millis()
                     )));
                 }
-                Err(bb8::RunError::User(error)) => return Err(error.into()),
+                Err(bb8::RunError::User(error)) => {
+                    return Err(match error.into() {
+                        Error::ConnectionLost => Error::Unavailable,
+                        error => error,
+                    });
+                }
             }
         }
     }
@@ -156,6 +209,28 @@ impl Db {
     /// Whether the database answers, as it changes.
     pub fn watch_up(&self) -> watch::Receiver<bool> {
         self.up.clone()
+    }
+}
+
+/// A share of the connections: who does not get one in time is told so, and at once if too many wait.
+struct Slots {
+    free: Arc<Semaphore>,
+    waiting: Semaphore,
+    wait_max: Duration,
+}
+
+impl Slots {
+    /// At least one.
+    fn new(count: usize, wait_max: Duration) -> Self {
+        let count = count.max(1);
+        Self { free: Arc::new(Semaphore::new(count)), waiting: Semaphore::new(count * WAITING_EACH_MAX), wait_max }
+    }
+
+    async fn take(&self, busy: &str) -> Result<OwnedSemaphorePermit> {
+        let busy = || Error::Exhausted(busy.to_owned());
+        let _waiting = self.waiting.try_acquire().map_err(|_| busy())?;
+        let slot = tokio::time::timeout(self.wait_max, Arc::clone(&self.free).acquire_owned()).await;
+        slot.map_err(|_| busy())?.map_err(|_| busy())
     }
 }
 
@@ -222,6 +297,7 @@ impl bb8::ManageConnection for Manager {
             statements: Mutex::default(),
             unanswered: AtomicU32::new(0),
             discard: AtomicBool::new(false),
+            autocommits: AtomicBool::new(false),
         })
     }
 
@@ -243,6 +319,8 @@ pub struct Conn {
     /// Statements whose answer is waited for; at rest, those whose caller has given up.
     unanswered: AtomicU32,
     discard: AtomicBool,
+    /// Whether each statement is committed by itself, and what it writes with it.
+    autocommits: AtomicBool,
 }
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -250,25 +328,25 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 impl Conn {
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query(&statement, params)).await?)
+        self.watch(self.client.query(&statement, params)).await
     }
 
     /// Exactly one row.
     pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query_one(&statement, params)).await?)
+        self.watch(self.client.query_one(&statement, params)).await
     }
 
     /// One row or none.
     pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.query_opt(&statement, params)).await?)
+        self.watch(self.client.query_opt(&statement, params)).await
     }
 
     /// How many rows were touched.
     pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
         let statement = self.statement(sql).await?;
-        Ok(self.watch(self.client.execute(&statement, params)).await?)
+        self.watch(self.client.execute(&statement, params)).await
     }
 
     /// Reads rows until there are `rows_max`, or their sizes add up to `bytes_max`; at least one if there is one. The
@@ -291,7 +369,7 @@ impl Conn {
                 bytes += size(&item);
                 let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
                 if !items.is_empty() && !fits {
-                    return Ok(Page { items, more: true });
+                    return Ok::<_, Error>(Page { items, more: true });
                 }
                 items.push(item);
             }
@@ -308,6 +386,14 @@ impl Conn {
         Ok(())
     }
 
+    /// Commits what was begun. If the connection is lost meanwhile, whether it was committed is not known.
+    async fn commit(&self) -> Result<()> {
+        if self.client.is_closed() {
+            return Err(Error::ConnectionLost);
+        }
+        self.watch(self.client.batch_execute("COMMIT")).await.map_err(Error::in_commit)
+    }
+
     /// A sink for rows in COPY's format.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
@@ -316,11 +402,22 @@ impl Conn {
 
     /// Waits for a statement's answer. A caller that gives up (its deadline has passed, its client is gone) drops this
     /// half-way, and is noticed by the count that stays.
-    async fn watch<T>(&self, answer: impl Future<Output = T>) -> T {
+    async fn watch<T, E: Into<Error>>(&self, answer: impl Future<Output = Result<T, E>>) -> Result<T> {
+        if self.client.is_closed() {
+            // Nothing was sent.
+            return Err(Error::ConnectionLost);
+        }
         self.unanswered.fetch_add(1, Ordering::Relaxed);
         let answer = answer.await;
         self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        answer
+        answer.map_err(|error| match self.autocommits.load(Ordering::Relaxed) {
+            true => error.into().in_commit(),
+            false => error.into(),
+        })
+    }
+
+    fn set_autocommits(&self, autocommits: bool) {
+        self.autocommits.store(autocommits, Ordering::Relaxed);
     }
 
     async fn statement(&self, sql: &str) -> Result<Statement> {
@@ -405,7 +502,7 @@ pub struct Tx {
 impl Tx {
     /// After an error of a statement there is nothing to commit: return it instead.
     pub async fn commit(mut self) -> Result<()> {
-        self.conn.client.batch_execute("COMMIT").await?;
+        self.conn.commit().await?;
         self.open = false;
         Ok(())
     }
@@ -419,12 +516,15 @@ impl Tx {
     pub async fn commit_after(mut self, sql: &str, params: Params<'_>) -> Result<()> {
         // Prepared first: nothing may hold it up when the COMMIT is sent.
         let statement = self.conn.statement(sql).await?;
-        let client = &self.conn.client;
-        let (written, committed) =
-            tokio::join!(biased; client.execute(&statement, params), client.batch_execute("COMMIT"));
-        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK.
-        written?;
-        committed?;
+        let conn = &*self.conn;
+        let written = conn.watch(conn.client.execute(&statement, params));
+        let (written, committed) = tokio::join!(biased; written, conn.commit());
+        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK. If the connection was lost,
+        // whether the COMMIT was sent is what counts.
+        match written {
+            Ok(_) | Err(Error::ConnectionLost) => committed?,
+            Err(error) => return Err(error),
+        }
         self.open = false;
         Ok(())
     }

@@ -10,8 +10,6 @@ use tonic_types::{
 };
 use uuid::Uuid;
 
-use crate::request::REQUEST_BYTES_MAX;
-
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
 /// What `RetryInfo` proposes: long enough for a queue to drain, short enough for a person.
@@ -56,6 +54,9 @@ pub enum Error {
     /// Somebody else is at it; a retry may work.
     #[error("{message}")]
     Aborted { reason: &'static str, message: String },
+    /// It got in the way of another one and was rolled back; made again, it may work.
+    #[error("{0}; try again")]
+    Conflict(&'static str),
     /// A position in a stream is beyond what was received.
     #[error("{message}")]
     OffsetGap { message: String, expected_offset: i64 },
@@ -81,12 +82,40 @@ pub enum Error {
     /// The database is away.
     #[error("the database is not available; try again")]
     Unavailable,
+    /// The connection to the database was lost, and nothing was written.
+    #[error("the connection to the database was lost; nothing was written, try again")]
+    ConnectionLost,
+    /// The connection to the database was lost when the mutation was being committed.
+    #[error("{}", outcome_unknown(*.has_request_id))]
+    OutcomeUnknown { has_request_id: bool },
+    /// The service is about to end.
+    #[error("the service is stopping; go on with another one, or when it is back")]
+    Stopping,
     /// Whatever else the database says.
     #[error("database error")]
     Database(Arc<tokio_postgres::Error>),
     /// A fault of the program.
     #[error("internal error: {0}")]
     Internal(&'static str),
+}
+
+/// Whether a call that has failed is made again, by the service itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    No,
+    /// Nothing was written.
+    Again,
+    /// By its request id, it is found out what became of it.
+    Lookup,
+}
+
+fn outcome_unknown(has_request_id: bool) -> &'static str {
+    match has_request_id {
+        true => {
+            "the connection to the database was lost; send it again with the same request_id to learn whether it was done"
+        }
+        false => "the connection to the database was lost, and it may have been done; look before you send it again",
+    }
 }
 
 /// A field and what is wrong with it.
@@ -143,9 +172,7 @@ impl Error {
     pub fn from_bare(status: &Status) -> Option<Self> {
         let request = |message: &str| Some(Self::invalid("request", message));
         match status.code() {
-            Code::OutOfRange => {
-                request(&format!("the message is too large, at most {REQUEST_BYTES_MAX} bytes are taken"))
-            }
+            Code::OutOfRange => request("a message is too large"),
             // The decoder's own text can quote what was sent.
             Code::Internal | Code::InvalidArgument => request("the message cannot be decoded as what the method takes"),
             // tonic has a text for a compression that is not supported, and none for an unknown method.
@@ -173,6 +200,7 @@ impl Error {
             // What the server itself says, it says of a transaction that it has rolled back.
             Self::Database(error) => error.as_db_error().is_some(),
             Self::Aborted { .. }
+            | Self::Conflict(_)
             | Self::Invalid(_)
             | Self::InvalidReason { .. }
             | Self::NotFound(_)
@@ -188,8 +216,58 @@ impl Error {
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::Unavailable
+            | Self::ConnectionLost
+            | Self::OutcomeUnknown { .. }
+            | Self::Stopping
             | Self::Internal(_) => false,
         }
+    }
+
+    /// Whether the service itself makes the call again.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Conflict(_) | Self::ConnectionLost => Retry::Again,
+            Self::OutcomeUnknown { has_request_id: true } => Retry::Lookup,
+            _ => Retry::No,
+        }
+    }
+
+    /// Whether it may be otherwise soon, whoever calls.
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Conflict(_)
+                | Self::ConnectionLost
+                | Self::OutcomeUnknown { .. }
+                | Self::Unavailable
+                | Self::Exhausted(_)
+        )
+    }
+
+    /// A connection that was lost when a mutation was being committed: whether that was done is not known.
+    pub fn in_commit(self) -> Self {
+        match self {
+            Self::ConnectionLost => Self::OutcomeUnknown { has_request_id: false },
+            error => error,
+        }
+    }
+
+    /// Of a mutation with a request id, by which its outcome can be found out.
+    pub fn with_request_id(self) -> Self {
+        match self {
+            Self::OutcomeUnknown { .. } => Self::OutcomeUnknown { has_request_id: true },
+            error => error,
+        }
+    }
+
+    /// What a status of ours was made of.
+    pub fn behind(status: &Status) -> Option<&Self> {
+        std::error::Error::source(status)?.downcast_ref()
+    }
+
+    /// A message of more bytes than are taken.
+    pub fn too_large(bytes_max: usize) -> Self {
+        Self::invalid("request", format!("the message is too large, at most {bytes_max} bytes are taken"))
     }
 
     /// The constraint that was violated, if that is what went wrong.
@@ -303,16 +381,15 @@ impl From<tokio_postgres::Error> for Error {
             // Not an answer of the server: the connection is lost, or a value does not have the type that the program
             // takes for granted.
             return if error.is_closed() || std::error::Error::source(&error).is_some_and(|s| s.is::<std::io::Error>()) {
-                Self::Unavailable
+                Self::ConnectionLost
             } else {
                 Self::Database(Arc::new(error))
             };
         };
         match *state {
-            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => Self::Aborted {
-                reason: "CONFLICT",
-                message: "the request got in the way of another one; try again".to_owned(),
-            },
+            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => {
+                Self::Conflict("the request got in the way of another one")
+            }
             SqlState::LOCK_NOT_AVAILABLE => Self::Aborted {
                 reason: "CONFLICT",
                 message: "another request is changing the same for long; nothing was written, try again".to_owned(),
@@ -321,9 +398,9 @@ impl From<tokio_postgres::Error> for Error {
                 reason: "STATEMENT_TIMEOUT",
                 message: "the database took too long; nothing was written".to_owned(),
             },
-            SqlState::ADMIN_SHUTDOWN
-            | SqlState::CRASH_SHUTDOWN
-            | SqlState::CANNOT_CONNECT_NOW
+            // The server ends the connection, in whatever it was doing.
+            SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN => Self::ConnectionLost,
+            SqlState::CANNOT_CONNECT_NOW
             | SqlState::READ_ONLY_SQL_TRANSACTION
             | SqlState::TOO_MANY_CONNECTIONS
             | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
@@ -340,7 +417,9 @@ impl From<Error> for Status {
         let code = error.code();
         let mut details = vec![ErrorInfo::new(error.reason(), ERROR_DOMAIN, error.metadata()).into()];
         details.extend(error.details());
-        Status::with_error_details_vec(code, message, details)
+        let mut status = Status::with_error_details_vec(code, message, details);
+        status.set_source(Arc::new(error));
+        status
     }
 }
 
@@ -367,7 +446,7 @@ impl Error {
             Self::Invalid(_) | Self::InvalidReason { .. } => Code::InvalidArgument,
             Self::NotFound(_) => Code::NotFound,
             Self::AlreadyExists(_) => Code::AlreadyExists,
-            Self::VersionMismatch(_) | Self::Aborted { .. } => Code::Aborted,
+            Self::VersionMismatch(_) | Self::Aborted { .. } | Self::Conflict(_) => Code::Aborted,
             Self::Precondition { .. } | Self::ChangedSince { .. } => Code::FailedPrecondition,
             Self::OffsetGap { .. } => Code::OutOfRange,
             Self::Unimplemented(_) => Code::Unimplemented,
@@ -376,7 +455,9 @@ impl Error {
             Self::Exhausted(_) => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
-            Self::Unavailable => Code::Unavailable,
+            Self::Unavailable | Self::ConnectionLost | Self::OutcomeUnknown { .. } | Self::Stopping => {
+                Code::Unavailable
+            }
             Self::Database(_) | Self::Internal(_) => Code::Internal,
         }
     }
@@ -398,7 +479,10 @@ impl Error {
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) => "OVERLOADED",
             Self::Cancelled => "CANCELLED",
-            Self::Unavailable => "DATABASE_UNAVAILABLE",
+            Self::Conflict(_) => "CONFLICT",
+            Self::Unavailable | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
+            Self::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
+            Self::Stopping => "STOPPING",
             Self::Database(_) | Self::Internal(_) => "INTERNAL",
         }
     }
@@ -425,15 +509,20 @@ impl Error {
                 let violation = PreconditionViolation::new(self.reason(), "import_id", self.to_string());
                 vec![PreconditionFailure::new(vec![violation]).into()]
             }
-            Self::Exhausted(_) | Self::Unavailable | Self::Aborted { .. } => {
-                vec![RetryInfo::new(Some(RETRY_DELAY)).into()]
-            }
+            Self::Exhausted(_)
+            | Self::Unavailable
+            | Self::ConnectionLost
+            | Self::OutcomeUnknown { has_request_id: true }
+            | Self::Stopping
+            | Self::Conflict(_)
+            | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Timeout { .. }
             | Self::Cancelled
+            | Self::OutcomeUnknown { has_request_id: false }
             | Self::Database(_)
             | Self::Internal(_) => Vec::new(),
         }

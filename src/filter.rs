@@ -70,6 +70,13 @@ pub struct Filter {
     pub terms: Vec<Term>,
 }
 
+impl Filter {
+    /// Whether the text of issues has to be looked through, for which there is no index.
+    pub fn searches(&self) -> bool {
+        self.terms.iter().any(|term| matches!(term, Term::Search(_)))
+    }
+}
+
 /// One condition on an issue.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Term {

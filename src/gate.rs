@@ -1,133 +1,476 @@
-//! The layer around all services: what every request goes through before it reaches its RPC.
+//! What every request goes through: admission, the caller's identity, a deadline, tries that are made again, and the
+//! bounds on what requests and answers hold in memory.
 
 use std::{
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
-use tokio::sync::Semaphore;
-use tonic::{Status, body::Body};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::poll_fn;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header::CONTENT_TYPE};
+use http_body::{Body as _, Frame};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep_until, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body, service::Routes, transport::server::TcpConnectInfo};
+use tower::Service;
 
 use crate::{
-    auth::Auth,
-    error::{Error, Result},
+    auth::{Auth, Caller},
+    connections::Call,
+    error::{Error, Result, Retry},
 };
 
-/// The RPCs that need no token; those of health and reflection are no `issuetracker` services.
+/// What begins the path of our own RPCs; health and reflection need neither a token nor a slot.
+const OWN_PATHS: &str = "/issuetracker.";
+/// The RPC that needs no token. It has bounds of its own, so that it goes on under load.
 const LOGIN_PATH: &str = "/issuetracker.v1.AuthService/Login";
-
 /// The RPC with a stream of the client's, whose end means something.
-const STREAMED_PATH: &str = "/issuetracker.v1.ImportService/ImportIssues";
+const IMPORT_PATH: &str = "/issuetracker.v1.ImportService/ImportIssues";
+/// The RPC that answers with a stream.
+const EXPORT_PATH: &str = "/issuetracker.v1.IssueService/ExportIssues";
+const HEALTH_CHECK_PATH: &str = "/grpc.health.v1.Health/Check";
 
-/// Bounds the requests at once, finds the caller, and sees to it that every error carries an `ErrorInfo`.
-#[derive(Clone)]
+/// What a request without credentials may hold: names and passwords are shorter.
+const OPEN_REQUEST_BYTES_MAX: usize = 16 * 1024;
+/// Streams of health and reflection at once, which nobody has to sign in for.
+const OPEN_STREAMS_MAX: usize = 1_024;
+/// What requests and answers at hand may hold in memory, beyond the first bytes of each.
+const PAYLOAD_KIB_MAX: usize = 256 * 1024;
+const PAYLOAD_FREE_BYTES: usize = 64 * 1024;
+/// The longest deadline of a call that is no stream, whatever the client asks for.
+const DEADLINE_MAX: Duration = Duration::from_secs(600);
+/// What a client has to read the end of an answer whose deadline has passed.
+const READ_GRACE: Duration = Duration::from_secs(5);
+/// How long a stream may stand still: longer than imports and exports wait for their client.
+const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
+
+/// How often a call is made that has got in the way of others, or whose connection to the database was lost.
+const TRIES_MAX: u32 = 4;
+/// How long it is asked what became of a mutation, by its request id.
+const LOOKUP_MAX: Duration = Duration::from_secs(5);
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// The bounds of requests.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestLimits {
+    /// Requests at once.
+    pub requests_max: usize,
+    /// One message.
+    pub message_bytes_max: usize,
+    /// How long a call may take whose client does not say it.
+    pub deadline_default: Duration,
+}
+
+/// The way to the RPCs.
 pub struct Gate {
     auth: Auth,
+    routes: Routes,
+    limits: RequestLimits,
     slots: Arc<Semaphore>,
-    requests_max: usize,
+    open_streams: Arc<Semaphore>,
+    payload: Payload,
+    stopping: CancellationToken,
+}
+
+/// How a request is handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// One message, one answer.
+    Unary,
+    Login,
+    Import,
+    Export,
+    HealthCheck,
+    /// Health's and reflection's streams.
+    OpenStream,
+}
+
+impl Kind {
+    fn of(path: &str) -> Self {
+        match path {
+            LOGIN_PATH => Self::Login,
+            IMPORT_PATH => Self::Import,
+            EXPORT_PATH => Self::Export,
+            HEALTH_CHECK_PATH => Self::HealthCheck,
+            path if path.starts_with(OWN_PATHS) => Self::Unary,
+            _ => Self::OpenStream,
+        }
+    }
+
+    fn is_own(self) -> bool {
+        !matches!(self, Self::HealthCheck | Self::OpenStream)
+    }
+
+    fn answers_with_stream(self) -> bool {
+        matches!(self, Self::Import | Self::Export | Self::OpenStream)
+    }
+}
+
+/// What a request holds until its answer is read.
+#[derive(Default)]
+struct Held {
+    _slot: Option<OwnedSemaphorePermit>,
+    payload: Vec<OwnedSemaphorePermit>,
 }
 
 impl Gate {
-    pub fn new(auth: Auth, requests_max: usize) -> Self {
-        Self { auth, slots: Arc::new(Semaphore::new(requests_max)), requests_max }
+    /// From `stopping` on, our own RPCs are refused.
+    pub fn new(auth: Auth, routes: Routes, limits: RequestLimits, stopping: CancellationToken) -> Self {
+        Self {
+            auth,
+            routes: routes.prepare(),
+            limits,
+            slots: Arc::new(Semaphore::new(limits.requests_max)),
+            open_streams: Arc::new(Semaphore::new(OPEN_STREAMS_MAX)),
+            payload: Payload::new(PAYLOAD_KIB_MAX),
+            stopping,
+        }
     }
 
-    async fn admit(&self, request: &mut http::Request<Body>) -> Result<Option<tokio::sync::OwnedSemaphorePermit>> {
-        if !request.uri().path().starts_with("/issuetracker.") {
-            return Ok(None);
+    /// Answers a request; what goes wrong is told as the contract has it.
+    pub async fn answer(
+        &self,
+        request: http::Request<Incoming>,
+        peer: SocketAddr,
+        call: Call,
+    ) -> http::Response<Answer> {
+        if let Some(status) = not_grpc(&request) {
+            let mut response = http::Response::new(Answer::empty(call));
+            *response.status_mut() = status;
+            return response;
         }
-        let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
-            Error::Exhausted(format!(
-                "{} requests are under way, which is as many as are taken at once",
-                self.requests_max
-            ))
-        })?;
-        if request.uri().path() != LOGIN_PATH {
-            let caller = self.auth.authenticate(request.headers()).await?;
+        let kind = Kind::of(request.uri().path());
+        let deadline = self.deadline(kind, request.headers());
+        // A stream says later how it goes on.
+        call.lasts_until(deadline.unwrap_or(Instant::now() + STREAM_STILL_MAX) + READ_GRACE);
+        let mut held = Held::default();
+        let answered = self.admitted(request, kind, peer, &mut held);
+        let answered = match deadline {
+            None => answered.await,
+            Some(deadline) => timeout_at(deadline, answered).await.unwrap_or_else(|_| Err(deadline_passed())),
+        };
+        let (parts, content) = answered.unwrap_or_else(refusal);
+        let deadline = deadline.filter(|_| kind.answers_with_stream());
+        http::Response::from_parts(parts, Answer { content, deadline: deadline.map(Deadline::new), call, _held: held })
+    }
+
+    /// Streams have a deadline only if their client says so.
+    fn deadline(&self, kind: Kind, headers: &HeaderMap) -> Option<Instant> {
+        let asked = headers.get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+        let lasts = match kind.answers_with_stream() {
+            true => asked?,
+            false => asked.unwrap_or(self.limits.deadline_default).min(DEADLINE_MAX),
+        };
+        Instant::now().checked_add(lasts)
+    }
+
+    async fn admitted(
+        &self,
+        mut request: http::Request<Incoming>,
+        kind: Kind,
+        peer: SocketAddr,
+        held: &mut Held,
+    ) -> Result<(http::response::Parts, Content)> {
+        let caller = self.admit(&request, kind, held).await?;
+        if let Some(caller) = caller {
             request.extensions_mut().insert(caller);
         }
-        Ok(Some(slot))
-    }
-}
-
-impl<S> tower::Layer<S> for Gate {
-    type Service = Gated<S>;
-
-    fn layer(&self, inner: S) -> Gated<S> {
-        Gated { gate: self.clone(), inner }
-    }
-}
-
-#[derive(Clone)]
-pub struct Gated<S> {
-    gate: Gate,
-    inner: S,
-}
-
-impl<S> tower::Service<http::Request<Body>> for Gated<S>
-where
-    S: tower::Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + 'static,
-    S::Future: Send,
-{
-    type Response = http::Response<Body>;
-    type Error = S::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, S::Error>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let gate = self.gate.clone();
-        // The service that was polled ready is the one that is called.
-        let fresh = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, fresh);
-        let deadline = request.headers().get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
-        let answer: Self::Future = Box::pin(async move {
-            match gate.admit(&mut request).await {
-                Ok(_slot) => {
-                    if request.uri().path() == STREAMED_PATH {
-                        request = request.map(|body| Body::new(Uncut(body)));
-                    }
-                    inner.call(request).await.map(explain_bare_errors)
-                }
-                Err(error) => Ok(Status::from(error).into_http()),
+        request.extensions_mut().insert(connect_info(peer));
+        let response = match kind {
+            Kind::Import => self.call(request.map(|body| Body::new(Uncut(body)))).await,
+            Kind::OpenStream => self.call(request.map(Body::new)).await,
+            Kind::Unary | Kind::Login | Kind::Export | Kind::HealthCheck => {
+                let (parts, body) = request.into_parts();
+                let message = self.read(body, kind, held).await?;
+                self.call_with_retries(parts, message, caller, peer).await
             }
-        });
-        let Some(deadline) = deadline else { return answer };
-        Box::pin(async move {
-            // tonic would notice it too, but outside of this layer, and tell CANCELLED.
-            tokio::time::timeout(deadline, answer).await.unwrap_or_else(|_| {
-                let message = "the deadline of the request has passed".to_owned();
-                Ok(Status::from(Error::Timeout { reason: "DEADLINE", message }).into_http())
-            })
+        };
+        let (parts, body) = explain_bare_errors(response).into_parts();
+        let content = match kind.answers_with_stream() {
+            true => Content::Stream(body),
+            false => self.read_answer(body, held).await?,
+        };
+        Ok((parts, content))
+    }
+
+    /// Lets a request in, and finds out who makes it.
+    async fn admit(&self, request: &http::Request<Incoming>, kind: Kind, held: &mut Held) -> Result<Option<Caller>> {
+        if kind.is_own() && self.stopping.is_cancelled() {
+            return Err(Error::Stopping);
+        }
+        let (slots, count) = match kind {
+            Kind::HealthCheck | Kind::Login => return Ok(None),
+            Kind::OpenStream => (&self.open_streams, OPEN_STREAMS_MAX),
+            Kind::Unary | Kind::Import | Kind::Export => (&self.slots, self.limits.requests_max),
+        };
+        let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
+            Error::Exhausted(format!("{count} requests are under way, which is as many as are taken at once"))
+        })?;
+        held._slot = Some(slot);
+        match kind {
+            Kind::OpenStream => Ok(None),
+            _ => self.auth.authenticate(request.headers()).await.map(Some),
+        }
+    }
+
+    /// The one message of a request, with its prefix.
+    async fn read(&self, mut body: Incoming, kind: Kind, held: &mut Held) -> Result<Bytes> {
+        let bytes_max = match kind {
+            Kind::Login | Kind::HealthCheck => OPEN_REQUEST_BYTES_MAX.min(self.limits.message_bytes_max),
+            _ => self.limits.message_bytes_max,
+        } + MESSAGE_PREFIX_BYTES;
+        let mut message = Bytes::new();
+        let mut more = BytesMut::new();
+        while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+            // The client has gone away.
+            let Ok(data) = frame.map_err(|_| Error::Cancelled)?.into_data() else { continue };
+            if message.len() + more.len() + data.len() > bytes_max {
+                return Err(Error::too_large(bytes_max - MESSAGE_PREFIX_BYTES));
+            }
+            held.payload.extend(self.payload.take(message.len() + more.len(), data.len())?);
+            if message.is_empty() && more.is_empty() {
+                message = data;
+            } else {
+                more.extend_from_slice(&std::mem::take(&mut message));
+                more.extend_from_slice(&data);
+            }
+        }
+        if !body.is_end_stream() {
+            return Err(Error::Cancelled);
+        }
+        Ok(if more.is_empty() { message } else { more.freeze() })
+    }
+
+    async fn call(&self, request: http::Request<Body>) -> http::Response<Body> {
+        let mut routes = self.routes.clone();
+        // It is always ready, and its error is that there is none.
+        routes.call(request).await.unwrap_or_else(|never| match never {})
+    }
+
+    /// Makes a call again that has failed for a passing reason, as long as nothing can be done twice by it.
+    async fn call_with_retries(
+        &self,
+        mut parts: http::request::Parts,
+        message: Bytes,
+        caller: Option<Caller>,
+        peer: SocketAddr,
+    ) -> http::Response<Body> {
+        let uri = parts.uri.clone();
+        let mut tries = Tries::default();
+        loop {
+            let body = Body::new(Full::new(message.clone()));
+            let response = self.call(http::Request::from_parts(parts, body)).await;
+            let Some(error) = response.extensions().get::<Status>().and_then(Error::behind) else { return response };
+            let Some(pause) = tries.pause_after(error) else {
+                return match tries.unknown_since.is_some() && error.is_passing() {
+                    true => Status::from(Error::OutcomeUnknown { has_request_id: true }).into_http(),
+                    false => response,
+                };
+            };
+            sleep_until(Instant::now() + pause).await;
+            let mut again = http::Request::new(());
+            *again.method_mut() = Method::POST;
+            *again.uri_mut() = uri.clone();
+            again.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            again.extensions_mut().insert(connect_info(peer));
+            if let Some(caller) = caller {
+                again.extensions_mut().insert(caller);
+            }
+            (parts, ()) = again.into_parts();
+        }
+    }
+
+    /// The one message of an answer, as it goes out.
+    async fn read_answer(&self, mut body: Body, held: &mut Held) -> Result<Content> {
+        let (mut data, mut trailers) = (None, None);
+        while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+            match frame.map_err(|_| Error::Internal("an answer cannot be encoded"))?.into_data() {
+                Ok(bytes) if data.is_none() => {
+                    held.payload.extend(self.payload.take(0, bytes.len())?);
+                    data = Some(bytes);
+                }
+                Ok(_) => return Err(Error::Internal("an answer has more than one frame")),
+                Err(frame) => trailers = frame.into_trailers().ok(),
+            }
+        }
+        Ok(Content::Unary { data, trailers })
+    }
+}
+
+/// The flag and the length before each message.
+const MESSAGE_PREFIX_BYTES: usize = 5;
+
+/// What is told to a client that does not speak gRPC, as its specification has it.
+fn not_grpc<B>(request: &http::Request<B>) -> Option<StatusCode> {
+    let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    if request.method() != Method::POST {
+        Some(StatusCode::METHOD_NOT_ALLOWED)
+    } else if !content_type.starts_with(b"application/grpc") {
+        Some(StatusCode::UNSUPPORTED_MEDIA_TYPE)
+    } else {
+        None
+    }
+}
+
+fn connect_info(peer: SocketAddr) -> TcpConnectInfo {
+    TcpConnectInfo { local_addr: None, remote_addr: Some(peer) }
+}
+
+fn deadline_passed() -> Error {
+    Error::Timeout { reason: "DEADLINE", message: "the deadline of the request has passed".to_owned() }
+}
+
+fn refusal(error: Error) -> (http::response::Parts, Content) {
+    let (parts, ()) = Status::from(error).into_http::<()>().into_parts();
+    (parts, Content::Unary { data: None, trailers: None })
+}
+
+/// The memory that requests and answers may take together.
+struct Payload(Arc<Semaphore>);
+
+impl Payload {
+    fn new(kib_max: usize) -> Self {
+        Self(Arc::new(Semaphore::new(kib_max)))
+    }
+
+    /// Counts bytes that are kept for a message which has some already; the first ones of each are free.
+    fn take(&self, before: usize, bytes: usize) -> Result<Option<OwnedSemaphorePermit>> {
+        let beyond_free = |bytes: usize| bytes.saturating_sub(PAYLOAD_FREE_BYTES).div_ceil(1024);
+        let kib = beyond_free(before + bytes) - beyond_free(before);
+        if kib == 0 {
+            return Ok(None);
+        }
+        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
+        let permit = Arc::clone(&self.0).try_acquire_many_owned(kib);
+        permit.map(Some).map_err(|_| {
+            Error::Exhausted("the large requests and answers under way are as many as are taken; try again".to_owned())
         })
     }
 }
 
-/// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
-/// pass for a whole one.
-struct Uncut(Body);
+/// The tries of a call.
+#[derive(Default)]
+struct Tries {
+    count: u32,
+    /// Since when it is not known whether one of them was made.
+    unknown_since: Option<Instant>,
+}
 
-impl http_body::Body for Uncut {
-    type Data = bytes::Bytes;
+impl Tries {
+    /// How long to wait before the next try. None: it stands as it is.
+    fn pause_after(&mut self, error: &Error) -> Option<Duration> {
+        self.count += 1;
+        if error.retry() == Retry::Lookup {
+            self.unknown_since.get_or_insert_with(Instant::now);
+        }
+        let again = match self.unknown_since {
+            // Whatever is passing is waited for: the request id will tell.
+            Some(since) => error.is_passing() && since.elapsed() < LOOKUP_MAX,
+            None => error.retry() == Retry::Again && self.count < TRIES_MAX,
+        };
+        again.then(|| pause(self.count))
+    }
+}
+
+/// Doubles from try to try; half of it is left to chance, so that calls which met once do not meet again.
+fn pause(count: u32) -> Duration {
+    let full = PAUSE_FIRST.saturating_mul(1 << count.min(10)).min(PAUSE_MAX);
+    let random = getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX));
+    full.mul_f64(1.0 - random / 2.0)
+}
+
+/// An answer on its way to the client, with all that it holds until it is read.
+pub struct Answer {
+    content: Content,
+    deadline: Option<Deadline>,
+    call: Call,
+    _held: Held,
+}
+
+enum Content {
+    Unary { data: Option<Bytes>, trailers: Option<HeaderMap> },
+    Stream(Body),
+}
+
+struct Deadline(Pin<Box<tokio::time::Sleep>>);
+
+impl Deadline {
+    fn new(at: Instant) -> Self {
+        Self(Box::pin(sleep_until(at)))
+    }
+}
+
+impl Answer {
+    fn empty(call: Call) -> Self {
+        let content = Content::Unary { data: None, trailers: None };
+        Self { content, deadline: None, call, _held: Held::default() }
+    }
+}
+
+impl http_body::Body for Answer {
+    type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        let body = match &mut this.content {
+            Content::Unary { data, trailers } => {
+                let frame = data.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers));
+                return Poll::Ready(frame.map(Ok));
+            }
+            Content::Stream(body) => body,
+        };
+        if let Some(deadline) = &mut this.deadline
+            && deadline.0.as_mut().poll(context).is_ready()
+        {
+            let mut trailers = HeaderMap::new();
+            let told = Status::from(deadline_passed()).add_header(&mut trailers);
+            this.content = Content::Unary { data: None, trailers: None };
+            return Poll::Ready(told.ok().map(|()| Ok(Frame::trailers(trailers))));
+        }
+        let polled = Pin::new(body).poll_frame(context);
+        match &polled {
+            // There is nothing to be read, for as long as it takes.
+            Poll::Pending => this.call.lasts(),
+            Poll::Ready(_) => this.call.lasts_until(Instant::now() + STREAM_STILL_MAX),
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Unary { data, trailers } => data.is_none() && trailers.is_none(),
+            Content::Stream(body) => body.is_end_stream(),
+        }
+    }
+}
+/// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
+/// pass for a whole one.
+struct Uncut(Incoming);
+
+impl http_body::Body for Uncut {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let cut = || {
             let message = "the stream was cut".to_owned();
             Some(Err(Status::from(Error::Aborted { reason: "STREAM_CUT", message })))
         };
         match ready!(Pin::new(&mut self.0).poll_frame(context)) {
-            Some(Err(status)) if status.code() == tonic::Code::Cancelled => Poll::Ready(cut()),
-            None if !self.0.is_end_stream() => Poll::Ready(cut()),
-            frame => Poll::Ready(frame),
+            Some(Ok(frame)) => Poll::Ready(Some(Ok(frame))),
+            None if self.0.is_end_stream() => Poll::Ready(None),
+            Some(Err(_)) | None => Poll::Ready(cut()),
         }
     }
 
@@ -165,4 +508,85 @@ fn explain_bare_errors(response: http::Response<Body>) -> http::Response<Body> {
     // Such as `grpc-accept-encoding`, which tells the client how to go on.
     *explained.metadata_mut() = status.metadata().clone();
     explained.into_http()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_messages_are_counted_beyond_their_first_bytes_and_given_back() {
+        let payload = Payload::new(100);
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
+        let first = payload.take(PAYLOAD_FREE_BYTES, 60 * 1024).unwrap();
+        let second = payload.take(0, PAYLOAD_FREE_BYTES + 40 * 1024).unwrap();
+        assert!(first.is_some() && second.is_some());
+        assert!(matches!(payload.take(0, PAYLOAD_FREE_BYTES + 1), Err(Error::Exhausted(_))));
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
+        drop(first);
+        assert!(payload.take(0, PAYLOAD_FREE_BYTES + 60 * 1024).unwrap().is_some());
+    }
+
+    #[test]
+    fn passing_failures_are_tried_again_up_to_a_bound_and_others_never() {
+        let tries_of = |error: Error| {
+            let mut tries = Tries::default();
+            (1..).take_while(|_| tries.pause_after(&error).is_some()).count() as u32 + 1
+        };
+        assert_eq!(tries_of(Error::ConnectionLost), TRIES_MAX);
+        assert_eq!(tries_of(Error::Conflict("they met")), TRIES_MAX);
+        for error in [
+            Error::Unavailable,
+            Error::Exhausted(String::new()),
+            Error::OutcomeUnknown { has_request_id: false },
+            Error::Aborted { reason: "CONFLICT", message: String::new() },
+            deadline_passed(),
+            Error::Internal("a fault"),
+        ] {
+            assert_eq!(tries_of(error.clone()), 1, "{error:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_outcome_with_a_request_id_is_asked_for_until_it_is_known_or_it_takes_too_long() {
+        let began = Instant::now();
+        let mut tries = Tries::default();
+        let mut pause = tries.pause_after(&Error::OutcomeUnknown { has_request_id: true });
+        while let Some(time) = pause {
+            assert!(time <= PAUSE_MAX);
+            tokio::time::sleep(time).await;
+            pause = tries.pause_after(&Error::Unavailable);
+        }
+        assert!(began.elapsed() >= LOOKUP_MAX && began.elapsed() < LOOKUP_MAX + 2 * PAUSE_MAX);
+        assert!(tries.unknown_since.is_some());
+
+        let mut tries = Tries::default();
+        assert!(tries.pause_after(&Error::OutcomeUnknown { has_request_id: true }).is_some());
+        assert!(tries.pause_after(&Error::invalid("id", "is wrong")).is_none());
+    }
+
+    #[test]
+    fn a_grpc_timeout_is_up_to_eight_digits_and_a_unit() {
+        for (value, wanted) in [
+            ("1H", Some(Duration::from_secs(3_600))),
+            ("2M", Some(Duration::from_secs(120))),
+            ("3S", Some(Duration::from_secs(3))),
+            ("4m", Some(Duration::from_millis(4))),
+            ("5u", Some(Duration::from_micros(5))),
+            ("99999999n", Some(Duration::from_nanos(99_999_999))),
+            ("0S", Some(Duration::ZERO)),
+            ("", None),
+            ("S", None),
+            ("1", None),
+            ("1s", None),
+            ("-1S", None),
+            ("+1S", None),
+            ("1.5S", None),
+            ("123456789S", None),
+            ("1 S", None),
+            ("1é", None),
+        ] {
+            assert_eq!(grpc_timeout(value), wanted, "{value}");
+        }
+    }
 }

@@ -9,6 +9,7 @@ pub mod start;
 
 pub mod auth;
 pub mod coalesce;
+pub mod connections;
 pub mod error;
 pub mod gate;
 pub mod request;

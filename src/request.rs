@@ -16,8 +16,6 @@ pub const PAGE_ROWS_DEFAULT: usize = 50;
 pub const PAGE_ROWS_MAX: usize = 1_000;
 /// What one answer may hold: clients take 4 MiB by default.
 pub const RESPONSE_BYTES_MAX: usize = 3 * 1024 * 1024;
-/// What one request may hold.
-pub const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 pub const TITLE_CHARS_MAX: usize = 255;
 pub const DESCRIPTION_CHARS_MAX: usize = 65_536;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use prost::Message;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use crate::{
@@ -37,6 +38,8 @@ pub struct Api {
     pub imports: Arc<Semaphore>,
     /// A permit for each export under way.
     pub exports: Arc<Semaphore>,
+    /// Ends what may take long: its client can go on elsewhere.
+    pub stopping: CancellationToken,
 }
 
 type Reply<T> = Result<Response<T>, Status>;

@@ -2,15 +2,16 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use anyhow::Context;
 use tokio::{net::TcpListener, sync::Semaphore};
-use tonic::transport::{Server, server::TcpIncoming};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     FILE_DESCRIPTOR_SET,
     auth::Auth,
     config::Limits,
+    connections,
     db::{Db, requests::prune_requests, rounds::Rounds, tokens::prune_sessions},
     gate::Gate,
     pb::{
@@ -19,7 +20,6 @@ use crate::{
         label_service_server::LabelServiceServer, report_service_server::ReportServiceServer,
         user_service_server::UserServiceServer,
     },
-    request::REQUEST_BYTES_MAX,
     rpc::Api,
 };
 
@@ -35,55 +35,66 @@ const SERVICES: [&str; 8] = [
     "issuetracker.v1.ReportService",
 ];
 
-/// Requests of one connection at once; more wait in the client.
-const STREAMS_PER_CONNECTION_MAX: u32 = 1_000;
-/// Metadata of a request.
-const HEADER_BYTES_MAX: u32 = 16 * 1024;
-/// What a client may send of a stream before it is read: with imports, most of what they keep in memory.
-const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
-const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
-/// A client that does not answer a ping is gone.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// Serves until `shutdown` is ready; then health says NOT_SERVING, no new connection is taken, and requests under way have
-/// `limits.drain()` to finish.
+/// Serves until `shutdown` is ready. Then health says NOT_SERVING, our own RPCs are refused, streams are told to go on
+/// elsewhere, and calls under way have `limits.drain()` to finish.
 pub async fn run(
     listener: TcpListener,
     db: Db,
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
     let auth = Auth::new(db.clone(), limits.bcrypt_cost)?;
-    let gate = Gate::new(auth.clone(), limits.requests as usize);
-    let api = Arc::new(Api {
+    let api = Api {
         db: db.clone(),
-        auth,
+        auth: auth.clone(),
         rounds: Rounds::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
         exports: Arc::new(Semaphore::new(limits.exports as usize)),
-    });
+        stopping: stop.clone(),
+    };
     let (health, health_service) = tonic_health::server::health_reporter();
-    let stop = tokio_util::sync::CancellationToken::new();
+    let routes = routes(api, limits)?.add_service(health_service);
+    let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
+    let tracker = TaskTracker::new();
+    let serve = connections::serve(listener, gate, limits.connections(), stop.clone(), tracker.clone());
+    let until_stop = async {
+        tokio::select! {
+            () = shutdown => {}
+            () = follow_database(db.clone(), health.clone()) => {}
+            () = prune(db) => {}
+        }
+    };
+    let stopped = async {
+        until_stop.await;
+        set_health(&health, ServingStatus::NotServing).await;
+        tracing::info!("stopping; requests under way may finish");
+        stop.cancel();
+        tracker.close();
+        if tokio::time::timeout(limits.drain(), tracker.wait()).await.is_err() {
+            tracing::warn!("some requests were still under way");
+        }
+    };
+    // Meanwhile who connects is told that it ends.
+    tokio::select! {
+        never = serve => match never {},
+        () = stopped => Ok(()),
+    }
+}
 
+/// All services, but for health.
+fn routes(api: Api, limits: &Limits) -> anyhow::Result<Routes> {
+    let api = Arc::new(api);
     // Each service decodes with the same bound.
     macro_rules! service {
         ($server:ident) => {
-            $server::from_arc(Arc::clone(&api)).max_decoding_message_size(REQUEST_BYTES_MAX)
+            $server::from_arc(Arc::clone(&api)).max_decoding_message_size(limits.requests().message_bytes_max)
         };
     }
-    let server = Server::builder()
-        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-        .http2_max_header_list_size(HEADER_BYTES_MAX)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .layer(gate)
-        .add_service(health_service)
-        .add_service(reflection()?.build_v1()?)
+    Ok(Routes::new(reflection()?.build_v1()?)
         .add_service(reflection()?.build_v1alpha()?)
         .add_service(service!(AuthServiceServer))
         .add_service(service!(UserServiceServer))
@@ -91,30 +102,7 @@ pub async fn run(
         .add_service(service!(CommentServiceServer))
         .add_service(service!(LabelServiceServer))
         .add_service(service!(ImportServiceServer))
-        .add_service(service!(ReportServiceServer))
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            stop.clone().cancelled_owned(),
-        );
-    let follow_database = follow_database(db.clone(), health.clone());
-    let stopped = async {
-        tokio::select! {
-            () = shutdown => {}
-            () = follow_database => {}
-            () = prune(db) => {}
-        }
-        set_health(&health, ServingStatus::NotServing).await;
-        tracing::info!("stopping; requests under way may finish");
-        stop.cancel();
-        tokio::time::sleep(limits.drain()).await;
-    };
-    tokio::select! {
-        served = server => served.context("the server failed"),
-        () = stopped => {
-            tracing::warn!("some requests were still under way");
-            Ok(())
-        }
-    }
+        .add_service(service!(ReportServiceServer)))
 }
 
 fn reflection() -> anyhow::Result<tonic_reflection::server::Builder<'static>> {

@@ -23,7 +23,7 @@ use crate::{
     cli,
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
     db::{
-        Db, Target,
+        Db, PoolOptions, Target,
         embedded::{Cluster, Durability},
         migrate::migrate,
         tokens, users,
@@ -36,12 +36,15 @@ use crate::{
 /// The database of the embedded cluster, and the administrator that it begins with.
 const EMBEDDED_DATABASE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
+/// Of a service that was told to end twice.
+const EXIT_AT_ONCE: i32 = 1;
 const FIRST_TOKEN_NAME: &str = "admin.token";
 /// How long a service that is asked for its health may take to answer at all.
 const HEALTH_CONNECT_MAX: Duration = Duration::from_secs(10);
 
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     args.limits.check()?;
+    raise_open_files();
     // First, so that a taken port is told before anything is started.
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let mut shutdown = pin!(shutdown_signal()?);
@@ -107,7 +110,7 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
 
     let target: Target = args.database.database_url.parse()?;
     migrate(target.clone()).await?;
-    let db = Db::new(target, Limits::default().pool());
+    let db = Db::new(target, PoolOptions::SMALL);
     let hash = bcrypt::hash(password, args.bcrypt_cost)?;
     let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
     println!("{}", user.id);
@@ -137,15 +140,35 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Ready at the first SIGINT or SIGTERM. Listens from now on.
+/// Lets the process open as many files as it may: each connection is one, and the usual bound is 1,024.
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls are given a structure that lives as long as they take; if they fail, the bound stays as it is.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
+/// Ready at the first SIGINT or SIGTERM; a second one ends the process at once. Listens from now on.
 fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
+    let mut next = async move || {
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
+    };
+    Ok(async move {
+        next().await;
+        tokio::spawn(async move {
+            next().await;
+            // The private PostgreSQL ends by itself when its parent does.
+            std::process::exit(EXIT_AT_ONCE);
+        });
     })
 }
 

@@ -95,7 +95,7 @@ fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
         tokio::spawn(connection);
         client.batch_execute(&format!("CREATE DATABASE {database}")).await?;
         migrate(&config).await?;
-        let db = issue_tracker::db::Db::new(config, issue_tracker::config::Limits::default().pool());
+        let db = issue_tracker::db::Db::new(config, issue_tracker::db::PoolOptions::SMALL);
         let conn = db.conn().await?;
         let user = users::create(&conn, "bench", Role::Member, "").await?;
         let (token, sha256) = new_token()?;

@@ -226,7 +226,9 @@ impl ImportSession {
         for attempt in 1.. {
             match self.try_write(batch).await {
                 // Somebody took an external id or deleted a label between the look-up and the COPY, or got in the way of it.
-                Err(error) if error.constraint().is_some() || matches!(error, Error::Aborted { .. }) => {
+                Err(error)
+                    if error.constraint().is_some() || matches!(error, Error::Aborted { .. } | Error::Conflict(_)) =>
+                {
                     if self.task.is_one_transaction() || attempt == BATCH_TRIES_MAX {
                         return Err(Error::Aborted {
                             reason: "CONFLICT",
@@ -270,7 +272,7 @@ impl ImportSession {
         if !task.is_one_transaction() {
             record::keep_errors(&self.conn, task.import_id, kept, &errors).await?;
             record::keep(&self.conn, &task, &totals, &columns, batch.is_last).await?;
-            self.conn.client.batch_execute("COMMIT").await?;
+            self.conn.commit().await?;
         } else if !task.validate_only {
             self.errors.extend_from_slice(&errors);
             // Whoever looks at the import is told less if this fails, and that is all.
@@ -296,12 +298,14 @@ impl ImportSession {
                 let columns = self.columns.as_ref().ok_or(Error::Internal("an import ends without a batch"))?;
                 record::keep(&self.conn, task, totals, columns, true).await?;
             }
-            let end = if state == ImportState::Committed { "COMMIT" } else { "ROLLBACK" };
-            self.conn.client.batch_execute(end).await?;
+            match state {
+                ImportState::Committed => self.conn.commit().await?,
+                _ => self.conn.client.batch_execute("ROLLBACK").await?,
+            }
             if state == ImportState::Rejected && !task.validate_only {
                 self.conn.enqueue("BEGIN")?;
                 record::reject(&self.conn, task.import_id, totals, &self.errors).await?;
-                self.conn.client.batch_execute("COMMIT").await?;
+                self.conn.commit().await?;
             }
         }
         let summary = task.summary(totals, state);

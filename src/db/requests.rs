@@ -20,6 +20,13 @@ pub struct RequestKey {
     pub validate_only: bool,
 }
 
+impl RequestKey {
+    /// With a request id, an outcome that is not known can be found out.
+    pub fn explain(&self, error: Error) -> Error {
+        if self.request_id.is_some() { error.with_request_id() } else { error }
+    }
+}
+
 /// The transaction of a mutation: it commits together with its reply, or not at all.
 pub struct MutationTx {
     scope: Scope,
@@ -71,7 +78,7 @@ impl Db {
         if key.request_id.is_some() || key.validate_only {
             return self.begin_mutation(caller_id, key).await;
         }
-        let scope = Scope::Statement(self.conn().await?);
+        let scope = Scope::Statement(self.autocommit_conn().await?);
         Ok(Begun::Fresh(MutationTx { scope, caller_id, key }))
     }
 }
@@ -89,7 +96,8 @@ impl MutationTx {
             fingerprint,
             reply: reply(),
         });
-        commit_with_replies(tx, kept.as_slice()).await
+        let committed = commit_with_replies(tx, kept.as_slice()).await;
+        committed.map_err(|error| self.key.explain(error))
     }
 }
 
@@ -178,9 +186,8 @@ pub(super) async fn commit_with_replies(tx: Tx, kept: &[KeptReply]) -> Result<()
     let fingerprints: Vec<&[u8]> = kept.iter().map(|kept| &kept.fingerprint[..]).collect();
     let replies: Vec<&[u8]> = kept.iter().map(|kept| &kept.reply[..]).collect();
     tx.commit_after(SQL, &[&caller_ids, &request_ids, &fingerprints, &replies]).await.map_err(|error| {
-        error.on_constraint("requests_pkey", || Error::Aborted {
-            reason: "CONFLICT",
-            message: "another call with the request id was made at this moment; try again".to_owned(),
+        error.on_constraint("requests_pkey", || {
+            Error::Conflict("another call with the request id was made at this moment")
         })
     })
 }

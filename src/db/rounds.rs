@@ -122,9 +122,12 @@ impl Rounds {
             }),
         );
         let of_list = db.clone();
-        let lists = Flights::new(Box::new(move |list| {
+        let lists = Flights::new(Box::new(move |list: IssueList| {
             let db = of_list.clone();
-            Box::pin(async move { issues::list(&*db.conn().await?, &list).await })
+            Box::pin(async move {
+                let _slot = if list.filter.searches() { Some(db.heavy_slot().await?) } else { None };
+                issues::list(&*db.conn().await?, &list).await
+            })
         }));
         Self { gets, lists, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
     }
@@ -143,7 +146,8 @@ impl Rounds {
             // Boxed, as what happens seldom should not make the future of every call large: they are moved about.
             return Box::pin(make_alone(&self.db, call)).await;
         }
-        mutations.call(call).await
+        let key = call.key;
+        mutations.call(call).await.map_err(|error| key.explain(error))
     }
 }
 
@@ -183,7 +187,7 @@ async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
 async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcome<M::Reply>>> {
     if calls.iter().all(|call| call.key.request_id.is_none()) {
         let items: Vec<M> = calls.into_iter().map(|call| call.item).collect();
-        return M::apply(&*db.conn().await?, &items, Locked::Skip).await;
+        return M::apply(&*db.autocommit_conn().await?, &items, Locked::Skip).await;
     }
     let mut claims = vec![Claim::Fresh; calls.len()];
     let tx = db.begin().await?;

@@ -39,7 +39,7 @@ impl AuthService for Api {
         let mut reply = LoginResponse { user: Some(credentials.user), ..LoginResponse::default() };
         if !request.validate_only {
             let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
-            let db = self.db.conn().await?;
+            let db = self.db.autocommit_conn().await?;
             let (user_id, hash) = (credentials.user_id, &credentials.password_hash);
             let expire_time = tokens::create_session(&db, user_id, hash, &sha256, self.session_hours).await?;
             reply.access_token = token;

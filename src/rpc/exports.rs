@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
@@ -29,13 +30,14 @@ pub struct ExportTask {
 }
 
 /// Exports for as long as somebody reads the stream.
-pub fn start(db: Db, task: ExportTask, permit: OwnedSemaphorePermit) -> ExportStream {
+pub fn start(db: Db, task: ExportTask, permit: OwnedSemaphorePermit, stopping: CancellationToken) -> ExportStream {
     let (pieces, stream) = mpsc::channel(EXPORT_PIECES_WAITING_MAX);
     tokio::spawn(async move {
         let client = Client { pieces };
         let exported = tokio::select! {
             exported = export(&db, &task, &client) => exported,
             () = client.pieces.closed() => Err(Error::Cancelled),
+            () = stopping.cancelled() => Err(Error::Stopping),
         };
         drop(permit);
         if let Err(error) = exported {

@@ -36,11 +36,15 @@ impl ImportService for Api {
         let caller = Caller::with_role(&request, Role::Member)?;
         let permit = self.import_permit()?;
         let (answers, stream) = mpsc::channel(IMPORT_ANSWERS_WAITING_MAX);
-        let (db, requests) = (self.db.clone(), request.into_inner());
+        let (db, requests, stopping) = (self.db.clone(), request.into_inner(), self.stopping.clone());
         tokio::spawn(async move {
             let _permit = permit;
             let client = Client { answers };
-            if let Err(error) = stream::import(&db, caller.user_id, requests, &client).await {
+            let imported = tokio::select! {
+                imported = stream::import(&db, caller.user_id, requests, &client) => imported,
+                () = stopping.cancelled() => Err(Error::Stopping),
+            };
+            if let Err(error) = imported {
                 client.fail(error).await;
             }
         });

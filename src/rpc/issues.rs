@@ -259,7 +259,7 @@ impl IssueService for Api {
             .try_acquire_owned()
             .map_err(|_| Error::Exhausted("as many exports as are made at once are under way; try again".to_owned()))?;
         let task = ExportTask { filter, show_deleted, escape_formulas };
-        Ok(exports::start(self.db.clone(), task, permit).into())
+        Ok(exports::start(self.db.clone(), task, permit, self.stopping.clone()).into())
     }
 }
 

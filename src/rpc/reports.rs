@@ -34,6 +34,7 @@ impl ReportService for Api {
         let scope: IssueScope = check.enumeration("scope", request.scope);
         check.done()?;
 
+        let _slot = self.db.heavy_slot().await?;
         let db = self.db.conn().await?;
         Ok(reports::top_assignees(&db, limit, window, scope != IssueScope::All).await?.into())
     }
@@ -49,6 +50,7 @@ impl ReportService for Api {
         let group_by = check.enumeration("group_by", request.group_by);
         check.done()?;
 
+        let _slot = self.db.heavy_slot().await?;
         let db = self.db.conn().await?;
         let groups = reports::resolution_latency(&db, window, group_by).await?;
         Ok(GetResolutionLatencyResponse { groups }.into())

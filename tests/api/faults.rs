@@ -1,5 +1,9 @@
 //! What callers see when something is short, slow, stuck or away, and that it heals by itself.
 
+mod connections;
+mod deadlines;
+mod stop;
+
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use issue_tracker::{

@@ -51,16 +51,47 @@ static DATABASES: AtomicU32 = AtomicU32::new(0);
 
 /// A service with a database of its own, an administrator, and a client for each role.
 pub struct Tracker {
-    pub address: String,
-    pub channel: Channel,
     pub admin: Client,
     pub member: Client,
     pub viewer: Client,
+    served: Served,
+}
+
+/// A service on a database.
+pub struct Served {
+    pub address: String,
+    pub channel: Channel,
     /// How to reach the database, as its superuser.
     pub config: Config,
     pub db: Db,
-    _stop: oneshot::Sender<()>,
-    _server: JoinHandle<()>,
+    stop: Option<oneshot::Sender<()>>,
+    server: JoinHandle<()>,
+}
+
+impl Served {
+    async fn start(config: Config, limits: Limits) -> Self {
+        let db = Db::new(service_config(&config).await, limits.pool());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn({
+            let db = db.clone();
+            async move {
+                let shutdown = async { drop(stopped.await) };
+                server::run(listener, db, &limits, shutdown).await.unwrap();
+            }
+        });
+        Self { address, channel, config, db, stop: Some(stop), server }
+    }
+}
+
+impl std::ops::Deref for Tracker {
+    type Target = Served;
+
+    fn deref(&self) -> &Served {
+        &self.served
+    }
 }
 
 impl Tracker {
@@ -76,31 +107,29 @@ impl Tracker {
 
     /// On a database that has the schema.
     pub async fn start_on(config: Config, limits: Limits) -> Self {
-        let db = Db::new(service_config(&config).await, limits.pool());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
-        let (stop, stopped) = oneshot::channel::<()>();
-        let server = tokio::spawn({
-            let db = db.clone();
-            async move {
-                let shutdown = async { drop(stopped.await) };
-                server::run(listener, db, &limits, shutdown).await.unwrap();
-            }
-        });
+        let served = Served::start(config, limits).await;
         let [admin, member, viewer] = [("admin", Role::Admin), ("member", Role::Member), ("viewer", Role::Viewer)]
-            .map(|(name, role)| new_client(&db, &channel, name, role));
-        Self {
-            admin: admin.await,
-            member: member.await,
-            viewer: viewer.await,
-            address,
-            channel,
-            config,
-            db,
-            _stop: stop,
-            _server: server,
-        }
+            .map(|(name, role)| new_client(&served.db, &served.channel, name, role));
+        let (admin, member, viewer) = (admin.await, member.await, viewer.await);
+        Self { admin, member, viewer, served }
+    }
+
+    /// Another service on the same database, for the same users.
+    pub async fn start_beside(&self) -> Self {
+        let served = Served::start(self.config.clone(), limits(&[])).await;
+        let client = |client: &Client| Client { channel: served.channel.clone(), ..client.clone() };
+        let (admin, member, viewer) = (client(&self.admin), client(&self.member), client(&self.viewer));
+        Self { admin, member, viewer, served }
+    }
+
+    /// Tells the service to stop, as a signal does.
+    pub fn stop(&mut self) {
+        drop(self.served.stop.take());
+    }
+
+    /// Waits until the service has ended.
+    pub async fn ended(self) {
+        self.served.server.await.unwrap();
     }
 
     /// A user with a token.

@@ -214,3 +214,14 @@ async fn a_database_that_goes_away_ends_the_file_with_an_error() {
     assert_error(cut, Code::Unavailable, "DATABASE_UNAVAILABLE");
     assert_eq!(titles(&export(&tracker.viewer).await).len(), 20_000);
 }
+
+#[tokio::test]
+async fn a_service_that_stops_ends_the_file_with_an_error() {
+    let mut tracker = large_tracker(limits(&["--drain-seconds", "60"])).await;
+    let (mut pieces, mut file) = begin(&tracker.viewer).await;
+    tracker.wait_until(WAITS_FOR_READER).await;
+    tracker.stop();
+    assert_error(read_on(&mut pieces, &mut file).await, Code::Unavailable, "STOPPING");
+    drop(pieces);
+    tracker.ended().await;
+}

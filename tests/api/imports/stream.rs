@@ -300,3 +300,24 @@ async fn filing_an_issue_whose_external_id_an_import_holds_waits_for_the_import(
     assert_eq!(imported.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
     assert_error(filed.await.unwrap(), Code::AlreadyExists, "ALREADY_EXISTS");
 }
+
+#[tokio::test]
+async fn a_service_that_stops_tells_the_import_to_go_on_elsewhere_and_it_does() {
+    let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
+    let wanted = import(titles(12_000)).skip_invalid().id(Uuid::now_v7());
+    let mut first = open(&tracker.member, wanted.options.clone()).await;
+    first.send(chunk(0, &wanted.file[..80_000])).await;
+    let Some(Message::Progress(progress)) = first.answers.message().await.unwrap().unwrap().message else { panic!() };
+    assert!(progress.committed_offset > 0);
+
+    tracker.stop();
+
+    assert_error(first.finish().await, Code::Unavailable, "STOPPING");
+    let elsewhere = tracker.start_beside().await;
+    let kept = get_import(&elsewhere.member, &wanted.options.import_id).await.unwrap();
+    assert!(kept.committed_offset >= progress.committed_offset);
+    let answer = go_on(&elsewhere.member, &wanted).await.unwrap();
+    assert_eq!(answer.counts(), (ImportState::Committed, 12_000, 12_000, 0, 0));
+    assert_eq!(issue_count(&elsewhere).await, 12_000);
+    tracker.ended().await;
+}

@@ -1,0 +1,307 @@
+//! Connections of clients: taken, served, and let go when they are silent, stuck, old or too many.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::gate::Gate;
+
+/// How long it waits to accept again when it could not, for example because the process has no file left to open.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a new connection waits for one that is let go to make room for it.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
+/// Of the idle connections, how many are let go when there is no room: one in so many, and only those that have been
+/// idle for so long.
+const EVICTED_ONE_IN: usize = 10;
+const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
+/// What a client has to end its connection after it was told to.
+const GOODBYE_MAX: Duration = Duration::from_millis(500);
+/// How often it is looked at what a connection does.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// Longer than a process runs, and not too long for a clock.
+const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3_600);
+/// What a client may send of a stream before it is read: with imports, most of what they keep in memory.
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+
+/// The bounds of connections.
+#[derive(Clone, Debug)]
+pub struct ConnectionLimits {
+    /// Connections at once. A new one makes the longest idle ones go; if none is idle, it is closed.
+    pub connections_max: usize,
+    /// How long a connection may be without a call.
+    pub idle_max: Duration,
+    /// After this a client is asked to connect anew, so that a balancer can spread connections.
+    pub age_max: Duration,
+    /// What its calls have from then on.
+    pub age_grace: Duration,
+    /// How often a silent client is asked whether it is there, and how long it may take to answer.
+    pub keepalive_interval: Duration,
+    pub keepalive_timeout: Duration,
+    /// Calls of one connection at once; more wait in the client.
+    pub streams_max: u32,
+    /// Metadata of a call.
+    pub header_bytes_max: u32,
+}
+
+/// Serves what connects, until it is dropped. When `stop` is cancelled, clients are asked to go elsewhere; who connects
+/// then is still answered by the gate, and health can be asked. `tracker` has the connections of before.
+pub async fn serve(
+    listener: TcpListener,
+    gate: Arc<Gate>,
+    limits: ConnectionLimits,
+    stop: CancellationToken,
+    tracker: TaskTracker,
+) -> Infallible {
+    let shared = Arc::new(Shared::new(gate, limits, stop));
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(kind = ?error.kind(), "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Without room nobody else is accepted: those who come wait in the kernel.
+        let Some(room) = shared.room().await else { continue };
+        let connection = Arc::clone(&shared).connection(stream, peer, room);
+        match shared.stop.is_cancelled() {
+            false => drop(tracker.spawn(connection)),
+            true => drop(tokio::spawn(connection)),
+        }
+    }
+}
+
+struct Shared {
+    gate: Arc<Gate>,
+    limits: ConnectionLimits,
+    http2: http2::Builder<TokioExecutor>,
+    stop: CancellationToken,
+    rooms: Arc<Semaphore>,
+    connections: Mutex<HashMap<u64, Arc<Activity>>>,
+    next_id: AtomicU64,
+}
+
+impl Shared {
+    fn new(gate: Arc<Gate>, limits: ConnectionLimits, stop: CancellationToken) -> Self {
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(limits.streams_max)
+            .max_header_list_size(limits.header_bytes_max)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .keep_alive_interval(limits.keepalive_interval)
+            .keep_alive_timeout(limits.keepalive_timeout);
+        Self {
+            rooms: Arc::new(Semaphore::new(limits.connections_max)),
+            connections: Mutex::default(),
+            next_id: AtomicU64::new(0),
+            gate,
+            limits,
+            http2,
+            stop,
+        }
+    }
+
+    /// Room for one more connection, made if need be. None: nobody could be let go.
+    async fn room(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(room) = Arc::clone(&self.rooms).try_acquire_owned() {
+            return Some(room);
+        }
+        self.evict();
+        timeout(ROOM_WAIT, Arc::clone(&self.rooms).acquire_owned()).await.ok()?.ok()
+    }
+
+    /// Asks the connections to go that have been idle for longest.
+    fn evict(&self) {
+        let now = Instant::now();
+        let mut idle: Vec<(Instant, Arc<Activity>)> = lock(&self.connections)
+            .values()
+            .filter_map(|activity| Some((activity.idle_since()?, Arc::clone(activity))))
+            .filter(|(since, _)| now.duration_since(*since) >= EVICTED_IDLE_MIN)
+            .collect();
+        idle.sort_unstable_by_key(|(since, _)| *since);
+        let count = idle.len().div_ceil(EVICTED_ONE_IN);
+        idle.into_iter().take(count).for_each(|(_, activity)| activity.evicted.notify_one());
+    }
+
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, _room: OwnedSemaphorePermit) {
+        // Small answers are not to wait for more of them.
+        let _ = stream.set_nodelay(true);
+        self.serve_http2(stream, peer).await;
+    }
+
+    async fn serve_http2(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: SocketAddr) {
+        let entry = self.enter();
+        let activity = Arc::clone(&entry.activity);
+        let service = service_fn(|request: http::Request<Incoming>| {
+            let (gate, call) = (Arc::clone(&self.gate), activity.begin());
+            async move { Ok::<_, Infallible>(gate.answer(request, peer, call).await) }
+        });
+        let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
+        // What clients do to their connections is their matter.
+        let goodbye_max = tokio::select! {
+            _ = &mut connection => return,
+            goodbye_max = self.until_let_go(&activity) => goodbye_max,
+        };
+        let Some(goodbye_max) = goodbye_max else { return };
+        connection.as_mut().graceful_shutdown();
+        let _ = timeout(goodbye_max, connection).await;
+    }
+
+    /// Waits until the connection is to end, and says how long it may take. None: at once.
+    async fn until_let_go(&self, activity: &Activity) -> Option<Duration> {
+        let old = Instant::now() + self.limits.age_max;
+        tokio::select! {
+            () = self.stop.cancelled() => Some(Duration::MAX),
+            () = sleep_until(old) => Some(self.limits.age_grace),
+            () = activity.evicted.notified() => Some(GOODBYE_MAX),
+            state = self.until_silent(activity) => match state {
+                Silent::Idle => Some(GOODBYE_MAX),
+                Silent::Stuck => None,
+            },
+        }
+    }
+
+    async fn until_silent(&self, activity: &Activity) -> Silent {
+        loop {
+            let now = Instant::now();
+            let next = match activity.state() {
+                State::Idle(since) if now.duration_since(since) >= self.limits.idle_max => return Silent::Idle,
+                State::Idle(since) => since + self.limits.idle_max,
+                State::Busy(until) if until <= now => return Silent::Stuck,
+                State::Busy(until) => until,
+            };
+            // A call may begin meanwhile.
+            sleep_until(next.min(now + LOOK_INTERVAL)).await;
+        }
+    }
+
+    fn enter(&self) -> Entry<'_> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let activity = Arc::new(Activity::new());
+        lock(&self.connections).insert(id, Arc::clone(&activity));
+        Entry { shared: self, id, activity }
+    }
+}
+
+/// A connection's place among all.
+struct Entry<'a> {
+    shared: &'a Shared,
+    id: u64,
+    activity: Arc<Activity>,
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        lock(&self.shared.connections).remove(&self.id);
+    }
+}
+
+enum Silent {
+    /// There was no call for long.
+    Idle,
+    /// There is a call whose client does not read its answer.
+    Stuck,
+}
+
+enum State {
+    /// Without a call since.
+    Idle(Instant),
+    /// With calls, all of which should have ended or gone on by then, but for one.
+    Busy(Instant),
+}
+
+/// What a connection is doing.
+struct Activity {
+    calls: Mutex<Calls>,
+    evicted: Notify,
+}
+
+struct Calls {
+    /// Until when each call is to end, or to go on.
+    until: HashMap<u64, Instant>,
+    next_id: u64,
+    idle_since: Instant,
+}
+
+impl Activity {
+    fn new() -> Self {
+        let calls = Calls { until: HashMap::new(), next_id: 0, idle_since: Instant::now() };
+        Self { calls: Mutex::new(calls), evicted: Notify::new() }
+    }
+
+    fn state(&self) -> State {
+        let calls = lock(&self.calls);
+        calls.until.values().min().map_or(State::Idle(calls.idle_since), |until| State::Busy(*until))
+    }
+
+    fn idle_since(&self) -> Option<Instant> {
+        match self.state() {
+            State::Idle(since) => Some(since),
+            State::Busy(_) => None,
+        }
+    }
+
+    fn begin(self: &Arc<Self>) -> Call {
+        let mut calls = lock(&self.calls);
+        let id = calls.next_id;
+        calls.next_id += 1;
+        // Until it says how long it takes.
+        calls.until.insert(id, Instant::now() + LOOK_INTERVAL);
+        Call { activity: Arc::clone(self), id }
+    }
+}
+
+/// A call of a connection, from its first header to the last byte of its answer.
+pub struct Call {
+    activity: Arc<Activity>,
+    id: u64,
+}
+
+impl Call {
+    /// The call ends when it ends, or says more.
+    pub fn lasts(&self) {
+        self.lasts_until(Instant::now() + FOREVER);
+    }
+
+    /// The call ends or says so again until then, or its connection is closed: its client does not read.
+    pub fn lasts_until(&self, until: Instant) {
+        lock(&self.activity.calls).until.insert(self.id, until);
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut calls = lock(&self.activity.calls);
+        calls.until.remove(&self.id);
+        if calls.until.is_empty() {
+            calls.idle_since = Instant::now();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in it is whole whatever happened to a holder of the lock.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,202 @@
+//! Connections that are silent, stuck or too many.
+
+use h2::client::SendRequest;
+use issue_tracker::pb::WhoAmIRequest;
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+};
+
+use super::*;
+
+/// Longer than anything here takes.
+const HANG: Duration = Duration::from_secs(60);
+
+/// A connection of a client that leaves everything to the test.
+pub(super) struct Raw {
+    pub requests: SendRequest<bytes::Bytes>,
+    /// Ends with the connection.
+    pub connection: JoinHandle<()>,
+}
+
+impl Raw {
+    pub async fn open(tracker: &Tracker) -> Self {
+        Self::open_with(tracker, 65_535).await.unwrap()
+    }
+
+    /// With so much room for each answer.
+    pub async fn open_with(tracker: &Tracker, window_bytes: u32) -> Result<Self, h2::Error> {
+        let tcp = TcpStream::connect(&tracker.address).await.unwrap();
+        let mut builder = h2::client::Builder::new();
+        let (requests, connection) = builder.initial_window_size(window_bytes).handshake(tcp).await?;
+        let connection = tokio::spawn(async move { drop(connection.await) });
+        Ok(Self { requests, connection })
+    }
+
+    /// Begins a call of the member's; what is sent of it, the caller says.
+    pub async fn begin(
+        &mut self,
+        tracker: &Tracker,
+        method: &str,
+    ) -> Result<(h2::client::ResponseFuture, h2::SendStream<bytes::Bytes>), h2::Error> {
+        let request = http::Request::post(format!("http://{}/issuetracker.v1.{method}", tracker.address))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("authorization", format!("Bearer {}", tracker.member.token));
+        let mut requests = self.requests.clone().ready().await?;
+        requests.send_request(request.body(()).unwrap(), false)
+    }
+
+    /// Whether a call is answered.
+    pub async fn is_served(&mut self, tracker: &Tracker) -> bool {
+        let called = async {
+            let (response, mut stream) = self.begin(tracker, "AuthService/WhoAmI").await?;
+            stream.send_data(framed(&WhoAmIRequest {}), true)?;
+            response.await
+        };
+        called.await.is_ok_and(|response| !response.headers().contains_key("grpc-status"))
+    }
+
+    /// Waits until the server has closed the connection.
+    pub async fn closed(self) {
+        tokio::time::timeout(HANG, self.connection).await.expect("the connection stays").unwrap();
+    }
+}
+
+/// A message as it goes over the wire.
+pub(super) fn framed(message: &impl Message) -> bytes::Bytes {
+    let message = message.encode_to_vec();
+    let mut frame = vec![0];
+    frame.extend((message.len() as u32).to_be_bytes());
+    frame.extend(message);
+    frame.into()
+}
+
+/// Waits until the server closes a connection on which it was only talked to.
+async fn closed_by_server(mut tcp: TcpStream) {
+    let mut sent = Vec::new();
+    // A reset is an end as well.
+    let _ = tokio::time::timeout(HANG, tcp.read_to_end(&mut sent)).await.expect("the connection stays");
+}
+
+#[tokio::test]
+async fn a_connection_without_calls_is_let_go_and_so_is_one_that_never_says_a_word() {
+    let tracker = Tracker::start_with(limits(&["--idle-seconds", "1"])).await;
+    let silent = TcpStream::connect(&tracker.address).await.unwrap();
+    let mut half_greeting = TcpStream::connect(&tracker.address).await.unwrap();
+    half_greeting.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    let mut used = Raw::open(&tracker).await;
+    let unused = Raw::open(&tracker).await;
+    assert!(used.is_served(&tracker).await);
+
+    closed_by_server(silent).await;
+    closed_by_server(half_greeting).await;
+    used.closed().await;
+    unused.closed().await;
+
+    assert!(Raw::open(&tracker).await.is_served(&tracker).await);
+}
+
+#[tokio::test]
+async fn a_connection_with_a_call_under_way_is_not_idle() {
+    let tracker = Tracker::start_with(limits(&["--idle-seconds", "1"])).await;
+    let issue = tracker.member.file("slow").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
+    tracker.until_blocked().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lock.release().await;
+    assert_eq!(update.await.unwrap().unwrap().title, "changed");
+}
+
+#[tokio::test]
+async fn an_old_connection_is_asked_to_go_and_its_calls_may_finish() {
+    let tracker = Tracker::start_with(limits(&["--age-seconds", "1"])).await;
+    let issue = tracker.member.file("slow").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let mut raw = Raw::open(&tracker).await;
+    let (response, mut stream) = raw.begin(&tracker, "IssueService/UpdateIssue").await.unwrap();
+    stream.send_data(framed(&retitle(&issue, "changed")), true).unwrap();
+    tracker.until_blocked().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+
+    assert!(raw.begin(&tracker, "AuthService/WhoAmI").await.is_err(), "a new call is not taken");
+    lock.release().await;
+
+    let mut answer = response.await.unwrap().into_body();
+    assert!(!answer.data().await.unwrap().unwrap().is_empty());
+    raw.closed().await;
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap().title, "changed");
+}
+
+#[tokio::test]
+async fn when_there_is_no_room_the_longest_idle_connection_goes() {
+    let tracker = Tracker::start_with(limits(&["--connections", "3"])).await;
+    // The tracker's own client has none yet: it connects when it calls.
+    let mut longest = Raw::open(&tracker).await;
+    assert!(longest.is_served(&tracker).await);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut others = [Raw::open(&tracker).await, Raw::open(&tracker).await];
+    for other in &mut others {
+        assert!(other.is_served(&tracker).await);
+    }
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+
+    let mut newest = Raw::open(&tracker).await;
+
+    assert!(newest.is_served(&tracker).await);
+    longest.closed().await;
+    for other in &mut others {
+        assert!(other.is_served(&tracker).await);
+    }
+}
+
+#[tokio::test]
+async fn when_all_connections_are_busy_a_new_one_is_closed_and_the_calls_go_on() {
+    let tracker = Tracker::start_with(limits(&["--connections", "1"])).await;
+    let issue = tracker.member.file("slow").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
+    tracker.until_blocked().await;
+
+    closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
+
+    lock.release().await;
+    assert_eq!(update.await.unwrap().unwrap().title, "changed");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_its_answer_is_let_go() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300", "--requests", "1"])).await;
+    let issue = tracker.member.file("read me").await;
+    let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
+    let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
+    let request = GetIssueRequest { id: issue.id.clone(), ..Default::default() };
+    stream.send_data(framed(&request), true).unwrap();
+    let mut unread = response.await.unwrap().into_body();
+    // What it holds, it holds as long as it is not read.
+    assert_overloaded(try_get(&tracker.member, &issue).await);
+
+    let cut = tokio::time::timeout(HANG, unread.data()).await.expect("the answer stays");
+
+    assert!(cut.is_none_or(|data| data.is_err()));
+    raw.closed().await;
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn a_thousand_idle_connections_do_not_keep_others_out() {
+    let tracker = Tracker::start_with(limits(&["--connections", "200"])).await;
+    let mut idle = Vec::new();
+    for _ in 0..1_000 {
+        idle.push(TcpStream::connect(&tracker.address).await.unwrap());
+    }
+    let tracker = Arc::new(tracker);
+    eventually("a call is answered", || {
+        let tracker = Arc::clone(&tracker);
+        Box::pin(async move { try_file(&tracker.member, "among them").await.is_ok() })
+    })
+    .await;
+}

@@ -1,0 +1,109 @@
+//! Deadlines, given or not, and what is made of the statements behind them.
+
+use issue_tracker::pb::Comment;
+use issue_tracker::pb::CreateCommentRequest;
+
+use super::{
+    connections::{Raw, framed},
+    *,
+};
+
+const NONE_BLOCKED: &str = lock_waiters!("= 0");
+
+#[tokio::test]
+async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_written() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "400"])).await;
+    let issue = tracker.member.file("locked").await;
+    let lock = Lock::all_issues(&tracker).await;
+
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed")).await.unwrap();
+
+    assert_error(update, Code::DeadlineExceeded, "DEADLINE");
+    tracker.wait_until(NONE_BLOCKED).await;
+    lock.release().await;
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn a_deadline_of_the_client_goes_before_the_default() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
+    let issue = tracker.member.file("locked").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let mut request = Request::new(retitle(&issue, "changed"));
+    request.set_timeout(Duration::from_secs(30));
+    let update = spawn_update(&tracker.member, request);
+    tracker.until_blocked().await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    lock.release().await;
+    assert_eq!(update.await.unwrap().unwrap().title, "changed");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_finish_its_request_gets_a_deadline() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300", "--requests", "1"])).await;
+    let issue = tracker.member.file("waits").await;
+    let mut raw = Raw::open(&tracker).await;
+    let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
+    let request = framed(&GetIssueRequest { id: issue.id.clone(), ..Default::default() });
+    stream.send_data(request.slice(..8), false).unwrap();
+
+    let answer = response.await.unwrap();
+
+    assert_eq!(answer.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn the_time_that_a_call_waits_for_a_connection_counts() {
+    let args = ["--pool-connections", "3", "--imports", "1", "--pool-wait-ms", "30000", "--deadline-ms", "400"];
+    let tracker = Tracker::start_with(limits(&args)).await;
+    let issue = tracker.member.file("locked").await;
+    let held = [tracker.db.conn().await.unwrap(), tracker.db.conn().await.unwrap(), tracker.db.conn().await.unwrap()];
+
+    assert_error(try_get(&tracker.member, &issue).await, Code::DeadlineExceeded, "DEADLINE");
+
+    drop(held);
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_leaves_no_statement_behind_and_connections_fit_for_use() {
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1"])).await;
+    let issue = tracker.member.file("locked").await;
+    let lock = Lock::all_issues(&tracker).await;
+    for n in 0..6 {
+        let request = UpdateIssueRequest { comment: format!("try {n}"), ..retitle(&issue, "changed") };
+        let update = spawn_update(&tracker.member, request);
+        tracker.wait_until(lock_waiters!(">= 1")).await;
+        update.abort();
+        tracker.wait_until(NONE_BLOCKED).await;
+    }
+    lock.release().await;
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+    let comment = Comment { issue_id: issue.id.clone(), content: "after".to_owned(), ..Comment::default() };
+    for _ in 0..6 {
+        let request = CreateCommentRequest { comment: Some(comment.clone()), ..Default::default() };
+        tracker.member.comments().create_comment(request).await.unwrap();
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 6);
+}
+
+#[tokio::test]
+async fn when_all_in_a_round_have_gone_away_its_statement_ends() {
+    let tracker = Arc::new(Tracker::start().await);
+    let session = tracker.session().await;
+    session.batch_execute("BEGIN; LOCK TABLE issues").await.unwrap();
+    let calls: Vec<_> = (0..20)
+        .map(|n| {
+            let tracker = Arc::clone(&tracker);
+            tokio::spawn(async move { try_file(&tracker.member, &format!("issue {n}")).await })
+        })
+        .collect();
+    tracker.until_blocked().await;
+    calls.iter().for_each(JoinHandle::abort);
+
+    tracker.wait_until(NONE_BLOCKED).await;
+
+    session.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}

@@ -1,0 +1,69 @@
+//! A service that is told to stop.
+
+use issue_tracker::pb::ListIssuesRequest;
+use tonic::transport::Endpoint;
+
+use super::{connections::Raw, *};
+
+#[track_caller]
+fn assert_stopping<T: std::fmt::Debug>(result: Result<T, Status>) {
+    let status = assert_error(result, Code::Unavailable, "STOPPING");
+    assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
+}
+
+#[tokio::test]
+async fn calls_under_way_finish_new_ones_are_refused_and_health_tells() {
+    let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
+    let issue = tracker.member.file("slow").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
+    tracker.until_blocked().await;
+    let mut watched =
+        HealthClient::new(tracker.channel.clone()).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+
+    tracker.stop();
+
+    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    // On a connection that is made only now.
+    let channel = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap().connect_lazy();
+    let late = Tracker::client_on(channel.clone(), &tracker.member.token);
+    assert_stopping(late.issues().list_issues(ListIssuesRequest::default()).await);
+    assert_stopping(try_file(&late, "late").await);
+    let checked = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
+    assert_eq!(checked.into_inner().status(), ServingStatus::NotServing);
+
+    drop(watched);
+    lock.release().await;
+    assert_eq!(update.await.unwrap().unwrap().title, "changed");
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
+    tracker.ended().await;
+}
+
+#[tokio::test]
+async fn clients_are_asked_to_go_elsewhere_and_idle_ones_do_not_hold_it_up() {
+    let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
+    let mut raw = Raw::open(&tracker).await;
+    assert!(raw.is_served(&tracker).await);
+    tracker.stop();
+    raw.closed().await;
+    tracker.ended().await;
+}
+
+#[tokio::test]
+async fn a_call_that_takes_too_long_is_cut_at_the_bound() {
+    let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "1"])).await;
+    let issue = tracker.member.file("slow").await;
+    let lock = Lock::all_issues(&tracker).await;
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
+    tracker.until_blocked().await;
+    tracker.stop();
+    let config = tracker.config.clone();
+    tracker.ended().await;
+    update.abort();
+    lock.release().await;
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let title: String = client.query_one("SELECT title FROM issues", &[]).await.unwrap().get(0);
+    assert!(["slow", "changed"].contains(&&*title));
+}
