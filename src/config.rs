@@ -8,7 +8,7 @@ use http::Uri;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
-use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, pb};
+use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, pb, tls};
 
 /// An issue tracker over gRPC, on PostgreSQL.
 #[derive(Debug, Parser)]
@@ -67,6 +67,52 @@ pub struct ServeArgs {
     /// Where to listen; port 0 takes a free one, which is printed.
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    #[command(flatten)]
+    pub tls: ServerTls,
+}
+
+impl ServeArgs {
+    /// What only makes sense together.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let is_reached_from_here_only = self.listen.ip().to_canonical().is_loopback();
+        if !is_reached_from_here_only && self.tls.tls_cert.is_none() && !self.tls.insecure_plaintext {
+            bail!(
+                "--listen {} can be reached from other machines, which would send passwords and tokens unencrypted; give \
+                 --tls-cert and --tls-key, or --insecure-plaintext if what is in front of the service encrypts",
+                self.listen
+            );
+        }
+        self.limits.check()
+    }
+}
+
+/// The service's own TLS.
+#[derive(Debug, Args)]
+pub struct ServerTls {
+    /// A PEM file with the service's certificate and those that lead to its authority. New contents are taken within
+    /// seconds.
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// A PEM file with the private key of --tls-cert.
+    #[arg(long, env = "ISSUE_TRACKER_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// A PEM file with authorities: clients must show a certificate that one of them has signed.
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Listen beyond this machine without TLS.
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT")]
+    pub insecure_plaintext: bool,
+}
+
+impl ServerTls {
+    /// The files of a certificate, if there is one.
+    pub fn files(&self) -> Option<tls::Files> {
+        Some(tls::Files {
+            certificate: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+            client_authorities: self.tls_client_ca.clone(),
+        })
+    }
 }
 
 /// Which database: an external one, or the one that the service runs by itself.

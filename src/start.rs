@@ -22,6 +22,7 @@ use crate::{
     auth::{check_password, new_token},
     cli,
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
+    connections::Listener,
     db::{
         Db, PoolOptions, Target,
         embedded::{Cluster, Durability},
@@ -31,6 +32,7 @@ use crate::{
     pb::Role,
     rpc::check_username,
     server,
+    tls::Acceptor,
 };
 
 /// The database of the embedded cluster, and the administrator that it begins with.
@@ -43,16 +45,20 @@ const FIRST_TOKEN_NAME: &str = "admin.token";
 const HEALTH_CONNECT_MAX: Duration = Duration::from_secs(10);
 
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    args.limits.check()?;
+    args.check()?;
+    let tls = match args.tls.files() {
+        Some(files) => Some(Acceptor::new(files).await?),
+        None => None,
+    };
     raise_open_files();
     // First, so that a taken port is told before anything is started.
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let mut shutdown = pin!(shutdown_signal()?);
     let started = tokio::select! {
-        started = start(&args, listener.local_addr()?) => started?,
+        started = start(&args, listener.local_addr()?, tls.as_ref()) => started?,
         () = &mut shutdown => return Ok(()),
     };
-    let served = server::run(listener, started.db, &args.limits, shutdown).await;
+    let served = server::run(Listener { tcp: listener, tls }, started.db, &args.limits, shutdown).await;
     if let Some(cluster) = started.cluster {
         tokio::task::spawn_blocking(move || cluster.stop()).await??;
     }
@@ -66,7 +72,7 @@ struct Started {
 }
 
 /// Starts the private PostgreSQL if it is wanted, brings the schema up to date, and says how to reach the service.
-async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started> {
+async fn start(args: &ServeArgs, address: SocketAddr, tls: Option<&Acceptor>) -> anyhow::Result<Started> {
     if let Some(url) = &args.database.database_url {
         let target: Target = url.parse()?;
         migrate(target.clone()).await?;
@@ -87,14 +93,32 @@ async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started>
     let db = Db::new(config, args.limits.pool());
     let token_file = data_dir.join("admin.token");
     create_first_administrator(&db, &args.limits, &token_file).await?;
+    let flags = grpcurl_flags(address, tls);
     println!(
         "listening on {address}\n\
          TOKEN=$(cat {})\n\
-         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" -d '{{\"issue\":{{\"title\":\"My first issue\"}}}}' {address} issuetracker.v1.IssueService/CreateIssue\n\
-         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
+         grpcurl {flags} -H \"authorization: Bearer $TOKEN\" -d '{{\"issue\":{{\"title\":\"My first issue\"}}}}' {address} issuetracker.v1.IssueService/CreateIssue\n\
+         grpcurl {flags} -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
         token_file.display()
     );
     Ok(Started { db, cluster: Some(cluster) })
+}
+
+/// What grpcurl has to be told of the connection.
+fn grpcurl_flags(address: SocketAddr, tls: Option<&Acceptor>) -> String {
+    let Some(tls) = tls else {
+        return "-plaintext".to_owned();
+    };
+    let files = tls.files();
+    // Whoever signed it, the certificate itself is known.
+    let mut flags = format!("-cacert {}", files.certificate.display());
+    if let Some(name) = tls.name_instead_of(address.ip()) {
+        flags += &format!(" -authority {name}");
+    }
+    if files.client_authorities.is_some() {
+        flags += " -cert client.crt -key client.key";
+    }
+    flags
 }
 
 pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
