@@ -25,7 +25,7 @@ use tokio::{
     sync::oneshot,
 };
 
-pub use connection::endpoint;
+pub use connection::{endpoint, why};
 pub use export::export;
 pub use import::import;
 

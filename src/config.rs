@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser, value_parser};
 use http::Uri;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
@@ -100,7 +100,7 @@ pub struct ServerTls {
     #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
     /// Listen beyond this machine without TLS.
-    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT")]
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new())]
     pub insecure_plaintext: bool,
 }
 
@@ -338,7 +338,7 @@ pub struct Connection {
     #[command(flatten)]
     pub tls: ClientTls,
     /// Send the token unencrypted to another machine, over a network that nobody else can listen to.
-    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT")]
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new())]
     pub insecure_plaintext: bool,
     /// A file with the token. Default: the token in $ISSUE_TRACKER_TOKEN, else, for a service on this machine,
     /// admin.token in the data directory.

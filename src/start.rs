@@ -154,7 +154,7 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
     let status = HealthClient::new(channel)
         .check(HealthCheckRequest::default())
         .await
-        .map_err(|status| anyhow!("{}", status.message()))?;
+        .map_err(|status| anyhow!(cli::why(&status)))?;
     match status.into_inner().status() {
         ServingStatus::Serving => {
             println!("SERVING");

@@ -18,11 +18,17 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject},
     server::WebPkiClientVerifier,
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 /// How often the files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(3);
+/// How long a client that is refused is heard out.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);
 /// gRPC is HTTP/2.
 const ALPN: &[u8] = b"h2";
 
@@ -127,7 +133,13 @@ impl Acceptor {
     /// The handshake, with the certificate of now. Takes as long as the client does.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let config = Arc::clone(&self.current().config);
-        TlsAcceptor::from(config).accept(stream).await
+        match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+            Ok(stream) => Ok(stream),
+            Err((error, stream)) => {
+                let _ = timeout(GOODBYE_MAX, hear_out(stream)).await;
+                Err(error)
+            }
+        }
     }
 
     /// Looks at the files again and again. What is wrong with new ones is logged once, and the old ones go on.
@@ -187,6 +199,14 @@ impl Acceptor {
         // It is replaced as a whole.
         self.shared.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Reads what a refused client has sent already: closing a connection with that unread would take back what it was told.
+async fn hear_out(mut stream: TcpStream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut unread = [0; 4096];
+    while stream.read(&mut unread).await? > 0 {}
+    Ok(())
 }
 
 enum Look {

@@ -194,6 +194,14 @@ pub fn failure(status: &Status) -> Failure {
     Failure::Passing { why, wait }
 }
 
+/// What [`failure`] tells, as a person reads it.
+pub fn why(status: &Status) -> String {
+    match failure(status) {
+        Failure::Passing { why, .. } => why,
+        Failure::Final(error) => error.to_string(),
+    }
+}
+
 /// An error as a person reads it: several violations are lines of their own.
 fn describe(status: &Status) -> String {
     let code = code_name(status.code());

@@ -2,9 +2,7 @@
 
 use std::{fs, path::Path};
 
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, date_time_ymd,
-};
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 
 /// A certificate and its key, in PEM.
 pub struct Pair {
@@ -19,15 +17,6 @@ impl Pair {
         fs::write(&paths[0], &self.certificate).unwrap();
         fs::write(&paths[1], &self.key).unwrap();
         paths
-    }
-
-    /// A certificate that is its own authority, as `openssl req -x509` makes it.
-    pub fn self_signed(names: &[&str], last_year: i32) -> Self {
-        let mut params = params(names, names[0]);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.not_after = date_time_ymd(last_year, 12, 31);
-        let key = KeyPair::generate().unwrap();
-        Self { certificate: params.self_signed(&key).unwrap().pem(), key: key.serialize_pem() }
     }
 }
 
