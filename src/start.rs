@@ -35,8 +35,9 @@ use crate::{
     tls::Acceptor,
 };
 
-/// The database of the embedded cluster, and the administrator that it begins with.
+/// The database of the embedded cluster, who works on it, and the administrator that it begins with.
 const EMBEDDED_DATABASE: &str = "issue_tracker";
+const EMBEDDED_ROLE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
 /// Of a service that was told to end twice.
 const EXIT_AT_ONCE: i32 = 1;
@@ -87,9 +88,11 @@ async fn start(args: &ServeArgs, address: SocketAddr, tls: Option<&Acceptor>) ->
         move || Cluster::start(&data_dir, Durability::Durable)
     })
     .await??;
-    let config = cluster.connect_config(EMBEDDED_DATABASE);
+    let mut config = cluster.connect_config(EMBEDDED_DATABASE);
     create_database(&cluster.connect_config("postgres")).await?;
     migrate(&config).await?;
+    create_role(&config).await?;
+    config.user(EMBEDDED_ROLE);
     let db = Db::new(config, args.limits.pool());
     let token_file = data_dir.join("admin.token");
     create_first_administrator(&db, &args.limits, &token_file).await?;
@@ -210,6 +213,25 @@ async fn create_database(config: &Config) -> anyhow::Result<()> {
     if exists.is_none() {
         client.batch_execute(&format!("CREATE DATABASE {EMBEDDED_DATABASE}")).await?;
     }
+    drop(client);
+    connection.await??;
+    Ok(())
+}
+
+/// Sees to it that there is a role which can work on the tables, and do no more.
+async fn create_role(config: &Config) -> anyhow::Result<()> {
+    let (client, connection) = config.connect(NoTls).await.context("cannot connect to the embedded PostgreSQL")?;
+    let connection = tokio::spawn(connection);
+    let exists = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&EMBEDDED_ROLE]).await?;
+    if exists.is_none() {
+        client.batch_execute(&format!("CREATE ROLE {EMBEDDED_ROLE} LOGIN")).await?;
+    }
+    // Again at every start, for tables that are new.
+    let grant = format!(
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {EMBEDDED_ROLE};
+         REVOKE INSERT, UPDATE, DELETE ON refinery_schema_history FROM {EMBEDDED_ROLE}"
+    );
+    client.batch_execute(&grant).await?;
     drop(client);
     connection.await??;
     Ok(())

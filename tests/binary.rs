@@ -4,6 +4,8 @@
 mod certificates;
 #[path = "binary/kills.rs"]
 mod kills;
+#[path = "binary/roles.rs"]
+mod roles;
 #[path = "binary/tls.rs"]
 mod tls;
 
