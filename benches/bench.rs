@@ -10,6 +10,8 @@ mod dataset;
 mod load;
 #[path = "bench/million.rs"]
 mod million;
+#[path = "bench/overload.rs"]
+mod overload;
 #[path = "bench/report.rs"]
 mod report;
 #[path = "bench/service.rs"]
@@ -110,6 +112,7 @@ fn main() -> anyhow::Result<()> {
         })?;
         table.add(operation, &rounds);
     }
+    overload::run(&bench, &mut table)?;
     million::run(&bench, &mut table)?;
     service.stop()?;
     cluster.stop()?;

@@ -78,14 +78,31 @@ impl From<TcpListener> for Listener {
     }
 }
 
+/// The connections there are.
+#[derive(Clone, Debug, Default)]
+pub struct Open {
+    /// Those made before the stop, which have calls to finish.
+    pub before: TaskTracker,
+    /// Those made since, which are only told of it.
+    pub since: TaskTracker,
+}
+
+impl Open {
+    /// Waits for those made since the stop, when no more are taken.
+    pub async fn say_goodbye(&self) {
+        self.since.close();
+        let _ = timeout(GOODBYE_MAX, self.since.wait()).await;
+    }
+}
+
 /// Serves what connects, until it is dropped. When `stop` is cancelled, clients are asked to go elsewhere; who connects
-/// then is still answered by the gate, and health can be asked. `tracker` has the connections of before.
+/// then is still answered by the gate, and health can be asked.
 pub async fn serve(
     listener: Listener,
     gate: Arc<Gate>,
     limits: ConnectionLimits,
     stop: CancellationToken,
-    tracker: TaskTracker,
+    open: Open,
 ) -> Infallible {
     let Listener { tcp, tls } = listener;
     let follow_files = async {
@@ -96,12 +113,12 @@ pub async fn serve(
     };
     let shared = Arc::new(Shared::new(gate, limits, tls.clone(), stop));
     tokio::select! {
-        never = accept(tcp, shared, tracker) => never,
+        never = accept(tcp, shared, open) => never,
         never = follow_files => never,
     }
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>, tracker: TaskTracker) -> Infallible {
+async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infallible {
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -114,10 +131,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, tracker: TaskTracker
         // Without room nobody else is accepted: those who come wait in the kernel.
         let Some(room) = shared.room().await else { continue };
         let connection = Arc::clone(&shared).connection(stream, peer, room);
-        match shared.stop.is_cancelled() {
-            false => drop(tracker.spawn(connection)),
-            true => drop(tokio::spawn(connection)),
-        }
+        let tracker = if shared.stop.is_cancelled() { &open.since } else { &open.before };
+        tracker.spawn(connection);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -59,8 +59,8 @@ pub async fn run(
     let (health, health_service) = tonic_health::server::health_reporter();
     let routes = routes(api, limits)?.add_service(health_service);
     let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
-    let tracker = TaskTracker::new();
-    let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), tracker.clone());
+    let open = connections::Open::default();
+    let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
     let until_stop = async {
         tokio::select! {
             () = shutdown => {}
@@ -73,16 +73,18 @@ pub async fn run(
         set_health(&health, ServingStatus::NotServing).await;
         tracing::info!("stopping; requests under way may finish");
         stop.cancel();
-        tracker.close();
-        if tokio::time::timeout(limits.drain(), tracker.wait()).await.is_err() {
+        open.before.close();
+        if tokio::time::timeout(limits.drain(), open.before.wait()).await.is_err() {
             tracing::warn!("some requests were still under way");
         }
     };
     // Meanwhile who connects is told that it ends.
     tokio::select! {
         never = serve => match never {},
-        () = stopped => Ok(()),
+        () = stopped => {}
     }
+    open.say_goodbye().await;
+    Ok(())
 }
 
 /// All services, but for health.

@@ -6,6 +6,8 @@ mod certificates;
 mod kills;
 #[path = "binary/roles.rs"]
 mod roles;
+#[path = "binary/stop.rs"]
+mod stop;
 #[path = "binary/tls.rs"]
 mod tls;
 
@@ -163,8 +165,8 @@ impl Service {
     fn start(dir: &Dir, args: &[&str]) -> Self {
         let log = dir.path("service.log");
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
-        let mut child =
-            program(&["--listen", "127.0.0.1:0"]).args(args).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        let listen = if args.contains(&"--listen") { &[][..] } else { &["--listen", "127.0.0.1:0"] };
+        let mut child = program(listen).args(args).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         let stdout = child.stdout.take().unwrap();
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
@@ -451,36 +453,6 @@ async fn an_external_database_is_migrated_given_an_administrator_and_served() {
     assert_eq!(service.stdout, [format!("listening on {}", service.address)]);
     assert_eq!(service.stop().code(), Some(0));
     assert_eq!(external.sql().await.query("SELECT FROM users", &[]).await.unwrap().len(), 1);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_request_under_way_at_sigterm_finishes_and_no_new_one_is_taken() {
-    let external = External::start();
-    create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
-    let mut service = Service::start(&external.dir, &["--database-url", &external.url()]);
-    let token = login(&service, "ada", SECRET).await.unwrap();
-    let issue = file(&service, &token, "first").await;
-    let lock = external.sql().await;
-    lock.batch_execute("BEGIN; SELECT FROM issues FOR UPDATE").await.unwrap();
-    let changed = Issue { id: issue.id.clone(), title: "changed".to_owned(), ..Issue::default() };
-    let request = UpdateIssueRequest { issue: Some(changed), ..Default::default() };
-    let mut issues = service.issues();
-    let update = tokio::spawn(async move { issues.update_issue(with_token(&token, request)).await });
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-    while lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 0 {
-        tokio::time::sleep(TICK).await;
-    }
-
-    service.signal(libc::SIGTERM);
-    wait_until("the service stops", || service.log().contains("stopping"));
-    wait_until("no new connection is taken", || std::net::TcpStream::connect(&service.address).is_err());
-    lock.batch_execute("COMMIT").await.unwrap();
-
-    let updated = update.await.unwrap().unwrap().into_inner();
-    assert_eq!((updated.title.as_str(), updated.version), ("changed", 2));
-    assert_eq!(service.wait().code(), Some(0));
-    let kept = lock.query_one("SELECT title FROM issues", &[]).await.unwrap();
-    assert_eq!(kept.get::<_, String>(0), "changed");
 }
 
 /// Calls that fail in the service and in the database, with a mark in everything that the client sends.

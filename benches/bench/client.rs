@@ -70,8 +70,16 @@ impl Connection {
     }
 }
 
+/// RESOURCE_EXHAUSTED: the service has enough to do.
+#[derive(Debug, thiserror::Error)]
+#[error("the call was refused")]
+pub struct Refused;
+
 fn check_status(headers: &HeaderMap) -> anyhow::Result<()> {
     let status = headers.get("grpc-status").context("an answer without a status")?;
+    if status == "8" {
+        return Err(Refused.into());
+    }
     if status != "0" {
         bail!("status {status:?}: {:?}", headers.get("grpc-message"));
     }

@@ -17,6 +17,7 @@ use crate::{
     client::Connection,
     dataset::{COMMENTS_PER_ISSUE, LABELS_PER_ISSUE, issue_id},
     million,
+    overload::{self, Fate},
     report::Outcome,
     service::Service,
 };
@@ -36,6 +37,8 @@ pub enum Call {
     CreateComment,
     ListIssues,
     ListIssuesByStatus,
+    /// Of a word that no issue has: all are looked through.
+    Search,
 }
 
 /// A call, and what pgbench does for the same.
@@ -141,9 +144,29 @@ SELECT id, name, description FROM labels WHERE id = ANY (LABEL_IDS) ORDER BY low
     },
 ];
 
+/// How much is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Calls at once.
+    pub in_flight: usize,
+    /// If not zero: calls a second, however many are under way.
+    pub rate: f64,
+}
+
+impl Load {
+    pub fn of(operation: &Operation) -> Self {
+        Self { in_flight: operation.in_flight, rate: 0.0 }
+    }
+}
+
 /// Runs the load client as a process, to its end.
 pub fn run(operation: &Operation, service: &Service, duration: Duration) -> anyhow::Result<Outcome> {
+    run_with(operation, Load::of(operation), service, duration)
+}
+
+pub fn run_with(operation: &Operation, load: Load, service: &Service, duration: Duration) -> anyhow::Result<Outcome> {
     let task = json!({
+        "in_flight": load.in_flight, "rate": load.rate,
         "operation": operation.name, "address": service.address, "token": service.token, "issues": service.issues,
         "milliseconds": duration.as_millis() as u64,
     });
@@ -163,9 +186,11 @@ pub fn main(task: &str) -> anyhow::Result<()> {
     let number = |name: &str| task[name].as_u64().context("no such number in the task");
     let (name, address, token) = (text("operation")?, text("address")?, text("token")?);
     let (issues, duration) = (number("issues")? as u32, Duration::from_millis(number("milliseconds")?));
+    let (in_flight, rate) = (number("in_flight")? as usize, task["rate"].as_f64().context("no rate in the task")?);
     let operation = OPERATIONS
         .iter()
         .chain(million::GROWTH)
+        .chain(overload::OVERLOADS.iter().map(|overload| &overload.operation))
         .find(|operation| operation.name == name)
         .context("no such operation")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -175,10 +200,20 @@ pub fn main(task: &str) -> anyhow::Result<()> {
             connections.push(Connection::open(address, token).await?);
         }
         let started = Instant::now();
-        let workers: Vec<_> = (0..operation.in_flight)
+        if rate > 0.0 {
+            let probe = tokio::spawn(overload::probe(Connection::open(address, token).await?, started + duration));
+            let (latencies, wrong) = overload::at_rate(operation, &connections, issues, rate, duration).await?;
+            return Ok(Outcome::new(latencies, started.elapsed(), wrong + probe.await??));
+        }
+        let workers: Vec<_> = (0..in_flight)
             .map(|worker| {
                 let connection = connections[worker % connections.len()].clone();
-                tokio::spawn(work(Caller::new(operation, connection, issues, worker as u32), started + duration))
+                let overloads = in_flight > operation.in_flight;
+                tokio::spawn(work(
+                    Caller::new(operation, connection, issues, worker as u32),
+                    started + duration,
+                    overloads,
+                ))
             })
             .collect();
         let (mut latencies, mut errors) = (Vec::new(), 0);
@@ -194,14 +229,15 @@ pub fn main(task: &str) -> anyhow::Result<()> {
 }
 
 /// Calls one after the other until the time is over; answers the latencies of those that were right, in microseconds,
-/// and how many were not.
-async fn work(mut caller: Caller, end: Instant) -> (Vec<u32>, u64) {
+/// and how many were not. Only who overloads may be refused.
+async fn work(mut caller: Caller, end: Instant, overloads: bool) -> (Vec<u32>, u64) {
     let (mut latencies, mut errors) = (Vec::new(), 0);
     while Instant::now() < end {
-        let started = Instant::now();
-        match caller.call().await {
-            Ok(()) => latencies.push(started.elapsed().as_micros() as u32),
-            Err(error) => {
+        match overload::fate_of(&mut caller).await {
+            Fate::Done(latency) => latencies.push(latency),
+            Fate::Refused if overloads => overload::wait_to_retry().await,
+            Fate::Refused => errors += 1,
+            Fate::Wrong(error) => {
                 if errors == 0 {
                     eprintln!("{}: {error:#}", caller.operation.name);
                 }
@@ -212,8 +248,8 @@ async fn work(mut caller: Caller, end: Instant) -> (Vec<u32>, u64) {
     (latencies, errors)
 }
 
-struct Caller {
-    operation: &'static Operation,
+pub struct Caller {
+    pub operation: &'static Operation,
     connection: Connection,
     random: u64,
     issues: u32,
@@ -221,14 +257,14 @@ struct Caller {
 }
 
 impl Caller {
-    fn new(operation: &'static Operation, connection: Connection, issues: u32, worker: u32) -> Self {
+    pub fn new(operation: &'static Operation, connection: Connection, issues: u32, worker: u32) -> Self {
         // Another seed each time, or the request ids of one run would be those of the next. Never zero, by its version.
         let (random, _) = Uuid::new_v4().as_u64_pair();
         Self { operation, connection, random, issues, worker }
     }
 
     /// An error unless the answer is right.
-    async fn call(&mut self) -> anyhow::Result<()> {
+    pub async fn call(&mut self) -> anyhow::Result<()> {
         let request_id = if self.operation.request_ids { self.uuid().to_string() } else { String::new() };
         let right = match self.operation.call {
             Call::CreateIssue => {
@@ -262,6 +298,11 @@ impl Caller {
                 let created: Comment =
                     self.connection.call("/issuetracker.v1.CommentService/CreateComment", &request).await?;
                 created.issue_id == issue_id
+            }
+            Call::Search => {
+                // Another one each time: equal ones would be looked for together.
+                let word = format!("nosuchword{}", self.pick(1_000_000_000));
+                self.list(word).await?.is_empty()
             }
             Call::ListIssues => self.list(String::new()).await?.len() == 50,
             Call::ListIssuesByStatus => {

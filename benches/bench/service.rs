@@ -19,6 +19,10 @@ use crate::dataset;
 
 /// As the targets have it.
 const POOL_CONNECTIONS: u32 = 8;
+pub const USERNAME: &str = "bench";
+pub const PASSWORD: &str = "of the benchmark";
+/// The service's default.
+const BCRYPT_COST: u32 = 12;
 
 pub struct Service {
     child: Child,
@@ -97,7 +101,7 @@ fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
         migrate(&config).await?;
         let db = issue_tracker::db::Db::new(config, issue_tracker::db::PoolOptions::SMALL);
         let conn = db.conn().await?;
-        let user = users::create(&conn, "bench", Role::Member, "").await?;
+        let user = users::create(&conn, USERNAME, Role::Member, &bcrypt::hash(PASSWORD, BCRYPT_COST)?).await?;
         let (token, sha256) = new_token()?;
         tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench").await?;
         Ok(token)
