@@ -214,6 +214,7 @@ async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on
     let data = dir.data();
     let mut service = Service::start(&dir, &serve_args(&data, &live));
     (0..3).for_each(|_| drop(service.line()));
+    let mut silent = std::net::TcpStream::connect(&service.address).unwrap();
     let token = admin_token(&dir);
     let old = endpoint(&service, &first, None).connect().await.unwrap();
     assert_eq!(count_issues(old.clone(), &token).await.unwrap(), 0);
@@ -236,6 +237,8 @@ async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on
     until_served(&service, &third, &token).await;
 
     assert_eq!(count_issues(old, &token).await.unwrap(), 0, "the first connection goes on");
+    silent.set_read_timeout(Some(RELOADED_AFTER_MAX)).unwrap();
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0, "one without a handshake does not");
     let log = service.log();
     assert_eq!(log.matches("the new certificate is not taken").count(), 2, "{log}");
     assert_eq!(log.matches("new connections get the new certificate").count(), 2, "{log}");
