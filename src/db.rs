@@ -13,6 +13,8 @@ pub mod migrate;
 pub mod reports;
 pub mod requests;
 pub mod rounds;
+pub mod target;
+mod tls;
 pub mod tokens;
 pub mod users;
 
@@ -32,8 +34,10 @@ use std::{
 use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio_postgres::{Client, CopyInSink, NoTls, Row, Statement, types::ToSql};
+use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
+pub use self::target::Target;
+use self::tls::Connector;
 use crate::error::{Error, Result};
 
 /// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound
@@ -86,7 +90,8 @@ pub type PooledConn = bb8::PooledConnection<'static, Manager>;
 
 impl Db {
     /// Makes the pool, without waiting for the database to be there.
-    pub fn new(mut config: tokio_postgres::Config, options: PoolOptions) -> Self {
+    pub fn new(target: impl Into<Target>, options: PoolOptions) -> Self {
+        let Target { mut config, connector } = target.into();
         // jit compiles expensive-looking plans, which costs more than short statements ever gain.
         let settings = format!(
             "{} -c jit=off -c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout={}",
@@ -102,7 +107,8 @@ impl Db {
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
         let (up_sender, up) = watch::channel(true);
-        let manager = Manager { inner: PostgresConnectionManager::new(config, NoTls), up: Arc::new(up_sender) };
+        let inner = PostgresConnectionManager::new(config, connector.clone());
+        let manager = Manager { inner, connector, up: Arc::new(up_sender) };
         tokio::spawn(probe(manager.clone()));
         let waiting_max = options.connections_max as usize * WAITING_EACH_MAX;
         Self::with_manager(manager, up, options, waiting_max)
@@ -258,9 +264,10 @@ async fn probe(manager: Manager) {
 }
 
 /// Makes and judges connections for the pool.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Manager {
-    inner: PostgresConnectionManager<NoTls>,
+    inner: PostgresConnectionManager<Connector>,
+    connector: Connector,
     up: Arc<watch::Sender<bool>>,
 }
 
@@ -289,6 +296,7 @@ impl bb8::ManageConnection for Manager {
         self.set_up(true);
         Ok(Conn {
             client,
+            connector: self.connector.clone(),
             statements: Mutex::default(),
             unanswered: AtomicU32::new(0),
             discard: AtomicBool::new(false),
@@ -308,6 +316,8 @@ impl bb8::ManageConnection for Manager {
 /// A connection with its prepared statements. Statements whose futures are polled together go out together.
 pub struct Conn {
     client: Client,
+    /// What the connection was made with, for what is said beside it.
+    connector: Connector,
     statements: Mutex<HashMap<String, Statement>>,
     /// Statements whose answer is waited for; at rest, those whose caller has given up.
     unanswered: AtomicU32,
@@ -466,7 +476,8 @@ impl Drop for Conn {
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             let running = self.client.cancel_token();
-            runtime.spawn(async move { running.cancel_query(NoTls).await });
+            let connector = self.connector.clone();
+            runtime.spawn(async move { running.cancel_query(connector).await });
         }
     }
 }

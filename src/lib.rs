@@ -16,6 +16,7 @@ pub mod login;
 pub mod request;
 pub mod rpc;
 pub mod singleflight;
+pub mod tls;
 
 pub mod db;
 pub mod export;

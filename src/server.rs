@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -11,7 +11,7 @@ use crate::{
     FILE_DESCRIPTOR_SET,
     auth::Auth,
     config::Limits,
-    connections,
+    connections::{self, Listener},
     db::{Db, audit::prune_audit_events, requests::prune_requests, rounds::Rounds, tokens::prune_tokens},
     gate::Gate,
     login::LoginLimits,
@@ -41,7 +41,7 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
 /// Serves until `shutdown` is ready. Then health says NOT_SERVING, our own RPCs are refused, streams are told to go on
 /// elsewhere, and calls under way have `limits.drain()` to finish.
 pub async fn run(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     db: Db,
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
@@ -62,7 +62,7 @@ pub async fn run(
     let routes = routes(api, limits)?.add_service(health_service);
     let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
     let open = connections::Open::default();
-    let serve = connections::serve(listener, gate, limits.connections(), stop.clone(), open.clone());
+    let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
     let until_stop = async {
         tokio::select! {
             () = shutdown => {}

@@ -1,9 +1,15 @@
 //! The program as people start it: its output, exit codes, signals, and what it leaves on disk and in logs.
 
+#[path = "certificates/mod.rs"]
+mod certificates;
 #[path = "binary/kills.rs"]
 mod kills;
+#[path = "binary/roles.rs"]
+mod roles;
 #[path = "binary/stop.rs"]
 mod stop;
+#[path = "binary/tls.rs"]
+mod tls;
 
 use std::{
     fs::{self, File},

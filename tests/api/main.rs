@@ -1,6 +1,8 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod harness;
 
 mod audit;
@@ -8,6 +10,7 @@ mod auth;
 mod batches;
 mod comments;
 mod contract;
+mod database_tls;
 mod exports;
 mod faults;
 mod history;
@@ -15,6 +18,7 @@ mod imports;
 mod issues;
 mod labels;
 mod lists;
+mod privileges;
 mod reports;
 mod rounds;
 mod users;
