@@ -9,6 +9,7 @@ mod audit;
 mod auth;
 mod batches;
 mod comments;
+mod conformance;
 mod contract;
 mod database_tls;
 mod exports;

@@ -1,0 +1,170 @@
+//! Connections that say nothing, nonsense, or too little.
+
+use std::time::Duration;
+
+use tokio::{net::TcpStream, time::timeout};
+use tonic::Code;
+
+use super::{
+    HANG, Target, WHO_AM_I,
+    raw::{END_HEADERS, GOAWAY, HEADERS, RST_STREAM, Raw, call_block, call_on, connect, frame, framed, request},
+};
+
+const MANY: usize = 1_000;
+
+#[tokio::test]
+async fn what_is_not_http2_is_closed() {
+    let target = Target::start().await;
+    let random: Vec<u8> = (0..4_096_u32).map(|nth| (nth.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let client_hello = b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\x00\x00\x02\x13\x01\x01\x00\x00\x00";
+    for (what, bytes) in [
+        ("HTTP/1.1", &b"GET / HTTP/1.1\r\nHost: tracker\r\n\r\n"[..]),
+        ("an upgrade", b"POST / HTTP/1.1\r\nHost: tracker\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n\r\n"),
+        ("TLS", client_hello),
+        ("random bytes", &random),
+        ("zeros", &[0; 4_096]),
+        ("half a preface and then another", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n"),
+        ("no settings", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x04\x08\0\0\0\0\0\0\0\0\x01aaaaaaaaaaaaaaaaaaaaaaaaa"),
+    ] {
+        let mut raw = Raw::connect(&target).await;
+        raw.send(bytes).await;
+        let told = raw.until_closed().await;
+        assert!(told.len() < 1_024, "{what} is answered with {} bytes", told.len());
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn frames_that_may_not_be_there_end_their_stream_or_connection() {
+    let target = Target::start().await;
+    let block = call_block(&target, WHO_AM_I);
+    for (what, bytes) in [
+        ("data without a stream", frame(0, 1, 1, b"x")),
+        ("a stream of the server's", frame(HEADERS, END_HEADERS, 2, &block)),
+        ("headers on no stream", frame(HEADERS, END_HEADERS, 0, &block)),
+        ("a header block that is none", frame(HEADERS, END_HEADERS, 1, &[0xff; 64])),
+        ("a frame that is too large", frame(0, 0, 1, &vec![0; 20_000])),
+        ("a continuation of nothing", frame(9, END_HEADERS, 1, &block)),
+        ("a ping of five bytes", frame(6, 0, 0, b"short")),
+        ("settings on a stream", frame(4, 0, 1, &[])),
+        ("settings of five bytes", frame(4, 0, 0, b"short")),
+        ("a promise", frame(5, END_HEADERS, 1, &block)),
+        ("half of a frame's headers", frame(HEADERS, END_HEADERS, 1, &block)[..20].to_vec()),
+    ] {
+        let mut raw = Raw::begin(&target, &[]).await;
+        raw.send(&bytes).await;
+        if what.starts_with("half") {
+            // It is waited for; the client goes away.
+            continue;
+        }
+        loop {
+            match raw.next().await {
+                None => break,
+                Some(frame) if [GOAWAY, RST_STREAM].contains(&frame.kind) => break,
+                Some(frame) => assert_ne!(frame.kind, HEADERS, "{what} is answered"),
+            }
+        }
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_never_says_a_word_is_closed() {
+    let target = Target::start_with(&["--idle-seconds", "1"]).await;
+    let mut silent = Vec::new();
+    for begins in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
+        let mut raw = Raw::connect(&target).await;
+        raw.send(begins).await;
+        silent.push(raw);
+    }
+    for mut raw in silent {
+        raw.until_closed().await;
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
+    let target = Target::start_with(&["--idle-seconds", "1", "--keepalive-seconds", "1"]).await;
+    let mut raw = Raw::begin(&target, &[]).await;
+    raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
+    raw.until_closed().await;
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_client_that_answers_no_ping_is_let_go_with_its_call() {
+    let target = Target::start_with(&["--keepalive-seconds", "1"]).await;
+    let mut raw = Raw::begin(&target, &[]).await;
+    raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.ImportService/ImportIssues")))
+        .await;
+    raw.until_closed().await;
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_connection_without_a_call_is_told_to_go_and_a_client_just_connects_again() {
+    let target = Target::start_with(&["--idle-seconds", "1"]).await;
+    let requests = connect(&target).await;
+    let answer = call_on(requests.clone(), request(&target, WHO_AM_I), framed(b"")).await;
+    answer.assert_grpc(Code::Ok);
+    let gone = async {
+        let mut requests = requests;
+        while let Ok(ready) = requests.ready().await {
+            requests = ready;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(HANG, gone).await.expect("it stays");
+    for _ in 0..3 {
+        target.tracker.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn an_old_connection_is_exchanged_without_a_failed_call() {
+    let target = Target::start_with(&["--age-seconds", "1", "--age-grace-seconds", "1"]).await;
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(4) {
+        target.tracker.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_thousand_connections_without_a_call_keep_nobody_from_being_answered() {
+    let target = Target::start().await;
+    let mut idle = Vec::new();
+    for _ in 0..MANY {
+        idle.push(Raw::begin(&target, &[]).await);
+    }
+    target.assert_answers().await;
+    drop(idle);
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn where_there_is_no_room_idle_connections_make_it() {
+    let target = Target::start_with(&["--connections", "20"]).await;
+    let mut idle = Vec::new();
+    for _ in 0..30 {
+        // Not all are taken at once.
+        idle.push(TcpStream::connect(target.address()).await.unwrap());
+    }
+    for _ in 0..3 {
+        let answered = async {
+            loop {
+                let answer = call_on(connect(&target).await, request(&target, WHO_AM_I), framed(b"")).await;
+                if matches!(answer, super::raw::Answer::Status { http: 200, grpc: Some(0) }) {
+                    break;
+                }
+            }
+        };
+        timeout(HANG, answered).await.expect("nobody gets in");
+    }
+    drop(idle);
+    target.assert_unharmed().await;
+}

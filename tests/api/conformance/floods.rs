@@ -1,0 +1,191 @@
+//! Much of what is harmless once.
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::HeaderName;
+use issue_tracker::pb::{Issue, Role, WhoAmIRequest};
+use tokio::time::timeout;
+use tonic::Code;
+
+use super::{
+    HANG, Target, WHO_AM_I,
+    raw::{
+        Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
+        WINDOW_UPDATE, call, call_block, connect, frame, framed, request,
+    },
+};
+use crate::harness::Tracker;
+
+const MANY: usize = 10_000;
+
+#[tokio::test]
+async fn headers_beyond_the_bound_are_refused_however_they_are_cut() {
+    let target = Target::start().await;
+    for count in [2_000, 20_000] {
+        let mut many = request(&target, WHO_AM_I);
+        for nth in 0..count {
+            many.headers_mut().append(HeaderName::from_static("x-many"), nth.into());
+        }
+        assert!(!matches!(call(&target, many, framed(b"")).await, Answer::Status { http: 200, grpc: Some(0) }));
+        target.assert_answers().await;
+    }
+    let mut large = request(&target, WHO_AM_I);
+    large.headers_mut().insert("x-large", "x".repeat(64 * 1024).parse().unwrap());
+    assert!(!matches!(call(&target, large, framed(b"")).await, Answer::Status { http: 200, grpc: Some(0) }));
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn headers_that_are_continued_for_ever_end_their_connection() {
+    let target = Target::start().await;
+    for piece in [&b""[..], b"\0\x01x\x01y", &[b'\x20'; 1_000]] {
+        let mut raw = Raw::begin(&target, &[]).await;
+        raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
+        let flood = frame(CONTINUATION, 0, 1, piece).repeat(100);
+        let mut is_open = true;
+        for _ in 0..MANY {
+            is_open = raw.send(&flood).await;
+            if !is_open {
+                break;
+            }
+        }
+        target.assert_answers().await;
+        assert!(!is_open, "{} frames of {} bytes are taken", MANY * 100, piece.len());
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn streams_that_are_reset_as_fast_as_they_come_cost_their_connection_and_nothing_else() {
+    let target = Target::start().await;
+    let mut reset = 0;
+    let mut connections = 0;
+    while reset < MANY {
+        connections += 1;
+        assert!(connections < MANY, "no connection takes anything");
+        let mut requests = connect(&target).await;
+        while reset < MANY {
+            let Ok(ready) = timeout(HANG, requests.ready()).await.expect("a connection hangs") else { break };
+            requests = ready;
+            let Ok((_, mut stream)) = requests.send_request(request(&target, WHO_AM_I), false) else { break };
+            stream.send_reset(h2::Reason::CANCEL);
+            reset += 1;
+            if reset % 100 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+    target.assert_answers().await;
+    // By hand, without waiting for anything.
+    let mut raw = Raw::begin(&target, &[]).await;
+    let block = call_block(&target, WHO_AM_I);
+    for stream in 0..MANY as u32 {
+        let flood = [
+            frame(HEADERS, END_HEADERS, 2 * stream + 1, &block),
+            frame(RST_STREAM, 0, 2 * stream + 1, &8_u32.to_be_bytes()),
+        ];
+        if !raw.send(&flood.concat()).await {
+            break;
+        }
+    }
+    drop(raw);
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn pings_and_settings_by_the_ten_thousand_are_answered_or_end_their_connection() {
+    let target = Target::start().await;
+    let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]);
+    for (flood, answer) in [(frame(PING, 0, 0, b"faultfau"), PING), (settings, SETTINGS)] {
+        for reads in [true, false] {
+            let mut raw = Raw::begin(&target, &[]).await;
+            let mut is_open = true;
+            for _ in 0..MANY / 100 {
+                is_open = is_open && raw.send(&flood.repeat(100)).await;
+                if reads && is_open {
+                    is_open = raw.next_of(answer).await.is_some();
+                }
+            }
+            target.assert_answers().await;
+        }
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_never_read_ends_with_its_connection() {
+    let target = Target::start_with(&["--deadline-ms", "500", "--keepalive-seconds", "1"]).await;
+    let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
+    let id = target.tracker.member.file_as(issue).await.id;
+    for answers_pings in [true, false] {
+        // No window for what comes, and one call.
+        let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 0]).await;
+        raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.IssueService/GetIssue"))).await;
+        let message = [b"\x0a\x24", id.as_bytes()].concat();
+        raw.send(&frame(DATA, END_STREAM, 1, &framed(&message))).await;
+        while let Some(next) = raw.next().await {
+            assert_ne!(next.kind, DATA, "there is no window for it");
+            if next.kind == PING && next.flags == 0 && answers_pings {
+                raw.send(&frame(PING, 1, 0, &next.payload)).await;
+            }
+        }
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn windows_that_grow_by_nothing_or_beyond_all_bounds_are_errors() {
+    let target = Target::start().await;
+    let most = 0x7fff_ffff_u32.to_be_bytes();
+    for (stream, increments) in [(0, vec![[0; 4]]), (1, vec![[0; 4]]), (0, vec![most; 2]), (1, vec![most; 2])] {
+        let mut raw = Raw::begin(&target, &[]).await;
+        raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, WHO_AM_I))).await;
+        for increment in increments {
+            raw.send(&frame(WINDOW_UPDATE, 0, stream, &increment)).await;
+        }
+        loop {
+            match raw.next().await {
+                None => break,
+                Some(frame) if [GOAWAY, RST_STREAM].contains(&frame.kind) => break,
+                Some(_) => {}
+            }
+        }
+    }
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn many_calls_of_one_connection_are_answered_or_refused_one_by_one() {
+    let target = Target::start().await;
+    let requests = connect(&target).await;
+    let mut answered = 0;
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..500 {
+        let (requests, request) = (requests.clone(), request(&target, WHO_AM_I));
+        calls.spawn(async move { super::raw::call_on(requests, request, framed(b"")).await });
+    }
+    while let Some(call) = timeout(HANG, calls.join_next()).await.expect("a call hangs") {
+        match call.unwrap() {
+            Answer::Status { http: 200, grpc: Some(0) } => answered += 1,
+            // The client did not yet know how many the service takes; it may try these again.
+            Answer::Cut(error) => assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM)),
+            // There is one slot.
+            refused => refused.assert_grpc(Code::ResourceExhausted),
+        }
+    }
+    assert!(answered > 0);
+    drop(requests);
+    let _ = call(&target, request(&target, WHO_AM_I), Bytes::new()).await;
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_token_that_nobody_knows_yet_is_looked_up_for_all_calls_that_come_with_it() {
+    let tracker = Tracker::start().await;
+    for round in 0..5 {
+        let client = tracker.user(&format!("newcomer-{round}"), Role::Member).await;
+        let calls = (0..200).map(|_| async { client.auth().who_am_i(WhoAmIRequest {}).await });
+        let refused: Vec<_> = join_all(calls).await.into_iter().filter_map(Result::err).collect();
+        assert!(refused.is_empty(), "{} of 200: {:?}", refused.len(), refused[0]);
+    }
+}

@@ -1,0 +1,190 @@
+//! HTTP/2 as it is on the wire: calls by the h2 crate, which allows more than a gRPC library, and frames by hand, which
+//! allows everything.
+
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use h2::client::SendRequest;
+use http::{HeaderMap, Method, Request};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::{HANG, Target};
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+pub const END_STREAM: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const FRAME_HEADER_BYTES: usize = 9;
+
+/// What became of a call.
+#[derive(Debug)]
+pub enum Answer {
+    /// The HTTP status and the gRPC status, which is in the headers or in the trailers.
+    Status { http: u16, grpc: Option<i32> },
+    /// The stream or its connection was ended.
+    Cut(h2::Error),
+}
+
+impl Answer {
+    #[track_caller]
+    pub fn assert_grpc(&self, code: tonic::Code) {
+        assert!(matches!(self, Self::Status { http: 200, grpc: Some(grpc) } if *grpc == code as i32), "{self:?}");
+    }
+}
+
+/// A message as it goes out.
+pub fn framed(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::new();
+    framed.put_u8(0);
+    framed.put_u32(message.len() as u32);
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+/// A well-made call, to be spoilt.
+pub fn request(target: &Target, path: &str) -> Request<()> {
+    let request = Request::builder().method(Method::POST).uri(format!("http://{}{path}", target.address()));
+    let request = request.header("content-type", "application/grpc").header("te", "trailers");
+    request.header("authorization", format!("Bearer {}", target.token())).body(()).unwrap()
+}
+
+/// A connection with a task that drives it.
+pub async fn connect(target: &Target) -> SendRequest<Bytes> {
+    let tcp = TcpStream::connect(target.address()).await.unwrap();
+    let (requests, connection) = h2::client::handshake(tcp).await.unwrap();
+    // How it ends is seen by its calls.
+    tokio::spawn(async move { connection.await.unwrap_or_default() });
+    requests
+}
+
+/// Makes a call on a connection of its own, with this body, whole and in one piece.
+pub async fn call(target: &Target, request: Request<()>, body: Bytes) -> Answer {
+    let requests = connect(target).await;
+    timeout(HANG, call_on(requests, request, body)).await.expect("the call is not answered")
+}
+
+pub async fn call_on(requests: SendRequest<Bytes>, request: Request<()>, body: Bytes) -> Answer {
+    let answered = async {
+        let (answer, mut stream) = requests.ready().await?.send_request(request, false)?;
+        // Who is refused at once need not take it.
+        let _ = stream.send_data(body, true);
+        read_answer(answer).await
+    };
+    answered.await.unwrap_or_else(Answer::Cut)
+}
+
+pub async fn read_answer(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error> {
+    let (head, mut body) = answer.await?.into_parts();
+    while let Some(data) = body.data().await {
+        let count = data?.len();
+        body.flow_control().release_capacity(count)?;
+    }
+    let trailers = body.trailers().await?.unwrap_or_default();
+    let status = |headers: &HeaderMap| headers.get("grpc-status")?.to_str().ok()?.parse().ok();
+    Ok(Answer::Status { http: head.status.as_u16(), grpc: status(&trailers).or_else(|| status(&head.headers)) })
+}
+
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub payload: Vec<u8>,
+}
+
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// Headers as HPACK has them literally, without any index.
+pub fn block(headers: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in headers {
+        block.push(0);
+        for part in [name.as_bytes(), value] {
+            assert!(part.len() < 127, "longer ones have another form");
+            block.push(part.len() as u8);
+            block.extend(part);
+        }
+    }
+    block
+}
+
+/// The headers of a well-made call.
+pub fn call_block(target: &Target, path: &str) -> Vec<u8> {
+    block(&[
+        (":method", b"POST"),
+        (":scheme", b"http"),
+        (":path", path.as_bytes()),
+        (":authority", b"tracker"),
+        ("content-type", b"application/grpc"),
+        ("te", b"trailers"),
+        ("authorization", format!("Bearer {}", target.token()).as_bytes()),
+    ])
+}
+
+/// A connection whose every byte is the test's.
+pub struct Raw(pub TcpStream);
+
+impl Raw {
+    /// Nothing is said yet.
+    pub async fn connect(target: &Target) -> Self {
+        Self(TcpStream::connect(target.address()).await.unwrap())
+    }
+
+    /// With the preface, and these settings.
+    pub async fn begin(target: &Target, settings: &[u8]) -> Self {
+        let mut raw = Self::connect(target).await;
+        raw.send(PREFACE).await;
+        raw.send(&frame(SETTINGS, 0, 0, settings)).await;
+        raw
+    }
+
+    /// Sends, unless the service has closed the connection or takes no more of it; tells whether it is sent.
+    pub async fn send(&mut self, bytes: &[u8]) -> bool {
+        matches!(timeout(Duration::from_secs(1), self.0.write_all(bytes)).await, Ok(Ok(())))
+    }
+
+    /// All that comes until the service closes the connection, which it must do.
+    pub async fn until_closed(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        // A reset is as good.
+        let _ = timeout(HANG, self.0.read_to_end(&mut bytes)).await.expect("the connection is never closed");
+        bytes
+    }
+
+    /// The next frame; none: the connection is closed.
+    pub async fn next(&mut self) -> Option<Frame> {
+        let read = async {
+            let mut header = [0; FRAME_HEADER_BYTES];
+            self.0.read_exact(&mut header).await.ok()?;
+            let mut payload = vec![0; u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize];
+            self.0.read_exact(&mut payload).await.ok()?;
+            Some(Frame { kind: header[3], flags: header[4], payload })
+        };
+        timeout(HANG, read).await.expect("nothing comes")
+    }
+
+    /// The next frame of this kind; none: the connection is closed before.
+    pub async fn next_of(&mut self, kind: u8) -> Option<Frame> {
+        loop {
+            let frame = self.next().await?;
+            if frame.kind == kind {
+                return Some(frame);
+            }
+        }
+    }
+}

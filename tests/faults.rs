@@ -1,0 +1,31 @@
+//! The service under fire: killed, starved, cut off, on a full disk and with a clock that jumps. The program is driven as
+//! people run it, and what the database holds afterwards is compared with what callers were told.
+//!
+//! `cargo test --test faults` is the short form. The long one, with every figure that it measures:
+//!
+//! ```sh
+//! ISSUE_TRACKER_FAULTS=long cargo test --release --test faults -- --nocapture
+//! ```
+//!
+//! What is random comes from a seed, which each test prints; `ISSUE_TRACKER_FAULTS=short:17` or `long:17` sets it.
+
+#[path = "faults/clock.rs"]
+mod clock;
+#[path = "faults/commits.rs"]
+mod commits;
+#[path = "faults/disk.rs"]
+mod disk;
+#[path = "faults/harness.rs"]
+mod harness;
+#[path = "faults/kills.rs"]
+mod kills;
+#[path = "faults/load.rs"]
+mod load;
+#[path = "faults/pool.rs"]
+mod pool;
+#[path = "faults/proxy.rs"]
+mod proxy;
+#[path = "faults/shim.rs"]
+mod shim;
+#[path = "faults/verify.rs"]
+mod verify;
