@@ -17,7 +17,7 @@ use issue_tracker::{
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 /// Up to here a file is also given byte by byte, and gone on with behind each record.
-const SMALL_FILE_BYTES: usize = 512;
+const SMALL_FILE_BYTES: usize = 96;
 
 /// A file gives the same records and rows however it is cut, each at its place, and those of the csv crate.
 ///
