@@ -15,9 +15,13 @@ use issue_tracker::{
     pb::Status,
 };
 
+use super::memory;
+
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 /// Up to here a file is also given byte by byte, and gone on with behind each record.
 const SMALL_FILE_BYTES: usize = 96;
+/// One record, with room to see that it is too long.
+const HELD_BYTES_MAX: usize = IMPORT_RECORD_BYTES_MAX + 64 * 1024;
 
 /// A file gives the same records and rows however it is cut, each at its place, and those of the csv crate.
 ///
@@ -61,7 +65,9 @@ pub fn import_record(data: &[u8]) {
     // The csv crate knows a byte-order mark only where it is in one piece.
     let file = whole(long.len()).collect::<Vec<_>>().concat();
     let expected = assert_long_same_as_csv(&file);
-    assert_eq!(digest(whole(usize::from(*cuts) * 16 + 1)), expected);
+    let (found, held_bytes) = memory::peak_of(|| digest(whole(usize::from(*cuts) * 16 + 1)));
+    assert_eq!(found, expected);
+    assert!(held_bytes <= HELD_BYTES_MAX, "{held_bytes} bytes");
 }
 
 /// Which choices there are, and that all of them can be had.

@@ -5,6 +5,7 @@
 
 mod filter;
 mod import;
+mod memory;
 mod metadata;
 mod request;
 mod text;

@@ -19,6 +19,9 @@ pub fn assert_readable(text: &str, chars_max: usize) {
 
 /// Control characters, and of the format characters (Unicode's Cf, Zl and Zp) those without a shape of their own.
 fn is_unreadable(c: char) -> bool {
+    if c.is_ascii() {
+        return c.is_ascii_control();
+    }
     let invisible = "\u{AD}\u{61C}\u{180E}\u{200B}\u{200C}\u{200D}\u{200E}\u{200F}\u{2028}\u{2029}\u{202A}\u{202B}\u{202C}\
                      \u{202D}\u{202E}\u{2060}\u{2061}\u{2062}\u{2063}\u{2064}\u{2066}\u{2067}\u{2068}\u{2069}\u{206A}\
                      \u{206B}\u{206C}\u{206D}\u{206E}\u{206F}\u{FEFF}\u{FFF9}\u{FFFA}\u{FFFB}\u{E0001}\u{E0041}\u{E007F}";
