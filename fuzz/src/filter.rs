@@ -21,6 +21,7 @@ pub fn filter(data: &[u8]) {
     match parse(text) {
         Ok(filter) => {
             assert_as_documented(&filter);
+            assert_ids_are_written_out(text, &filter);
             assert_reads_back(&filter);
             assert_space_around_is_nothing(text, &filter);
             assert_values_are_parameters(&filter);
@@ -50,6 +51,17 @@ fn assert_as_documented(filter: &Filter) {
             Term::Label(LabelRef::Name(name)) => assert_name(name),
             Term::Search(text) => assert!(!text.trim().is_empty() && !text.contains('\0'), "{text:?}"),
             Term::Priority(_) | Term::Assignee(_) | Term::Reporter(_) | Term::Label(_) => {}
+        }
+    }
+}
+
+/// With their hyphens: another spelling may be somebody's name.
+fn assert_ids_are_written_out(text: &str, filter: &Filter) {
+    let text = text.to_ascii_lowercase();
+    for term in &filter.terms {
+        if let Term::Assignee(UserRef::Id(id)) | Term::Reporter(UserRef::Id(id)) | Term::Label(LabelRef::Id(id)) = term
+        {
+            assert!(text.contains(&id.to_string()), "{id} in {text:?}");
         }
     }
 }
