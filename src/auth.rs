@@ -235,7 +235,7 @@ pub fn new_token() -> anyhow::Result<(String, [u8; 32])> {
 }
 
 /// None: it cannot be a token of this service.
-fn token_sha256(token: &str) -> Option<[u8; 32]> {
+pub fn token_sha256(token: &str) -> Option<[u8; 32]> {
     let mut bytes = [0; TOKEN_BYTES];
     let encoded = token.strip_prefix(TOKEN_PREFIX)?;
     match BASE64_URL_SAFE_NO_PAD.decode_slice(encoded, &mut bytes) {

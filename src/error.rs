@@ -332,12 +332,12 @@ impl fmt::Display for StaleVersion {
     }
 }
 
-/// A value as errors quote it: shortened, control characters made visible.
+/// A value as errors quote it: shortened, what is invisible made visible.
 pub fn quote(value: &str) -> String {
     let mut quoted = String::new();
     let mut bytes = 0;
     for (index, char) in value.chars().enumerate() {
-        let shown = if char.is_control() { char.escape_default().to_string() } else { char.to_string() };
+        let shown = if is_invisible(char) { char.escape_default().to_string() } else { char.to_string() };
         bytes += header_bytes(&shown);
         if index == QUOTE_CHARS_MAX || bytes > QUOTE_HEADER_BYTES_MAX {
             quoted.push('…');
@@ -346,6 +346,24 @@ pub fn quote(value: &str) -> String {
         quoted.push_str(&shown);
     }
     quoted
+}
+
+/// Control characters, and format characters without a shape of their own, such as zero-width ones, changes of direction,
+/// line separators and tags: they make two different values look the same, or an error unreadable.
+pub fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{AD}'
+                | '\u{61C}'
+                | '\u{180E}'
+                | '\u{200B}'..='\u{200F}'
+                | '\u{2028}'..='\u{202E}'
+                | '\u{2060}'..='\u{206F}'
+                | '\u{FEFF}'
+                | '\u{FFF9}'..='\u{FFFB}'
+                | '\u{E0000}'..='\u{E007F}'
+        )
 }
 
 /// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
@@ -608,6 +626,7 @@ mod tests {
     #[test]
     fn quoted_values_are_short_and_printable() {
         assert_eq!(quote("a\0b\nc"), "a\\u{0}b\\nc");
+        assert_eq!(quote("\u{202E}a\u{2028}b\u{61C}\u{E0041}"), "\\u{202e}a\\u{2028}b\\u{61c}\\u{e0041}");
         assert_eq!(quote(&"e".repeat(100)), format!("{}…", "e".repeat(80)));
         assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(40)));
     }
