@@ -25,6 +25,7 @@ use tokio::{
     sync::oneshot,
 };
 
+pub use connection::{endpoint, why};
 pub use export::export;
 pub use import::import;
 

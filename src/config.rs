@@ -1,14 +1,17 @@
 //! The command line and environment.
 
+mod tls;
+
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser, value_parser};
 use http::Uri;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
-use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, pb};
+pub use self::tls::{ClientTls, ServerTls};
+use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, login::FreeFailures, pb};
 
 /// An issue tracker over gRPC, on PostgreSQL.
 #[derive(Debug, Parser)]
@@ -67,6 +70,23 @@ pub struct ServeArgs {
     /// Where to listen; port 0 takes a free one, which is printed.
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    #[command(flatten)]
+    pub tls: ServerTls,
+}
+
+impl ServeArgs {
+    /// What only makes sense together.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let is_reached_from_here_only = self.listen.ip().to_canonical().is_loopback();
+        if !is_reached_from_here_only && self.tls.tls_cert.is_none() && !self.tls.insecure_plaintext {
+            bail!(
+                "--listen {} can be reached from other machines, which would send passwords and tokens unencrypted; give \
+                 --tls-cert and --tls-key, or --insecure-plaintext if what is in front of the service encrypts",
+                self.listen
+            );
+        }
+        self.limits.check()
+    }
 }
 
 /// Which database: an external one, or the one that the service runs by itself.
@@ -166,6 +186,15 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_SESSION_HOURS", default_value_t = 12, value_name = "HOURS",
         value_parser = value_parser!(i32).range(1..=8_760))]
     pub session_hours: i32,
+    /// Wrong passwords for one user from one address until further tries have to wait, longer and longer.
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES", default_value_t = 5, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000))]
+    login_failures: u32,
+    /// Wrong passwords from one address, for whatever users, until further tries from there have to wait. Behind a proxy
+    /// all clients have one address.
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES_PER_ADDRESS", default_value_t = 50, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000))]
+    login_failures_per_address: u32,
     /// How long requests under way may take to finish when the service stops, in seconds.
     #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=3_600))]
@@ -216,6 +245,10 @@ impl Limits {
         }
     }
 
+    pub fn free_login_failures(&self) -> FreeFailures {
+        FreeFailures { of_pair: self.login_failures, of_address: self.login_failures_per_address }
+    }
+
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
     }
@@ -258,15 +291,25 @@ pub struct HealthArgs {
     /// Where the service listens.
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// How the service is reached instead, HOST:PORT, http://HOST:PORT or https://HOST:PORT. Default: --listen, with http.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_server)]
+    pub server: Option<Uri>,
+    #[command(flatten)]
+    pub tls: ClientTls,
 }
 
 /// How a client reaches a service, and for how long it tries.
 #[derive(Debug, Args)]
 pub struct Connection {
-    /// Where the service listens: HOST:PORT or http://HOST:PORT.
+    /// Where the service listens: HOST:PORT, http://HOST:PORT or https://HOST:PORT.
     #[arg(long, env = "ISSUE_TRACKER_SERVER", default_value = "http://127.0.0.1:50051", value_name = "ADDRESS",
         value_parser = parse_server)]
     pub server: Uri,
+    #[command(flatten)]
+    pub tls: ClientTls,
+    /// Send the token unencrypted to another machine, over a network that nobody else can listen to.
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new())]
+    pub insecure_plaintext: bool,
     /// A file with the token. Default: the token in $ISSUE_TRACKER_TOKEN, else, for a service on this machine,
     /// admin.token in the data directory.
     #[arg(long, value_name = "FILE")]
@@ -288,10 +331,12 @@ fn parse_server(text: &str) -> Result<Uri, String> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let uri: Uri = with_scheme.parse().map_err(|error| format!("{error}; it is like 127.0.0.1:50051"))?;
     match (uri.scheme_str(), uri.port_u16(), uri.path()) {
-        (Some("http"), Some(_), "/") => Ok(uri),
-        (Some("http"), None, _) => Err("has no port; it is like 127.0.0.1:50051".to_owned()),
-        (Some("http"), Some(_), path) => Err(format!("has a path, {path}; it is like http://127.0.0.1:50051")),
-        _ => Err("only http:// is spoken; it is like http://127.0.0.1:50051".to_owned()),
+        (Some("http" | "https"), Some(_), "/") => Ok(uri),
+        (Some("http" | "https"), None, _) => Err("has no port; it is like 127.0.0.1:50051".to_owned()),
+        (Some("http" | "https"), Some(_), path) => {
+            Err(format!("has a path, {path}; it is like http://127.0.0.1:50051"))
+        }
+        _ => Err("only http:// and https:// are spoken; it is like http://127.0.0.1:50051".to_owned()),
     }
 }
 
@@ -495,8 +540,11 @@ mod tests {
             assert_eq!(server.to_string(), "http://127.0.0.1:50051/");
         }
         assert_eq!(import(&["--server", "[::1]:7"]).unwrap().connection.server.host(), Some("[::1]"));
+        let encrypted = import(&["--server", "https://tracker.example:443"]).unwrap().connection.server;
+        assert_eq!((encrypted.scheme_str(), encrypted.port_u16()), (Some("https"), Some(443)));
         for (address, why) in [
-            ("https://tracker.example:443", "only http:// is spoken"),
+            ("ftp://tracker.example:443", "only http:// and https:// are spoken"),
+            ("https://tracker.example", "has no port"),
             ("tracker.example", "has no port"),
             ("http://tracker.example:80/api", "has a path"),
             ("", "it is like 127.0.0.1:50051"),
@@ -504,6 +552,13 @@ mod tests {
             let error = import(&["--server", address]).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
+    }
+
+    #[test]
+    fn a_clients_certificate_and_key_come_together() {
+        import(&["--client-cert", "a.crt", "--client-key", "a.key"]).unwrap();
+        assert!(import(&["--client-cert", "a.crt"]).unwrap_err().contains("--client-key"));
+        assert!(import(&["--client-key", "a.key"]).unwrap_err().contains("--client-cert"));
     }
 
     #[test]

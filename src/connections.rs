@@ -22,10 +22,12 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::gate::Gate;
+use crate::{gate::Gate, tls};
 
 /// How long it waits to accept again when it could not, for example because the process has no file left to open.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What a client has for the handshake of TLS.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection waits for one that is let go to make room for it.
 const ROOM_WAIT: Duration = Duration::from_secs(1);
 /// Of the idle connections, how many are let go when there is no room: one in so many, and only those that have been
@@ -62,6 +64,20 @@ pub struct ConnectionLimits {
     pub header_bytes_max: u32,
 }
 
+/// Where clients connect, and whether they do so with TLS.
+#[derive(Debug)]
+pub struct Listener {
+    pub tcp: TcpListener,
+    pub tls: Option<tls::Acceptor>,
+}
+
+/// Without TLS.
+impl From<TcpListener> for Listener {
+    fn from(tcp: TcpListener) -> Self {
+        Self { tcp, tls: None }
+    }
+}
+
 /// The connections there are.
 #[derive(Clone, Debug, Default)]
 pub struct Open {
@@ -82,13 +98,27 @@ impl Open {
 /// Serves what connects, until it is dropped. When `stop` is cancelled, clients are asked to go elsewhere; who connects
 /// then is still answered by the gate, and health can be asked.
 pub async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     gate: Arc<Gate>,
     limits: ConnectionLimits,
     stop: CancellationToken,
     open: Open,
 ) -> Infallible {
-    let shared = Arc::new(Shared::new(gate, limits, stop));
+    let Listener { tcp, tls } = listener;
+    let follow_files = async {
+        match tls.clone() {
+            Some(tls) => tls.follow_files().await,
+            None => std::future::pending().await,
+        }
+    };
+    let shared = Arc::new(Shared::new(gate, limits, tls.clone(), stop));
+    tokio::select! {
+        never = accept(tcp, shared, open) => never,
+        never = follow_files => never,
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infallible {
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -110,6 +140,7 @@ struct Shared {
     gate: Arc<Gate>,
     limits: ConnectionLimits,
     http2: http2::Builder<TokioExecutor>,
+    tls: Option<tls::Acceptor>,
     stop: CancellationToken,
     rooms: Arc<Semaphore>,
     connections: Mutex<HashMap<u64, Arc<Activity>>>,
@@ -117,7 +148,7 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(gate: Arc<Gate>, limits: ConnectionLimits, stop: CancellationToken) -> Self {
+    fn new(gate: Arc<Gate>, limits: ConnectionLimits, tls: Option<tls::Acceptor>, stop: CancellationToken) -> Self {
         let mut http2 = http2::Builder::new(TokioExecutor::new());
         http2
             .timer(TokioTimer::new())
@@ -134,6 +165,7 @@ impl Shared {
             gate,
             limits,
             http2,
+            tls,
             stop,
         }
     }
@@ -163,7 +195,13 @@ impl Shared {
     async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, _room: OwnedSemaphorePermit) {
         // Small answers are not to wait for more of them.
         let _ = stream.set_nodelay(true);
-        self.serve_http2(stream, peer).await;
+        let Some(tls) = &self.tls else {
+            return self.serve_http2(stream, peer).await;
+        };
+        // A client that does not want this certificate, or has none that is wanted, is told so by TLS itself.
+        if let Ok(Ok(stream)) = timeout(HANDSHAKE_MAX, tls.accept(stream)).await {
+            self.serve_http2(stream, peer).await;
+        }
     }
 
     async fn serve_http2(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: SocketAddr) {

@@ -3,6 +3,7 @@
 //! A query is a free function in the file of its noun, over [`Conn`]; a [`Tx`] dereferences to [`Conn`], so the same
 //! function serves both. Nothing here knows of gRPC.
 
+pub mod audit;
 pub mod comments;
 pub mod embedded;
 pub mod import;
@@ -12,6 +13,8 @@ pub mod migrate;
 pub mod reports;
 pub mod requests;
 pub mod rounds;
+pub mod target;
+mod tls;
 pub mod tokens;
 pub mod users;
 
@@ -31,8 +34,10 @@ use std::{
 use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio_postgres::{Client, CopyInSink, NoTls, Row, Statement, types::ToSql};
+use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
+pub use self::target::Target;
+use self::tls::Connector;
 use crate::error::{Error, Result};
 
 /// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound
@@ -85,7 +90,8 @@ pub type PooledConn = bb8::PooledConnection<'static, Manager>;
 
 impl Db {
     /// Makes the pool, without waiting for the database to be there.
-    pub fn new(mut config: tokio_postgres::Config, options: PoolOptions) -> Self {
+    pub fn new(target: impl Into<Target>, options: PoolOptions) -> Self {
+        let Target { mut config, connector } = target.into();
         // jit compiles expensive-looking plans, which costs more than short statements ever gain.
         let settings = format!(
             "{} -c jit=off -c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout={}",
@@ -101,18 +107,21 @@ impl Db {
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
         let (up_sender, up) = watch::channel(true);
-        let manager = Manager { inner: PostgresConnectionManager::new(config, NoTls), up: Arc::new(up_sender) };
+        let inner = PostgresConnectionManager::new(config, connector.clone());
+        let manager = Manager { inner, connector, up: Arc::new(up_sender) };
         tokio::spawn(probe(manager.clone()));
-        Self::with_manager(manager, up, options)
+        let waiting_max = options.connections_max as usize * WAITING_EACH_MAX;
+        Self::with_manager(manager, up, options, waiting_max)
     }
 
     /// A pool of its own on the same database, for finding out who calls.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.up.clone(), options)
+        // How many wait is bounded by the requests there are: each looks once, and briefly.
+        Self::with_manager(self.manager.clone(), self.up.clone(), options, Semaphore::MAX_PERMITS)
     }
 
-    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
+    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions, waiting_max: usize) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -128,7 +137,7 @@ impl Db {
             up,
             lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
             heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
-            waiting: Arc::new(Semaphore::new(connections * WAITING_EACH_MAX)),
+            waiting: Arc::new(Semaphore::new(waiting_max)),
             options,
         }
     }
@@ -255,9 +264,10 @@ async fn probe(manager: Manager) {
 }
 
 /// Makes and judges connections for the pool.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Manager {
-    inner: PostgresConnectionManager<NoTls>,
+    inner: PostgresConnectionManager<Connector>,
+    connector: Connector,
     up: Arc<watch::Sender<bool>>,
 }
 
@@ -286,6 +296,7 @@ impl bb8::ManageConnection for Manager {
         self.set_up(true);
         Ok(Conn {
             client,
+            connector: self.connector.clone(),
             statements: Mutex::default(),
             unanswered: AtomicU32::new(0),
             discard: AtomicBool::new(false),
@@ -305,6 +316,8 @@ impl bb8::ManageConnection for Manager {
 /// A connection with its prepared statements. Statements whose futures are polled together go out together.
 pub struct Conn {
     client: Client,
+    /// What the connection was made with, for what is said beside it.
+    connector: Connector,
     statements: Mutex<HashMap<String, Statement>>,
     /// Statements whose answer is waited for; at rest, those whose caller has given up.
     unanswered: AtomicU32,
@@ -463,7 +476,8 @@ impl Drop for Conn {
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             let running = self.client.cancel_token();
-            runtime.spawn(async move { running.cancel_query(NoTls).await });
+            let connector = self.connector.clone();
+            runtime.spawn(async move { running.cancel_query(connector).await });
         }
     }
 }

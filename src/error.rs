@@ -73,6 +73,9 @@ pub enum Error {
     /// A bound on work at once is reached.
     #[error("{0}")]
     Exhausted(String),
+    /// Passwords were tried and wrong too often; the next try is taken after the delay.
+    #[error("the password was wrong too often; try again in {} s", seconds_up(.delay))]
+    TooManyTries { delay: Duration },
     /// It took too long.
     #[error("{message}")]
     Timeout { reason: &'static str, message: String },
@@ -213,6 +216,7 @@ impl Error {
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
+            | Self::TooManyTries { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::Unavailable
@@ -328,12 +332,12 @@ impl fmt::Display for StaleVersion {
     }
 }
 
-/// A value as errors quote it: shortened, control characters made visible.
+/// A value as errors quote it: shortened, what is invisible made visible.
 pub fn quote(value: &str) -> String {
     let mut quoted = String::new();
     let mut bytes = 0;
     for (index, char) in value.chars().enumerate() {
-        let shown = if char.is_control() { char.escape_default().to_string() } else { char.to_string() };
+        let shown = if is_invisible(char) { char.escape_default().to_string() } else { char.to_string() };
         bytes += header_bytes(&shown);
         if index == QUOTE_CHARS_MAX || bytes > QUOTE_HEADER_BYTES_MAX {
             quoted.push('…');
@@ -342,6 +346,24 @@ pub fn quote(value: &str) -> String {
         quoted.push_str(&shown);
     }
     quoted
+}
+
+/// Control characters, and format characters without a shape of their own, such as zero-width ones, changes of direction,
+/// line separators and tags: they make two different values look the same, or an error unreadable.
+pub fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{AD}'
+                | '\u{61C}'
+                | '\u{180E}'
+                | '\u{200B}'..='\u{200F}'
+                | '\u{2028}'..='\u{202E}'
+                | '\u{2060}'..='\u{206F}'
+                | '\u{FEFF}'
+                | '\u{FFF9}'..='\u{FFFB}'
+                | '\u{E0000}'..='\u{E007F}'
+        )
 }
 
 /// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
@@ -452,7 +474,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::Exhausted(_) | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable | Self::ConnectionLost | Self::OutcomeUnknown { .. } | Self::Stopping => {
@@ -478,6 +500,7 @@ impl Error {
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) => "OVERLOADED",
+            Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Conflict(_) => "CONFLICT",
             Self::Unavailable | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
@@ -516,6 +539,7 @@ impl Error {
             | Self::Stopping
             | Self::Conflict(_)
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
+            Self::TooManyTries { delay } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
@@ -562,6 +586,11 @@ impl Error {
     }
 }
 
+/// Whole seconds, not before the delay is over.
+fn seconds_up(delay: &Duration) -> u64 {
+    delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
+}
+
 fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {
     let violations = violations.into_iter().map(|(field, message)| FieldViolation::new(field, message));
     BadRequest::new(violations.collect::<Vec<_>>()).into()
@@ -597,6 +626,7 @@ mod tests {
     #[test]
     fn quoted_values_are_short_and_printable() {
         assert_eq!(quote("a\0b\nc"), "a\\u{0}b\\nc");
+        assert_eq!(quote("\u{202E}a\u{2028}b\u{61C}\u{E0041}"), "\\u{202e}a\\u{2028}b\\u{61c}\\u{e0041}");
         assert_eq!(quote(&"e".repeat(100)), format!("{}…", "e".repeat(80)));
         assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(40)));
     }

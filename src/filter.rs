@@ -46,7 +46,10 @@ use std::fmt;
 use uuid::Uuid;
 
 use self::lexer::{Kind, Lexer, Token};
-use crate::pb::{Priority, Status};
+use crate::{
+    error::is_invisible,
+    pb::{Priority, Status},
+};
 
 mod lexer;
 #[cfg(test)]
@@ -349,10 +352,10 @@ fn is_blank(text: &str) -> bool {
 
 /// Text from the filter as an error shows it: in backticks, on one line, not too long.
 fn piece(text: &str) -> String {
-    let printable = |c: char| {
-        if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }
+    let visible = |c: char| {
+        if is_invisible(c) { char::REPLACEMENT_CHARACTER } else { c }
     };
-    let mut shown: String = text.chars().map(printable).take(PIECE_CHARS_MAX).collect();
+    let mut shown: String = text.chars().map(visible).take(PIECE_CHARS_MAX).collect();
     if text.chars().nth(PIECE_CHARS_MAX).is_some() {
         shown.pop();
         shown.push('…');

@@ -480,7 +480,7 @@ impl http_body::Body for Uncut {
 }
 
 /// The value of `grpc-timeout`: up to eight digits and a unit.
-fn grpc_timeout(value: &str) -> Option<Duration> {
+pub fn grpc_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

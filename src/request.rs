@@ -12,6 +12,8 @@ use crate::{
 };
 
 pub const BATCH_ITEMS_MAX: usize = 1_000;
+/// Each of the known paths once is far fewer.
+pub const UPDATE_MASK_PATHS_MAX: usize = 100;
 pub const PAGE_ROWS_DEFAULT: usize = 50;
 pub const PAGE_ROWS_MAX: usize = 1_000;
 /// What one answer may hold: clients take 4 MiB by default.
@@ -143,6 +145,12 @@ impl Check {
         let Some(mask) = mask.filter(|mask| !mask.paths.is_empty()) else {
             return known.iter().copied().filter(|path| populated(path)).collect();
         };
+        // Also bounds what is said of the unknown ones.
+        if mask.paths.len() > UPDATE_MASK_PATHS_MAX {
+            let count = mask.paths.len();
+            self.fail("update_mask", format!("has {count} paths, at most {UPDATE_MASK_PATHS_MAX} are read"));
+            return Vec::new();
+        }
         if mask.paths == ["*"] {
             return known.to_vec();
         }
@@ -299,6 +307,13 @@ impl PageRequest {
         Ok(i32::from_be_bytes(key))
     }
 
+    /// The last number of the page before, in lists by a growing number.
+    pub fn after_number(&self) -> Result<Option<i64>> {
+        let Some(key) = &self.after else { return Ok(None) };
+        let key = <[u8; 8]>::try_from(&**key).map_err(|_| Error::invalid("page_token", PAGE_TOKEN_GARBAGE))?;
+        Ok(Some(i64::from_be_bytes(key)))
+    }
+
     /// The token of the next page, which begins behind the row with this key.
     pub fn next_token(&self, more: bool, last_key: Option<&[u8]>) -> String {
         let Some(key) = last_key.filter(|_| more) else { return String::new() };
@@ -345,4 +360,25 @@ fn read_page_token(token: &str, binding: [u8; BINDING_BYTES]) -> Result<Vec<u8>,
 /// A time as messages have it, kept at microseconds by the database.
 pub fn timestamp(time: DateTime<Utc>) -> Timestamp {
     Timestamp { seconds: time.timestamp(), nanos: time.timestamp_subsec_nanos() as i32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mask(paths: impl IntoIterator<Item = &'static str>) -> Result<Vec<&'static str>> {
+        let paths = paths.into_iter().map(str::to_owned).collect();
+        let mut check = Check::default();
+        let found = check.mask(Some(FieldMask { paths }), &["title", "status"], |_| false);
+        check.done().map(|()| found)
+    }
+
+    #[test]
+    fn a_mask_is_bounded_and_so_is_what_is_said_of_it() {
+        assert_eq!(mask(["title"; UPDATE_MASK_PATHS_MAX]).unwrap(), ["title"]);
+        let error = mask(["title"; UPDATE_MASK_PATHS_MAX + 1]).unwrap_err().to_string();
+        assert_eq!(error, "update_mask: has 101 paths, at most 100 are read");
+        let error = mask(["x", "title"].into_iter().cycle().take(100_000)).unwrap_err().to_string();
+        assert_eq!(error, "update_mask: has 100000 paths, at most 100 are read");
+    }
 }

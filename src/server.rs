@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -11,9 +11,10 @@ use crate::{
     FILE_DESCRIPTOR_SET,
     auth::Auth,
     config::Limits,
-    connections,
-    db::{Db, requests::prune_requests, rounds::Rounds, tokens::prune_sessions},
+    connections::{self, Listener},
+    db::{Db, audit::prune_audit_events, requests::prune_requests, rounds::Rounds, tokens::prune_tokens},
     gate::Gate,
+    login::LoginLimits,
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
@@ -40,7 +41,7 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
 /// Serves until `shutdown` is ready. Then health says NOT_SERVING, our own RPCs are refused, streams are told to go on
 /// elsewhere, and calls under way have `limits.drain()` to finish.
 pub async fn run(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     db: Db,
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
@@ -50,6 +51,7 @@ pub async fn run(
     let api = Api {
         db: db.clone(),
         auth: auth.clone(),
+        login_limits: LoginLimits::new(limits.free_login_failures()),
         rounds: Rounds::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
@@ -60,7 +62,7 @@ pub async fn run(
     let routes = routes(api, limits)?.add_service(health_service);
     let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
     let open = connections::Open::default();
-    let serve = connections::serve(listener, gate, limits.connections(), stop.clone(), open.clone());
+    let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
     let until_stop = async {
         tokio::select! {
             () = shutdown => {}
@@ -133,7 +135,7 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Forgets old request ids and sessions now and then. Replicas that do it at once do not get in each other's way.
+/// Forgets old request ids, tokens and audit events now and then. Replicas that do it at once do not get in each other's way.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
@@ -141,10 +143,11 @@ async fn prune(db: Db) {
         let pruned = async {
             let conn = db.conn().await?;
             prune_requests(&conn).await?;
-            prune_sessions(&conn).await
+            prune_tokens(&conn).await?;
+            prune_audit_events(&conn).await
         };
         if let Err(error) = pruned.await {
-            tracing::warn!(code = ?error.code(), "cannot prune old request ids and sessions; trying again later");
+            tracing::warn!(code = ?error.code(), "cannot prune old request ids, tokens and audit events; trying again later");
         }
     }
 }

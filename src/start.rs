@@ -7,49 +7,62 @@ use std::{
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
     pin::pin,
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail};
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
 use tokio_postgres::{Config, NoTls};
-use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
-    auth::{check_password, new_token},
+    auth::{check_password, hash_password, new_token},
+    cli,
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
+    connections::Listener,
     db::{
-        Db, PoolOptions,
+        Db, PoolOptions, Target,
+        audit::By,
         embedded::{Cluster, Durability},
         migrate::migrate,
-        tokens, users,
+        tokens,
+        users::{self, NewUser},
     },
     pb::Role,
     rpc::check_username,
     server,
+    tls::Acceptor,
 };
 
-/// The database of the embedded cluster, and the administrator that it begins with.
+/// The database of the embedded cluster, who works on it, and the administrator that it begins with.
 const EMBEDDED_DATABASE: &str = "issue_tracker";
+const EMBEDDED_ROLE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
 /// Of a service that was told to end twice.
 const EXIT_AT_ONCE: i32 = 1;
 const FIRST_TOKEN_NAME: &str = "admin.token";
+/// How long a service that is asked for its health may take to answer at all.
+const HEALTH_CONNECT_MAX: Duration = Duration::from_secs(10);
 
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
-    args.limits.check()?;
+    args.check()?;
+    let tls = match args.tls.files() {
+        Some(files) => Some(Acceptor::new(files).await?),
+        None => None,
+    };
     raise_open_files();
     // First, so that a taken port is told before anything is started.
     let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let mut shutdown = pin!(shutdown_signal()?);
     let started = tokio::select! {
-        started = start(&args, listener.local_addr()?) => started?,
+        started = start(&args, listener.local_addr()?, tls.as_ref()) => started?,
         () = &mut shutdown => return Ok(()),
     };
-    let served = server::run(listener, started.db, &args.limits, shutdown).await;
+    let served = server::run(Listener { tcp: listener, tls }, started.db, &args.limits, shutdown).await;
     if let Some(cluster) = started.cluster {
         tokio::task::spawn_blocking(move || cluster.stop()).await??;
     }
@@ -63,11 +76,11 @@ struct Started {
 }
 
 /// Starts the private PostgreSQL if it is wanted, brings the schema up to date, and says how to reach the service.
-async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started> {
+async fn start(args: &ServeArgs, address: SocketAddr, tls: Option<&Acceptor>) -> anyhow::Result<Started> {
     if let Some(url) = &args.database.database_url {
-        let config = parse_database_url(url)?;
-        migrate(&config).await?;
-        let db = Db::new(config, args.limits.pool());
+        let target: Target = url.parse()?;
+        migrate(target.clone()).await?;
+        let db = Db::new(target, args.limits.pool());
         warn_without_users(&db).await?;
         println!("listening on {address}");
         return Ok(Started { db, cluster: None });
@@ -78,52 +91,78 @@ async fn start(args: &ServeArgs, address: SocketAddr) -> anyhow::Result<Started>
         move || Cluster::start(&data_dir, Durability::Durable)
     })
     .await??;
-    let config = cluster.connect_config(EMBEDDED_DATABASE);
+    let mut config = cluster.connect_config(EMBEDDED_DATABASE);
     create_database(&cluster.connect_config("postgres")).await?;
     migrate(&config).await?;
+    create_role(&config).await?;
+    config.user(EMBEDDED_ROLE);
     let db = Db::new(config, args.limits.pool());
     let token_file = data_dir.join("admin.token");
     create_first_administrator(&db, &args.limits, &token_file).await?;
+    let flags = grpcurl_flags(address, tls);
     println!(
         "listening on {address}\n\
          TOKEN=$(cat {})\n\
-         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" -d '{{\"issue\":{{\"title\":\"My first issue\"}}}}' {address} issuetracker.v1.IssueService/CreateIssue\n\
-         grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
+         grpcurl {flags} -H \"authorization: Bearer $TOKEN\" -d '{{\"issue\":{{\"title\":\"My first issue\"}}}}' {address} issuetracker.v1.IssueService/CreateIssue\n\
+         grpcurl {flags} -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
         token_file.display()
     );
     Ok(Started { db, cluster: Some(cluster) })
 }
 
+/// What grpcurl has to be told of the connection.
+fn grpcurl_flags(address: SocketAddr, tls: Option<&Acceptor>) -> String {
+    let Some(tls) = tls else {
+        return "-plaintext".to_owned();
+    };
+    let files = tls.files();
+    // Whoever signed it, the certificate itself is known.
+    let mut flags = format!("-cacert {}", files.certificate.display());
+    if let Some(name) = tls.name_instead_of(address.ip()) {
+        flags += &format!(" -authority {name}");
+    }
+    if files.client_authorities.is_some() {
+        flags += " -cert client.crt -key client.key";
+    }
+    flags
+}
+
 pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
-    migrate(&parse_database_url(&args.database_url)?).await
+    migrate(args.database_url.parse::<Target>()?).await
 }
 
 pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     let username = check_username(args.username).map_err(|message| anyhow!("the username {message}"))?;
-    let mut password = String::new();
-    std::io::stdin().read_to_string(&mut password).context("cannot read the password from standard input")?;
-    let password = password.trim_end_matches(['\r', '\n']);
-    check_password(password).map_err(|message| anyhow!("the password {message}"))?;
+    let mut input = String::new();
+    std::io::stdin().read_to_string(&mut input).context("cannot read the password from standard input")?;
+    input.truncate(input.trim_end_matches(['\r', '\n']).len());
+    let password = SecretString::from(input);
+    check_password(&password).map_err(|message| anyhow!("the password {message}"))?;
 
-    let config = parse_database_url(&args.database.database_url)?;
-    migrate(&config).await?;
-    let db = Db::new(config, PoolOptions::SMALL);
-    let hash = bcrypt::hash(password, args.bcrypt_cost)?;
-    let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
+    let target: Target = args.database.database_url.parse()?;
+    migrate(target.clone()).await?;
+    let db = Db::new(target, PoolOptions::SMALL);
+    let password_hash = hash_password(&password, args.bcrypt_cost)?;
+    let new = NewUser { username: &username, role: args.role.into(), disabled: false, password_hash: &password_hash };
+    let user = users::create(&*db.conn().await?, new, By::COMMAND_LINE).await?;
     println!("{}", user.id);
     Ok(())
 }
 
-/// Fails unless the service at the address serves.
+/// Fails unless the service serves.
 pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
-    let channel = Endpoint::try_from(format!("http://{}", args.listen))?
-        .connect()
-        .await
-        .with_context(|| format!("nothing answers on {}", args.listen))?;
+    let server = match args.server {
+        Some(server) => server,
+        None => format!("http://{}", args.listen).parse()?,
+    };
+    let channel =
+        cli::endpoint(&server, &args.tls)?.connect_timeout(HEALTH_CONNECT_MAX).connect().await.with_context(|| {
+            format!("nothing answers on {}", server.authority().map_or("", |authority| authority.as_str()))
+        })?;
     let status = HealthClient::new(channel)
         .check(HealthCheckRequest::default())
         .await
-        .map_err(|status| anyhow!("{}", status.message()))?;
+        .map_err(|status| anyhow!(cli::why(&status)))?;
     match status.into_inner().status() {
         ServingStatus::Serving => {
             println!("SERVING");
@@ -131,12 +170,6 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
         }
         status => bail!("{}", status.as_str_name()),
     }
-}
-
-fn parse_database_url(url: &str) -> anyhow::Result<Config> {
-    // The parser's own message can quote the password.
-    url.parse()
-        .map_err(|_| anyhow!("the database URL cannot be read; it is like postgresql://user:password@host/database"))
 }
 
 /// Lets the process open as many files as it may: each connection is one, and the usual bound is 1,024.
@@ -190,6 +223,25 @@ async fn create_database(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Sees to it that there is a role which can work on the tables, and do no more.
+async fn create_role(config: &Config) -> anyhow::Result<()> {
+    let (client, connection) = config.connect(NoTls).await.context("cannot connect to the embedded PostgreSQL")?;
+    let connection = tokio::spawn(connection);
+    let exists = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&EMBEDDED_ROLE]).await?;
+    if exists.is_none() {
+        client.batch_execute(&format!("CREATE ROLE {EMBEDDED_ROLE} LOGIN")).await?;
+    }
+    // Again at every start, for tables that are new.
+    let grant = format!(
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {EMBEDDED_ROLE};
+         REVOKE INSERT, UPDATE, DELETE ON refinery_schema_history FROM {EMBEDDED_ROLE}"
+    );
+    client.batch_execute(&grant).await?;
+    drop(client);
+    connection.await??;
+    Ok(())
+}
+
 /// Sees to it that there is a user, and that the token file has a token: a start that was killed half-way is made good
 /// by the next one.
 async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path) -> anyhow::Result<()> {
@@ -197,21 +249,26 @@ async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path)
     let mut first_password = None;
     if !users::exist(&tx).await? {
         let (password, _) = new_token()?;
-        let (hash, cost) = (password.clone(), limits.bcrypt_cost);
-        let hash = tokio::task::spawn_blocking(move || bcrypt::hash(hash, cost)).await??;
-        users::create(&tx, FIRST_ADMINISTRATOR, Role::Admin, &hash).await?;
+        let password = SecretString::from(password);
+        let (to_hash, cost) = (password.clone(), limits.bcrypt_cost);
+        let password_hash = &tokio::task::spawn_blocking(move || hash_password(&to_hash, cost)).await??;
+        let new = NewUser { username: FIRST_ADMINISTRATOR, role: Role::Admin, disabled: false, password_hash };
+        users::create(&tx, new, By::COMMAND_LINE).await?;
         first_password = Some(password);
     } else if token_file.exists() {
         return Ok(());
     }
     let user = users::get_by_username(&tx, FIRST_ADMINISTRATOR).await?;
     let (token, sha256) = new_token()?;
-    tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME).await?;
+    tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME, None, By::COMMAND_LINE).await?;
     tx.commit().await?;
     // Last, as a start that finds the file takes it that all is done.
     write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
     if let Some(password) = first_password {
-        println!("made the user \"{FIRST_ADMINISTRATOR}\" with the password {password} (it is not shown again)");
+        println!(
+            "made the user \"{FIRST_ADMINISTRATOR}\" with the password {} (it is not shown again)",
+            password.expose_secret()
+        );
     }
     Ok(())
 }

@@ -4,23 +4,30 @@ use std::{
     env,
     error::Error,
     fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use http::Uri;
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Channel, Endpoint},
+    transport::{Channel, ClientTlsConfig, Endpoint, Identity},
 };
 use tonic_types::StatusExt;
 
 use super::printable;
-use crate::{config::Connection, error::ERROR_DOMAIN};
+use crate::{
+    config::{ClientTls, Connection},
+    error::ERROR_DOMAIN,
+    tls::{
+        pem,
+        verify::{Roots, Verifier},
+    },
+};
 
 const TOKEN_VARIABLE: &str = "ISSUE_TRACKER_TOKEN";
 const CONNECT_MAX: Duration = Duration::from_secs(10);
@@ -36,11 +43,19 @@ pub struct Server {
 
 impl Server {
     pub fn new(args: &Connection) -> anyhow::Result<Self> {
+        if !is_encrypted(&args.server) && !is_this_machine(&args.server) && !args.insecure_plaintext {
+            bail!(
+                "{} would be sent the token unencrypted; reach it by https://, or give --insecure-plaintext if nobody \
+                 else can listen to the network in between",
+                args.server
+            );
+        }
+        let endpoint = endpoint(&args.server, &args.tls)?;
         let token = find_token(args)?;
         let mut authorization = MetadataValue::try_from(format!("Bearer {}", token.trim()))
             .map_err(|_| anyhow!("the token has characters that no token has"))?;
         authorization.set_sensitive(true);
-        let endpoint = Endpoint::from(args.server.clone())
+        let endpoint = endpoint
             .connect_timeout(CONNECT_MAX)
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_ANSWER_MAX);
@@ -49,9 +64,9 @@ impl Server {
 
     /// A connection of its own: whatever was wrong with the last one is gone.
     pub async fn connect(&self) -> Result<Channel, Failure> {
-        self.endpoint.connect().await.map_err(|error| Failure::Passing {
-            why: format!("{} cannot be reached ({})", self.address(), printable(&root_cause(&error))),
-            wait: None,
+        self.endpoint.connect().await.map_err(|error| {
+            let why = format!("{} cannot be reached ({})", self.address(), printable(&root_cause(&error)));
+            if is_tls_refusal(&error) { Failure::Final(anyhow!(why)) } else { Failure::passing(why) }
         })
     }
 
@@ -64,6 +79,39 @@ impl Server {
     fn address(&self) -> &str {
         self.endpoint.uri().authority().map_or("the server", |authority| authority.as_str())
     }
+}
+
+/// How a service is reached, encrypted if its address says so.
+pub fn endpoint(server: &Uri, tls: &ClientTls) -> anyhow::Result<Endpoint> {
+    let endpoint = Endpoint::from(server.clone());
+    if !is_encrypted(server) {
+        if tls.ca_cert.is_some() || tls.client_cert.is_some() {
+            bail!("{server} is not encrypted, and certificates are for https:// only");
+        }
+        return Ok(endpoint);
+    }
+    let roots = match &tls.ca_cert {
+        Some(path) => Roots::file("--ca-cert", path)?,
+        None => Roots::system().context("no --ca-cert is given")?,
+    };
+    let mut config = ClientTlsConfig::new();
+    if let Some(name) = &tls.server_name {
+        config = config.domain_name(name);
+    }
+    if let (Some(certificate), Some(key)) = (&tls.client_cert, &tls.client_key) {
+        let chain = pem::read("--client-cert", certificate)?;
+        let private_key = pem::read("--client-key", key)?;
+        pem::certificates("--client-cert", certificate, &chain)?;
+        pem::private_key("--client-key", key, &private_key)?;
+        config = config.identity(Identity::from_pem(chain, private_key));
+    }
+    endpoint
+        .tls_config_with_verifier(config, Verifier::full(roots))
+        .context("--client-cert, --client-key or the server's name cannot be used")
+}
+
+fn is_encrypted(server: &Uri) -> bool {
+    server.scheme_str() == Some("https")
 }
 
 fn find_token(args: &Connection) -> anyhow::Result<String> {
@@ -133,12 +181,25 @@ pub fn failure(status: &Status) -> Failure {
         return Failure::Final(anyhow!(describe(status)));
     }
     let wait = status.get_details_retry_info().and_then(|info| info.retry_delay);
+    if let Some(source) = status.source()
+        && is_tls_refusal(source)
+    {
+        return Failure::Final(anyhow!("the connection is refused ({})", printable(&root_cause(source))));
+    }
     let why = match status.source() {
         Some(source) if !is_ours => format!("the connection is lost ({})", printable(&root_cause(source))),
         _ if status.message().is_empty() => format!("the server says {}", code_name(status.code())),
         _ => printable(status.message()),
     };
     Failure::Passing { why, wait }
+}
+
+/// What [`failure`] tells, as a person reads it.
+pub fn why(status: &Status) -> String {
+    match failure(status) {
+        Failure::Passing { why, .. } => why,
+        Failure::Final(error) => error.to_string(),
+    }
 }
 
 /// An error as a person reads it: several violations are lines of their own.
@@ -180,6 +241,20 @@ fn code_name(code: Code) -> String {
         name.push(char.to_ascii_uppercase());
     }
     name
+}
+
+/// Whether one side does not want the other's certificates, or does not speak TLS.
+fn is_tls_refusal(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        if error.is::<rustls::Error>() || wrapped.is_some_and(|error| error.is::<rustls::Error>()) {
+            return true;
+        }
+        next = error.source();
+    }
+    // What a server says behind its handshake comes as text only.
+    root_cause(error).contains("received fatal alert")
 }
 
 fn root_cause(error: &dyn Error) -> String {
@@ -263,6 +338,7 @@ mod tests {
             ("http://127.0.0.1:1", true),
             ("http://localhost:1", true),
             ("http://[::1]:1", true),
+            ("https://localhost:1", true),
             ("http://10.0.0.1:1", false),
             ("http://localhost.example:1", false),
         ] {

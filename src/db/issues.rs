@@ -214,6 +214,13 @@ pub async fn batch_get(db: &Conn, ids: &[Uuid], bounds: PageBounds) -> Result<Pa
 
 /// Newest first.
 pub async fn list(db: &Conn, wanted: &IssueList) -> Result<Page<Issue>> {
+    let (sql, params) = list_statement(wanted);
+    let params: Vec<&(dyn ToSql + Sync)> = params.iter().map(|param| &**param as _).collect();
+    listed_page(db, &sql, &params, wanted.bounds).await
+}
+
+/// The statement of [`list`] and its parameters, which have all that a caller has written.
+pub fn list_statement(wanted: &IssueList) -> (String, Vec<Box<dyn ToSql + Sync + Send>>) {
     let mut query = ListQuery::new(&wanted.filter, wanted.show_deleted);
     if let Some(after) = wanted.after {
         query.and(|n| format!("i.id < ${n}"), after);
@@ -228,8 +235,7 @@ pub async fn list(db: &Conn, wanted: &IssueList) -> Result<Page<Issue>> {
         query.joins,
         query.conditions.join(" AND "),
     );
-    let params: Vec<&(dyn ToSql + Sync)> = query.params.iter().map(|param| &**param as _).collect();
-    listed_page(db, &sql, &params, wanted.bounds).await
+    (sql, query.params)
 }
 
 /// Issues of `listed_columns!`. Few labels are on many issues: they are read once, behind the issues, so that an issue

@@ -1,8 +1,12 @@
 //! Brings the schema up to date.
 
+use std::error::Error;
+
 use anyhow::{Context, anyhow, bail};
-use refinery::error::Kind;
-use tokio_postgres::{Client, NoTls};
+use refinery::{Migration, Runner};
+use tokio_postgres::{Client, error::SqlState};
+
+use super::Target;
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -13,12 +17,13 @@ const MIGRATION_LOCK_KEY: i64 = 0x6973_7375_6574_7261;
 /// The oldest PostgreSQL that the service is tested on.
 const SERVER_VERSION_MIN: i32 = 150_000;
 
-/// Applies the migrations that are missing.
+/// Applies the migrations that are missing, as a role that may; any role that may read will do where none is.
 ///
 /// Refuses a server older than PostgreSQL 15, a schema newer than this binary, and one whose applied migrations are not
 /// those of this binary.
-pub async fn migrate(config: &tokio_postgres::Config) -> anyhow::Result<()> {
-    let (mut client, connection) = config.connect(NoTls).await.context("cannot connect to the database")?;
+pub async fn migrate(target: impl Into<Target>) -> anyhow::Result<()> {
+    let Target { config, connector } = target.into();
+    let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
     let result = migrate_with(&mut client).await;
     // Closing the connection frees the lock.
@@ -32,32 +37,60 @@ async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
     if version < SERVER_VERSION_MIN {
         bail!("the server is PostgreSQL {}, 15 or newer is needed", version / 10_000);
     }
+    let runner = migrations::migrations::runner().set_abort_divergent(true).set_abort_missing(true);
+    // Only what is missing needs more rights than reading.
+    if first_missing(client, &runner).await?.is_none() {
+        return Ok(());
+    }
     client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
-    let report = migrations::migrations::runner()
-        .set_abort_divergent(true)
-        .set_abort_missing(true)
-        .run_async(client)
-        .await
-        .map_err(explain)?;
+    let Some(missing) = first_missing(client, &runner).await? else {
+        return Ok(());
+    };
+    let report = runner.run_async(client).await.map_err(|error| explain(error, &missing))?;
     for migration in report.applied_migrations() {
         tracing::info!(version = %migration.version(), name = migration.name(), "applied migration");
     }
     Ok(())
 }
 
-fn explain(error: refinery::Error) -> anyhow::Error {
-    match error.kind() {
-        Kind::MissingVersion(migration) => anyhow!(
-            "the database's schema is newer than this program: it has migration {} ({}), which this program does not know; \
-             run the newer program",
-            migration.version(),
-            migration.name()
-        ),
-        Kind::DivergentVersion(applied, _) => anyhow!(
-            "migration {} ({}) was applied to the database with other contents than this program has",
-            applied.version(),
-            applied.name()
-        ),
-        _ => anyhow!(error).context("cannot migrate the database"),
+/// The first migration that is not applied, if any. Those that are must be known, with the contents that they have here.
+async fn first_missing(client: &mut Client, runner: &Runner) -> anyhow::Result<Option<Migration>> {
+    let history = client.query_one("SELECT to_regclass('refinery_schema_history') IS NOT NULL", &[]).await?;
+    let applied = match history.get(0) {
+        true => {
+            runner.get_applied_migrations_async(client).await.context("cannot read which migrations are applied")?
+        }
+        false => Vec::new(),
+    };
+    let known = runner.get_migrations();
+    for migration in &applied {
+        match known.iter().find(|known| known.version() == migration.version()) {
+            None => bail!(
+                "the database's schema is newer than this program: it has migration {} ({}), which this program does not \
+                 know; run the newer program",
+                migration.version(),
+                migration.name()
+            ),
+            Some(known) if known != migration => bail!(
+                "migration {} ({}) was applied to the database with other contents than this program has",
+                migration.version(),
+                migration.name()
+            ),
+            Some(_) => {}
+        }
     }
+    let missing = known.iter().filter(|known| !applied.iter().any(|applied| applied.version() == known.version()));
+    Ok(missing.min_by_key(|missing| missing.version()).cloned())
+}
+
+fn explain(error: refinery::Error, missing: &Migration) -> anyhow::Error {
+    let database_error = error.source().and_then(|source| source.downcast_ref::<tokio_postgres::Error>());
+    if database_error.and_then(tokio_postgres::Error::code) == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+        return anyhow!(
+            "the schema lacks migration {} ({}), and this role may not change it; run `issue-tracker migrate` as its owner",
+            missing.version(),
+            missing.name()
+        );
+    }
+    anyhow!(error).context("cannot migrate the database")
 }

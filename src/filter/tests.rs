@@ -299,6 +299,9 @@ fn pieces_are_shortened_and_on_one_line() {
     let word = "é".repeat(40);
     refused(&format!("{word} = x"), 0, &[&format!("`{word}`")]);
     refused("status = 'a\nb'", 9, &["`a\u{fffd}b`"]);
+    refused("status = 'a\u{2028}b'", 9, &["`a\u{fffd}b`"]);
+    refused("\u{202e}sutats = OPEN", 0, &["`\u{fffd}sutats`"]);
+    refused("'\\\u{202e}'", 1, &["`\\\u{fffd}`"]);
 }
 
 #[test]

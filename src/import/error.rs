@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::error::is_invisible;
+
 /// A value in an error has at most this many characters, the "…" of a cut included.
 pub const IMPORT_ERROR_VALUE_CHARS_MAX: usize = 80;
 
@@ -139,7 +141,7 @@ fn visible_parts(value: &[u8]) -> impl Iterator<Item = String> {
     value.utf8_chunks().flat_map(|chunk| {
         let characters = chunk.valid().chars().map(|c| match c {
             '\n' | '\r' | '\t' => c.escape_default().to_string(),
-            _ if c.is_control() || is_invisible_format(c) => c.escape_unicode().to_string(),
+            _ if is_invisible(c) => c.escape_unicode().to_string(),
             _ => c.to_string(),
         });
         let mut bad_bytes = String::new();
@@ -149,12 +151,6 @@ fn visible_parts(value: &[u8]) -> impl Iterator<Item = String> {
         }
         characters.chain((!bad_bytes.is_empty()).then_some(bad_bytes))
     })
-}
-
-/// Zero-width characters, line separators and changes of direction make two different values look the same, or an error
-/// unreadable.
-fn is_invisible_format(c: char) -> bool {
-    matches!(c, '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2060}'..='\u{2069}' | '\u{FEFF}')
 }
 
 #[cfg(test)]
@@ -177,6 +173,7 @@ mod tests {
     fn control_characters_invisible_ones_and_bad_bytes_are_made_visible() {
         assert_eq!(shorten(b"a\r\n\tb\0\x1B["), "a\\r\\n\\tb\\u{0}\\u{1b}[");
         assert_eq!(shorten("\u{FEFF}a\u{202E}b".as_bytes()), "\\u{feff}a\\u{202e}b");
+        assert_eq!(shorten("\u{61C}a\u{AD}b\u{E0041}".as_bytes()), "\\u{61c}a\\u{ad}b\\u{e0041}");
         assert_eq!(shorten(b"caf\xE9 \xFF\xFE"), "caf\\xE9 \\xFF\\xFE");
     }
 

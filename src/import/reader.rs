@@ -51,7 +51,7 @@ pub struct RecordReader {
     next_row_number: u64,
     begin_offset: u64,
     begin_line_number: u64,
-    /// The record's fields one after the other; the first `IMPORT_RECORD_BYTES_MAX` are kept, the rest is overflow.
+    /// The record's fields one after the other; the first `record_bytes_max` are kept, the rest is overflow.
     buffer: Vec<u8>,
     /// Where in `buffer` each field ends; the first `IMPORT_COLUMNS_MAX` are kept, the rest is overflow.
     ends: Box<[usize]>,
@@ -59,6 +59,8 @@ pub struct RecordReader {
     content_bytes: usize,
     /// Fields of the record that have ended, kept or not.
     field_count: usize,
+    /// How many bytes of a record's fields are kept.
+    record_bytes_max: usize,
 }
 
 /// One line of the file, or several where a quoted field holds line ends. The header is a record too.
@@ -122,7 +124,16 @@ impl RecordReader {
             ends: vec![0; IMPORT_COLUMNS_MAX + OVERFLOW_ENDS].into(),
             content_bytes: 0,
             field_count: 0,
+            record_bytes_max: IMPORT_RECORD_BYTES_MAX,
         }
+    }
+
+    /// With another bound than [`IMPORT_RECORD_BYTES_MAX`], of 8 KiB or more, so that what happens beyond it takes less to
+    /// find. To be said before anything is read.
+    #[doc(hidden)]
+    pub fn keeping(mut self, record_bytes_max: usize) -> Self {
+        self.record_bytes_max = record_bytes_max;
+        self
     }
 
     /// Takes bytes from the front of `input` until a record is complete. `None` once `input` is empty: give the next
@@ -138,7 +149,7 @@ impl RecordReader {
         }
         let end_line_number = self.parse(input)?;
         self.in_record = false;
-        let fault = (self.content_bytes > IMPORT_RECORD_BYTES_MAX).then_some(RecordFault::TooLong);
+        let fault = (self.content_bytes > self.record_bytes_max).then_some(RecordFault::TooLong);
         // A record always ends with the first byte of its line end.
         Some(self.record(self.parsed_offset - 1, end_line_number, fault))
     }
@@ -151,7 +162,7 @@ impl RecordReader {
         }
         self.in_record = false;
         let fault = if self.end_last_field() {
-            (self.content_bytes > IMPORT_RECORD_BYTES_MAX).then_some(RecordFault::TooLong)
+            (self.content_bytes > self.record_bytes_max).then_some(RecordFault::TooLong)
         } else {
             Some(RecordFault::UnclosedQuote)
         };
@@ -227,7 +238,7 @@ impl RecordReader {
 
     /// One call of csv-core, which stops early when the buffer is full; returns how many bytes it took.
     fn parse_some(&mut self, input: &[u8]) -> (ReadRecordResult, usize) {
-        let kept_bytes = self.content_bytes.min(IMPORT_RECORD_BYTES_MAX);
+        let kept_bytes = self.content_bytes.min(self.record_bytes_max);
         if kept_bytes == self.buffer.len() {
             self.grow_buffer();
         }
@@ -240,7 +251,7 @@ impl RecordReader {
     }
 
     fn grow_buffer(&mut self) {
-        let bytes = (self.buffer.len() * 2).min(IMPORT_RECORD_BYTES_MAX + OVERFLOW_BYTES);
+        let bytes = (self.buffer.len() * 2).min(self.record_bytes_max + OVERFLOW_BYTES);
         self.buffer.reserve_exact(bytes - self.buffer.len());
         self.buffer.resize(bytes, 0);
     }
@@ -267,7 +278,7 @@ impl RecordReader {
             end_line_number,
             field_count: self.field_count,
             fault,
-            content: &self.buffer[..self.content_bytes.min(IMPORT_RECORD_BYTES_MAX)],
+            content: &self.buffer[..self.content_bytes.min(self.record_bytes_max)],
             ends: &self.ends[..self.field_count.min(IMPORT_COLUMNS_MAX)],
         }
     }

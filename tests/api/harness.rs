@@ -12,13 +12,15 @@ use std::{
 };
 
 use issue_tracker::{
-    auth::new_token,
+    auth::{hash_password, new_token},
     config::Limits,
     db::{
         Db,
+        audit::By,
         embedded::{Cluster, Durability},
         migrate::migrate,
-        tokens, users,
+        tokens,
+        users::{self, NewUser},
     },
     pb::{
         self, Issue, Role, User, auth_service_client::AuthServiceClient, comment_service_client::CommentServiceClient,
@@ -41,6 +43,9 @@ use tonic_types::StatusExt;
 /// The password of every user that a test makes.
 pub const PASSWORD: &str = "correct horse battery";
 const TEMPLATE: &str = "template_of_tests";
+/// The role that the service runs as, as the README makes it.
+const SERVICE_ROLE: &str = "tracker";
+const OWNER_ROLE: &str = "tracker_owner";
 
 /// Stopped and removed when the process ends.
 static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
@@ -58,7 +63,7 @@ pub struct Tracker {
 pub struct Served {
     pub address: String,
     pub channel: Channel,
-    /// How to reach the database.
+    /// How to reach the database, as its superuser.
     pub config: Config,
     pub db: Db,
     stop: Option<oneshot::Sender<()>>,
@@ -67,7 +72,7 @@ pub struct Served {
 
 impl Served {
     async fn start(config: Config, limits: Limits) -> Self {
-        let db = Db::new(config.clone(), limits.pool());
+        let db = Db::new(service_config(&config).await, limits.pool());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
@@ -213,7 +218,15 @@ pub fn limits(args: &[&str]) -> Limits {
     }
     let fixed = ["test", "--bcrypt-cost", "4"];
     // The later of two values would be an error, so those of the test go first.
-    let defaults = [["--pool-connections", "6"], ["--imports", "4"], ["--exports", "1"], ["--drain-seconds", "1"]];
+    let defaults = [
+        ["--pool-connections", "6"],
+        ["--imports", "4"],
+        ["--exports", "1"],
+        ["--drain-seconds", "1"],
+        // All tests are one address.
+        ["--login-failures", "1000"],
+        ["--login-failures-per-address", "1000"],
+    ];
     let missing = defaults.iter().filter(|[name, _]| !args.contains(name)).flatten();
     let args = fixed.iter().chain(args).chain(missing);
     <Args as clap::Parser>::parse_from(args).limits
@@ -230,8 +243,60 @@ pub async fn new_database() -> Config {
         (maintenance, cluster.connect_config(&name), name)
     });
     let (maintenance, config, name) = connect.await.unwrap();
-    execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE}")).await;
+    execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}")).await;
+    // What a template does not hand down.
+    let [.., revoke, grant] = &readme_sql("CREATE ROLE")[..] else { panic!("the README ends with grants") };
+    for statement in [revoke, grant] {
+        execute(&maintenance, &on_database(statement, &name)).await;
+    }
     config
+}
+
+/// As the role that the service runs as, which is made if need be.
+pub async fn service_config(config: &Config) -> Config {
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let known = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
+    if known.is_none() {
+        for statement in readme_sql("CREATE ROLE").iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
+            client.batch_execute(statement).await.unwrap();
+        }
+        client.batch_execute(&readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await.unwrap();
+    }
+    as_role(config, SERVICE_ROLE)
+}
+
+/// As the role that owns the schema.
+pub fn owner_config(config: &Config) -> Config {
+    as_role(config, OWNER_ROLE)
+}
+
+fn as_role(config: &Config, role: &str) -> Config {
+    let mut config = config.clone();
+    config.user(role);
+    config
+}
+
+/// The statements of the README's block of SQL that has this text.
+pub fn readme_sql(mark: &str) -> Vec<String> {
+    let readme = include_str!("../../README.md");
+    let blocks = readme.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let block = blocks.into_iter().find(|block| block.contains(mark)).expect("the README has such a block");
+    // A statement ends with its line, but for those within a DO.
+    let mut statements = vec![String::new()];
+    for line in block.split_inclusive('\n') {
+        let last = statements.last_mut().unwrap();
+        *last += line;
+        if line.ends_with(";\n") && last.matches("$$").count() != 1 {
+            statements.push(String::new());
+        }
+    }
+    assert_eq!(statements.pop().as_deref(), Some(""));
+    statements
+}
+
+fn on_database(statement: &str, name: &str) -> String {
+    statement.replace("DATABASE tracker", &format!("DATABASE {name}"))
 }
 
 async fn execute(config: &Config, sql: &str) {
@@ -249,8 +314,13 @@ fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        execute(&maintenance, &format!("CREATE DATABASE {TEMPLATE}")).await;
-        migrate(&template).await.unwrap();
+        for statement in readme_sql("CREATE ROLE") {
+            execute(&maintenance, &on_database(&statement, TEMPLATE)).await;
+        }
+        let owner = owner_config(&template);
+        execute(&owner, &readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await;
+        migrate(&owner).await.unwrap();
+        execute(&owner, &readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await;
     });
     // SAFETY: the handler is a plain function that touches only what lives as long as the process.
     assert_eq!(unsafe { libc::atexit(stop_cluster) }, 0);
@@ -288,10 +358,12 @@ pub struct Client {
 
 async fn new_client(db: &Db, channel: &Channel, name: &str, role: Role) -> Client {
     let conn = db.conn().await.unwrap();
-    let hash = bcrypt::hash(PASSWORD, 4).unwrap();
-    let user = users::create(&conn, name, role, &hash).await.unwrap();
+    let password_hash = hash_password(&PASSWORD.into(), 4).unwrap();
+    let new = NewUser { username: name, role, disabled: false, password_hash: &password_hash };
+    let user = users::create(&conn, new, By::COMMAND_LINE).await.unwrap();
     let (token, sha256) = new_token().unwrap();
-    tokens::create_api_token(&conn, user.id.parse().unwrap(), &sha256, "test").await.unwrap();
+    let user_id = user.id.parse().unwrap();
+    tokens::create_api_token(&conn, user_id, &sha256, "test", None, By::COMMAND_LINE).await.unwrap();
     Client { user, token, channel: channel.clone() }
 }
 

@@ -1,13 +1,17 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
+#[path = "../certificates/mod.rs"]
+mod certificates;
 mod harness;
 
+mod audit;
 mod auth;
 mod batches;
 mod comments;
 mod conformance;
 mod contract;
+mod database_tls;
 mod exports;
 mod faults;
 mod history;
@@ -15,6 +19,7 @@ mod imports;
 mod issues;
 mod labels;
 mod lists;
+mod privileges;
 mod reports;
 mod rounds;
 mod users;

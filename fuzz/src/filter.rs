@@ -1,0 +1,147 @@
+use std::collections::BTreeSet;
+
+use bytes::BytesMut;
+use issue_tracker::{
+    db::{
+        PageBounds,
+        issues::{IssueList, list_statement},
+    },
+    error::Error,
+    filter::{FILTER_CHARS_MAX, FILTER_TERMS_MAX, Filter, FilterError, LabelRef, Term, UserRef, parse},
+    pb::{Priority, Status},
+};
+use tokio_postgres::types::{ToSql, Type};
+use uuid::Uuid;
+
+use super::text::{assert_can_be_told, assert_readable};
+
+/// Any text is a filter that survives printing and reaches the database as parameters, or is refused at a place in it.
+pub fn filter(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match parse(text) {
+        Ok(filter) => {
+            assert_as_documented(&filter);
+            assert_ids_are_written_out(text, &filter);
+            assert_reads_back(&filter);
+            assert_space_around_is_nothing(text, &filter);
+            assert_values_are_parameters(&filter);
+        }
+        Err(error) => assert_tells_a_place(text, error),
+    }
+}
+
+fn assert_tells_a_place(text: &str, error: FilterError) {
+    assert!(error.position <= text.chars().count(), "{error:?}");
+    assert!(error.message.starts_with(&format!("at character {}: ", error.position + 1)), "{error:?}");
+    assert_readable(&error.message, 300);
+    assert_can_be_told(Error::invalid("filter", error.message));
+}
+
+fn assert_as_documented(filter: &Filter) {
+    assert!(filter.terms.len() <= FILTER_TERMS_MAX);
+    let assert_name = |name: &str| {
+        assert!(!name.trim().is_empty() && !name.contains('\0'), "{name:?}");
+        assert!(name.len() != 36 || Uuid::try_parse(name).is_err(), "{name:?} is an id");
+    };
+    for term in &filter.terms {
+        match term {
+            Term::Status(status) => assert_ne!(*status, Status::Unspecified),
+            Term::Reporter(UserRef::Nobody) => panic!("no issue is without a reporter"),
+            Term::Assignee(UserRef::Username(name)) | Term::Reporter(UserRef::Username(name)) => assert_name(name),
+            Term::Label(LabelRef::Name(name)) => assert_name(name),
+            Term::Search(text) => assert!(!text.trim().is_empty() && !text.contains('\0'), "{text:?}"),
+            Term::Priority(_) | Term::Assignee(_) | Term::Reporter(_) | Term::Label(_) => {}
+        }
+    }
+}
+
+/// With their hyphens: another spelling may be somebody's name.
+fn assert_ids_are_written_out(text: &str, filter: &Filter) {
+    let text = text.to_ascii_lowercase();
+    for term in &filter.terms {
+        if let Term::Assignee(UserRef::Id(id)) | Term::Reporter(UserRef::Id(id)) | Term::Label(LabelRef::Id(id)) = term
+        {
+            assert!(text.contains(&id.to_string()), "{id} in {text:?}");
+        }
+    }
+}
+
+/// With and without `AND`, and twice over.
+fn assert_reads_back(filter: &Filter) {
+    let terms: Vec<String> = filter.terms.iter().map(Term::to_string).collect();
+    let twice = Filter { terms: [&*filter.terms, &*filter.terms].concat() };
+    for (printed, expected) in [(filter.to_string(), filter), (terms.join("\n"), filter), (twice.to_string(), &twice)] {
+        if printed.chars().count() <= FILTER_CHARS_MAX && expected.terms.len() <= FILTER_TERMS_MAX {
+            assert_eq!(parse(&printed).as_ref(), Ok(expected), "{printed:?}");
+        }
+    }
+}
+
+fn assert_space_around_is_nothing(text: &str, filter: &Filter) {
+    if text.chars().count() + 2 <= FILTER_CHARS_MAX {
+        assert_eq!(parse(&format!("\t{text}\u{3000}")).as_ref(), Ok(filter));
+    }
+}
+
+/// The statement has the text that any other filter of this shape has, and the values beside it as they are.
+fn assert_values_are_parameters(filter: &Filter) {
+    let (sql, params) = list_statement(&list(filter.clone()));
+    let shape = Filter { terms: filter.terms.iter().map(with_another_value).collect() };
+    assert_eq!(sql, list_statement(&list(shape)).0);
+    assert!(sql.is_ascii() && !sql.contains(['\'', '"', '\\', ';']), "{sql}");
+    assert_eq!(sql.matches("--").count(), 1, "{sql}");
+
+    let numbers: BTreeSet<usize> = sql.split('$').skip(1).map(number_at_start).collect();
+    assert!(numbers.into_iter().eq(1..=params.len()), "{} parameters: {sql}", params.len());
+
+    let texts: Vec<String> = params.iter().filter_map(|param| text_of(&**param)).collect();
+    let expected: Vec<String> = filter.terms.iter().filter_map(text_for).collect();
+    assert_eq!(texts, expected);
+}
+
+fn list(filter: Filter) -> IssueList {
+    IssueList { filter, show_deleted: false, after: None, bounds: PageBounds { rows_max: 50, bytes_max: 1024 } }
+}
+
+fn with_another_value(term: &Term) -> Term {
+    let user = |user: &UserRef| match user {
+        UserRef::Nobody => UserRef::Nobody,
+        UserRef::Id(_) => UserRef::Id(Uuid::nil()),
+        UserRef::Username(_) => UserRef::Username("another".to_owned()),
+    };
+    match term {
+        // One of three, and not a parameter.
+        Term::Status(status) => Term::Status(*status),
+        Term::Priority(_) => Term::Priority(Priority::Low),
+        Term::Assignee(assignee) => Term::Assignee(user(assignee)),
+        Term::Reporter(reporter) => Term::Reporter(user(reporter)),
+        Term::Label(LabelRef::Id(_)) => Term::Label(LabelRef::Id(Uuid::nil())),
+        Term::Label(LabelRef::Name(_)) => Term::Label(LabelRef::Name("another".to_owned())),
+        Term::Search(_) => Term::Search("another".to_owned()),
+    }
+}
+
+fn number_at_start(text: &str) -> usize {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    text[..digits].parse().expect("a parameter has a number")
+}
+
+/// The text of a parameter; none: it is not one.
+fn text_of(param: &(dyn ToSql + Sync)) -> Option<String> {
+    let mut bytes = BytesMut::new();
+    param.to_sql_checked(&Type::TEXT, &mut bytes).ok()?;
+    Some(String::from_utf8(bytes.to_vec()).expect("text is UTF-8"))
+}
+
+/// The text that the term's parameter has to have.
+fn text_for(term: &Term) -> Option<String> {
+    match term {
+        Term::Assignee(UserRef::Username(name)) | Term::Reporter(UserRef::Username(name)) => Some(name.clone()),
+        Term::Label(LabelRef::Name(name)) => Some(name.clone()),
+        Term::Search(text) => {
+            let plain = text.replace('\\', r"\\").replace('%', r"\%").replace('_', r"\_");
+            Some(format!("%{plain}%"))
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,327 @@
+//! Where the database is and how the way there is secured: `--database-url`, read as libpq reads it.
+//!
+//! tokio-postgres' own parser takes everything but what names certificates; that is taken out of its text first.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use anyhow::{anyhow, bail};
+use percent_encoding::percent_decode_str;
+use tokio_postgres::{
+    Config,
+    config::{Host, SslMode},
+};
+
+use super::tls::{self, Connector, Files, RootsFrom, Verify};
+
+const UNREADABLE: &str = "the database URL cannot be read; it is like postgresql://user:password@host/database";
+
+/// What libpq has besides. Refused by name, as nobody should think that they work.
+const UNKNOWN: [&str; 9] = [
+    "requiressl",
+    "sslcertmode",
+    "sslcompression",
+    "sslcrl",
+    "sslcrldir",
+    "sslpassword",
+    "sslsni",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+];
+
+/// A database, and what connections to it are made with.
+#[derive(Clone)]
+pub struct Target {
+    pub config: Config,
+    pub connector: Connector,
+}
+
+/// TLS if the server offers it, without verifying whose it is.
+impl From<Config> for Target {
+    fn from(mut config: Config) -> Self {
+        if is_on_sockets(&config) {
+            config.ssl_mode(SslMode::Disable);
+        }
+        Self { config, connector: tls::unverified() }
+    }
+}
+
+impl From<&Config> for Target {
+    fn from(config: &Config) -> Self {
+        config.clone().into()
+    }
+}
+
+impl FromStr for Target {
+    type Err = anyhow::Error;
+
+    /// Reads the files that the text names. Errors quote neither it nor what is in them.
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (rest, parameters) = Parameters::take_from(text)?;
+        // The parser's own message can quote the password.
+        let mut config: Config = rest.parse().map_err(|_| anyhow!(UNREADABLE))?;
+        let mode = parameters.mode()?;
+        config.ssl_mode(match mode {
+            Mode::Disable => SslMode::Disable,
+            Mode::Prefer => SslMode::Prefer,
+            Mode::Require | Mode::VerifyCa | Mode::VerifyFull => SslMode::Require,
+        });
+        if mode == Mode::Disable || is_on_sockets(&config) {
+            return Ok(config.into());
+        }
+        if mode != Mode::Prefer && config.get_hosts().iter().any(is_socket) {
+            bail!("sslmode={mode} cannot be had on a Unix socket, and the database URL names one beside other hosts");
+        }
+        if config.get_hosts().is_empty() {
+            // What certificates are looked up by.
+            for address in config.get_hostaddrs().to_vec() {
+                config.host(address.to_string());
+            }
+        }
+        Ok(Self { config, connector: tls::connector(&parameters.verify(mode)?, parameters.files)? })
+    }
+}
+
+/// There PostgreSQL speaks no TLS: nobody is in between.
+fn is_on_sockets(config: &Config) -> bool {
+    !config.get_hosts().is_empty() && config.get_hosts().iter().all(is_socket)
+}
+
+fn is_socket(host: &Host) -> bool {
+    matches!(host, Host::Unix(_))
+}
+
+/// `sslmode`, but for `allow`, which is for servers that would rather have no TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+enum Mode {
+    Disable,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+const MODES: [(Mode, &str); 5] = [
+    (Mode::Disable, "disable"),
+    (Mode::Prefer, "prefer"),
+    (Mode::Require, "require"),
+    (Mode::VerifyCa, "verify-ca"),
+    (Mode::VerifyFull, "verify-full"),
+];
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(MODES.iter().find(|(mode, _)| mode == self).map_or("", |(_, name)| name))
+    }
+}
+
+/// What tokio-postgres does not know, or knows less of.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Parameters {
+    mode: Option<String>,
+    roots: Option<String>,
+    files: Files,
+}
+
+impl Parameters {
+    /// The text without them, and them. The last of several is the one that counts.
+    fn take_from(text: &str) -> anyhow::Result<(String, Self)> {
+        let mut parameters = Self::default();
+        let is_url = ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme));
+        let rest = if is_url { parameters.take_from_url(text)? } else { parameters.take_from_pairs(text)? };
+        Ok((rest, parameters))
+    }
+
+    fn take_from_url(&mut self, url: &str) -> anyhow::Result<String> {
+        // A password may have a question mark.
+        let behind_user = url.find('@').unwrap_or(0);
+        let Some(question_mark) = url[behind_user..].find('?').map(|at| behind_user + at) else {
+            return Ok(url.to_owned());
+        };
+        let mut kept = Vec::new();
+        for pair in url[question_mark + 1..].split('&') {
+            let decoded = |text| percent_decode_str(text).decode_utf8().map_err(|_| anyhow!(UNREADABLE));
+            let taken = match pair.split_once('=') {
+                Some((key, value)) => self.take(&decoded(key)?, &decoded(value)?)?,
+                None => false,
+            };
+            if !taken {
+                kept.push(pair);
+            }
+        }
+        let base = &url[..question_mark];
+        Ok(if kept.is_empty() { base.to_owned() } else { format!("{base}?{}", kept.join("&")) })
+    }
+
+    fn take_from_pairs(&mut self, pairs: &str) -> anyhow::Result<String> {
+        let mut kept = String::new();
+        let mut rest = pairs;
+        while let Some((key, value, behind)) = first_pair(rest) {
+            if !self.take(key, &value)? {
+                kept += &rest[..rest.len() - behind.len()];
+            }
+            rest = behind;
+        }
+        // What is no pair is for the parser to complain of.
+        Ok(kept + rest)
+    }
+
+    fn take(&mut self, key: &str, value: &str) -> anyhow::Result<bool> {
+        let value = Some(value).filter(|value| !value.is_empty());
+        match key {
+            "sslmode" => self.mode = value.map(str::to_owned),
+            "sslrootcert" => self.roots = value.map(str::to_owned),
+            "sslcert" => self.files.certificate = value.map(PathBuf::from),
+            "sslkey" => self.files.key = value.map(PathBuf::from),
+            _ if UNKNOWN.contains(&key) => bail!("the database URL has {key}, which is not supported"),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    fn mode(&self) -> anyhow::Result<Mode> {
+        let is_system = self.roots.as_deref() == Some("system");
+        let Some(name) = &self.mode else {
+            return Ok(if is_system { Mode::VerifyFull } else { Mode::Prefer });
+        };
+        let Some((mode, name)) = MODES.iter().find(|(_, known)| known == name) else {
+            bail!("the database URL's sslmode is none of disable, prefer, require, verify-ca, verify-full");
+        };
+        if is_system && *mode < Mode::VerifyFull {
+            // Anybody gets a certificate for some name from one of the platform's authorities.
+            bail!("sslmode={name} is too weak for sslrootcert=system; use verify-full");
+        }
+        Ok(*mode)
+    }
+
+    /// As in libpq, a given authority is verified whatever the mode.
+    fn verify(&self, mode: Mode) -> anyhow::Result<Verify> {
+        let roots = match self.roots.as_deref() {
+            Some("system") => RootsFrom::System,
+            Some(file) => RootsFrom::File(file.into()),
+            None if mode >= Mode::VerifyCa => {
+                bail!("sslmode={mode} needs sslrootcert=FILE, or sslrootcert=system for the platform's authorities")
+            }
+            None => return Ok(Verify::Nothing),
+        };
+        Ok(if mode == Mode::VerifyFull { Verify::Full(roots) } else { Verify::Authority(roots) })
+    }
+}
+
+/// The first `key = 'va\'lue'`, and what is behind it.
+fn first_pair(text: &str) -> Option<(&str, String, &str)> {
+    let text = text.trim_start();
+    let (key, rest) = text.split_at(text.find(|char: char| char == '=' || char.is_whitespace())?);
+    let rest = rest.trim_start().strip_prefix('=')?.trim_start();
+    let is_quoted = rest.starts_with('\'');
+    let rest = rest.strip_prefix('\'').unwrap_or(rest);
+    let mut value = String::new();
+    let mut chars = rest.char_indices();
+    while let Some((at, char)) = chars.next() {
+        match char {
+            '\\' => value.push(chars.next()?.1),
+            '\'' if is_quoted => return Some((key, value, &rest[at + 1..])),
+            space if !is_quoted && space.is_whitespace() => return Some((key, value, &rest[at..])),
+            other => value.push(other),
+        }
+    }
+    (!is_quoted).then_some((key, value, ""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(text: &str) -> (String, [Option<String>; 4]) {
+        let (rest, Parameters { mode, roots, files }) = Parameters::take_from(text).unwrap();
+        let name = |path: Option<PathBuf>| path.map(|path| path.display().to_string());
+        (rest, [mode, roots, name(files.certificate), name(files.key)])
+    }
+
+    fn error(text: &str) -> String {
+        format!("{:#}", text.parse::<Target>().err().unwrap())
+    }
+
+    #[test]
+    fn parameters_of_tls_are_taken_out_of_a_url_and_the_others_stay() {
+        for (url, rest, [mode, roots, certificate, key]) in [
+            ("postgresql://u:p@h/d", "postgresql://u:p@h/d", [""; 4]),
+            ("postgresql://h/d?sslmode=verify-full", "postgresql://h/d", ["verify-full", "", "", ""]),
+            (
+                "postgres://u:p%3F@h:1/d?connect_timeout=3&sslrootcert=%2Fa%20b%26.pem&sslmode=verify%2Dca&options=-c%20x%3D1",
+                "postgres://u:p%3F@h:1/d?connect_timeout=3&options=-c%20x%3D1",
+                ["verify-ca", "/a b&.pem", "", ""],
+            ),
+            ("postgres://u:a?sslmode=b@h/d?ssl%6Dode=require", "postgres://u:a?sslmode=b@h/d", ["require", "", "", ""]),
+            ("postgres://h?sslcert=c&sslkey=k&sslcert=c2", "postgres://h", ["", "", "c2", "k"]),
+            ("postgres://h/d?sslmode=&user=x", "postgres://h/d?user=x", [""; 4]),
+            ("postgres://h/d?sslmode", "postgres://h/d?sslmode", [""; 4]),
+        ] {
+            let wanted = [mode, roots, certificate, key].map(|text| Some(text.to_owned()).filter(|t| !t.is_empty()));
+            assert_eq!(taken(url), (rest.to_owned(), wanted), "{url}");
+        }
+    }
+
+    #[test]
+    fn parameters_of_tls_are_taken_out_of_pairs_and_the_others_stay() {
+        for (pairs, rest, [mode, roots, certificate, key]) in [
+            ("host=h user=u", "host=h user=u", [""; 4]),
+            ("host=h sslmode=verify-full user=u", "host=h user=u", ["verify-full", "", "", ""]),
+            (
+                "  sslrootcert = '/a b\\'c\\\\.pem'  password='sslmode=x \\' ' sslmode = require",
+                "  password='sslmode=x \\' '",
+                ["require", "/a b'c\\.pem", "", ""],
+            ),
+            ("sslcert=/a\\ b sslkey=k\\\\ host=h", " host=h", ["", "", "/a b", "k\\"]),
+            ("sslmode='' host=h", " host=h", [""; 4]),
+            ("host=h sslmode='open", "host=h sslmode='open", [""; 4]),
+            ("host=h nonsense", "host=h nonsense", [""; 4]),
+        ] {
+            let wanted = [mode, roots, certificate, key].map(|text| Some(text.to_owned()).filter(|t| !t.is_empty()));
+            assert_eq!(taken(pairs), (rest.to_owned(), wanted), "{pairs}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_without_the_text_and_its_password() {
+        for (text, why) in [
+            ("postgresql://u:sesame@h:port/d", UNREADABLE),
+            ("host=h password='sesame", UNREADABLE),
+            ("host=h password=sesame ses=ame", UNREADABLE),
+            ("postgresql://u:sesame@h/d?sslmode=%ff", UNREADABLE),
+            ("postgresql://u:sesame@h/d?sslmode=sesame", "none of disable, prefer, require"),
+            ("postgresql://u:sesame@h/d?sslmode=allow", "none of disable, prefer, require"),
+            ("postgresql://u:sesame@h/d?sslcrl=sesame", "has sslcrl, which is not supported"),
+            ("postgresql://u:sesame@h/d?sslmode=verify-ca", "sslmode=verify-ca needs sslrootcert"),
+            ("postgresql://u:sesame@h/d?sslmode=require&sslrootcert=system", "too weak for sslrootcert=system"),
+            ("host=h,/tmp password=sesame sslmode=require", "cannot be had on a Unix socket"),
+            ("host=h password=sesame sslmode=verify-full sslrootcert=/nowhere.pem", "cannot read sslrootcert /nowhere"),
+            ("host=h password=sesame sslrootcert=/dev/null", "sslrootcert /dev/null has no certificate in PEM"),
+            ("host=h password=sesame sslcert=/dev/null", "sslcert needs sslkey"),
+        ] {
+            let error = error(text);
+            assert!(error.contains(why) && !error.contains("sesame"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_mode_says_whether_there_is_tls_and_unix_sockets_have_none() {
+        for (text, mode) in [
+            ("host=h", SslMode::Prefer),
+            ("host=h sslmode=disable", SslMode::Disable),
+            ("host=h sslmode=disable sslrootcert=/nowhere.pem", SslMode::Disable),
+            ("host=h sslmode=prefer", SslMode::Prefer),
+            ("host=h,/tmp", SslMode::Prefer),
+            ("postgresql://h/d?sslmode=require", SslMode::Require),
+            ("host=/tmp sslmode=verify-full sslrootcert=/nowhere.pem", SslMode::Disable),
+            ("postgresql:///d?host=/tmp&sslmode=require", SslMode::Disable),
+        ] {
+            assert_eq!(text.parse::<Target>().unwrap().config.get_ssl_mode(), mode, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_alone_is_also_the_name_that_a_certificate_must_have() {
+        let target: Target = "hostaddr=127.0.0.1 sslmode=require".parse().unwrap();
+        assert_eq!(target.config.get_hosts(), [Host::Tcp("127.0.0.1".to_owned())]);
+    }
+}

@@ -1,0 +1,354 @@
+//! TLS to the database: what each sslmode asks of the server, and that nothing goes beside it.
+
+use std::{
+    fs::{self, File},
+    net::{SocketAddr, TcpListener as StdListener},
+    os::unix::{
+        fs::{MetadataExt, chown},
+        process::CommandExt,
+    },
+    path::PathBuf,
+    process::{Child, Command},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use issue_tracker::db::{
+    Db, Target,
+    embedded::{Cluster, Durability},
+    migrate::migrate,
+};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+};
+use tokio_postgres::NoTls;
+use uuid::Uuid;
+
+use crate::{
+    certificates::{Authority, Pair},
+    harness::{eventually, limits},
+};
+
+const PASSWORD: &str = "sesame-open-17";
+
+/// Who gets in how.
+const HBA: &str = "local all postgres trust
+    host all postgres 127.0.0.1/32 trust
+    hostssl all certified 127.0.0.1/32 cert
+    hostssl all protected 127.0.0.1/32 scram-sha-256
+    ";
+
+/// A server on the network of this machine, with or without TLS.
+struct Server {
+    process: Child,
+    dir: PathBuf,
+    cluster: PathBuf,
+    port: u16,
+}
+
+impl Server {
+    /// With a certificate, which can be changed; TLS is on unless `settings` say otherwise.
+    async fn start(pair: &Pair, authority: &Authority, settings: &[&str]) -> Self {
+        let dir = std::env::temp_dir().join(format!("database-tls-{}", Uuid::new_v4()));
+        // The service's own cluster listens on no network, so it is only made by it, and then run by hand.
+        let (cluster, bin_dir) = {
+            let dir = dir.clone();
+            let made = tokio::task::spawn_blocking(move || {
+                let made = Cluster::start(&dir, Durability::Throwaway).unwrap();
+                let bin_dir = made.bin_dir().to_owned();
+                made.stop().unwrap();
+                (dir.join("cluster").canonicalize().unwrap(), bin_dir)
+            });
+            made.await.unwrap()
+        };
+        let port = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut server = Self { process: Command::new("true").spawn().unwrap(), dir, cluster, port };
+        server.process.wait().unwrap();
+        server.write("hba", HBA);
+        server.write("authority.crt", &authority.certificate);
+        server.present(pair);
+        let owner = fs::metadata(&server.cluster).unwrap();
+        let path = |name| server.path(name).display().to_string();
+        let fixed = [
+            "listen_addresses=127.0.0.1".to_owned(),
+            format!("port={port}"),
+            "ssl=on".to_owned(),
+            "fsync=off".to_owned(),
+            format!("ssl_cert_file={}", path("server.crt")),
+            format!("ssl_key_file={}", path("server.key")),
+            format!("ssl_ca_file={}", path("authority.crt")),
+            format!("hba_file={}", path("hba")),
+        ];
+        let mut command = Command::new(bin_dir.join("postgres"));
+        command.arg("-D").arg(&server.cluster).arg("-k").arg(&server.cluster).current_dir(&server.cluster);
+        for setting in fixed.iter().map(String::as_str).chain(settings.iter().copied()) {
+            command.args(["-c", setting]);
+        }
+        if owner.uid() != fs::metadata("/proc/self").unwrap().uid() {
+            command.uid(owner.uid()).gid(owner.gid());
+        }
+        let log = File::create(server.path("log")).unwrap();
+        server.process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+        let plain = server.url("sslmode=disable").parse::<Target>().unwrap().config;
+        eventually("the server is up", || {
+            let plain = plain.clone();
+            Box::pin(async move { plain.connect(NoTls).await.is_ok() })
+        })
+        .await;
+        server
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.cluster.join(name)
+    }
+
+    /// A file that the server takes: its own, and for nobody else to read.
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::write(&path, text).unwrap();
+        let owner = fs::metadata(&self.cluster).unwrap();
+        chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        fs::set_permissions(&path, mode).unwrap();
+    }
+
+    fn present(&self, pair: &Pair) {
+        self.write("server.crt", &pair.certificate);
+        self.write("server.key", &pair.key);
+    }
+
+    fn url(&self, parameters: &str) -> String {
+        self.url_of("postgres", "127.0.0.1", parameters)
+    }
+
+    fn url_of(&self, user: &str, host: &str, parameters: &str) -> String {
+        format!("postgresql://{user}:{PASSWORD}@{host}:{}/postgres?connect_timeout=5&{parameters}", self.port)
+    }
+
+    async fn execute(&self, sql: &str) {
+        let plain = self.url("sslmode=disable").parse::<Target>().unwrap().config;
+        let (client, connection) = plain.connect(NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client.batch_execute(sql).await.unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_dir_all(&self.cluster);
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Whether the connection has TLS, or why there is none.
+async fn connect(url: &str) -> Result<bool, String> {
+    let told = |error: anyhow::Error| {
+        let told = format!("{error:#}");
+        assert!(!told.contains(PASSWORD), "{told}");
+        told
+    };
+    let Target { config, connector } = url.parse::<Target>().map_err(told)?;
+    let (client, connection) = config.connect(connector).await.map_err(|error| told(error.into()))?;
+    tokio::spawn(connection);
+    let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    Ok(client.query_one(sql, &[]).await.unwrap().get(0))
+}
+
+#[track_caller]
+fn assert_outcome(outcome: &Result<bool, String>, wanted: &Result<bool, &str>, what: &str) {
+    match (outcome, wanted) {
+        (Ok(tls), Ok(wanted)) => assert_eq!(tls, wanted, "{what}"),
+        (Err(error), Err(why)) => assert!(error.contains(why), "{what}: {error}"),
+        _ => panic!("{what}: {outcome:?}, not {wanted:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_sslmode_has_the_server_verified_as_far_as_it_says() {
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (our_ca, their_ca) = (ours.write(dir.path(), "ours.crt"), theirs.write(dir.path(), "theirs.crt"));
+    let (unknown, name) = (Err("UnknownIssuer"), Err("not valid for name"));
+    for (host, parameters, wanted) in [
+        ("127.0.0.1", "sslmode=disable".to_owned(), Ok(false)),
+        ("127.0.0.1", String::new(), Ok(true)),
+        ("127.0.0.1", "sslmode=prefer".to_owned(), Ok(true)),
+        ("127.0.0.1", "sslmode=require".to_owned(), Ok(true)),
+        ("127.0.0.1", format!("sslmode=require&sslrootcert={our_ca}"), Ok(true)),
+        ("127.0.0.1", format!("sslmode=require&sslrootcert={their_ca}"), unknown),
+        ("127.0.0.1", format!("sslrootcert={their_ca}"), unknown),
+        ("127.0.0.1", format!("sslmode=verify-ca&sslrootcert={our_ca}"), Ok(true)),
+        ("127.0.0.1", format!("sslmode=verify-ca&sslrootcert={their_ca}"), unknown),
+        ("localhost", format!("sslmode=verify-full&sslrootcert={our_ca}"), Ok(true)),
+        ("127.0.0.1", format!("sslmode=verify-full&sslrootcert={our_ca}"), name),
+        ("localhost", format!("sslmode=verify-full&sslrootcert={their_ca}"), unknown),
+        ("localhost", "sslmode=verify-full&sslrootcert=system".to_owned(), unknown),
+        ("localhost", "sslrootcert=system".to_owned(), unknown),
+    ] {
+        let outcome = connect(&server.url_of("postgres", host, &parameters)).await;
+        assert_outcome(&outcome, &wanted, &format!("{host} {parameters}"));
+    }
+}
+
+/// As `openssl req -x509` makes it.
+fn self_signed(name: &str, last_year: i32) -> Pair {
+    let mut params = CertificateParams::new([name.to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.not_after = date_time_ymd(last_year, 12, 31);
+    let key = KeyPair::generate().unwrap();
+    Pair { certificate: params.self_signed(&key).unwrap().pem(), key: key.serialize_pem() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_is_its_own_authority_is_verified_too() {
+    let ours = Authority::new("ours");
+    let dir = tempfile::tempdir().unwrap();
+    let (good, other) = (self_signed("localhost", 2100), self_signed("localhost", 2100));
+    let expired = self_signed("localhost", 2020);
+    let server = Server::start(&good, &ours, &[]).await;
+    for (presented, trusted, host, wanted) in [
+        (&good, &good, "localhost", Ok(true)),
+        (&good, &good, "127.0.0.1", Err("not valid for name")),
+        // Of the same name, and still another's.
+        (&good, &other, "localhost", Err("invalid peer certificate")),
+        (&expired, &expired, "localhost", Err("expired")),
+    ] {
+        server.present(presented);
+        server.execute("SELECT pg_reload_conf()").await;
+        let [file, _] = trusted.write(dir.path(), "trusted");
+        let url = server.url_of("postgres", host, &format!("sslmode=verify-full&sslrootcert={file}"));
+        // The server takes a moment to see it.
+        for _ in 0..50 {
+            let outcome = connect(&url).await;
+            if outcome.is_ok() == wanted.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert_outcome(&connect(&url).await, &wanted, host);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_tls_is_refused_where_tls_is_required() {
+    let ours = Authority::new("ours");
+    let server = Server::start(&ours.server(&["localhost"]), &ours, &["ssl=off"]).await;
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ours.write(dir.path(), "ours.crt");
+    for (parameters, wanted) in [
+        (String::new(), Ok(false)),
+        ("sslmode=require".to_owned(), Err("server does not support TLS")),
+        (format!("sslmode=verify-ca&sslrootcert={ca}"), Err("server does not support TLS")),
+        (format!("sslmode=verify-full&sslrootcert={ca}"), Err("server does not support TLS")),
+    ] {
+        assert_outcome(&connect(&server.url(&parameters)).await, &wanted, &parameters);
+    }
+    let error = migrate(server.url("sslmode=require").parse::<Target>().unwrap()).await.unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("cannot connect to the database") && error.contains("does not support TLS"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_shows_its_certificate_and_binds_its_password_to_the_servers() {
+    let ours = Authority::new("ours");
+    let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
+    server.execute(&format!("CREATE ROLE certified LOGIN; CREATE ROLE protected LOGIN PASSWORD '{PASSWORD}'")).await;
+    let dir = tempfile::tempdir().unwrap();
+    let [certificate, key] = ours.client("certified").write(dir.path(), "client");
+    let [_, other_key] = ours.client("other").write(dir.path(), "other");
+
+    let url = |parameters: &str| server.url_of("certified", "127.0.0.1", &format!("sslmode=require&{parameters}"));
+    let shown = connect(&url(&format!("sslcert={certificate}&sslkey={key}"))).await;
+    assert_outcome(&shown, &Ok(true), "with its certificate");
+    assert!(connect(&url("")).await.is_err(), "without a certificate");
+    let mixed = connect(&url(&format!("sslcert={certificate}&sslkey={other_key}"))).await;
+    assert_outcome(&mixed, &Err("cannot be used together"), "with another's key");
+
+    let bound = server.url_of("protected", "127.0.0.1", "sslmode=require&channel_binding=require");
+    assert_outcome(&connect(&bound).await, &Ok(true), "channel binding");
+}
+
+/// In front of a server: passes everything on, and writes down how each connection begins.
+struct Listening {
+    address: SocketAddr,
+    beginnings: Arc<Mutex<Vec<[u8; 9]>>>,
+}
+
+impl Listening {
+    async fn start(server: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let beginnings = Arc::new(Mutex::new(Vec::new()));
+        let noted = beginnings.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(pass_on(client, server, noted.clone()));
+            }
+        });
+        Self { address, beginnings }
+    }
+}
+
+async fn pass_on(mut client: TcpStream, server: u16, noted: Arc<Mutex<Vec<[u8; 9]>>>) {
+    let mut server = TcpStream::connect(("127.0.0.1", server)).await.unwrap();
+    let mut beginning = [0; 9];
+    client.read_exact(&mut beginning[..8]).await.unwrap();
+    server.write_all(&beginning[..8]).await.unwrap();
+    client.write_all(&[server.read_u8().await.unwrap()]).await.unwrap();
+    client.read_exact(&mut beginning[8..]).await.unwrap();
+    noted.lock().unwrap().push(beginning);
+    server.write_all(&beginning[8..]).await.unwrap();
+    let _ = copy_bidirectional(&mut client, &mut server).await;
+}
+
+/// PostgreSQL's SSLRequest, and what a TLS handshake begins with.
+const SSL_REQUEST_AND_HANDSHAKE: [u8; 9] = [0, 0, 0, 8, 4, 210, 22, 47, 22];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_whose_deadline_has_passed_is_cancelled_over_tls() {
+    let ours = Authority::new("ours");
+    let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
+    let wire = Listening::start(server.port).await;
+    let dir = tempfile::tempdir().unwrap();
+    let ca = ours.write(dir.path(), "ours.crt");
+    let url = format!(
+        "postgresql://postgres@localhost:{}/postgres?sslmode=verify-full&sslrootcert={ca}",
+        wire.address.port()
+    );
+    let db = Db::new(url.parse::<Target>().unwrap(), limits(&[]).pool());
+    let running = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(100)' AND state = 'active'";
+    let watcher = db.conn().await.unwrap();
+    let count = async || watcher.query_one(running, &[]).await.unwrap().get::<_, i64>(0);
+
+    let conn = db.conn().await.unwrap();
+    let sleep = async {
+        let _ = conn.query("SELECT pg_sleep(100)", &[]).await;
+    };
+    let seen = async {
+        while count().await == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = sleep => panic!("it ended by itself"),
+        () = seen => {}
+    }
+    let before = wire.beginnings.lock().unwrap().len();
+    drop(conn);
+
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while count().await > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("the statement runs on");
+    let beginnings = wire.beginnings.lock().unwrap().clone();
+    assert!(beginnings.len() > before, "nothing was sent to cancel it");
+    assert!(beginnings.iter().all(|beginning| *beginning == SSL_REQUEST_AND_HANDSHAKE), "{beginnings:?}");
+}

@@ -1,0 +1,179 @@
+//! The role that the service runs as, which the README makes: it serves with it in every test, and can do no more.
+
+use issue_tracker::db::migrate::migrate;
+use tokio_postgres::{Client, Config, NoTls, error::SqlState};
+
+use crate::harness::{Tracker, new_database, owner_config, readme_sql, service_config};
+
+async fn connect(config: &Config) -> Client {
+    let (client, connection) = config.connect(NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+async fn tables(client: &Client) -> Vec<String> {
+    let sql = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1";
+    client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// What the README says the role needs: tables and their rights.
+fn needs() -> Vec<(String, String)> {
+    let sql = readme_sql("ALTER DEFAULT PRIVILEGES").concat();
+    let rows = sql.lines().filter_map(|line| line.trim().strip_prefix("('"));
+    let rows = rows.map(|row| {
+        let mut quoted = row.split('\'');
+        (quoted.next().unwrap().to_owned(), quoted.nth(1).unwrap().to_owned())
+    });
+    rows.collect()
+}
+
+async fn assert_refused(client: &Client, statement: &str) {
+    let error = client.batch_execute(statement).await.expect_err(statement);
+    assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}: {error:?}");
+}
+
+#[tokio::test]
+async fn the_services_role_has_on_each_table_what_the_readme_says_and_nothing_else() {
+    let tracker = Tracker::start().await;
+    let needs = needs();
+    let client = tracker.session().await;
+    let tables = tables(&client).await;
+    assert!(tables.len() > 10, "{tables:?}");
+    for table in tables {
+        let (_, rights) = needs.iter().find(|(name, _)| *name == table).expect(&table);
+        for right in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"] {
+            let sql = "SELECT has_table_privilege('tracker', $1::text, $2)";
+            let has: bool = client.query_one(sql, &[&table, &right]).await.unwrap().get(0);
+            assert_eq!(has, rights.split(", ").any(|named| named == right), "{right} on {table}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
+    let tracker = Tracker::start().await;
+    let service = connect(&service_config(&tracker.config).await).await;
+    for table in tables(&service).await {
+        for statement in [
+            "ALTER TABLE % ADD COLUMN x int",
+            "ALTER TABLE % DISABLE TRIGGER ALL",
+            "ALTER TABLE % OWNER TO tracker",
+            "CREATE INDEX ON % ((1))",
+            "DROP TABLE % CASCADE",
+            "TRUNCATE % CASCADE",
+        ] {
+            assert_refused(&service, &statement.replace('%', &table)).await;
+        }
+    }
+    for statement in [
+        "CREATE TABLE x ()",
+        "CREATE TEMPORARY TABLE x ()",
+        "CREATE SCHEMA x",
+        "CREATE FUNCTION x() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "CREATE ROLE x",
+        "CREATE DATABASE x",
+        "DROP FUNCTION issues_before_update() CASCADE",
+        "DROP TRIGGER issues_before_update ON issues",
+        "ALTER DATABASE template_of_tests SET jit = off",
+        "SET session_replication_role = replica",
+        "COPY labels TO PROGRAM 'cat'",
+        "SELECT pg_read_file('/etc/passwd')",
+    ] {
+        assert_refused(&service, statement).await;
+    }
+}
+
+#[tokio::test]
+async fn the_services_role_cannot_rewrite_what_was() {
+    let tracker = Tracker::start().await;
+    let service = connect(&service_config(&tracker.config).await).await;
+    for statement in [
+        "INSERT INTO refinery_schema_history VALUES (999, 'x', 'x', '1')",
+        "UPDATE refinery_schema_history SET checksum = '1'",
+        "DELETE FROM refinery_schema_history",
+        "UPDATE issue_events SET new_value = 'x'",
+        "DELETE FROM issue_events",
+        "UPDATE requests SET reply = ''",
+        "DELETE FROM comments",
+        "DELETE FROM users",
+        "DELETE FROM imports",
+    ] {
+        assert_refused(&service, statement).await;
+    }
+}
+
+#[tokio::test]
+async fn the_services_role_works_with_a_later_versions_tables_at_once() {
+    let config = new_database().await;
+    connect(&owner_config(&config)).await.batch_execute("CREATE TABLE later (x int)").await.unwrap();
+
+    let service = connect(&service_config(&config).await).await;
+
+    let use_all = "INSERT INTO later VALUES (1); UPDATE later SET x = 2; DELETE FROM later; SELECT x FROM later";
+    service.batch_execute(use_all).await.unwrap();
+    assert_refused(&service, "DROP TABLE later").await;
+}
+
+#[tokio::test]
+async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it() {
+    let config = new_database().await;
+    let service = service_config(&config).await;
+    migrate(&service).await.unwrap();
+
+    let superuser = connect(&config).await;
+    let row = "INSERT INTO refinery_schema_history VALUES (999, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
+    superuser.batch_execute(row).await.unwrap();
+    let message = migrate(&service).await.unwrap_err().to_string();
+    assert!(message.contains("newer") && message.contains("999 (from_the_future)"), "{message}");
+
+    let other = "DELETE FROM refinery_schema_history WHERE version = 999;
+        UPDATE refinery_schema_history SET checksum = '1' WHERE version = 1";
+    superuser.batch_execute(other).await.unwrap();
+    let message = migrate(&service).await.unwrap_err().to_string();
+    assert!(message.contains("migration 1 (issue_tracker)") && message.contains("other contents"), "{message}");
+}
+
+#[tokio::test]
+async fn a_missing_migration_is_named_to_whom_may_not_apply_it() {
+    let config = new_database().await;
+    let service = service_config(&config).await;
+    connect(&config).await.batch_execute("DELETE FROM refinery_schema_history WHERE version > 1").await.unwrap();
+
+    let message = migrate(&service).await.unwrap_err().to_string();
+    assert!(message.contains("lacks migration 2 (imports_resumed_and_reverted)"), "{message}");
+    assert!(message.contains("run `issue-tracker migrate` as its owner"), "{message}");
+
+    connect(&config).await.batch_execute("DROP TABLE refinery_schema_history").await.unwrap();
+    let message = migrate(&service).await.unwrap_err().to_string();
+    assert!(message.contains("lacks migration 1 (issue_tracker)"), "{message}");
+}
+
+#[tokio::test]
+async fn a_service_that_starts_while_the_owner_migrates_waits_for_it() {
+    let tracker = Tracker::start().await;
+    let mut empty = tracker.config.clone();
+    empty.dbname(format!("{}_empty", tracker.config.get_dbname().unwrap()));
+    let create = format!("CREATE DATABASE {} TEMPLATE template0 OWNER tracker_owner", empty.get_dbname().unwrap());
+    connect(&tracker.config).await.batch_execute(&create).await.unwrap();
+    let owner = owner_config(&empty);
+    connect(&owner).await.batch_execute(&readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await.unwrap();
+    // "issuetra" in ASCII, which migrations hold.
+    let lock = connect(&empty).await;
+    lock.execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)", &[]).await.unwrap();
+    let waiting = async |count: i64| {
+        let sql =
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        while lock.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) < count {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+
+    let migrated = tokio::spawn(migrate(owner));
+    waiting(1).await;
+    let started = tokio::spawn(migrate(service_config(&empty).await));
+    waiting(2).await;
+    drop(lock);
+
+    migrated.await.unwrap().unwrap();
+    started.await.unwrap().unwrap();
+}

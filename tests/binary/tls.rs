@@ -1,0 +1,247 @@
+//! TLS between the service and its clients: certificates good, bad and replaced, and what is refused without.
+
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+
+use super::{
+    certificates::{Authority, Pair},
+    *,
+};
+
+/// More than the service takes to look at its files twice.
+const RELOADED_AFTER_MAX: Duration = Duration::from_secs(30);
+
+fn serve_args<'a>(dir: &'a str, pair: &'a [String; 2]) -> Vec<&'a str> {
+    vec!["--data-dir", dir, "--tls-cert", &pair[0], "--tls-key", &pair[1]]
+}
+
+fn endpoint(service: &Service, authority: &Authority, client: Option<&Pair>) -> Endpoint {
+    let mut config = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(&authority.certificate))
+        .domain_name("tracker.example");
+    if let Some(client) = client {
+        config = config.identity(Identity::from_pem(&client.certificate, &client.key));
+    }
+    Endpoint::try_from(format!("https://{}", service.address)).unwrap().tls_config(config).unwrap()
+}
+
+async fn count_issues(channel: Channel, token: &str) -> Result<usize, tonic::Status> {
+    let request = with_token(token, ListIssuesRequest::default());
+    Ok(IssueServiceClient::new(channel).list_issues(request).await?.into_inner().issues.len())
+}
+
+/// Connects anew, and calls.
+async fn call(endpoint: Endpoint, token: &str) -> Result<usize, String> {
+    let channel = endpoint.connect().await.map_err(|error| format!("{error:?}"))?;
+    count_issues(channel, token).await.map_err(|status| format!("{status:?}"))
+}
+
+/// The client's side of the program, against a service.
+fn client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Output {
+    let server = format!("https://{}", service.address);
+    let mut all = vec![subcommand, "--server", &server, "--server-name", "tracker.example"];
+    let token_file = dir.path("data/admin.token").display().to_string();
+    if subcommand != "health" {
+        all.extend(["--token-file", &token_file]);
+    }
+    run(&[&all, args].concat())
+}
+
+#[test]
+fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for() {
+    let dir = Dir::new();
+    for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "[::ffff:192.0.2.1]:50051"] {
+        let refused = run(&["--listen", listen, "--data-dir", &dir.data()]);
+        assert_refused(&refused, &format!("--listen {listen} can be reached from other machines"));
+        assert_refused(&refused, "--tls-cert");
+        assert_refused(&refused, "--insecure-plaintext");
+        assert!(!dir.path("data").exists(), "{listen}");
+    }
+    // What is wrong then is something else.
+    let nowhere = format!("host={} user=x", dir.path("nowhere").display());
+    for listen in ["0.0.0.0:0", "127.0.0.1:0", "127.8.8.8:0"] {
+        let mut command = program(&["--listen", listen, "--database-url", &nowhere]);
+        command.env("ISSUE_TRACKER_INSECURE_PLAINTEXT", if listen == "0.0.0.0:0" { "1" } else { "0" });
+        let output = finished(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        assert_refused(&output, "cannot connect to the database");
+    }
+}
+
+#[test]
+fn a_certificate_that_cannot_be_used_is_told_before_anything_starts() {
+    let dir = Dir::new();
+    let ours = Authority::new("ours");
+    let [certificate, key] = ours.server(&["localhost"]).write(&dir.0, "one");
+    let [_, other_key] = ours.server(&["localhost"]).write(&dir.0, "two");
+    let garbage = dir.path("garbage").display().to_string();
+    fs::write(&garbage, format!("-----BEGIN CERTIFICATE-----\n{SECRET}\n-----BEGIN")).unwrap();
+    let missing = dir.path("missing").display().to_string();
+    for (args, why) in [
+        (vec!["--tls-cert", &certificate], "--tls-key".to_owned()),
+        (vec!["--tls-key", &key], "--tls-cert".to_owned()),
+        (vec!["--tls-client-ca", &certificate], "--tls-cert".to_owned()),
+        (vec!["--tls-cert", &missing, "--tls-key", &key], format!("cannot read --tls-cert {missing}")),
+        (vec!["--tls-cert", &certificate, "--tls-key", &missing], format!("cannot read --tls-key {missing}")),
+        (vec!["--tls-cert", &garbage, "--tls-key", &key], format!("--tls-cert {garbage} is not whole PEM")),
+        (vec!["--tls-cert", &key, "--tls-key", &key], format!("--tls-cert {key} has no certificate")),
+        (vec!["--tls-cert", &certificate, "--tls-key", &certificate], "has no private key".to_owned()),
+        (vec!["--tls-cert", &certificate, "--tls-key", &other_key], "is not the key of".to_owned()),
+        (
+            vec!["--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &key],
+            format!("--tls-client-ca {key} has no certificate"),
+        ),
+    ] {
+        let output = run(&[&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()], &args[..]].concat());
+        assert_refused(&output, &why);
+        assert!(!text(&output.stderr).contains(SECRET), "{output:?}");
+        assert!(!dir.path("data").exists(), "{args:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_with_a_certificate_is_reached_by_who_trusts_it() {
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let dir = Dir::new();
+    let pair = ours.server(&["tracker.example"]).write(&dir.0, "server");
+    let our_ca = ours.write(&dir.0, "ours.crt");
+    let their_ca = theirs.write(&dir.0, "theirs.crt");
+    let data = dir.data();
+    let mut service = Service::start(&dir, &serve_args(&data, &pair));
+    let lines = [service.line(), service.line(), service.line()];
+    for line in &lines[1..] {
+        assert!(line.starts_with(&format!("grpcurl -cacert {} -authority tracker.example -H ", pair[0])), "{line}");
+    }
+    let token = admin_token(&dir);
+
+    assert_eq!(call(endpoint(&service, &ours, None), &token).await, Ok(0));
+    let error = call(endpoint(&service, &theirs, None), &token).await.unwrap_err();
+    assert!(error.contains("UnknownIssuer"), "{error}");
+    assert!(count_issues(service.channel(), &token).await.is_err(), "without TLS");
+
+    let csv = dir.path("issues.csv").display().to_string();
+    fs::write(&csv, "title\nfirst\n").unwrap();
+    let imported = client(&service, &dir, "import", &[&csv, "--ca-cert", &our_ca]);
+    assert!(imported.status.success(), "{imported:?}");
+    let exported = client(&service, &dir, "export", &["--ca-cert", &our_ca]);
+    assert!(text(&exported.stdout).contains("first"), "{exported:?}");
+    let health = client(&service, &dir, "health", &["--ca-cert", &our_ca]);
+    assert_eq!(text(&health.stdout), "SERVING\n", "{health:?}");
+    // Nothing that time would mend, so there is no other try.
+    for args in [&[&csv, "--ca-cert", &their_ca][..], &[&csv]] {
+        assert_refused(&client(&service, &dir, "import", args), "UnknownIssuer");
+    }
+    assert_refused(&client(&service, &dir, "health", &["--ca-cert", &their_ca]), "UnknownIssuer");
+    let wrong_name = run(&["health", "--server", &format!("https://{}", service.address), "--ca-cert", &our_ca]);
+    assert_refused(&wrong_name, "not valid for name");
+    assert_eq!(service.stop().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_must_show_a_certificate_is_refused_without_one() {
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let dir = Dir::new();
+    let pair = ours.server(&["tracker.example"]).write(&dir.0, "server");
+    let our_ca = ours.write(&dir.0, "ours.crt");
+    let (known, unknown) = (ours.client("known"), theirs.client("unknown"));
+    let data = dir.data();
+    let args = [&serve_args(&data, &pair)[..], &["--tls-client-ca", &our_ca]].concat();
+    let service = Service::start(&dir, &args);
+    assert!([service.line(), service.line()][1].contains(" -cert client.crt -key client.key "));
+    service.line();
+    let token = admin_token(&dir);
+
+    assert_eq!(call(endpoint(&service, &ours, Some(&known)), &token).await, Ok(0));
+    assert!(call(endpoint(&service, &ours, None), &token).await.is_err());
+    assert!(call(endpoint(&service, &ours, Some(&unknown)), &token).await.is_err());
+
+    let [certificate, key] = known.write(&dir.0, "known");
+    let [other_certificate, other_key] = unknown.write(&dir.0, "unknown");
+    let shown = ["--ca-cert", &our_ca, "--client-cert", &certificate, "--client-key", &key];
+    let health = client(&service, &dir, "health", &shown);
+    assert_eq!(text(&health.stdout), "SERVING\n", "{health:?}");
+    assert!(client(&service, &dir, "export", &shown).status.success());
+    let other = ["--ca-cert", &our_ca, "--client-cert", &other_certificate, "--client-key", &other_key];
+    for args in [&other[..], &["--ca-cert", &our_ca]] {
+        // Not for as long as it would try to reach a service that is away.
+        let began = Instant::now();
+        assert_refused(&client(&service, &dir, "export", args), "received fatal alert");
+        assert!(began.elapsed() < Duration::from_secs(60), "it tries again and again");
+        assert!(!client(&service, &dir, "health", args).status.success());
+    }
+}
+
+#[test]
+fn a_token_goes_unencrypted_to_no_other_machine() {
+    let dir = Dir::new();
+    let token = dir.path("token").display().to_string();
+    fs::write(&token, format!("itk_{SECRET}")).unwrap();
+    for server in ["http://192.0.2.1:50051", "192.0.2.1:50051", "http://tracker.example:50051"] {
+        let refused = run(&["export", "--server", server, "--token-file", &token]);
+        assert_refused(&refused, "would be sent the token unencrypted");
+        assert_refused(&refused, "--insecure-plaintext");
+        assert!(!text(&refused.stderr).contains(SECRET));
+    }
+    let unreachable = ["export", "--server", "http://127.0.0.1:1", "--token-file", &token, "--retry-seconds", "0"];
+    assert_refused(&run(&unreachable), "cannot be reached");
+    let useless = ["export", "--server", "http://127.0.0.1:1", "--token-file", &token, "--ca-cert", &token];
+    assert_refused(&run(&useless), "certificates are for https:// only");
+}
+
+/// Tries new connections until they are as wanted.
+async fn until_served(service: &Service, authority: &Authority, token: &str) {
+    let began = Instant::now();
+    while let Err(error) = call(endpoint(service, authority, None), token).await {
+        assert!(began.elapsed() < RELOADED_AFTER_MAX, "{error}; {}", service.log());
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+/// As Kubernetes mounts secrets: files behind a symlink to a directory, which is swapped.
+fn mount(dir: &Dir, version: &str, pair: &Pair) {
+    let versioned = dir.path(version);
+    fs::create_dir(&versioned).unwrap();
+    pair.write(&versioned, "tls");
+    let (new, live) = (dir.path("new"), dir.path("live"));
+    std::os::unix::fs::symlink(&versioned, &new).unwrap();
+    fs::rename(new, live).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on() {
+    let [first, second, third] = ["first", "second", "third"].map(Authority::new);
+    let dir = Dir::new();
+    mount(&dir, "v1", &first.server(&["tracker.example"]));
+    let live = ["crt", "key"].map(|kind| dir.path(&format!("live/tls.{kind}")).display().to_string());
+    let data = dir.data();
+    let mut service = Service::start(&dir, &serve_args(&data, &live));
+    (0..3).for_each(|_| drop(service.line()));
+    let mut silent = std::net::TcpStream::connect(&service.address).unwrap();
+    let token = admin_token(&dir);
+    let old = endpoint(&service, &first, None).connect().await.unwrap();
+    assert_eq!(count_issues(old.clone(), &token).await.unwrap(), 0);
+
+    // By a swapped symlink.
+    mount(&dir, "v2", &second.server(&["tracker.example"]));
+    until_served(&service, &second, &token).await;
+    assert!(call(endpoint(&service, &first, None), &token).await.is_err(), "the old one is not shown any more");
+
+    // A key that is not the certificate's, then half a certificate, by a rename and in place.
+    let other = third.server(&["tracker.example"]);
+    fs::write(dir.path("v2/new"), &other.key).unwrap();
+    fs::rename(dir.path("v2/new"), dir.path("v2/tls.key")).unwrap();
+    wait_until("the bad key is told", || service.log().contains("is not the key of"));
+    fs::write(dir.path("v2/tls.crt"), &other.certificate[..other.certificate.len() / 2]).unwrap();
+    wait_until("the half certificate is told", || service.log().contains("is not whole PEM"));
+    assert_eq!(call(endpoint(&service, &second, None), &token).await, Ok(0));
+
+    fs::write(dir.path("v2/tls.crt"), &other.certificate).unwrap();
+    until_served(&service, &third, &token).await;
+
+    assert_eq!(count_issues(old, &token).await.unwrap(), 0, "the first connection goes on");
+    silent.set_read_timeout(Some(RELOADED_AFTER_MAX)).unwrap();
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0, "one without a handshake does not");
+    let log = service.log();
+    assert_eq!(log.matches("the new certificate is not taken").count(), 2, "{log}");
+    assert_eq!(log.matches("new connections get the new certificate").count(), 2, "{log}");
+    assert!(!log.contains("BEGIN"), "{log}");
+    assert_eq!(service.stop().code(), Some(0));
+}
