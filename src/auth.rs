@@ -5,12 +5,13 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::{HeaderMap, header::AUTHORIZATION};
 use moka::future::Cache;
+use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::Semaphore;
 use tonic::Request;
 use uuid::Uuid;
@@ -20,6 +21,7 @@ use crate::{
     error::{Error, Result},
     pb::Role,
     request::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
+    singleflight::Flights,
 };
 
 /// How long a token is believed without asking the database: what was revoked on one replica ends on the others within
@@ -27,12 +29,12 @@ use crate::{
 const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 /// How many tokens are remembered at once.
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
-/// How many passwords are checked at once: each takes a core for a quarter of a second.
-const PASSWORDS_AT_ONCE_MAX: usize = 2;
 /// How long a password waits to be checked.
 const PASSWORD_WAIT: Duration = Duration::from_secs(5);
-/// How many may wait: what these can be done with in that time.
-const PASSWORDS_WAITING_MAX: usize = 32;
+/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
+/// do not take the places of those who have signed in.
+const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
+const KNOWN_WAITING_PER_THREAD_MAX: usize = 8;
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -70,57 +72,107 @@ impl Caller {
     }
 }
 
+/// Where a password waits to be checked or hashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Line {
+    /// Of those who have signed in, now or lately.
+    Known,
+    /// Of everybody else.
+    Strangers,
+}
+
+/// Who a token belongs to and for how long, as the database says it; none: it is not valid.
+type FoundCaller = Option<(Caller, Option<Duration>)>;
+
+/// What is known of a token.
+#[derive(Clone, Copy)]
+struct Known {
+    caller: Caller,
+    /// The generation in which it was read.
+    generation: u64,
+    /// When it expires. None: not before it is revoked.
+    valid_until: Option<Instant>,
+}
+
 /// Checks passwords and tokens. Cheap to clone.
 #[derive(Clone)]
 pub struct Auth {
     db: Db,
-    /// What is known of tokens, each with the generation in which it was read.
-    callers: Cache<[u8; TOKEN_BYTES], (u64, Caller)>,
+    /// Calls that come together with a token are told what it is by one look.
+    lookups: Arc<Flights<[u8; TOKEN_BYTES], FoundCaller>>,
+    callers: Cache<[u8; TOKEN_BYTES], Known>,
     /// What was read in an earlier one is not believed any more.
     generation: Arc<AtomicU64>,
     passwords: Arc<Semaphore>,
-    passwords_waiting: Arc<Semaphore>,
+    known_waiting: Arc<Semaphore>,
+    strangers_waiting: Arc<Semaphore>,
     bcrypt_cost: u32,
     /// What is checked when there is no such user, so that it takes as long.
-    decoy_hash: Arc<str>,
+    decoy_hash: Arc<SecretString>,
 }
 
 impl Auth {
     /// `bcrypt_cost`: 4 to 31; 12 takes a quarter of a second.
     pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
+        // Half of the cores, so that whoever sends passwords does not take the others' time.
+        let passwords_max = (std::thread::available_parallelism()?.get() / 2).max(1);
+        let db = db.for_auth();
+        let of_lookup = db.clone();
+        let lookups = Flights::new(Box::new(move |sha256: [u8; TOKEN_BYTES]| {
+            let db = of_lookup.clone();
+            Box::pin(async move { tokens::find_caller(&*db.conn().await?, &sha256).await })
+        }));
         Ok(Self {
-            db: db.for_auth(),
+            db,
+            lookups: Arc::new(lookups),
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
-            passwords: Arc::new(Semaphore::new(PASSWORDS_AT_ONCE_MAX)),
-            passwords_waiting: Arc::new(Semaphore::new(PASSWORDS_WAITING_MAX)),
+            passwords: Arc::new(Semaphore::new(passwords_max)),
+            known_waiting: Arc::new(Semaphore::new(passwords_max * KNOWN_WAITING_PER_THREAD_MAX)),
+            strangers_waiting: Arc::new(Semaphore::new(passwords_max * STRANGERS_WAITING_PER_THREAD_MAX)),
             bcrypt_cost,
-            decoy_hash: bcrypt::hash(new_token()?.0, bcrypt_cost)?.into(),
+            decoy_hash: Arc::new(hash_password(&new_token()?.0.into(), bcrypt_cost)?),
         })
     }
 
+    /// Where users and tokens are looked up, beside what else is asked of the database.
+    pub fn db(&self) -> &Db {
+        &self.db
+    }
+
     /// Whether the password is the one that was hashed; without a hash it is not, after the same time.
-    pub async fn verify_password(&self, password: &str, hash: Option<&str>) -> Result<bool> {
+    pub async fn verify_password(
+        &self,
+        line: Line,
+        password: &SecretString,
+        hash: Option<&SecretString>,
+    ) -> Result<bool> {
         // bcrypt takes more than these for a password's first bytes, or for its repetition.
-        let exact = password.len() <= PASSWORD_BYTES_MAX && !password.contains('\0');
+        let exact = password.expose_secret().len() <= PASSWORD_BYTES_MAX && !password.expose_secret().contains('\0');
         let known = hash.is_some();
-        let hash = hash.unwrap_or(&self.decoy_hash).to_owned();
-        let password = password.to_owned();
-        let equal = self.on_password_thread(move || bcrypt::verify(password, &hash)).await?;
+        let (password, hash) = (password.clone(), hash.unwrap_or(&self.decoy_hash).clone());
+        let verify = move || bcrypt::verify(password.expose_secret(), hash.expose_secret());
+        let equal = self.on_password_thread(line, verify).await?;
         Ok(equal && exact && known)
     }
 
-    pub async fn hash_password(&self, password: &str) -> Result<String> {
-        let (password, cost) = (password.to_owned(), self.bcrypt_cost);
-        self.on_password_thread(move || bcrypt::hash(password, cost)).await
+    /// For somebody who has signed in.
+    pub async fn hash_password(&self, password: &SecretString) -> Result<SecretString> {
+        let (password, cost) = (password.clone(), self.bcrypt_cost);
+        self.on_password_thread(Line::Known, move || hash_password(&password, cost)).await
     }
 
     async fn on_password_thread<T: Send + 'static>(
         &self,
+        line: Line,
         work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
     ) -> Result<T> {
         let busy = || Error::Exhausted("too many passwords are being checked; try again".to_owned());
-        let _waiting = self.passwords_waiting.try_acquire().map_err(|_| busy())?;
+        let waiting = match line {
+            Line::Known => &self.known_waiting,
+            Line::Strangers => &self.strangers_waiting,
+        };
+        let _waiting = waiting.try_acquire().map_err(|_| busy())?;
         let acquire = Arc::clone(&self.passwords).acquire_owned();
         let permit = tokio::time::timeout(PASSWORD_WAIT, acquire).await.map_err(|_| busy())?;
         tokio::task::spawn_blocking(move || {
@@ -151,19 +203,28 @@ impl Auth {
             .and_then(|(_, token)| token_sha256(token.trim()))
             .ok_or(Error::Unauthenticated("the authorization metadata is not \"Bearer <token>\""))?;
         let generation = self.generation.load(Ordering::SeqCst);
-        if let Some((known_in, caller)) = self.callers.get(&sha256).await
-            && known_in == generation
+        let now = Instant::now();
+        if let Some(known) = self.callers.get(&sha256).await
+            && known.generation == generation
+            && known.valid_until.is_none_or(|end| now < end)
         {
-            return Ok(caller);
+            return Ok(known.caller);
         }
         // Boxed, as it happens seldom and would make the future of every request large: they are moved about.
-        let found = Box::pin(async { tokens::find_caller(&*self.db.conn().await?, &sha256).await }).await?;
-        let caller = found.ok_or(Error::Unauthenticated(
+        let found = Box::pin(self.lookups.read(sha256)).await?;
+        let (caller, valid_for) = found.ok_or(Error::Unauthenticated(
             "the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
-        self.callers.insert(sha256, (generation, caller)).await;
+        // From before the database was asked, and so rather too early. Too long to reckon with is for ever.
+        let valid_until = valid_for.and_then(|valid_for| now.checked_add(valid_for));
+        self.callers.insert(sha256, Known { caller, generation, valid_until }).await;
         Ok(caller)
     }
+}
+
+/// `cost` is bcrypt's, as of [`Auth::new`].
+pub fn hash_password(password: &SecretString, cost: u32) -> Result<SecretString, bcrypt::BcryptError> {
+    bcrypt::hash(password.expose_secret(), cost).map(SecretString::from)
 }
 
 /// A new token, and its SHA-256 for the database.
@@ -184,7 +245,8 @@ fn token_sha256(token: &str) -> Option<[u8; 32]> {
 }
 
 /// What a password must be.
-pub fn check_password(password: &str) -> Result<(), String> {
+pub fn check_password(password: &SecretString) -> Result<(), String> {
+    let password = password.expose_secret();
     if !(PASSWORD_BYTES_MIN..=PASSWORD_BYTES_MAX).contains(&password.len()) {
         return Err(format!(
             "must have {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX} bytes of UTF-8, has {}",

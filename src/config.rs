@@ -11,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
 pub use self::tls::{ClientTls, ServerTls};
-use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, pb};
+use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, login::FreeFailures, pb};
 
 /// An issue tracker over gRPC, on PostgreSQL.
 #[derive(Debug, Parser)]
@@ -186,6 +186,15 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_SESSION_HOURS", default_value_t = 12, value_name = "HOURS",
         value_parser = value_parser!(i32).range(1..=8_760))]
     pub session_hours: i32,
+    /// Wrong passwords for one user from one address until further tries have to wait, longer and longer.
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES", default_value_t = 5, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000))]
+    login_failures: u32,
+    /// Wrong passwords from one address, for whatever users, until further tries from there have to wait. Behind a proxy
+    /// all clients have one address.
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES_PER_ADDRESS", default_value_t = 50, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000))]
+    login_failures_per_address: u32,
     /// How long requests under way may take to finish when the service stops, in seconds.
     #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=3_600))]
@@ -234,6 +243,10 @@ impl Limits {
             streams_max: self.streams,
             header_bytes_max: self.header_bytes,
         }
+    }
+
+    pub fn free_login_failures(&self) -> FreeFailures {
+        FreeFailures { of_pair: self.login_failures, of_address: self.login_failures_per_address }
     }
 
     pub fn drain(&self) -> Duration {

@@ -3,6 +3,7 @@
 //! A query is a free function in the file of its noun, over [`Conn`]; a [`Tx`] dereferences to [`Conn`], so the same
 //! function serves both. Nothing here knows of gRPC.
 
+pub mod audit;
 pub mod comments;
 pub mod embedded;
 pub mod import;
@@ -109,16 +110,18 @@ impl Db {
         let inner = PostgresConnectionManager::new(config, connector.clone());
         let manager = Manager { inner, connector, up: Arc::new(up_sender) };
         tokio::spawn(probe(manager.clone()));
-        Self::with_manager(manager, up, options)
+        let waiting_max = options.connections_max as usize * WAITING_EACH_MAX;
+        Self::with_manager(manager, up, options, waiting_max)
     }
 
     /// A pool of its own on the same database, for finding out who calls.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.up.clone(), options)
+        // How many wait is bounded by the requests there are: each looks once, and briefly.
+        Self::with_manager(self.manager.clone(), self.up.clone(), options, Semaphore::MAX_PERMITS)
     }
 
-    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
+    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions, waiting_max: usize) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -134,7 +137,7 @@ impl Db {
             up,
             lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
             heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
-            waiting: Arc::new(Semaphore::new(connections * WAITING_EACH_MAX)),
+            waiting: Arc::new(Semaphore::new(waiting_max)),
             options,
         }
     }

@@ -73,6 +73,9 @@ pub enum Error {
     /// A bound on work at once is reached.
     #[error("{0}")]
     Exhausted(String),
+    /// Passwords were tried and wrong too often; the next try is taken after the delay.
+    #[error("the password was wrong too often; try again in {} s", seconds_up(.delay))]
+    TooManyTries { delay: Duration },
     /// It took too long.
     #[error("{message}")]
     Timeout { reason: &'static str, message: String },
@@ -213,6 +216,7 @@ impl Error {
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
+            | Self::TooManyTries { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::Unavailable
@@ -452,7 +456,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::Exhausted(_) | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable | Self::ConnectionLost | Self::OutcomeUnknown { .. } | Self::Stopping => {
@@ -478,6 +482,7 @@ impl Error {
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) => "OVERLOADED",
+            Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Conflict(_) => "CONFLICT",
             Self::Unavailable | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
@@ -516,6 +521,7 @@ impl Error {
             | Self::Stopping
             | Self::Conflict(_)
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
+            Self::TooManyTries { delay } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
@@ -560,6 +566,11 @@ impl Error {
         }
         metadata
     }
+}
+
+/// Whole seconds, not before the delay is over.
+fn seconds_up(delay: &Duration) -> u64 {
+    delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
 }
 
 fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {

@@ -299,6 +299,13 @@ impl PageRequest {
         Ok(i32::from_be_bytes(key))
     }
 
+    /// The last number of the page before, in lists by a growing number.
+    pub fn after_number(&self) -> Result<Option<i64>> {
+        let Some(key) = &self.after else { return Ok(None) };
+        let key = <[u8; 8]>::try_from(&**key).map_err(|_| Error::invalid("page_token", PAGE_TOKEN_GARBAGE))?;
+        Ok(Some(i64::from_be_bytes(key)))
+    }
+
     /// The token of the next page, which begins behind the row with this key.
     pub fn next_token(&self, more: bool, last_key: Option<&[u8]>) -> String {
         let Some(key) = last_key.filter(|_| more) else { return String::new() };

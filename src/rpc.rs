@@ -11,12 +11,12 @@ mod users;
 
 pub use users::check_username;
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use prost::Message;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 
 use crate::{
     auth::Auth,
@@ -26,12 +26,14 @@ use crate::{
         rounds::Rounds,
     },
     error::Result,
+    login::LoginLimits,
 };
 
 /// What the services work with.
 pub struct Api {
     pub db: Db,
     pub auth: Auth,
+    pub login_limits: LoginLimits,
     pub rounds: Rounds,
     pub session_hours: i32,
     /// A permit for each import under way.
@@ -57,6 +59,11 @@ use fresh;
 
 fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
     Ok(Response::new(decode_reply(reply)?))
+}
+
+/// Where a request comes from. None: not by TCP.
+fn address_of<T>(request: &Request<T>) -> Option<IpAddr> {
+    request.remote_addr().map(|address| address.ip())
 }
 
 /// Commits a mutation together with its reply.

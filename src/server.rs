@@ -12,8 +12,9 @@ use crate::{
     auth::Auth,
     config::Limits,
     connections::{self, Listener},
-    db::{Db, requests::prune_requests, rounds::Rounds, tokens::prune_sessions},
+    db::{Db, audit::prune_audit_events, requests::prune_requests, rounds::Rounds, tokens::prune_tokens},
     gate::Gate,
+    login::LoginLimits,
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
@@ -50,6 +51,7 @@ pub async fn run(
     let api = Api {
         db: db.clone(),
         auth: auth.clone(),
+        login_limits: LoginLimits::new(limits.free_login_failures()),
         rounds: Rounds::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
@@ -133,7 +135,7 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Forgets old request ids and sessions now and then. Replicas that do it at once do not get in each other's way.
+/// Forgets old request ids, tokens and audit events now and then. Replicas that do it at once do not get in each other's way.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
@@ -141,10 +143,11 @@ async fn prune(db: Db) {
         let pruned = async {
             let conn = db.conn().await?;
             prune_requests(&conn).await?;
-            prune_sessions(&conn).await
+            prune_tokens(&conn).await?;
+            prune_audit_events(&conn).await
         };
         if let Err(error) = pruned.await {
-            tracing::warn!(code = ?error.code(), "cannot prune old request ids and sessions; trying again later");
+            tracing::warn!(code = ?error.code(), "cannot prune old request ids, tokens and audit events; trying again later");
         }
     }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -19,15 +20,17 @@ use tokio_postgres::{Config, NoTls};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
-    auth::{check_password, new_token},
+    auth::{check_password, hash_password, new_token},
     cli,
     config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
     connections::Listener,
     db::{
         Db, PoolOptions, Target,
+        audit::By,
         embedded::{Cluster, Durability},
         migrate::migrate,
-        tokens, users,
+        tokens,
+        users::{self, NewUser},
     },
     pb::Role,
     rpc::check_username,
@@ -130,16 +133,18 @@ pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
 
 pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     let username = check_username(args.username).map_err(|message| anyhow!("the username {message}"))?;
-    let mut password = String::new();
-    std::io::stdin().read_to_string(&mut password).context("cannot read the password from standard input")?;
-    let password = password.trim_end_matches(['\r', '\n']);
-    check_password(password).map_err(|message| anyhow!("the password {message}"))?;
+    let mut input = String::new();
+    std::io::stdin().read_to_string(&mut input).context("cannot read the password from standard input")?;
+    input.truncate(input.trim_end_matches(['\r', '\n']).len());
+    let password = SecretString::from(input);
+    check_password(&password).map_err(|message| anyhow!("the password {message}"))?;
 
     let target: Target = args.database.database_url.parse()?;
     migrate(target.clone()).await?;
     let db = Db::new(target, PoolOptions::SMALL);
-    let hash = bcrypt::hash(password, args.bcrypt_cost)?;
-    let user = users::create(&*db.conn().await?, &username, args.role.into(), &hash).await?;
+    let password_hash = hash_password(&password, args.bcrypt_cost)?;
+    let new = NewUser { username: &username, role: args.role.into(), disabled: false, password_hash: &password_hash };
+    let user = users::create(&*db.conn().await?, new, By::COMMAND_LINE).await?;
     println!("{}", user.id);
     Ok(())
 }
@@ -244,21 +249,26 @@ async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path)
     let mut first_password = None;
     if !users::exist(&tx).await? {
         let (password, _) = new_token()?;
-        let (hash, cost) = (password.clone(), limits.bcrypt_cost);
-        let hash = tokio::task::spawn_blocking(move || bcrypt::hash(hash, cost)).await??;
-        users::create(&tx, FIRST_ADMINISTRATOR, Role::Admin, &hash).await?;
+        let password = SecretString::from(password);
+        let (to_hash, cost) = (password.clone(), limits.bcrypt_cost);
+        let password_hash = &tokio::task::spawn_blocking(move || hash_password(&to_hash, cost)).await??;
+        let new = NewUser { username: FIRST_ADMINISTRATOR, role: Role::Admin, disabled: false, password_hash };
+        users::create(&tx, new, By::COMMAND_LINE).await?;
         first_password = Some(password);
     } else if token_file.exists() {
         return Ok(());
     }
     let user = users::get_by_username(&tx, FIRST_ADMINISTRATOR).await?;
     let (token, sha256) = new_token()?;
-    tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME).await?;
+    tokens::create_api_token(&tx, user.id.parse()?, &sha256, FIRST_TOKEN_NAME, None, By::COMMAND_LINE).await?;
     tx.commit().await?;
     // Last, as a start that finds the file takes it that all is done.
     write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
     if let Some(password) = first_password {
-        println!("made the user \"{FIRST_ADMINISTRATOR}\" with the password {password} (it is not shown again)");
+        println!(
+            "made the user \"{FIRST_ADMINISTRATOR}\" with the password {} (it is not shown again)",
+            password.expose_secret()
+        );
     }
     Ok(())
 }

@@ -452,7 +452,10 @@ async fn an_external_database_is_migrated_given_an_administrator_and_served() {
     assert_eq!(issue.reporter_id, id);
     assert_eq!(service.stdout, [format!("listening on {}", service.address)]);
     assert_eq!(service.stop().code(), Some(0));
-    assert_eq!(external.sql().await.query("SELECT FROM users", &[]).await.unwrap().len(), 1);
+    let sql = external.sql().await;
+    assert_eq!(sql.query("SELECT FROM users", &[]).await.unwrap().len(), 1);
+    let told = "SELECT FROM audit_events WHERE action = 'USER_CREATED' AND actor_id IS NULL AND user_id::text = $1";
+    assert_eq!(sql.query(told, &[&id]).await.unwrap().len(), 1);
 }
 
 /// Calls that fail in the service and in the database, with a mark in everything that the client sends.

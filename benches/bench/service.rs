@@ -11,7 +11,13 @@ use std::{
 use anyhow::{Context, bail};
 use issue_tracker::{
     auth::new_token,
-    db::{embedded::Cluster, migrate::migrate, tokens, users},
+    db::{
+        audit::By,
+        embedded::Cluster,
+        migrate::migrate,
+        tokens,
+        users::{self, NewUser},
+    },
     pb::Role,
 };
 
@@ -101,9 +107,11 @@ fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
         migrate(&config).await?;
         let db = issue_tracker::db::Db::new(config, issue_tracker::db::PoolOptions::SMALL);
         let conn = db.conn().await?;
-        let user = users::create(&conn, USERNAME, Role::Member, &bcrypt::hash(PASSWORD, BCRYPT_COST)?).await?;
+        let password_hash = bcrypt::hash(PASSWORD, BCRYPT_COST)?.into();
+        let new = NewUser { username: USERNAME, role: Role::Member, disabled: false, password_hash: &password_hash };
+        let user = users::create(&conn, new, By::COMMAND_LINE).await?;
         let (token, sha256) = new_token()?;
-        tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench").await?;
+        tokens::create_api_token(&conn, user.id.parse()?, &sha256, "bench", None, By::COMMAND_LINE).await?;
         Ok(token)
     })
 }

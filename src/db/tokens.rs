@@ -1,10 +1,17 @@
-//! Session and API tokens, by the SHA-256 of what the client has.
+//! Session and API tokens, by the SHA-256 of what the client has. A session has no name.
+//!
+//! A token is found by the hash in an index, whose comparisons end at the first byte that differs. Their time tells
+//! nothing that helps: who guesses tokens does not choose the bytes of their hashes, and from a hash that he knew he would
+//! have no token. Nor is there anything to try out: a token is 256 random bits.
+
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use secrecy::{ExposeSecret, SecretString};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds};
+use super::{Conn, Page, PageBounds, audit::By};
 use crate::{
     auth::Caller,
     error::{Error, Result},
@@ -12,40 +19,87 @@ use crate::{
     request::timestamp,
 };
 
-/// Who a token belongs to, if it is valid and its user is not disabled.
-pub async fn find_caller(db: &Conn, sha256: &[u8]) -> Result<Option<Caller>> {
+/// The columns of [`from_row`].
+macro_rules! token_columns {
+    () => {
+        "id, user_id, name, create_time, revoke_time, expire_time"
+    };
+}
+
+/// Who a token belongs to, if it is valid and its user is not disabled, and for how long it is valid still. No duration: it
+/// does not expire.
+pub async fn find_caller(db: &Conn, sha256: &[u8]) -> Result<Option<(Caller, Option<Duration>)>> {
+    // By the database's clock, as it is that which says when a token expires.
     const SQL: &str = "-- find_caller
-        SELECT u.id, u.role, t.id FROM tokens t JOIN users u ON u.id = t.user_id
+        SELECT u.id, u.role, t.id, extract(epoch FROM t.expire_time - now())::float8
+        FROM tokens t JOIN users u ON u.id = t.user_id
         WHERE t.sha256 = $1 AND t.revoke_time IS NULL AND (t.expire_time IS NULL OR t.expire_time > now()) AND NOT u.disabled";
     let Some(row) = db.query_opt(SQL, &[&sha256]).await? else { return Ok(None) };
     let role = Role::try_from(i32::from(row.get::<_, i16>(1))).map_err(|_| Error::Internal("unknown role"))?;
-    Ok(Some(Caller { user_id: row.get(0), role, token_id: row.get(2) }))
+    let valid_for =
+        row.get::<_, Option<f64>>(3).map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
+    Ok(Some((Caller { user_id: row.get(0), role, token_id: row.get(2) }, valid_for)))
+}
+
+/// A session to be kept.
+pub struct NewSession<'a> {
+    pub user_id: Uuid,
+    /// What the password was checked against.
+    pub password_hash: &'a SecretString,
+    pub sha256: &'a [u8],
+    pub hours: i32,
 }
 
 /// Keeps a session; answers when it expires. None: since the password was checked against the hash, the user was
 /// disabled or has another password.
-pub async fn create_session(
-    db: &Conn,
-    user_id: Uuid,
-    password_hash: &str,
-    sha256: &[u8],
-    hours: i32,
-) -> Result<Option<DateTime<Utc>>> {
+pub async fn create_session(db: &Conn, new: NewSession<'_>, by: By) -> Result<Option<DateTime<Utc>>> {
     // The lock makes whoever changes the user and then ends his sessions wait, and so end this one too.
     const SQL: &str = "-- create_session
-        INSERT INTO tokens (id, user_id, sha256, expire_time)
-        SELECT $1, id, $4, now() + make_interval(hours => $5) FROM users
-        WHERE id = $2 AND password_hash = $3 AND NOT disabled FOR SHARE
-        RETURNING expire_time";
-    let row = db.query_opt(SQL, &[&Uuid::now_v7(), &user_id, &password_hash, &sha256, &hours]).await?;
+        WITH made AS (
+            INSERT INTO tokens (id, user_id, sha256, expire_time)
+            SELECT $1, id, $4, now() + make_interval(hours => $5) FROM users
+            WHERE id = $2 AND password_hash = $3 AND NOT disabled FOR SHARE
+            RETURNING id, user_id, expire_time
+        ), event AS (
+            INSERT INTO audit_events (action, actor_id, address, user_id, token_id)
+            SELECT 'LOGIN', user_id, $6::text::inet, user_id, id FROM made
+        )
+        SELECT expire_time FROM made";
+    let NewSession { user_id, password_hash, sha256, hours } = new;
+    let row = db
+        .query_opt(SQL, &[&Uuid::now_v7(), &user_id, &password_hash.expose_secret(), &sha256, &hours, &by.address()])
+        .await?;
     Ok(row.map(|row| row.get(0)))
 }
 
-pub async fn create_api_token(db: &Conn, user_id: Uuid, sha256: &[u8], name: &str) -> Result<ApiToken> {
-    const SQL: &str = "-- create_api_token
-        INSERT INTO tokens (id, user_id, sha256, name) VALUES ($1, $2, $3, $4)
-        RETURNING id, user_id, name, create_time, revoke_time";
-    Ok(from_row(&db.query_one(SQL, &[&Uuid::now_v7(), &user_id, &sha256, &name]).await?))
+/// None: the time at which it is to expire is not in the future.
+pub async fn create_api_token(
+    db: &Conn,
+    user_id: Uuid,
+    sha256: &[u8],
+    name: &str,
+    expire_time: Option<DateTime<Utc>>,
+    by: By,
+) -> Result<Option<ApiToken>> {
+    const SQL: &str = concat!(
+        "-- create_api_token
+        WITH made AS (
+            INSERT INTO tokens (id, user_id, sha256, name, expire_time)
+            SELECT $1, $2, $3, $4, $5::timestamptz WHERE $5::timestamptz IS NULL OR $5::timestamptz > now()
+            RETURNING ",
+        token_columns!(),
+        "
+        ), event AS (
+            INSERT INTO audit_events (action, actor_id, address, user_id, token_id, new_value)
+            SELECT 'API_TOKEN_CREATED', $6, $7::text::inet, user_id, id, name FROM made
+        )
+        SELECT ",
+        token_columns!(),
+        " FROM made"
+    );
+    let id = Uuid::now_v7();
+    let row = db.query_opt(SQL, &[&id, &user_id, &sha256, &name, &expire_time, &by.actor_id(), &by.address()]).await?;
+    Ok(row.map(|row| from_row(&row)))
 }
 
 /// A user's API tokens that are not revoked, newest first, behind the one with id `after`.
@@ -56,45 +110,71 @@ pub async fn list_api_tokens(
     limit: i64,
     bounds: PageBounds,
 ) -> Result<Page<ApiToken>> {
-    const SQL: &str = "-- list_api_tokens
-        SELECT id, user_id, name, create_time, revoke_time FROM tokens
+    const SQL: &str = concat!(
+        "-- list_api_tokens\nSELECT ",
+        token_columns!(),
+        " FROM tokens
         WHERE user_id = $1 AND name IS NOT NULL AND revoke_time IS NULL AND ($2::uuid IS NULL OR id < $2)
-        ORDER BY id DESC LIMIT $3";
+        ORDER BY id DESC LIMIT $3"
+    );
     db.query_page(SQL, &[&user_id, &after, &limit], bounds, |row| Ok(from_row(row)), prost::Message::encoded_len).await
 }
 
-/// Revokes an API token: one of `owner`'s, or anybody's if there is no `owner`.
-pub async fn revoke_api_token(db: &Conn, id: Uuid, owner: Option<Uuid>) -> Result<ApiToken> {
+/// Revokes an API token: one of `owner`'s, or anybody's if there is no `owner`. One that is revoked stays as it is.
+pub async fn revoke_api_token(db: &Conn, id: Uuid, owner: Option<Uuid>, by: By) -> Result<ApiToken> {
     const SQL: &str = "-- revoke_api_token
-        UPDATE tokens SET revoke_time = coalesce(revoke_time, now())
-        WHERE id = $1 AND name IS NOT NULL AND ($2::uuid IS NULL OR user_id = $2)
-        RETURNING id, user_id, name, create_time, revoke_time";
-    let row = db.query_opt(SQL, &[&id, &owner]).await?;
+        WITH found AS (
+            SELECT id, user_id, name, create_time, revoke_time, expire_time FROM tokens
+            WHERE id = $1 AND name IS NOT NULL AND ($2::uuid IS NULL OR user_id = $2) FOR NO KEY UPDATE
+        ), revoked AS (
+            UPDATE tokens t SET revoke_time = now() FROM found
+            WHERE t.id = found.id AND found.revoke_time IS NULL
+            RETURNING t.id, t.user_id, t.name, t.revoke_time
+        ), event AS (
+            INSERT INTO audit_events (action, actor_id, address, user_id, token_id, old_value)
+            SELECT 'API_TOKEN_REVOKED', $3, $4::text::inet, user_id, id, name FROM revoked
+        )
+        SELECT f.id, f.user_id, f.name, f.create_time, coalesce(r.revoke_time, f.revoke_time), f.expire_time
+        FROM found f LEFT JOIN revoked r ON r.id = f.id";
+    let row = db.query_opt(SQL, &[&id, &owner, &by.actor_id(), &by.address()]).await?;
     row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("api token", "id", id))
 }
 
 /// Ends a session, or revokes an API token.
-pub async fn revoke(db: &Conn, id: Uuid) -> Result<()> {
+pub async fn revoke(db: &Conn, id: Uuid, by: By) -> Result<()> {
     const SQL: &str = "-- revoke
-        UPDATE tokens SET revoke_time = coalesce(revoke_time, now()) WHERE id = $1";
-    db.execute(SQL, &[&id]).await.map(drop)
+        WITH ended AS (
+            UPDATE tokens SET revoke_time = now() WHERE id = $1 AND revoke_time IS NULL RETURNING id, user_id, name
+        )
+        INSERT INTO audit_events (action, actor_id, address, user_id, token_id, old_value)
+        SELECT CASE WHEN name IS NULL THEN 'LOGOUT' ELSE 'API_TOKEN_REVOKED' END, $2, $3::text::inet, user_id, id, name
+        FROM ended";
+    db.execute(SQL, &[&id, &by.actor_id(), &by.address()]).await.map(drop)
 }
 
 /// Ends a user's sessions, but for the one with the token `except`.
-pub async fn end_sessions(db: &Conn, user_id: Uuid, except: Option<Uuid>) -> Result<()> {
+pub async fn end_sessions(db: &Conn, user_id: Uuid, except: Option<Uuid>, by: By) -> Result<()> {
     const SQL: &str = "-- end_sessions
-        UPDATE tokens SET revoke_time = now()
-        WHERE user_id = $1 AND expire_time IS NOT NULL AND revoke_time IS NULL AND id IS DISTINCT FROM $2";
-    db.execute(SQL, &[&user_id, &except]).await.map(drop)
+        WITH ended AS (
+            UPDATE tokens SET revoke_time = now()
+            WHERE user_id = $1 AND name IS NULL AND revoke_time IS NULL AND expire_time > now() AND id IS DISTINCT FROM $2
+            RETURNING id, user_id
+        )
+        INSERT INTO audit_events (action, actor_id, address, user_id, token_id)
+        SELECT 'SESSION_ENDED', $3, $4::text::inet, user_id, id FROM ended";
+    db.execute(SQL, &[&user_id, &except, &by.actor_id(), &by.address()]).await.map(drop)
 }
 
-/// Forgets sessions that have expired.
-pub async fn prune_sessions(db: &Conn) -> Result<u64> {
-    const SQL: &str = "-- prune_sessions
-        DELETE FROM tokens WHERE expire_time < now() - interval '1 day'";
+/// Forgets sessions that have expired more than a day ago and API tokens that have more than 30 days ago, and how many
+/// these were.
+pub async fn prune_tokens(db: &Conn) -> Result<u64> {
+    const SQL: &str = "-- prune_tokens
+        DELETE FROM tokens
+        WHERE expire_time < now() - interval '1 day' AND (name IS NULL OR expire_time < now() - interval '30 days')";
     db.execute(SQL, &[]).await
 }
 
+/// Columns as in `token_columns!`.
 fn from_row(row: &Row) -> ApiToken {
     ApiToken {
         id: row.get::<_, Uuid>(0).to_string(),
@@ -102,5 +182,6 @@ fn from_row(row: &Row) -> ApiToken {
         name: row.get(2),
         create_time: Some(timestamp(row.get(3))),
         revoke_time: row.get::<_, Option<_>>(4).map(timestamp),
+        expire_time: row.get::<_, Option<_>>(5).map(timestamp),
     }
 }

@@ -1,12 +1,23 @@
 //! `AuthService`.
 
-use tonic::Request;
+use std::mem;
 
-use super::{Api, Reply, finish, fresh};
+use secrecy::SecretString;
+use tonic::Request;
+use uuid::Uuid;
+
+use super::{Api, Reply, address_of, finish, fresh};
 use crate::{
-    auth::{Caller, check_password, new_token},
-    db::{Conn, requests::RequestKey, tokens, users},
+    auth::{Caller, Line, check_password, new_token},
+    db::{
+        Conn,
+        audit::{self, By},
+        requests::RequestKey,
+        tokens::{self, NewSession},
+        users::{self, Credentials},
+    },
     error::{Error, Result},
+    login::Subject,
     pb::{
         ApiToken, ChangePasswordRequest, ChangePasswordResponse, CreateApiTokenRequest, CreateApiTokenResponse,
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
@@ -25,38 +36,43 @@ mutation! {
 #[tonic::async_trait]
 impl AuthService for Api {
     async fn login(&self, request: Request<LoginRequest>) -> Reply<LoginResponse> {
-        let request = request.into_inner();
-        // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
-        // connection is not held while the password is checked.
-        let credentials = match request.username.contains('\0') {
-            true => None,
-            false => users::find_credentials(&*self.db.conn().await?, &request.username).await?,
-        };
-        let hash = credentials.as_ref().map(|credentials| &*credentials.password_hash);
-        let wrong = || Error::Unauthenticated("the username or the password is wrong");
-        let verified = self.auth.verify_password(&request.password, hash).await?;
-        let credentials = credentials.filter(|_| verified).ok_or_else(wrong)?;
-        let mut reply = LoginResponse { user: Some(credentials.user), ..LoginResponse::default() };
-        if !request.validate_only {
-            let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
-            let db = self.db.autocommit_conn().await?;
-            let (user_id, hash) = (credentials.user_id, &credentials.password_hash);
-            let expire_time = tokens::create_session(&db, user_id, hash, &sha256, self.session_hours).await?;
-            reply.access_token = token;
-            reply.expire_time = Some(timestamp(expire_time.ok_or_else(wrong)?));
+        let address = address_of(&request);
+        let LoginRequest { username, password, validate_only } = request.into_inner();
+        let password = password.into();
+        let attempt = self.login_limits.begin(Subject::Username(&username), address)?;
+        let by = By::nobody(address);
+        let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
+        match self.check_credentials(line, &username, &password).await {
+            Ok(Checked::Right(credentials)) => {
+                attempt.succeeded();
+                if validate_only {
+                    let user = Some(credentials.user);
+                    return Ok(LoginResponse { user, ..LoginResponse::default() }.into());
+                }
+                self.open_session(credentials, by).await
+            }
+            Ok(Checked::Wrong(_)) if validate_only => Err(wrong_credentials().into()),
+            Ok(Checked::Wrong(user_id)) => {
+                audit::login_failed(&*self.auth.db().autocommit_conn().await?, user_id, by).await?;
+                Err(wrong_credentials().into())
+            }
+            Err(error) => {
+                attempt.unchecked();
+                Err(error.into())
+            }
         }
-        Ok(reply.into())
     }
 
     async fn logout(&self, request: Request<LogoutRequest>) -> Reply<LogoutResponse> {
         let caller = Caller::of(&request)?;
+        let by = By::user(caller.user_id, address_of(&request));
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
         check.done()?;
 
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        tokens::revoke(&tx, caller.token_id).await?;
+        tokens::revoke(&tx, caller.token_id, by).await?;
         let reply = finish(tx, LogoutResponse {}).await;
         self.auth.forget_tokens();
         reply
@@ -70,10 +86,13 @@ impl AuthService for Api {
 
     async fn change_password(&self, request: Request<ChangePasswordRequest>) -> Reply<ChangePasswordResponse> {
         let caller = Caller::of(&request)?;
-        let request = request.into_inner();
+        let address = address_of(&request);
+        let mut request = request.into_inner();
+        let current_password = SecretString::from(mem::take(&mut request.current_password));
+        let new_password = SecretString::from(mem::take(&mut request.new_password));
         let mut check = Check::default();
         let key = check.mutation(&request);
-        check.take("new_password", check_password(&request.new_password));
+        check.take("new_password", check_password(&new_password));
         check.done()?;
 
         let wrong = || Error::invalid("current_password", "is not the current password");
@@ -83,16 +102,23 @@ impl AuthService for Api {
         if key.request_id.is_some() {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
-        if !self.auth.verify_password(&request.current_password, Some(&old_hash)).await? {
-            return Err(wrong().into());
+        let attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
+        match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
+            Ok(true) => attempt.succeeded(),
+            Ok(false) => return Err(wrong().into()),
+            Err(error) => {
+                attempt.unchecked();
+                return Err(error.into());
+            }
         }
-        let password_hash = self.auth.hash_password(&request.new_password).await?;
+        let password_hash = self.auth.hash_password(&new_password).await?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
+        let by = By::user(caller.user_id, address);
         // Another change may have been made since the password was checked.
-        if !users::change_password_hash(&tx, caller.user_id, &old_hash, &password_hash).await? {
+        if !users::change_password_hash(&tx, caller.user_id, &old_hash, &password_hash, by).await? {
             return Err(wrong().into());
         }
-        tokens::end_sessions(&tx, caller.user_id, Some(caller.token_id)).await?;
+        tokens::end_sessions(&tx, caller.user_id, Some(caller.token_id), by).await?;
         let reply = finish(tx, ChangePasswordResponse {}).await;
         self.auth.forget_tokens();
         reply
@@ -100,19 +126,23 @@ impl AuthService for Api {
 
     async fn create_api_token(&self, request: Request<CreateApiTokenRequest>) -> Reply<CreateApiTokenResponse> {
         let caller = Caller::of(&request)?;
+        let by = By::user(caller.user_id, address_of(&request));
         let request = request.into_inner();
         let mut check = Check::default();
         let api_token = check.required("api_token", request.api_token);
         let user_id = check.optional_uuid("api_token.user_id", &api_token.user_id).unwrap_or(caller.user_id);
         may_manage_tokens(&caller, user_id)?;
         let name = check.required_text("api_token.name", api_token.name, TOKEN_NAME_CHARS_MAX);
+        let expire_time = check.time("api_token.expire_time", api_token.expire_time);
         check.done()?;
 
         let key = RequestKey { request_id: None, validate_only: request.validate_only };
         let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         check_enabled(&tx, user_id).await?;
-        let api_token = tokens::create_api_token(&tx, user_id, &sha256, &name).await?;
+        let api_token = tokens::create_api_token(&tx, user_id, &sha256, &name, expire_time, by)
+            .await?
+            .ok_or_else(|| Error::invalid("api_token.expire_time", "must be in the future"))?;
         let access_token = if request.validate_only { String::new() } else { token };
         finish(tx, CreateApiTokenResponse { api_token: Some(api_token), access_token }).await
     }
@@ -135,6 +165,7 @@ impl AuthService for Api {
 
     async fn revoke_api_token(&self, request: Request<RevokeApiTokenRequest>) -> Reply<ApiToken> {
         let caller = Caller::of(&request)?;
+        let by = By::user(caller.user_id, address_of(&request));
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
@@ -143,14 +174,55 @@ impl AuthService for Api {
 
         let owner = if caller.is_admin() { None } else { Some(caller.user_id) };
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let api_token = tokens::revoke_api_token(&tx, id, owner).await?;
+        let api_token = tokens::revoke_api_token(&tx, id, owner, by).await?;
         let reply = finish(tx, api_token).await;
         self.auth.forget_tokens();
         reply
     }
 }
 
-fn may_manage_tokens(caller: &Caller, user_id: uuid::Uuid) -> Result<()> {
+/// What came of a username and a password.
+enum Checked {
+    Right(Credentials),
+    /// The user of that name, if there is one.
+    Wrong(Option<Uuid>),
+}
+
+impl Api {
+    async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<Checked> {
+        // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
+        // connection is not held while the password is checked.
+        let credentials = match username.contains('\0') || !username.is_ascii() {
+            // Usernames are ASCII, and to the database some other letters are the same in lower case.
+            true => None,
+            false => users::find_credentials(&*self.auth.db().conn().await?, username).await?,
+        };
+        let hash = credentials.as_ref().map(|credentials| &credentials.password_hash);
+        let verified = self.auth.verify_password(line, password, hash).await?;
+        Ok(match credentials {
+            Some(credentials) if verified && !credentials.user.disabled => Checked::Right(credentials),
+            credentials => Checked::Wrong(credentials.map(|credentials| credentials.user_id)),
+        })
+    }
+
+    async fn open_session(&self, credentials: Credentials, by: By) -> Reply<LoginResponse> {
+        let Credentials { user, user_id, password_hash } = credentials;
+        let (access_token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
+        let db = self.auth.db().autocommit_conn().await?;
+        let session = NewSession { user_id, password_hash: &password_hash, sha256: &sha256, hours: self.session_hours };
+        let Some(expire_time) = tokens::create_session(&db, session, by).await? else {
+            audit::login_failed(&db, Some(user_id), by).await?;
+            return Err(wrong_credentials().into());
+        };
+        Ok(LoginResponse { access_token, expire_time: Some(timestamp(expire_time)), user: Some(user) }.into())
+    }
+}
+
+fn wrong_credentials() -> Error {
+    Error::Unauthenticated("the username or the password is wrong")
+}
+
+fn may_manage_tokens(caller: &Caller, user_id: Uuid) -> Result<()> {
     if user_id != caller.user_id && !caller.is_admin() {
         let role = Role::Admin.as_str_name();
         return Err(Error::PermissionDenied(format!("somebody else's API tokens take the role {role}")));
@@ -158,7 +230,7 @@ fn may_manage_tokens(caller: &Caller, user_id: uuid::Uuid) -> Result<()> {
     Ok(())
 }
 
-async fn check_enabled(db: &Conn, user_id: uuid::Uuid) -> Result<()> {
+async fn check_enabled(db: &Conn, user_id: Uuid) -> Result<()> {
     let user = users::get(db, user_id).await.map_err(|error| match error {
         Error::NotFound(_) => Error::not_found("user", "api_token.user_id", user_id),
         error => error,

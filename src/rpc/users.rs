@@ -1,14 +1,21 @@
 //! `UserService`.
 
+use std::mem;
+
+use secrecy::SecretString;
 use tonic::Request;
 
-use super::{Api, Reply, finish, fresh};
+use super::{Api, Reply, address_of, finish, fresh};
 use crate::{
     auth::{Caller, check_password},
-    db::{tokens, users},
+    db::{
+        audit::{self, By},
+        tokens,
+        users::{self, NewUser},
+    },
     pb::{
-        CreateUserRequest, GetUserRequest, ListUsersRequest, ListUsersResponse, Role, UpdateUserRequest, User,
-        user_service_server::UserService,
+        CreateUserRequest, GetUserRequest, ListAuditEventsRequest, ListAuditEventsResponse, ListUsersRequest,
+        ListUsersResponse, Role, UpdateUserRequest, User, user_service_server::UserService,
     },
     request::{Check, USERNAME_CHARS_MAX, mutation},
 };
@@ -22,19 +29,23 @@ mutation! {
 impl UserService for Api {
     async fn create_user(&self, request: Request<CreateUserRequest>) -> Reply<User> {
         let caller = Caller::with_role(&request, Role::Admin)?;
-        let request = request.into_inner();
+        let by = By::user(caller.user_id, address_of(&request));
+        let mut request = request.into_inner();
+        let password = SecretString::from(mem::take(&mut request.password));
         let mut check = Check::default();
         let key = check.mutation(&request);
         let user = check.required("user", request.user);
+        let disabled = user.disabled;
         let username = check.take("user.username", check_username(user.username));
         let role: Role = check.enumeration("user.role", user.role);
-        check.take("password", check_password(&request.password));
+        check.take("password", check_password(&password));
         check.done()?;
         let role = if role == Role::Unspecified { Role::Member } else { role };
 
-        let password_hash = self.auth.hash_password(&request.password).await?;
+        let password_hash = self.auth.hash_password(&password).await?;
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let user = users::create(&tx, &username, role, &password_hash).await?;
+        let new = NewUser { username: &username, role, disabled, password_hash: &password_hash };
+        let user = users::create(&tx, new, by).await?;
         finish(tx, user).await
     }
 
@@ -74,6 +85,7 @@ impl UserService for Api {
 
     async fn update_user(&self, request: Request<UpdateUserRequest>) -> Reply<User> {
         let caller = Caller::with_role(&request, Role::Admin)?;
+        let by = By::user(caller.user_id, address_of(&request));
         let request = request.into_inner();
         let mut check = Check::default();
         let key = check.mutation(&request);
@@ -96,13 +108,30 @@ impl UserService for Api {
         check.done()?;
 
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let user = users::update(&tx, id, role, disabled).await?;
+        let user = users::update(&tx, id, role, disabled, by).await?;
         if user.disabled {
-            tokens::end_sessions(&tx, id, None).await?;
+            tokens::end_sessions(&tx, id, None, by).await?;
         }
         let reply = finish(tx, user).await;
         self.auth.forget_tokens();
         reply
+    }
+
+    async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> Reply<ListAuditEventsResponse> {
+        Caller::with_role(&request, Role::Admin)?;
+        let request = request.into_inner();
+        let mut check = Check::default();
+        let user_id = check.optional_uuid("user_id", &request.user_id);
+        let of_user = user_id.as_ref().map_or(&[][..], |id| id.as_bytes());
+        let page = check.page(request.page_size, &request.page_token, &[b"audit events", of_user]);
+        check.done()?;
+        let after = page.after_number()?;
+
+        let db = self.db.conn().await?;
+        let found = audit::list(&db, user_id, after.unwrap_or(i64::MAX), page.limit(), page.bounds()).await?;
+        let last = found.items.last().map(|event| event.id.to_be_bytes());
+        let next_page_token = page.next_token(found.more, last.as_ref().map(|id| &id[..]));
+        Ok(ListAuditEventsResponse { audit_events: found.items, next_page_token }.into())
     }
 }
 

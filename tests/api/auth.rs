@@ -1,5 +1,8 @@
 //! `AuthService`, and what a token is worth.
 
+mod expiry;
+mod limits;
+
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures_util::future::join_all;
 use issue_tracker::{
@@ -160,16 +163,12 @@ async fn who_is_disabled_while_he_signs_in_gets_no_session() {
         let request = LoginRequest { username: "member".into(), password: PASSWORD.into(), validate_only: false };
         anybody.auth().login(request).await
     });
-    let db = tracker.db.clone();
-    eventually("the session waits for the lock", move || {
-        let db = db.clone();
-        Box::pin(async move {
-            let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'tokens'::regclass";
-            let conn = db.conn().await.unwrap();
-            conn.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 1
-        })
-    })
-    .await;
+    tracker
+        .wait_until(
+            "SELECT count(*) = 1 FROM pg_stat_activity
+            WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '-- create_session%'",
+        )
+        .await;
     locker.batch_execute("UPDATE users SET disabled = true WHERE username = 'member'; COMMIT").await.unwrap();
 
     let late = assert_unauthenticated(login.await.unwrap());

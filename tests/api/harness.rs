@@ -12,13 +12,15 @@ use std::{
 };
 
 use issue_tracker::{
-    auth::new_token,
+    auth::{hash_password, new_token},
     config::Limits,
     db::{
         Db,
+        audit::By,
         embedded::{Cluster, Durability},
         migrate::migrate,
-        tokens, users,
+        tokens,
+        users::{self, NewUser},
     },
     pb::{
         self, Issue, Role, User, auth_service_client::AuthServiceClient, comment_service_client::CommentServiceClient,
@@ -216,7 +218,15 @@ pub fn limits(args: &[&str]) -> Limits {
     }
     let fixed = ["test", "--bcrypt-cost", "4"];
     // The later of two values would be an error, so those of the test go first.
-    let defaults = [["--pool-connections", "6"], ["--imports", "4"], ["--exports", "1"], ["--drain-seconds", "1"]];
+    let defaults = [
+        ["--pool-connections", "6"],
+        ["--imports", "4"],
+        ["--exports", "1"],
+        ["--drain-seconds", "1"],
+        // All tests are one address.
+        ["--login-failures", "1000"],
+        ["--login-failures-per-address", "1000"],
+    ];
     let missing = defaults.iter().filter(|[name, _]| !args.contains(name)).flatten();
     let args = fixed.iter().chain(args).chain(missing);
     <Args as clap::Parser>::parse_from(args).limits
@@ -348,10 +358,12 @@ pub struct Client {
 
 async fn new_client(db: &Db, channel: &Channel, name: &str, role: Role) -> Client {
     let conn = db.conn().await.unwrap();
-    let hash = bcrypt::hash(PASSWORD, 4).unwrap();
-    let user = users::create(&conn, name, role, &hash).await.unwrap();
+    let password_hash = hash_password(&PASSWORD.into(), 4).unwrap();
+    let new = NewUser { username: name, role, disabled: false, password_hash: &password_hash };
+    let user = users::create(&conn, new, By::COMMAND_LINE).await.unwrap();
     let (token, sha256) = new_token().unwrap();
-    tokens::create_api_token(&conn, user.id.parse().unwrap(), &sha256, "test").await.unwrap();
+    let user_id = user.id.parse().unwrap();
+    tokens::create_api_token(&conn, user_id, &sha256, "test", None, By::COMMAND_LINE).await.unwrap();
     Client { user, token, channel: channel.clone() }
 }
 

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use issue_tracker::{
+    auth::new_token,
     db::migrate::migrate,
     pb::{
         AddIssueLabelsRequest, BulkUpdateStatusRequest, DeleteIssueRequest, DeleteLabelRequest, Issue, Priority,
         RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, Status as IssueStatus, UndeleteIssueRequest,
-        UpdateIssueRequest,
+        UpdateIssueRequest, WhoAmIRequest,
     },
 };
 use proptest::{prelude::*, test_runner::TestRunner};
@@ -16,7 +17,7 @@ use tokio_postgres::{Config, NoTls};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, new_database};
+use crate::harness::{Client, Tracker, assert_error, limits, new_database};
 
 /// A row of `issue_events`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -471,6 +472,39 @@ async fn migrating_again_changes_nothing() {
     assert!(!before.is_empty());
     assert_eq!(applied(&tracker.config).await, before);
     assert_eq!(tracker.member.get(&issue.id).await, issue);
+}
+
+/// As the version before V3 has left it, with a user who has a session and an API token.
+#[tokio::test]
+async fn sessions_and_api_tokens_outlive_the_migration_that_lets_tokens_expire() {
+    let config = empty_database().await;
+    execute(&config, include_str!("../../migrations/V1__issue_tracker.sql")).await;
+    execute(&config, include_str!("../../migrations/V2__imports_resumed_and_reverted.sql")).await;
+    let table = "CREATE TABLE refinery_schema_history
+        (version int4 PRIMARY KEY, name varchar(255), applied_on varchar(255), checksum varchar(255))";
+    execute(&config, table).await;
+    for [version, name, time, checksum] in applied(&new_database().await).await.into_iter().take(2) {
+        let row = format!("INSERT INTO refinery_schema_history VALUES ({version}, '{name}', '{time}', '{checksum}')");
+        execute(&config, &row).await;
+    }
+    let (session, api) = (new_token().unwrap(), new_token().unwrap());
+    let hex = |sha256: [u8; 32]| sha256.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let rows = format!(
+        "INSERT INTO users (id, username, password_hash, role) VALUES (gen_random_uuid(), 'ada', '', 2);
+        INSERT INTO tokens (id, user_id, sha256, name, expire_time)
+        SELECT gen_random_uuid(), id, '\\x{}'::bytea, NULL, now() + interval '1 hour' FROM users
+        UNION ALL SELECT gen_random_uuid(), id, '\\x{}'::bytea, 'of a robot', NULL FROM users",
+        hex(session.1),
+        hex(api.1)
+    );
+    execute(&config, &rows).await;
+
+    migrate(&config).await.unwrap();
+
+    let tracker = Tracker::start_on(config, limits(&[])).await;
+    for token in [&session.0, &api.0] {
+        tracker.client_with_token(Some(token)).auth().who_am_i(WhoAmIRequest {}).await.unwrap();
+    }
 }
 
 #[tokio::test]

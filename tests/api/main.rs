@@ -5,6 +5,7 @@
 mod certificates;
 mod harness;
 
+mod audit;
 mod auth;
 mod batches;
 mod comments;

@@ -75,6 +75,17 @@ async fn a_new_user_has_the_role_that_was_given_or_is_a_member() {
 }
 
 #[tokio::test]
+async fn a_user_can_be_made_disabled() {
+    let tracker = Tracker::start().await;
+    let user = Some(User { username: "ada".into(), disabled: true, ..User::default() });
+    let made = create(&tracker.admin, CreateUserRequest { user, ..new_user("", Role::Member) }).await.unwrap();
+    assert!(made.disabled);
+    assert!(session(&tracker, "ada").await.is_err());
+    assert!(!update(&tracker.admin, disabled(&made, false)).await.unwrap().disabled);
+    assert!(session(&tracker, "ada").await.is_ok());
+}
+
+#[tokio::test]
 async fn a_taken_username_is_taken_in_whatever_case() {
     let tracker = Tracker::start().await;
     create(&tracker.admin, new_user("Grace.Hopper", Role::Member)).await.unwrap();

@@ -1,0 +1,463 @@
+//! Who may call what: a row for every RPC, held against the service for every role, with and without good credentials, on
+//! an object of the caller's own and on one of somebody else's.
+
+use std::collections::BTreeSet;
+
+use futures_util::{TryStreamExt, future::BoxFuture, stream};
+use issue_tracker::pb::{
+    AddIssueLabelsRequest, ApiToken, BatchCreateIssuesRequest, BatchGetIssuesRequest, BulkUpdateStatusRequest,
+    ChangePasswordRequest, Comment, CreateApiTokenRequest, CreateCommentRequest, CreateIssueRequest,
+    CreateLabelRequest, CreateUserRequest, DeleteCommentRequest, DeleteIssueRequest, DeleteLabelRequest,
+    ExportIssuesRequest, GetImportRequest, GetIssueRequest, GetResolutionLatencyRequest, GetTopAssigneesRequest,
+    GetUserRequest, ImportChunk, ImportIssuesRequest, ImportOptions, Issue, Label, ListApiTokensRequest,
+    ListAuditEventsRequest, ListCommentsRequest, ListImportErrorsRequest, ListIssuesRequest, ListLabelsRequest,
+    ListUsersRequest, LoginRequest, LogoutRequest, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest,
+    RevertImportRequest, RevokeApiTokenRequest, Role, Status as IssueStatus, UndeleteIssueRequest,
+    UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest, UpdateUserRequest, User, WhoAmIRequest,
+    import_issues_request::Message as ImportMessage,
+};
+use uuid::Uuid;
+
+use super::*;
+use crate::harness::PASSWORD;
+
+/// What a call comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Done,
+    /// PERMISSION_DENIED.
+    Denied,
+    /// As if there were no such object.
+    Missing,
+    /// The import is another's: FAILED_PRECONDITION.
+    Mismatch,
+    Unauthenticated,
+}
+use Told::{Denied, Done, Mismatch, Missing};
+
+/// What viewers, members and administrators are told.
+type ByRole = [Told; 3];
+
+/// Everybody who has signed in.
+const ALL: ByRole = [Done, Done, Done];
+const MEMBERS: ByRole = [Denied, Done, Done];
+const ADMINS: ByRole = [Denied, Denied, Done];
+const MISSING_BUT_FOR_ADMINS: ByRole = [Missing, Missing, Done];
+const MISMATCH: ByRole = [Denied, Mismatch, Mismatch];
+
+struct Row {
+    /// `Service/Method`.
+    method: &'static str,
+    own: ByRole,
+    others: ByRole,
+    /// Makes what a call is about, and a valid request.
+    request: fn(Object) -> BoxFuture<'static, Vec<Vec<u8>>>,
+}
+
+/// What a request is made from: it is about something of the owner's.
+#[derive(Clone)]
+struct Object {
+    world: &'static World,
+    owner: User,
+}
+
+struct World {
+    tracker: Tracker,
+    /// Whose the objects are that are somebody else's.
+    stranger: User,
+}
+
+/// A row whose objects are nobody's own, or of everybody's concern.
+macro_rules! row {
+    ($method:literal $roles:ident: |$object:ident| $request:expr) => {
+        row!($method $roles, others $roles: |$object| $request)
+    };
+    ($method:literal $own:ident, others $others:ident: |$object:ident| $request:expr) => {
+        Row {
+            method: $method,
+            own: $own,
+            others: $others,
+            request: |$object| {
+                Box::pin(async move {
+                    #[allow(unused_variables, reason = "some requests are about nothing")]
+                    let $object = $object;
+                    $request.messages()
+                })
+            },
+        }
+    };
+}
+
+/// One message or several.
+trait Messages {
+    fn messages(self) -> Vec<Vec<u8>>;
+}
+
+impl<T: Message> Messages for T {
+    fn messages(self) -> Vec<Vec<u8>> {
+        vec![self.encode_to_vec()]
+    }
+}
+
+struct Stream(Vec<ImportIssuesRequest>);
+
+impl Messages for Stream {
+    fn messages(self) -> Vec<Vec<u8>> {
+        self.0.iter().map(Message::encode_to_vec).collect()
+    }
+}
+
+fn new_name() -> String {
+    format!("n{}", Uuid::now_v7().simple())
+}
+
+/// As a person who has lost this import's answers would send it again.
+fn import_of(import_id: &str) -> Stream {
+    let options = ImportOptions { import_id: import_id.to_owned(), ..Default::default() };
+    let file = ImportChunk { offset: 0, data: "title\nimported\n".into() };
+    let messages = [ImportMessage::Options(options), ImportMessage::Chunk(file)];
+    Stream(messages.map(|message| ImportIssuesRequest { message: Some(message) }).into())
+}
+
+impl Object {
+    fn admin(&self) -> &Client {
+        &self.world.tracker.admin
+    }
+
+    fn owner_id(&self) -> Uuid {
+        self.owner.id.parse().unwrap()
+    }
+
+    /// An issue that the owner has reported.
+    async fn issue(&self) -> Issue {
+        let issue = self.admin().file("an issue").await;
+        let reported = "UPDATE issues SET reporter_id = $2, assignee_id = $2, change_actor_id = $2 WHERE id = $1";
+        self.world.tracker.sql(reported, &[&issue.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
+        issue
+    }
+
+    async fn deleted_issue(&self) -> Issue {
+        let issue = self.issue().await;
+        let request = DeleteIssueRequest { id: issue.id.clone(), ..Default::default() };
+        self.admin().issues().delete_issue(request).await.unwrap();
+        issue
+    }
+
+    async fn comment(&self) -> Comment {
+        let comment = self.admin().comment(&self.issue().await.id, "a comment").await;
+        let written = "UPDATE comments SET author_id = $2 WHERE id = $1";
+        self.world.tracker.sql(written, &[&comment.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
+        comment
+    }
+
+    async fn label(&self) -> Label {
+        self.admin().label(&new_name()).await
+    }
+
+    /// An import that is done, and its id.
+    async fn import(&self) -> String {
+        let import_id = Uuid::now_v7();
+        let messages = import_of(&import_id.to_string());
+        let answers = self.admin().imports().import_issues(stream::iter(messages.0)).await.unwrap().into_inner();
+        answers.try_collect::<Vec<_>>().await.unwrap();
+        let sql = "UPDATE imports SET caller_id = $2 WHERE id = $1";
+        self.world.tracker.sql(sql, &[&import_id, &self.owner_id()]).await;
+        import_id.to_string()
+    }
+
+    /// The id of an API token of the owner's, who may be disabled.
+    async fn api_token(&self) -> String {
+        let sql = "INSERT INTO tokens (id, user_id, sha256, name) VALUES ($1, $2, sha256(uuid_send($1)), 'a token')";
+        let id = Uuid::now_v7();
+        self.world.tracker.sql(sql, &[&id, &self.owner_id()]).await;
+        id.to_string()
+    }
+
+    /// The issue, and one label on it and one that is not.
+    async fn labelled_issue(&self) -> (String, [String; 2]) {
+        let (issue, on, off) = (self.issue().await, self.label().await, self.label().await);
+        let request =
+            AddIssueLabelsRequest { issue_id: issue.id.clone(), label_ids: vec![on.id.clone()], ..Default::default() };
+        self.admin().labels().add_issue_labels(request).await.unwrap();
+        (issue.id, [on.id, off.id])
+    }
+}
+
+fn rows_of_accounts() -> Vec<Row> {
+    vec![
+        row!("AuthService/Login" ALL: |object| LoginRequest {
+            username: object.owner.username,
+            password: PASSWORD.into(),
+            validate_only: false,
+        }),
+        row!("AuthService/Logout" ALL: |object| LogoutRequest::default()),
+        row!("AuthService/WhoAmI" ALL: |object| WhoAmIRequest {}),
+        row!("AuthService/ChangePassword" ALL: |object| ChangePasswordRequest {
+            current_password: PASSWORD.into(),
+            new_password: PASSWORD.into(),
+            ..Default::default()
+        }),
+        row!("AuthService/CreateApiToken" ALL, others ADMINS: |object| CreateApiTokenRequest {
+            api_token: Some(ApiToken { user_id: object.owner.id, name: "new".into(), ..ApiToken::default() }),
+            validate_only: false,
+        }),
+        row!("AuthService/ListApiTokens" ALL, others ADMINS: |object| ListApiTokensRequest {
+            user_id: object.owner.id,
+            ..Default::default()
+        }),
+        row!("AuthService/RevokeApiToken" ALL, others MISSING_BUT_FOR_ADMINS: |object| RevokeApiTokenRequest {
+            id: object.api_token().await,
+            ..Default::default()
+        }),
+        row!("UserService/CreateUser" ADMINS: |object| CreateUserRequest {
+            user: Some(User { username: new_name(), ..User::default() }),
+            password: PASSWORD.into(),
+            ..Default::default()
+        }),
+        row!("UserService/GetUser" ALL: |object| GetUserRequest { id: object.owner.id, username: String::new() }),
+        row!("UserService/ListUsers" ALL: |object| ListUsersRequest::default()),
+        row!("UserService/UpdateUser" ADMINS: |object| UpdateUserRequest {
+            user: Some(User { id: object.owner.id, role: object.owner.role, ..User::default() }),
+            ..Default::default()
+        }),
+        row!("UserService/ListAuditEvents" ADMINS: |object| ListAuditEventsRequest {
+            user_id: object.owner.id,
+            ..Default::default()
+        }),
+    ]
+}
+
+fn rows_of_issues() -> Vec<Row> {
+    vec![
+        row!("IssueService/CreateIssue" MEMBERS: |object| CreateIssueRequest {
+            issue: Some(Issue { title: "new".into(), assignee_id: object.owner.id, ..Issue::default() }),
+            ..Default::default()
+        }),
+        row!("IssueService/BatchCreateIssues" MEMBERS: |object| BatchCreateIssuesRequest {
+            issues: vec![Issue { title: "new".into(), assignee_id: object.owner.id, ..Issue::default() }],
+            ..Default::default()
+        }),
+        row!("IssueService/GetIssue" ALL: |object| GetIssueRequest { id: object.issue().await.id, view: 0 }),
+        row!("IssueService/BatchGetIssues" ALL: |object| BatchGetIssuesRequest {
+            ids: vec![object.issue().await.id],
+            ..Default::default()
+        }),
+        row!("IssueService/ListIssues" ALL: |object| ListIssuesRequest {
+            filter: format!("reporter = {}", object.owner.username),
+            ..Default::default()
+        }),
+        row!("IssueService/UpdateIssue" MEMBERS: |object| UpdateIssueRequest {
+            issue: Some(Issue { id: object.issue().await.id, title: "changed".into(), ..Issue::default() }),
+            comment: "because".into(),
+            ..Default::default()
+        }),
+        row!("IssueService/BulkUpdateStatus" MEMBERS: |object| BulkUpdateStatusRequest {
+            ids: vec![object.issue().await.id],
+            status: IssueStatus::Closed.into(),
+            ..Default::default()
+        }),
+        row!("IssueService/DeleteIssue" MEMBERS: |object| DeleteIssueRequest {
+            id: object.issue().await.id,
+            ..Default::default()
+        }),
+        row!("IssueService/UndeleteIssue" MEMBERS: |object| UndeleteIssueRequest {
+            id: object.deleted_issue().await.id,
+            ..Default::default()
+        }),
+        row!("IssueService/ExportIssues" ALL: |object| ExportIssuesRequest::default()),
+        row!("CommentService/CreateComment" MEMBERS: |object| CreateCommentRequest {
+            comment: Some(Comment { issue_id: object.issue().await.id, content: "new".into(), ..Comment::default() }),
+            ..Default::default()
+        }),
+        row!("CommentService/ListComments" ALL: |object| ListCommentsRequest {
+            issue_id: object.issue().await.id,
+            ..Default::default()
+        }),
+        row!("CommentService/UpdateComment" MEMBERS, others ADMINS: |object| UpdateCommentRequest {
+            comment: Some(Comment { id: object.comment().await.id, content: "changed".into(), ..Comment::default() }),
+            ..Default::default()
+        }),
+        row!("CommentService/DeleteComment" MEMBERS, others ADMINS: |object| DeleteCommentRequest {
+            id: object.comment().await.id,
+            ..Default::default()
+        }),
+    ]
+}
+
+fn rows_of_labels_imports_and_reports() -> Vec<Row> {
+    vec![
+        row!("LabelService/CreateLabel" MEMBERS: |object| CreateLabelRequest {
+            label: Some(Label { name: new_name(), ..Label::default() }),
+            ..Default::default()
+        }),
+        row!("LabelService/ListLabels" ALL: |object| ListLabelsRequest::default()),
+        row!("LabelService/UpdateLabel" MEMBERS: |object| UpdateLabelRequest {
+            label: Some(Label { id: object.label().await.id, name: new_name(), ..Label::default() }),
+            ..Default::default()
+        }),
+        row!("LabelService/DeleteLabel" MEMBERS: |object| DeleteLabelRequest {
+            id: object.label().await.id,
+            ..Default::default()
+        }),
+        row!("LabelService/AddIssueLabels" MEMBERS: |object| {
+            let (issue_id, [_, off]) = object.labelled_issue().await;
+            AddIssueLabelsRequest { issue_id, label_ids: vec![off], ..Default::default() }
+        }),
+        row!("LabelService/RemoveIssueLabels" MEMBERS: |object| {
+            let (issue_id, [on, _]) = object.labelled_issue().await;
+            RemoveIssueLabelsRequest { issue_id, label_ids: vec![on], ..Default::default() }
+        }),
+        row!("LabelService/ReplaceIssueLabels" MEMBERS: |object| {
+            let (issue_id, [_, off]) = object.labelled_issue().await;
+            ReplaceIssueLabelsRequest { issue_id, label_ids: vec![off], ..Default::default() }
+        }),
+        row!("ImportService/ImportIssues" MEMBERS, others MISMATCH: |object| {
+            import_of(&object.import().await)
+        }),
+        row!("ImportService/GetImport" MEMBERS, others ADMINS: |object| GetImportRequest {
+            id: object.import().await,
+        }),
+        row!("ImportService/ListImportErrors" MEMBERS, others ADMINS: |object| ListImportErrorsRequest {
+            import_id: object.import().await,
+            ..Default::default()
+        }),
+        row!("ImportService/RevertImport" MEMBERS, others ADMINS: |object| RevertImportRequest {
+            import_id: object.import().await,
+            ..Default::default()
+        }),
+        row!("ReportService/GetTopAssignees" ALL: |object| GetTopAssigneesRequest::default()),
+        row!("ReportService/GetResolutionLatency" ALL: |object| GetResolutionLatencyRequest::default()),
+    ]
+}
+
+fn rows() -> Vec<Row> {
+    [rows_of_accounts(), rows_of_issues(), rows_of_labels_imports_and_reports()].into_iter().flatten().collect()
+}
+
+/// Calls with any number of messages, and reads all answers.
+async fn call_with(tracker: &Tracker, client: &Client, method: &str, messages: Vec<Vec<u8>>) -> Result<(), Status> {
+    let mut request = Request::new(stream::iter(messages));
+    if !client.token.is_empty() {
+        request.metadata_mut().insert("authorization", format!("Bearer {}", client.token).parse().unwrap());
+    }
+    let mut grpc = Grpc::new(tracker.channel.clone());
+    grpc.ready().await.unwrap();
+    let path = format!("/issuetracker.v1.{method}").parse().unwrap();
+    let answers = grpc.streaming(request, path, Raw).await?.into_inner();
+    answers.try_collect::<Vec<Bytes>>().await.map(drop)
+}
+
+fn told(result: Result<(), Status>) -> Told {
+    let Err(status) = result else { return Done };
+    match status.code() {
+        Code::PermissionDenied => Denied,
+        Code::NotFound => Missing,
+        Code::FailedPrecondition => Mismatch,
+        Code::Unauthenticated => Told::Unauthenticated,
+        _ => panic!("{status:?}"),
+    }
+}
+
+impl World {
+    async fn start() -> &'static Self {
+        let tracker = Tracker::start().await;
+        let stranger = tracker.user("stranger", Role::Admin).await.user;
+        Box::leak(Box::new(Self { tracker, stranger }))
+    }
+
+    /// A user of his own for each call, as some calls end what they are made with.
+    async fn caller(&self, role: Role) -> Client {
+        self.tracker.user(&new_name(), role).await
+    }
+
+    /// What somebody is told about an object of the owner's.
+    async fn ask(&'static self, row: &Row, client: &Client, owner: &User) -> Told {
+        let messages = (row.request)(Object { world: self, owner: owner.clone() }).await;
+        told(call_with(&self.tracker, client, row.method, messages).await)
+    }
+
+    async fn check_roles(&'static self, row: &Row) {
+        for (index, role) in [Role::Viewer, Role::Member, Role::Admin].into_iter().enumerate() {
+            let client = self.caller(role).await;
+            let others = self.ask(row, &client, &self.stranger).await;
+            // Whoever may sign out or change his password does it here: with a new token, then.
+            let client = self.caller(role).await;
+            let own = self.ask(row, &client, &client.user).await;
+            let name = role.as_str_name();
+            assert_eq!((own, others), (row.own[index], row.others[index]), "{} by {name}: own, others", row.method);
+        }
+    }
+
+    /// Without good credentials nothing is done and nothing is told.
+    async fn check_credentials(&'static self, row: &Row) {
+        // An administrator could do it.
+        let disabled = self.caller(Role::Admin).await;
+        let user = Some(User { id: disabled.user.id.clone(), disabled: true, ..User::default() });
+        self.tracker.admin.users().update_user(UpdateUserRequest { user, ..Default::default() }).await.unwrap();
+        let expired = self.caller(Role::Admin).await;
+        let expire = "UPDATE tokens SET expire_time = now() WHERE user_id = $1";
+        self.tracker.sql(expire, &[&expired.user.id.parse::<Uuid>().unwrap()]).await;
+        let nobody = self.tracker.client_with_token(None);
+
+        for client in [&nobody, &disabled, &expired] {
+            let own = if client.token.is_empty() { &self.stranger } else { &client.user };
+            for owner in [own, &self.stranger] {
+                let messages = (row.request)(Object { world: self, owner: owner.clone() }).await;
+                let before = self.tracker.contents().await;
+                let told = told(call_with(&self.tracker, client, row.method, messages).await);
+                assert_eq!(told, Told::Unauthenticated, "{}", row.method);
+                assert_eq!(self.tracker.contents().await, before, "{}", row.method);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_rpc_has_a_row_and_every_row_an_rpc() {
+    let rows = rows();
+    let methods = our_methods();
+    let named: BTreeSet<&str> = rows.iter().map(|row| row.method).collect();
+    assert_eq!(named, methods.iter().map(|method| &*method.name).collect());
+    assert_eq!(rows.len(), named.len(), "no row twice");
+}
+
+#[tokio::test]
+async fn a_role_that_is_too_low_is_denied_before_anything_else_is_told() {
+    let world = World::start().await;
+    let clients = [&world.tracker.viewer, &world.tracker.member, &world.tracker.admin];
+    let before = world.tracker.contents().await;
+    for row in rows() {
+        for (client, _) in clients.iter().zip(row.own).filter(|(_, told)| *told == Denied) {
+            // Nothing that is required is there.
+            let refused = call(&world.tracker, client, row.method, b"").await;
+            assert_error(refused, Code::PermissionDenied, "PERMISSION_DENIED");
+        }
+    }
+    assert_eq!(world.tracker.contents().await, before);
+}
+
+#[tokio::test]
+async fn each_role_may_do_what_its_row_says_with_its_own_objects_and_with_others() {
+    let world = World::start().await;
+    for row in rows() {
+        world.check_roles(&row).await;
+    }
+}
+
+#[tokio::test]
+async fn nobody_without_good_credentials_may_do_anything_but_sign_in() {
+    let world = World::start().await;
+    for row in rows().iter().filter(|row| row.method != LOGIN) {
+        world.check_credentials(row).await;
+    }
+    // Signing in needs none, and is refused to who is disabled, whatever he sends along.
+    let disabled = world.caller(Role::Viewer).await;
+    let user = Some(User { id: disabled.user.id.clone(), disabled: true, ..User::default() });
+    world.tracker.admin.users().update_user(UpdateUserRequest { user, ..Default::default() }).await.unwrap();
+    let login = rows().into_iter().find(|row| row.method == LOGIN).unwrap();
+    let nobody = world.tracker.client_with_token(None);
+    for client in [&nobody, &disabled] {
+        assert_eq!(world.ask(&login, client, &world.stranger).await, Done);
+        assert_eq!(world.ask(&login, client, &disabled.user).await, Told::Unauthenticated);
+    }
+}
