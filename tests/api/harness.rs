@@ -261,6 +261,10 @@ pub async fn service_config(config: &Config) -> Config {
         for statement in readme_sql("CREATE ROLE").iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
             client.batch_execute(statement).await.unwrap();
         }
+    }
+    // Of a database that the template is not the template of.
+    let sql = format!("SELECT has_table_privilege('{SERVICE_ROLE}', to_regclass('users'), 'SELECT')");
+    if client.query_one(&sql, &[]).await.unwrap().get::<_, Option<bool>>(0) == Some(false) {
         client.batch_execute(&readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await.unwrap();
     }
     as_role(config, SERVICE_ROLE)
