@@ -226,13 +226,22 @@ impl Shared {
     async fn until_let_go(&self, activity: &Activity) -> Option<Duration> {
         let old = Instant::now() + self.limits.age_max;
         tokio::select! {
-            () = self.stop.cancelled() => Some(Duration::MAX),
+            () = self.until_stop(activity) => Some(Duration::MAX),
             () = sleep_until(old) => Some(self.limits.age_grace),
             () = activity.evicted.notified() => Some(GOODBYE_MAX),
             state = self.until_silent(activity) => match state {
                 Silent::Idle => Some(GOODBYE_MAX),
                 Silent::Stuck => None,
             },
+        }
+    }
+
+    async fn until_stop(&self, activity: &Activity) {
+        let is_late = self.stop.is_cancelled();
+        self.stop.cancelled().await;
+        if is_late {
+            // Asked to go before its first call is answered, a client would take the service for broken.
+            activity.answered.notified().await;
         }
     }
 
@@ -289,6 +298,7 @@ enum State {
 struct Activity {
     calls: Mutex<Calls>,
     evicted: Notify,
+    answered: Notify,
 }
 
 struct Calls {
@@ -301,7 +311,7 @@ struct Calls {
 impl Activity {
     fn new() -> Self {
         let calls = Calls { until: HashMap::new(), next_id: 0, idle_since: Instant::now() };
-        Self { calls: Mutex::new(calls), evicted: Notify::new() }
+        Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
     }
 
     fn state(&self) -> State {
@@ -351,6 +361,8 @@ impl Drop for Call {
         if calls.until.is_empty() {
             calls.idle_since = Instant::now();
         }
+        drop(calls);
+        self.activity.answered.notify_one();
     }
 }
 

@@ -10,6 +10,7 @@ pub mod import;
 pub mod issues;
 pub mod labels;
 pub mod migrate;
+mod queue;
 pub mod reports;
 pub mod requests;
 pub mod rounds;
@@ -33,7 +34,8 @@ use std::{
 
 use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use queue::Queue;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
 pub use self::target::Target;
@@ -51,12 +53,12 @@ const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many calls wait for a connection or a slot, for each there is; more are told at once.
-const WAITING_EACH_MAX: usize = 8;
 /// Connections that only see who calls: they are not behind what else is asked for.
 const AUTH_CONNECTIONS_MAX: u32 = 2;
-/// How often the database is asked whether it is there, and how long it may take to answer.
+/// How often the database is asked whether it is there, and how long it may take to answer: together less than two
+/// seconds, so that health is not wrong for longer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
 
 /// How many connections, and how long things may take.
 #[derive(Clone, Debug)]
@@ -83,7 +85,7 @@ pub struct Db {
     options: PoolOptions,
     lock_slots: Arc<Slots>,
     heavy_slots: Arc<Slots>,
-    waiting: Arc<Semaphore>,
+    queue: Arc<Queue>,
 }
 
 pub type PooledConn = bb8::PooledConnection<'static, Manager>;
@@ -108,20 +110,18 @@ impl Db {
 
         let (up_sender, up) = watch::channel(true);
         let inner = PostgresConnectionManager::new(config, connector.clone());
-        let manager = Manager { inner, connector, up: Arc::new(up_sender) };
+        let manager = Manager { inner, connector, up: Arc::new(up_sender), doubt: Arc::default() };
         tokio::spawn(probe(manager.clone()));
-        let waiting_max = options.connections_max as usize * WAITING_EACH_MAX;
-        Self::with_manager(manager, up, options, waiting_max)
+        Self::with_manager(manager, up, options)
     }
 
     /// A pool of its own on the same database, for finding out who calls.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        // How many wait is bounded by the requests there are: each looks once, and briefly.
-        Self::with_manager(self.manager.clone(), self.up.clone(), options, Semaphore::MAX_PERMITS)
+        Self::with_manager(self.manager.clone(), self.up.clone(), options)
     }
 
-    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions, waiting_max: usize) -> Self {
+    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -130,14 +130,14 @@ impl Db {
             .test_on_check_out(false)
             .retry_connection(false)
             .build_unchecked(manager.clone());
-        let connections = options.connections_max as usize;
+        let connections = options.connections_max;
         Self {
             pool,
             manager,
             up,
             lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
             heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
-            waiting: Arc::new(Semaphore::new(waiting_max)),
+            queue: Arc::new(Queue::new(connections, options.wait_max)),
             options,
         }
     }
@@ -155,7 +155,7 @@ impl Db {
     /// A connection for statements that only read.
     ///
     /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time, and at once
-    /// when too many wait for one.
+    /// when none will.
     pub async fn conn(&self) -> Result<PooledConn> {
         let conn = self.checkout().await?;
         conn.set_autocommits(false);
@@ -171,7 +171,7 @@ impl Db {
     }
 
     async fn checkout(&self) -> Result<PooledConn> {
-        let _waiting = self.waiting.try_acquire().map_err(|_| {
+        let place = self.queue.join().ok_or_else(|| {
             Error::Exhausted("too many requests wait for a database connection already; try again".to_owned())
         })?;
         let mut up = self.up.clone();
@@ -184,7 +184,10 @@ impl Db {
             match conn {
                 // It died while idle; dropping it makes room for a new one.
                 Ok(conn) if conn.client.is_closed() => continue,
-                Ok(conn) => return Ok(conn),
+                Ok(conn) => {
+                    place.served();
+                    return Ok(conn);
+                }
                 Err(bb8::RunError::TimedOut) => {
                     return Err(Error::Exhausted(format!(
                         "all {} database connections were busy for {} ms",
@@ -192,12 +195,7 @@ impl Db {
                         self.options.wait_max.as_millis()
                     )));
                 }
-                Err(bb8::RunError::User(error)) => {
-                    return Err(match error.into() {
-                        Error::ConnectionLost => Error::Unavailable,
-                        error => error,
-                    });
-                }
+                Err(bb8::RunError::User(error)) => return Err(error.into()),
             }
         }
     }
@@ -218,22 +216,24 @@ impl Db {
 /// A share of the connections: who does not get one in time is told so, and at once if too many wait.
 struct Slots {
     free: Arc<Semaphore>,
-    waiting: Semaphore,
+    queue: Queue,
     wait_max: Duration,
 }
 
 impl Slots {
     /// At least one.
-    fn new(count: usize, wait_max: Duration) -> Self {
+    fn new(count: u32, wait_max: Duration) -> Self {
         let count = count.max(1);
-        Self { free: Arc::new(Semaphore::new(count)), waiting: Semaphore::new(count * WAITING_EACH_MAX), wait_max }
+        Self { free: Arc::new(Semaphore::new(count as usize)), queue: Queue::new(count, wait_max), wait_max }
     }
 
     async fn take(&self, busy: &str) -> Result<OwnedSemaphorePermit> {
         let busy = || Error::Exhausted(busy.to_owned());
-        let _waiting = self.waiting.try_acquire().map_err(|_| busy())?;
+        let place = self.queue.join().ok_or_else(busy)?;
         let slot = tokio::time::timeout(self.wait_max, Arc::clone(&self.free).acquire_owned()).await;
-        slot.map_err(|_| busy())?.map_err(|_| busy())
+        let slot = slot.map_err(|_| busy())?.map_err(|_| busy())?;
+        place.served();
+        Ok(slot)
     }
 }
 
@@ -242,7 +242,7 @@ impl Slots {
 async fn probe(manager: Manager) {
     let mut client: Option<Client> = None;
     while !manager.up.is_closed() {
-        let answer = tokio::time::timeout(CONNECT_TIMEOUT, async {
+        let answer = tokio::time::timeout(PROBE_TIMEOUT, async {
             if let Some(kept) = &client
                 && kept.batch_execute("").await.is_ok()
             {
@@ -259,7 +259,8 @@ async fn probe(manager: Manager) {
             client = None;
         }
         manager.set_up(up);
-        tokio::time::sleep(PROBE_INTERVAL).await;
+        // Or as soon as there is reason to ask.
+        let _ = tokio::time::timeout(PROBE_INTERVAL, manager.doubt.notified()).await;
     }
 }
 
@@ -269,6 +270,8 @@ pub struct Manager {
     inner: PostgresConnectionManager<Connector>,
     connector: Connector,
     up: Arc<watch::Sender<bool>>,
+    /// Told when a connection could not be made.
+    doubt: Arc<Notify>,
 }
 
 impl Manager {
@@ -288,9 +291,9 @@ impl bb8::ManageConnection for Manager {
 
     async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
         let client = self.inner.connect().await.inspect_err(|error| {
-            // A server that refuses this one connection is there; the probe knows whether it serves.
+            // A server that refuses this one connection is there, and one that breaks may be; the probe finds out.
             if error.as_db_error().is_none() {
-                self.set_up(false);
+                self.doubt.notify_one();
             }
         })?;
         self.set_up(true);

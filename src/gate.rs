@@ -154,10 +154,13 @@ impl Gate {
         // A stream says later how it goes on.
         call.lasts_until(deadline.unwrap_or(Instant::now() + STREAM_STILL_MAX) + READ_GRACE);
         let mut held = Held::default();
-        let answered = self.admitted(request, kind, peer, &mut held);
         let answered = match deadline {
-            None => answered.await,
-            Some(deadline) => timeout_at(deadline, answered).await.unwrap_or_else(|_| Err(deadline_passed())),
+            None => self.admitted(request, kind, peer, &mut held).await,
+            // What is ready at once would still be done.
+            Some(deadline) if deadline <= Instant::now() => Err(deadline_passed()),
+            Some(deadline) => timeout_at(deadline, self.admitted(request, kind, peer, &mut held))
+                .await
+                .unwrap_or_else(|_| Err(deadline_passed())),
         };
         let (parts, content) = answered.unwrap_or_else(refusal);
         let deadline = deadline.filter(|_| kind.answers_with_stream());
@@ -315,7 +318,7 @@ fn not_grpc<B>(request: &http::Request<B>) -> Option<StatusCode> {
     let content_type = request.headers().get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     if request.method() != Method::POST {
         Some(StatusCode::METHOD_NOT_ALLOWED)
-    } else if !content_type.starts_with(b"application/grpc") {
+    } else if !matches!(content_type.strip_prefix(b"application/grpc"), Some([] | [b'+' | b';', ..])) {
         Some(StatusCode::UNSUPPORTED_MEDIA_TYPE)
     } else {
         None

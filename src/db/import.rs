@@ -180,7 +180,11 @@ impl ImportSession {
         };
         let found = record::find(&session.conn, task.import_id).await?;
         if let Some(found) = found {
-            task.check_same(&found)?;
+            if let Err(error) = task.check_same(&found) {
+                // Now, not when the connection is gone: who mends the call calls again at once.
+                session.close().await;
+                return Err(error);
+            }
             if matches!(found.state, ImportState::Committed | ImportState::Reverted) {
                 session.close().await;
                 return Ok(Opened::Finished(task.summary(&found.totals, found.state)));
