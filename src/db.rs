@@ -53,6 +53,9 @@ const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Mutations find their rows by keys. Plans are kept with a connection: one that was made while a table was small would go
+/// on to read all of it when it has grown.
+const BEGIN: &str = "BEGIN; SET LOCAL enable_seqscan = off";
 /// Connections that only see who calls: they are not behind what else is asked for.
 const AUTH_CONNECTIONS_MAX: u32 = 2;
 /// How often the database is asked whether it is there, and how long it may take to answer: together less than two
@@ -203,7 +206,7 @@ impl Db {
     /// Begins a transaction. It is rolled back unless it is committed.
     pub async fn begin(&self) -> Result<Tx> {
         let conn = self.conn().await?;
-        conn.enqueue("BEGIN")?;
+        conn.enqueue(BEGIN)?;
         Ok(Tx { conn, open: true })
     }
 
@@ -515,7 +518,8 @@ impl Tx {
 
     /// Rolls back what was done, and begins anew.
     pub fn restart(&self) -> Result<()> {
-        self.conn.enqueue("ROLLBACK; BEGIN")
+        self.conn.enqueue("ROLLBACK")?;
+        self.conn.enqueue(BEGIN)
     }
 
     /// Commits behind a last statement, without waiting for its answer in between.

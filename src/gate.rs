@@ -37,6 +37,8 @@ const LOGIN_PATH: &str = "/issuetracker.v1.AuthService/Login";
 const IMPORT_PATH: &str = "/issuetracker.v1.ImportService/ImportIssues";
 /// The RPC that answers with a stream.
 const EXPORT_PATH: &str = "/issuetracker.v1.IssueService/ExportIssues";
+/// The RPC that may take as long as an import.
+const REVERT_PATH: &str = "/issuetracker.v1.ImportService/RevertImport";
 const HEALTH_CHECK_PATH: &str = "/grpc.health.v1.Health/Check";
 
 /// What a request without credentials may hold: names and passwords are shorter.
@@ -150,7 +152,7 @@ impl Gate {
             return response;
         }
         let kind = Kind::of(request.uri().path());
-        let deadline = self.deadline(kind, request.headers());
+        let deadline = self.deadline(kind, &request);
         // A stream says later how it goes on.
         call.lasts_until(deadline.unwrap_or(Instant::now() + STREAM_STILL_MAX) + READ_GRACE);
         let mut held = Held::default();
@@ -168,11 +170,12 @@ impl Gate {
     }
 
     /// Streams have a deadline only if their client says so.
-    fn deadline(&self, kind: Kind, headers: &HeaderMap) -> Option<Instant> {
-        let asked = headers.get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    fn deadline<B>(&self, kind: Kind, request: &http::Request<B>) -> Option<Instant> {
+        let default = if request.uri().path() == REVERT_PATH { DEADLINE_MAX } else { self.limits.deadline_default };
+        let asked = request.headers().get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
         let lasts = match kind.answers_with_stream() {
             true => asked?,
-            false => asked.unwrap_or(self.limits.deadline_default).min(DEADLINE_MAX),
+            false => asked.unwrap_or(default).min(DEADLINE_MAX),
         };
         Instant::now().checked_add(lasts)
     }

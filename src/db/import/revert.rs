@@ -45,8 +45,8 @@ pub async fn revert(
     if let Some(reverted) = check_state(db, import_id, owner, is_ours).await? {
         return Ok(reverted);
     }
-    // As long as a million issues take; a caller who gives up ends it.
-    db.enqueue("SET LOCAL statement_timeout = 0")?;
+    // As long as a million issues take; a caller who gives up ends it. Most of a table is better read as a whole.
+    db.enqueue("SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on")?;
     lock_issues(db, import_id).await?;
     let (kept_count, kept_ids) = changed_since(db, import_id).await?;
     if kept_count > 0 && !force {
