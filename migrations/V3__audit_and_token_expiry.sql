@@ -1,4 +1,7 @@
 -- API tokens that expire, and a trail of who signed in and who changed users and tokens.
+--
+-- While replicas of the version before still run, they take a token that expires for a session (a new password ends it,
+-- and it is forgotten a day after it has expired), and write no trail.
 
 -- A session has no name and expires; an API token has a name, and may expire.
 ALTER TABLE tokens

@@ -7,7 +7,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -36,6 +36,10 @@ const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
+/// Calls of one connection at once that nobody has signed in for: logins, health, reflection.
+const OPEN_CALLS_MAX: u32 = 16;
+/// Connections made at the same time do not grow old at the same time: some go a tenth of the time sooner.
+const AGE_SPREAD: f64 = 10.0;
 /// How often it is looked at what a connection does.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Longer than a process runs, and not too long for a clock.
@@ -130,9 +134,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infal
         };
         // Without room nobody else is accepted: those who come wait in the kernel.
         let Some(room) = shared.room().await else { continue };
-        let connection = Arc::clone(&shared).connection(stream, peer, room);
-        let tracker = if shared.stop.is_cancelled() { &open.since } else { &open.before };
-        tracker.spawn(connection);
+        let is_late = shared.stop.is_cancelled();
+        let tracker = if is_late { &open.since } else { &open.before };
+        tracker.spawn(Arc::clone(&shared).connection(stream, peer, room, is_late));
     }
 }
 
@@ -192,70 +196,71 @@ impl Shared {
         idle.into_iter().take(count).for_each(|(_, activity)| activity.evicted.notify_one());
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, _room: OwnedSemaphorePermit) {
+    /// `is_late`: made after the stop.
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        _room: OwnedSemaphorePermit,
+        is_late: bool,
+    ) {
         // Small answers are not to wait for more of them.
         let _ = stream.set_nodelay(true);
+        let entry = self.enter();
+        let activity = Arc::clone(&entry.activity);
         let Some(tls) = &self.tls else {
-            return self.serve_http2(stream, peer).await;
+            return self.serve_http2(stream, peer, activity, is_late).await;
         };
         // A client that does not want this certificate, or has none that is wanted, is told so by TLS itself.
-        if let Ok(Ok(stream)) = timeout(HANDSHAKE_MAX, tls.accept(stream)).await {
-            self.serve_http2(stream, peer).await;
+        let accepted = tokio::select! {
+            accepted = timeout(HANDSHAKE_MAX, tls.accept(stream)) => accepted,
+            () = activity.evicted.notified() => return,
+        };
+        if let Ok(Ok(stream)) = accepted {
+            self.serve_http2(stream, peer, activity, is_late).await;
         }
     }
 
-    async fn serve_http2(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: SocketAddr) {
-        let entry = self.enter();
-        let activity = Arc::clone(&entry.activity);
+    async fn serve_http2(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: SocketAddr,
+        activity: Arc<Activity>,
+        is_late: bool,
+    ) {
         let service = service_fn(|request: http::Request<Incoming>| {
             let (gate, call) = (Arc::clone(&self.gate), activity.begin());
             async move { Ok::<_, Infallible>(gate.answer(request, peer, call).await) }
         });
         let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
         // What clients do to their connections is their matter.
-        let goodbye_max = tokio::select! {
-            _ = &mut connection => return,
-            goodbye_max = self.until_let_go(&activity) => goodbye_max,
-        };
-        let Some(goodbye_max) = goodbye_max else { return };
-        connection.as_mut().graceful_shutdown();
-        let _ = timeout(goodbye_max, connection).await;
-    }
-
-    /// Waits until the connection is to end, and says how long it may take. None: at once.
-    async fn until_let_go(&self, activity: &Activity) -> Option<Duration> {
-        let old = Instant::now() + self.limits.age_max;
         tokio::select! {
-            () = self.until_stop(activity) => Some(Duration::MAX),
-            () = sleep_until(old) => Some(self.limits.age_grace),
-            () = activity.evicted.notified() => Some(GOODBYE_MAX),
-            state = self.until_silent(activity) => match state {
-                Silent::Idle => Some(GOODBYE_MAX),
-                Silent::Stuck => None,
+            _ = &mut connection => return,
+            () = self.until_old_or_stopped(&activity, is_late) => {}
+            () = activity.evicted.notified() => {}
+            state = until_silent(&activity, self.limits.idle_max) => match state {
+                Silent::Idle => {}
+                Silent::Stuck => return,
             },
+        }
+        connection.as_mut().graceful_shutdown();
+        // What has begun meanwhile may finish. How long a stop may take is for the service to say.
+        tokio::select! {
+            _ = connection => {}
+            _ = until_silent(&activity, GOODBYE_MAX) => {}
+            () = sleep(self.limits.age_grace) => {}
         }
     }
 
-    async fn until_stop(&self, activity: &Activity) {
-        let is_late = self.stop.is_cancelled();
-        self.stop.cancelled().await;
+    async fn until_old_or_stopped(&self, activity: &Activity, is_late: bool) {
+        let age_max = sleep(self.limits.age_max.mul_f64(1.0 - random() / AGE_SPREAD));
+        tokio::select! {
+            () = age_max => return,
+            () = self.stop.cancelled() => {}
+        }
         if is_late {
             // Asked to go before its first call is answered, a client would take the service for broken.
             activity.answered.notified().await;
-        }
-    }
-
-    async fn until_silent(&self, activity: &Activity) -> Silent {
-        loop {
-            let now = Instant::now();
-            let next = match activity.state() {
-                State::Idle(since) if now.duration_since(since) >= self.limits.idle_max => return Silent::Idle,
-                State::Idle(since) => since + self.limits.idle_max,
-                State::Busy(until) if until <= now => return Silent::Stuck,
-                State::Busy(until) => until,
-            };
-            // A call may begin meanwhile.
-            sleep_until(next.min(now + LOOK_INTERVAL)).await;
         }
     }
 
@@ -265,6 +270,29 @@ impl Shared {
         lock(&self.connections).insert(id, Arc::clone(&activity));
         Entry { shared: self, id, activity }
     }
+}
+
+/// Waits until there was no call for so long from now on, or one is stuck.
+async fn until_silent(activity: &Activity, idle_max: Duration) -> Silent {
+    let began = Instant::now();
+    loop {
+        let now = Instant::now();
+        let next = match activity.state() {
+            State::Idle(since) => since.max(began) + idle_max,
+            State::Busy(until) if until <= now => return Silent::Stuck,
+            State::Busy(until) => until,
+        };
+        if next <= now {
+            return Silent::Idle;
+        }
+        // A call may begin meanwhile.
+        sleep_until(next.min(now + LOOK_INTERVAL)).await;
+    }
+}
+
+/// From 0 to 1.
+pub fn random() -> f64 {
+    getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX))
 }
 
 /// A connection's place among all.
@@ -306,11 +334,13 @@ struct Calls {
     until: HashMap<u64, Instant>,
     next_id: u64,
     idle_since: Instant,
+    /// Those without credentials.
+    open: u32,
 }
 
 impl Activity {
     fn new() -> Self {
-        let calls = Calls { until: HashMap::new(), next_id: 0, idle_since: Instant::now() };
+        let calls = Calls { until: HashMap::new(), next_id: 0, idle_since: Instant::now(), open: 0 };
         Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
     }
 
@@ -332,7 +362,7 @@ impl Activity {
         calls.next_id += 1;
         // Until it says how long it takes.
         calls.until.insert(id, Instant::now() + LOOK_INTERVAL);
-        Call { activity: Arc::clone(self), id }
+        Call { activity: Arc::clone(self), id, is_open: AtomicBool::new(false) }
     }
 }
 
@@ -340,9 +370,20 @@ impl Activity {
 pub struct Call {
     activity: Arc<Activity>,
     id: u64,
+    is_open: AtomicBool,
 }
 
 impl Call {
+    /// Counts it as one without credentials; whether the connection may have it.
+    pub fn enter_open(&self) -> bool {
+        let mut calls = lock(&self.activity.calls);
+        let has_room = calls.open < OPEN_CALLS_MAX;
+        if has_room && !self.is_open.swap(true, Ordering::Relaxed) {
+            calls.open += 1;
+        }
+        has_room
+    }
+
     /// The call ends when it ends, or says more.
     pub fn lasts(&self) {
         self.lasts_until(Instant::now() + FOREVER);
@@ -358,6 +399,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         let mut calls = lock(&self.activity.calls);
         calls.until.remove(&self.id);
+        calls.open -= u32::from(*self.is_open.get_mut());
         if calls.until.is_empty() {
             calls.idle_since = Instant::now();
         }

@@ -56,12 +56,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Mutations find their rows by keys. Plans are kept with a connection: one that was made while a table was small would go
 /// on to read all of it when it has grown.
 const BEGIN: &str = "BEGIN; SET LOCAL enable_seqscan = off";
+/// How many rows are pruned by one statement.
+pub const PRUNED_AT_ONCE: i64 = 10_000;
 /// Connections that only see who calls: they are not behind what else is asked for.
-const AUTH_CONNECTIONS_MAX: u32 = 2;
+const AUTH_CONNECTIONS_MAX: u32 = 3;
 /// How often the database is asked whether it is there, and how long it may take to answer: together less than two
 /// seconds, so that health is not wrong for longer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
+/// How long a database must have been there to be taken for back.
+const PROBE_STEADY: Duration = Duration::from_millis(200);
 
 /// How many connections, and how long things may take.
 #[derive(Clone, Debug)]
@@ -84,7 +88,10 @@ impl PoolOptions {
 pub struct Db {
     pool: bb8::Pool<Manager>,
     manager: Manager,
+    /// Whether there is somebody to connect to.
     up: watch::Receiver<bool>,
+    /// Whether it answers, and has done so for a moment.
+    healthy: watch::Receiver<bool>,
     options: PoolOptions,
     lock_slots: Arc<Slots>,
     heavy_slots: Arc<Slots>,
@@ -111,20 +118,25 @@ impl Db {
         // A server that is cut off without a word is noticed by what is sent to it, or by asking.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
-        let (up_sender, up) = watch::channel(true);
+        let ((up_sender, up), (healthy_sender, healthy)) = (watch::channel(true), watch::channel(true));
         let inner = PostgresConnectionManager::new(config, connector.clone());
         let manager = Manager { inner, connector, up: Arc::new(up_sender), doubt: Arc::default() };
-        tokio::spawn(probe(manager.clone()));
-        Self::with_manager(manager, up, options)
+        tokio::spawn(probe(manager.clone(), healthy_sender));
+        Self::with_manager(manager, up, healthy, options)
     }
 
     /// A pool of its own on the same database, for finding out who calls.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.up.clone(), options)
+        Self::with_manager(self.manager.clone(), self.up.clone(), self.healthy.clone(), options)
     }
 
-    fn with_manager(manager: Manager, up: watch::Receiver<bool>, options: PoolOptions) -> Self {
+    fn with_manager(
+        manager: Manager,
+        up: watch::Receiver<bool>,
+        healthy: watch::Receiver<bool>,
+        options: PoolOptions,
+    ) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -138,6 +150,7 @@ impl Db {
             pool,
             manager,
             up,
+            healthy,
             lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
             heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
             queue: Arc::new(Queue::new(connections, options.wait_max)),
@@ -191,6 +204,8 @@ impl Db {
                     place.served();
                     return Ok(conn);
                 }
+                // None could be made.
+                Err(bb8::RunError::TimedOut) if self.pool.state().connections == 0 => return Err(Error::Unavailable),
                 Err(bb8::RunError::TimedOut) => {
                     return Err(Error::Exhausted(format!(
                         "all {} database connections were busy for {} ms",
@@ -211,8 +226,8 @@ impl Db {
     }
 
     /// Whether the database answers, as it changes.
-    pub fn watch_up(&self) -> watch::Receiver<bool> {
-        self.up.clone()
+    pub fn watch_health(&self) -> watch::Receiver<bool> {
+        self.healthy.clone()
     }
 }
 
@@ -242,9 +257,9 @@ impl Slots {
 
 /// Asks the database again and again, on a connection of its own, so that a busy pool does not look like a dead database.
 /// Ends with the last `Db`.
-async fn probe(manager: Manager) {
+async fn probe(manager: Manager, healthy: watch::Sender<bool>) {
     let mut client: Option<Client> = None;
-    while !manager.up.is_closed() {
+    while !healthy.is_closed() {
         let answer = tokio::time::timeout(PROBE_TIMEOUT, async {
             if let Some(kept) = &client
                 && kept.batch_execute("").await.is_ok()
@@ -254,14 +269,27 @@ async fn probe(manager: Manager) {
             // A connection that died says nothing of the database.
             let connected = bb8::ManageConnection::connect(&manager.inner).await?;
             connected.batch_execute("").await?;
+            if !*healthy.borrow() {
+                // One that comes and goes is not back.
+                tokio::time::sleep(PROBE_STEADY).await;
+                connected.batch_execute("").await?;
+            }
             client = Some(connected);
             Ok::<_, tokio_postgres::Error>(())
         });
-        let up = matches!(answer.await, Ok(Ok(())));
-        if !up {
+        let answered = answer.await;
+        match answered {
+            Ok(Ok(())) => manager.set_up(true),
+            Ok(Err(_)) => manager.set_up(false),
+            // Somebody is there who hangs, or has too much to do: whoever waits may have more luck.
+            Err(_) if *healthy.borrow() => tracing::warn!("the database does not answer in time"),
+            Err(_) => {}
+        }
+        let is_healthy = matches!(answered, Ok(Ok(())));
+        if !is_healthy {
             client = None;
         }
-        manager.set_up(up);
+        healthy.send_if_modified(|was| std::mem::replace(was, is_healthy) != is_healthy);
         // Or as soon as there is reason to ask.
         let _ = tokio::time::timeout(PROBE_INTERVAL, manager.doubt.notified()).await;
     }
@@ -434,7 +462,11 @@ impl Conn {
         if let Some(statement) = kept {
             return Ok(statement);
         }
-        let statement = self.client.prepare(sql).await?;
+        // Left half-way, it may be waiting for a lock as any statement.
+        self.unanswered.fetch_add(1, Ordering::Relaxed);
+        let statement = self.client.prepare(sql).await;
+        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        let statement = statement?;
         let mut statements = self.lock_statements();
         if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
             && let Some(any) = statements.keys().next().cloned()

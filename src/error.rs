@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use tokio_postgres::error::{DbError, SqlState};
+use tokio_postgres::error::{DbError, Severity, SqlState};
 use tonic::{Code, Status};
 use tonic_types::{
     BadRequest, ErrorDetail, ErrorInfo, FieldViolation, PreconditionFailure, PreconditionViolation, ResourceInfo,
@@ -115,7 +115,7 @@ pub enum Retry {
 fn outcome_unknown(has_request_id: bool) -> &'static str {
     match has_request_id {
         true => {
-            "the connection to the database was lost; send it again with the same request_id to learn whether it was done"
+            "the connection to the database was lost; send it again with the same request_id or import_id to learn whether it was done"
         }
         false => "the connection to the database was lost, and it may have been done; look before you send it again",
     }
@@ -246,6 +246,15 @@ impl Error {
                 | Self::Unavailable
                 | Self::Exhausted(_)
         )
+    }
+
+    /// Whether it says what became of a call that was made once more to find that out.
+    pub fn is_decided(&self) -> bool {
+        match self {
+            Self::Aborted { reason, .. } => *reason != "CONFLICT",
+            Self::Timeout { .. } | Self::Database(_) | Self::Internal(_) => false,
+            error => !error.is_passing(),
+        }
     }
 
     /// A connection that was lost when a mutation was being committed: whether that was done is not known.
@@ -397,6 +406,16 @@ fn join(items: &[impl fmt::Display]) -> String {
     text
 }
 
+/// Whether the server ends the connection in whatever it was doing, be it a commit: not when it did not let one in.
+fn ends_the_session(error: &tokio_postgres::Error) -> bool {
+    let severity = error.as_db_error().and_then(DbError::parsed_severity);
+    let not_begun = [SqlState::CANNOT_CONNECT_NOW, SqlState::TOO_MANY_CONNECTIONS];
+    let is_refusal = error
+        .code()
+        .is_some_and(|code| not_begun.contains(code) || code.code().starts_with("28") || code.code().starts_with("3D"));
+    matches!(severity, Some(Severity::Fatal | Severity::Panic)) && !is_refusal
+}
+
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(state) = error.code() else {
@@ -408,6 +427,9 @@ impl From<tokio_postgres::Error> for Error {
                 Self::Database(Arc::new(error))
             };
         };
+        if ends_the_session(&error) {
+            return Self::ConnectionLost;
+        }
         match *state {
             SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => {
                 Self::Conflict("the request got in the way of another one")
@@ -420,8 +442,6 @@ impl From<tokio_postgres::Error> for Error {
                 reason: "STATEMENT_TIMEOUT",
                 message: "the database took too long; nothing was written".to_owned(),
             },
-            // The server ends the connection, in whatever it was doing.
-            SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN => Self::ConnectionLost,
             SqlState::CANNOT_CONNECT_NOW
             | SqlState::READ_ONLY_SQL_TRANSACTION
             | SqlState::TOO_MANY_CONNECTIONS

@@ -17,15 +17,15 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, body::Body, service::Routes, transport::server::TcpConnectInfo};
 use tower::Service;
 
 use crate::{
     auth::{Auth, Caller},
-    connections::Call,
+    connections::{Call, random},
     error::{Error, Result, Retry},
 };
 
@@ -42,16 +42,20 @@ const REVERT_PATH: &str = "/issuetracker.v1.ImportService/RevertImport";
 const HEALTH_CHECK_PATH: &str = "/grpc.health.v1.Health/Check";
 
 /// What a request without credentials may hold: names and passwords are shorter.
-const OPEN_REQUEST_BYTES_MAX: usize = 16 * 1024;
+pub const OPEN_REQUEST_BYTES_MAX: usize = 16 * 1024;
 /// Streams of health and reflection at once, which nobody has to sign in for.
 const OPEN_STREAMS_MAX: usize = 1_024;
 /// What requests and answers at hand may hold in memory, beyond the first bytes of each.
 const PAYLOAD_KIB_MAX: usize = 256 * 1024;
 const PAYLOAD_FREE_BYTES: usize = 64 * 1024;
+/// What of an answer is given to the connection at once.
+const ANSWER_PIECE_BYTES: usize = 16 * 1024;
+/// How long a request without credentials may take to be sent.
+const OPEN_READ_MAX: Duration = Duration::from_secs(5);
 /// The longest deadline of a call that is no stream, whatever the client asks for.
 const DEADLINE_MAX: Duration = Duration::from_secs(600);
 /// What a client has to read the end of an answer whose deadline has passed.
-const READ_GRACE: Duration = Duration::from_secs(5);
+const READ_GRACE: Duration = Duration::from_secs(20);
 /// How long a stream may stand still: longer than imports and exports wait for their client.
 const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
 
@@ -157,25 +161,29 @@ impl Gate {
         call.lasts_until(deadline.unwrap_or(Instant::now() + STREAM_STILL_MAX) + READ_GRACE);
         let mut held = Held::default();
         let answered = match deadline {
-            None => self.admitted(request, kind, peer, &mut held).await,
+            None => self.admitted(request, kind, peer, &call, &mut held).await,
             // What is ready at once would still be done.
             Some(deadline) if deadline <= Instant::now() => Err(deadline_passed()),
-            Some(deadline) => timeout_at(deadline, self.admitted(request, kind, peer, &mut held))
+            Some(deadline) => timeout_at(deadline, self.admitted(request, kind, peer, &call, &mut held))
                 .await
                 .unwrap_or_else(|_| Err(deadline_passed())),
         };
         let (parts, content) = answered.unwrap_or_else(refusal);
         let deadline = deadline.filter(|_| kind.answers_with_stream());
-        http::Response::from_parts(parts, Answer { content, deadline: deadline.map(Deadline::new), call, _held: held })
+        // Our own streams end by themselves, when they have told how far they came.
+        let stop = (kind == Kind::OpenStream).then(|| Box::pin(self.stopping.clone().cancelled_owned()));
+        let deadline = deadline.map(Deadline::new);
+        http::Response::from_parts(parts, Answer { content, deadline, stop, call, _held: held })
     }
 
     /// Streams have a deadline only if their client says so.
     fn deadline<B>(&self, kind: Kind, request: &http::Request<B>) -> Option<Instant> {
         let default = if request.uri().path() == REVERT_PATH { DEADLINE_MAX } else { self.limits.deadline_default };
         let asked = request.headers().get("grpc-timeout").and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
-        let lasts = match kind.answers_with_stream() {
-            true => asked?,
-            false => asked.unwrap_or(default).min(DEADLINE_MAX),
+        let lasts = match kind {
+            Kind::Import | Kind::Export | Kind::OpenStream => asked?,
+            Kind::Login | Kind::HealthCheck => asked.unwrap_or(default).min(default),
+            Kind::Unary => asked.unwrap_or(default).min(DEADLINE_MAX),
         };
         Instant::now().checked_add(lasts)
     }
@@ -185,9 +193,10 @@ impl Gate {
         mut request: http::Request<Incoming>,
         kind: Kind,
         peer: SocketAddr,
+        call: &Call,
         held: &mut Held,
     ) -> Result<(http::response::Parts, Content)> {
-        let caller = self.admit(&request, kind, held).await?;
+        let caller = self.admit(&request, kind, call, held).await?;
         if let Some(caller) = caller {
             request.extensions_mut().insert(caller);
         }
@@ -197,7 +206,12 @@ impl Gate {
             Kind::OpenStream => self.call(request.map(Body::new)).await,
             Kind::Unary | Kind::Login | Kind::Export | Kind::HealthCheck => {
                 let (parts, body) = request.into_parts();
-                let message = self.read(body, kind, held).await?;
+                let message = match kind {
+                    Kind::Login | Kind::HealthCheck => timeout(OPEN_READ_MAX, self.read(body, kind, held))
+                        .await
+                        .unwrap_or_else(|_| Err(deadline_passed()))?,
+                    _ => self.read(body, kind, held).await?,
+                };
                 self.call_with_retries(parts, message, caller, peer).await
             }
         };
@@ -210,9 +224,18 @@ impl Gate {
     }
 
     /// Lets a request in, and finds out who makes it.
-    async fn admit(&self, request: &http::Request<Incoming>, kind: Kind, held: &mut Held) -> Result<Option<Caller>> {
+    async fn admit(
+        &self,
+        request: &http::Request<Incoming>,
+        kind: Kind,
+        call: &Call,
+        held: &mut Held,
+    ) -> Result<Option<Caller>> {
         if kind.is_own() && self.stopping.is_cancelled() {
             return Err(Error::Stopping);
+        }
+        if matches!(kind, Kind::HealthCheck | Kind::Login | Kind::OpenStream) && !call.enter_open() {
+            return Err(Error::Exhausted("this connection has too many calls without credentials".to_owned()));
         }
         let (slots, count) = match kind {
             Kind::HealthCheck | Kind::Login => return Ok(None),
@@ -278,7 +301,7 @@ impl Gate {
             let response = self.call(http::Request::from_parts(parts, body)).await;
             let Some(error) = response.extensions().get::<Status>().and_then(Error::behind) else { return response };
             let Some(pause) = tries.pause_after(error) else {
-                return match tries.unknown_since.is_some() && error.is_passing() {
+                return match tries.unknown_since.is_some() && !error.is_decided() {
                     true => Status::from(Error::OutcomeUnknown { has_request_id: true }).into_http(),
                     false => response,
                 };
@@ -364,6 +387,17 @@ impl Payload {
     }
 }
 
+/// hyper takes a frame whole as soon as the client has room for one byte, and asks for the next when it is sent: whoever
+/// does not read is to have little of an answer that nobody counts any more.
+fn next_piece(data: &mut Option<Bytes>) -> Option<Bytes> {
+    let bytes = data.as_mut()?;
+    let piece = bytes.split_to(bytes.len().min(ANSWER_PIECE_BYTES));
+    if bytes.is_empty() {
+        *data = None;
+    }
+    Some(piece)
+}
+
 /// The tries of a call.
 #[derive(Default)]
 struct Tries {
@@ -391,14 +425,14 @@ impl Tries {
 /// Doubles from try to try; half of it is left to chance, so that calls which met once do not meet again.
 fn pause(count: u32) -> Duration {
     let full = PAUSE_FIRST.saturating_mul(1 << count.min(10)).min(PAUSE_MAX);
-    let random = getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX));
-    full.mul_f64(1.0 - random / 2.0)
+    full.mul_f64(1.0 - random() / 2.0)
 }
 
 /// An answer on its way to the client, with all that it holds until it is read.
 pub struct Answer {
     content: Content,
     deadline: Option<Deadline>,
+    stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     call: Call,
     _held: Held,
 }
@@ -419,7 +453,16 @@ impl Deadline {
 impl Answer {
     fn empty(call: Call) -> Self {
         let content = Content::Unary { data: None, trailers: None };
-        Self { content, deadline: None, call, _held: Held::default() }
+        Self { content, deadline: None, stop: None, call, _held: Held::default() }
+    }
+}
+
+impl Answer {
+    /// Ends a stream with an error.
+    fn end(&mut self, error: Error) -> Option<Result<Frame<Bytes>, Status>> {
+        self.content = Content::Unary { data: None, trailers: None };
+        let mut trailers = HeaderMap::new();
+        Status::from(error).add_header(&mut trailers).ok().map(|()| Ok(Frame::trailers(trailers)))
     }
 }
 
@@ -431,7 +474,8 @@ impl http_body::Body for Answer {
         let this = &mut *self;
         let body = match &mut this.content {
             Content::Unary { data, trailers } => {
-                let frame = data.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers));
+                let piece = next_piece(data).map(Frame::data);
+                let frame = piece.or_else(|| trailers.take().map(Frame::trailers));
                 return Poll::Ready(frame.map(Ok));
             }
             Content::Stream(body) => body,
@@ -439,12 +483,15 @@ impl http_body::Body for Answer {
         if let Some(deadline) = &mut this.deadline
             && deadline.0.as_mut().poll(context).is_ready()
         {
-            let mut trailers = HeaderMap::new();
-            let told = Status::from(deadline_passed()).add_header(&mut trailers);
-            this.content = Content::Unary { data: None, trailers: None };
-            return Poll::Ready(told.ok().map(|()| Ok(Frame::trailers(trailers))));
+            return Poll::Ready(this.end(deadline_passed()));
         }
         let polled = Pin::new(body).poll_frame(context);
+        if polled.is_pending()
+            && let Some(stop) = &mut this.stop
+            && stop.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(this.end(Error::Stopping));
+        }
         match &polled {
             // There is nothing to be read, for as long as it takes.
             Poll::Pending => this.call.lasts(),
@@ -566,9 +613,23 @@ mod tests {
         assert!(began.elapsed() >= LOOKUP_MAX && began.elapsed() < LOOKUP_MAX + 2 * PAUSE_MAX);
         assert!(tries.unknown_since.is_some());
 
-        let mut tries = Tries::default();
-        assert!(tries.pause_after(&Error::OutcomeUnknown { has_request_id: true }).is_some());
-        assert!(tries.pause_after(&Error::invalid("id", "is wrong")).is_none());
+        // What is told then is either what became of it, or that this is still not known.
+        let locked = Error::Aborted { reason: "CONFLICT", message: "nothing was written".to_owned() };
+        let stale = Error::Aborted { reason: "IMPORT_RUNNING", message: String::new() };
+        for (error, is_decided) in [
+            (Error::invalid("id", "is wrong"), true),
+            (Error::not_found("issue", "id", "x"), true),
+            (stale, true),
+            (locked, false),
+            (deadline_passed(), false),
+            (Error::Unavailable, false),
+            (Error::Internal("a fault"), false),
+        ] {
+            let mut tries = Tries::default();
+            assert!(tries.pause_after(&Error::OutcomeUnknown { has_request_id: true }).is_some());
+            assert_eq!(tries.pause_after(&error).is_some(), error.is_passing(), "{error:?}");
+            assert_eq!(error.is_decided(), is_decided, "{error:?}");
+        }
     }
 
     #[test]

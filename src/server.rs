@@ -12,8 +12,12 @@ use crate::{
     auth::Auth,
     config::Limits,
     connections::{self, Listener},
-    db::{Db, audit::prune_audit_events, requests::prune_requests, rounds::Rounds, tokens::prune_tokens},
-    gate::Gate,
+    db::{
+        Conn, Db, PRUNED_AT_ONCE, audit::prune_audit_events, requests::prune_requests, rounds::Rounds,
+        tokens::prune_tokens,
+    },
+    error::Result,
+    gate::{Gate, OPEN_REQUEST_BYTES_MAX},
     login::LoginLimits,
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
@@ -59,7 +63,7 @@ pub async fn run(
         stopping: stop.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();
-    let routes = routes(api, limits)?.add_service(health_service);
+    let routes = routes(api, limits)?.add_service(health_service.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX));
     let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
     let open = connections::Open::default();
     let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
@@ -98,8 +102,8 @@ fn routes(api: Api, limits: &Limits) -> anyhow::Result<Routes> {
             $server::from_arc(Arc::clone(&api)).max_decoding_message_size(limits.requests().message_bytes_max)
         };
     }
-    Ok(Routes::new(reflection()?.build_v1()?)
-        .add_service(reflection()?.build_v1alpha()?)
+    Ok(Routes::new(reflection()?.build_v1()?.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX))
+        .add_service(reflection()?.build_v1alpha()?.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX))
         .add_service(service!(AuthServiceServer))
         .add_service(service!(UserServiceServer))
         .add_service(service!(IssueServiceServer))
@@ -119,11 +123,11 @@ fn reflection() -> anyhow::Result<tonic_reflection::server::Builder<'static>> {
 
 /// Health says of every service what the database is.
 async fn follow_database(db: Db, health: HealthReporter) {
-    let mut up = db.watch_up();
+    let mut healthy = db.watch_health();
     loop {
-        let status = if *up.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if *healthy.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
         set_health(&health, status).await;
-        if up.changed().await.is_err() {
+        if healthy.changed().await.is_err() {
             return;
         }
     }
@@ -140,14 +144,20 @@ async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
         interval.tick().await;
-        let pruned = async {
-            let conn = db.conn().await?;
-            prune_requests(&conn).await?;
-            prune_tokens(&conn).await?;
-            prune_audit_events(&conn).await
-        };
-        if let Err(error) = pruned.await {
-            tracing::warn!(code = ?error.code(), "cannot prune old request ids, tokens and audit events; trying again later");
+        for (what, pruned) in [
+            ("request ids", pruned(&db, async |conn| prune_requests(conn).await).await),
+            ("tokens", pruned(&db, async |conn| prune_tokens(conn).await).await),
+            ("audit events", pruned(&db, async |conn| prune_audit_events(conn).await).await),
+        ] {
+            if let Err(error) = pruned {
+                tracing::warn!(code = ?error.code(), what, "cannot prune what is old; trying again later");
+            }
         }
     }
+}
+
+/// Prunes until there is less than one statement takes.
+async fn pruned(db: &Db, prune: impl AsyncFn(&Conn) -> Result<u64>) -> Result<()> {
+    while prune(&*db.conn().await?).await? == PRUNED_AT_ONCE as u64 {}
+    Ok(())
 }

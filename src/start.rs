@@ -234,7 +234,10 @@ async fn create_role(config: &Config) -> anyhow::Result<()> {
     // Again at every start, for tables that are new.
     let grant = format!(
         "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {EMBEDDED_ROLE};
-         REVOKE INSERT, UPDATE, DELETE ON refinery_schema_history FROM {EMBEDDED_ROLE}"
+         REVOKE INSERT, UPDATE, DELETE ON refinery_schema_history FROM {EMBEDDED_ROLE};
+         REVOKE UPDATE, DELETE ON issue_events FROM {EMBEDDED_ROLE};
+         REVOKE UPDATE ON audit_events FROM {EMBEDDED_ROLE};
+         REVOKE DELETE ON users, comments, imports FROM {EMBEDDED_ROLE}"
     );
     client.batch_execute(&grant).await?;
     drop(client);

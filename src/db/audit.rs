@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds};
+use super::{Conn, PRUNED_AT_ONCE, Page, PageBounds};
 use crate::{
     error::{Error, Result},
     pb::{AuditAction, AuditEvent},
@@ -89,8 +89,9 @@ pub async fn list(
 /// Forgets events that are old enough, and how many these were.
 pub async fn prune_audit_events(db: &Conn) -> Result<u64> {
     const SQL: &str = "-- prune_audit_events
-        DELETE FROM audit_events WHERE create_time < now() - make_interval(days => $1)";
-    db.execute(SQL, &[&AUDIT_EVENTS_KEPT_DAYS]).await
+        DELETE FROM audit_events WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM audit_events WHERE create_time < now() - make_interval(days => $1) LIMIT $2))";
+    db.execute(SQL, &[&AUDIT_EVENTS_KEPT_DAYS, &PRUNED_AT_ONCE]).await
 }
 
 fn from_row(row: &Row) -> Result<AuditEvent> {

@@ -276,7 +276,7 @@ impl ImportSession {
         if !task.is_one_transaction() {
             record::keep_errors(&self.conn, task.import_id, kept, &errors).await?;
             record::keep(&self.conn, &task, &totals, &columns, batch.is_last).await?;
-            self.conn.commit().await?;
+            self.conn.commit().await.map_err(Error::with_request_id)?;
         } else if !task.validate_only {
             self.errors.extend_from_slice(&errors);
             // Whoever looks at the import is told less if this fails, and that is all.
@@ -303,13 +303,13 @@ impl ImportSession {
                 record::keep(&self.conn, task, totals, columns, true).await?;
             }
             match state {
-                ImportState::Committed => self.conn.commit().await?,
+                ImportState::Committed => self.conn.commit().await.map_err(Error::with_request_id)?,
                 _ => self.conn.client.batch_execute("ROLLBACK").await?,
             }
             if state == ImportState::Rejected && !task.validate_only {
                 self.conn.enqueue("BEGIN")?;
                 record::reject(&self.conn, task.import_id, totals, &self.errors).await?;
-                self.conn.commit().await?;
+                self.conn.commit().await.map_err(Error::with_request_id)?;
             }
         }
         let summary = task.summary(totals, state);

@@ -43,6 +43,8 @@ async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
         return Ok(());
     }
     client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
+    // A change that waits for a long transaction holds up all that comes after it.
+    client.batch_execute("SET lock_timeout = '10s'").await?;
     let Some(missing) = first_missing(client, &runner).await? else {
         return Ok(());
     };

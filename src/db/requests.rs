@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 
 use prost::Message;
+use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
-use super::{Conn, Db, PooledConn, Tx};
+use super::{Conn, Db, PRUNED_AT_ONCE, PooledConn, Tx};
 use crate::error::{Error, Result};
 
 /// How long request ids are kept at least.
@@ -32,6 +33,8 @@ pub struct MutationTx {
     scope: Scope,
     caller_id: Uuid,
     key: RequestKey,
+    /// It may wait for others' locks.
+    _slot: OwnedSemaphorePermit,
 }
 
 enum Scope {
@@ -53,6 +56,7 @@ impl Db {
     /// With a request id that was used before, answers the reply of that time; a call with the same id that is still
     /// under way is waited for.
     pub async fn begin_mutation(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
+        let slot = self.lock_slot().await?;
         let tx = self.begin().await?;
         if let Some((request_id, fingerprint)) = key.request_id {
             let stored = stored_reply(&tx, caller_id, request_id, fingerprint);
@@ -69,7 +73,7 @@ impl Db {
                 return Ok(Begun::Replayed(reply));
             }
         }
-        Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key }))
+        Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key, _slot: slot }))
     }
 
     /// As [`Db::begin_mutation`], for a mutation that is exactly one statement: it needs no transaction around it, unless
@@ -78,8 +82,9 @@ impl Db {
         if key.request_id.is_some() || key.validate_only {
             return self.begin_mutation(caller_id, key).await;
         }
+        let slot = self.lock_slot().await?;
         let scope = Scope::Statement(self.autocommit_conn().await?);
-        Ok(Begun::Fresh(MutationTx { scope, caller_id, key }))
+        Ok(Begun::Fresh(MutationTx { scope, caller_id, key, _slot: slot }))
     }
 }
 
@@ -215,6 +220,7 @@ pub fn decode_reply<R: Message + Default>(reply: &[u8]) -> Result<R> {
 /// Forgets request ids of more than a day ago, and how many these were.
 pub async fn prune_requests(db: &Conn) -> Result<u64> {
     const SQL: &str = "-- prune_requests
-        DELETE FROM requests WHERE create_time < now() - make_interval(hours => $1)";
-    db.execute(SQL, &[&REQUEST_KEPT_HOURS]).await
+        DELETE FROM requests WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM requests WHERE create_time < now() - make_interval(hours => $1) LIMIT $2))";
+    db.execute(SQL, &[&REQUEST_KEPT_HOURS, &PRUNED_AT_ONCE]).await
 }

@@ -168,7 +168,6 @@ fn mutations<M: Mutate>(db: &Db) -> Mutations<M> {
 }
 
 async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
-    let _slot = db.lock_slot().await?;
     let tx = match db.begin_single(call.caller_id, call.key).await? {
         Begun::Fresh(tx) => tx,
         Begun::Replayed(reply) => return decode_reply(&reply),

@@ -83,7 +83,9 @@ impl FromStr for Target {
 
 /// There PostgreSQL speaks no TLS: nobody is in between.
 fn is_on_sockets(config: &Config) -> bool {
-    !config.get_hosts().is_empty() && config.get_hosts().iter().all(is_socket)
+    // An address goes before the host.
+    let hosts = config.get_hosts();
+    config.get_hostaddrs().is_empty() && !hosts.is_empty() && hosts.iter().all(is_socket)
 }
 
 fn is_socket(host: &Host) -> bool {
@@ -134,6 +136,10 @@ impl Parameters {
     fn take_from_url(&mut self, url: &str) -> anyhow::Result<String> {
         // A password may have a question mark.
         let behind_user = url.find('@').unwrap_or(0);
+        let authority = url.find("://").map_or(0, |at| at + 3);
+        if url[authority..].find('/').is_some_and(|slash| authority + slash < behind_user) {
+            bail!("the database URL has an @ behind a /; in names and values they are written %40 and %2F");
+        }
         let Some(question_mark) = url[behind_user..].find('?').map(|at| behind_user + at) else {
             return Ok(url.to_owned());
         };
@@ -239,6 +245,19 @@ mod tests {
 
     fn error(text: &str) -> String {
         format!("{:#}", text.parse::<Target>().err().unwrap())
+    }
+
+    #[test]
+    fn a_user_behind_the_host_is_refused_as_it_would_move_the_host() {
+        for url in ["postgresql://db:5432/app?sslmode=verify-full&user=me@srv", "postgres://u:a/b@h/d"] {
+            assert!(error(url).contains("%40"), "{url}");
+        }
+    }
+
+    #[test]
+    fn an_address_beside_a_socket_is_spoken_to_as_the_mode_says() {
+        let target = "host=/var/run/postgresql hostaddr=10.0.0.1 user=u sslmode=verify-full";
+        assert!(error(target).contains("cannot be had on a Unix socket"));
     }
 
     #[test]

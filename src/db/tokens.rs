@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds, audit::By};
+use super::{Conn, PRUNED_AT_ONCE, Page, PageBounds, audit::By};
 use crate::{
     auth::Caller,
     error::{Error, Result},
@@ -102,6 +102,14 @@ pub async fn create_api_token(
     Ok(row.map(|row| from_row(&row)))
 }
 
+/// How many API tokens of a user are valid.
+pub async fn count_api_tokens(db: &Conn, user_id: Uuid) -> Result<i64> {
+    const SQL: &str = "-- count_api_tokens
+        SELECT count(*) FROM tokens
+        WHERE user_id = $1 AND name IS NOT NULL AND revoke_time IS NULL AND (expire_time IS NULL OR expire_time > now())";
+    Ok(db.query_one(SQL, &[&user_id]).await?.get(0))
+}
+
 /// A user's API tokens that are not revoked, newest first, behind the one with id `after`.
 pub async fn list_api_tokens(
     db: &Conn,
@@ -120,8 +128,9 @@ pub async fn list_api_tokens(
     db.query_page(SQL, &[&user_id, &after, &limit], bounds, |row| Ok(from_row(row)), prost::Message::encoded_len).await
 }
 
-/// Revokes an API token: one of `owner`'s, or anybody's if there is no `owner`. One that is revoked stays as it is.
-pub async fn revoke_api_token(db: &Conn, id: Uuid, owner: Option<Uuid>, by: By) -> Result<ApiToken> {
+/// Revokes an API token: one of `owner`'s, or anybody's if there is no `owner`. One that is revoked stays as it is, and it
+/// is told whether this one was.
+pub async fn revoke_api_token(db: &Conn, id: Uuid, owner: Option<Uuid>, by: By) -> Result<(ApiToken, bool)> {
     const SQL: &str = "-- revoke_api_token
         WITH found AS (
             SELECT id, user_id, name, create_time, revoke_time, expire_time FROM tokens
@@ -134,10 +143,11 @@ pub async fn revoke_api_token(db: &Conn, id: Uuid, owner: Option<Uuid>, by: By) 
             INSERT INTO audit_events (action, actor_id, address, user_id, token_id, old_value)
             SELECT 'API_TOKEN_REVOKED', $3, $4::text::inet, user_id, id, name FROM revoked
         )
-        SELECT f.id, f.user_id, f.name, f.create_time, coalesce(r.revoke_time, f.revoke_time), f.expire_time
+        SELECT f.id, f.user_id, f.name, f.create_time, coalesce(r.revoke_time, f.revoke_time), f.expire_time,
+            r.id IS NOT NULL
         FROM found f LEFT JOIN revoked r ON r.id = f.id";
     let row = db.query_opt(SQL, &[&id, &owner, &by.actor_id(), &by.address()]).await?;
-    row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("api token", "id", id))
+    row.map(|row| (from_row(&row), row.get(6))).ok_or_else(|| Error::not_found("api token", "id", id))
 }
 
 /// Ends a session, or revokes an API token.
@@ -165,13 +175,16 @@ pub async fn end_sessions(db: &Conn, user_id: Uuid, except: Option<Uuid>, by: By
     db.execute(SQL, &[&user_id, &except, &by.actor_id(), &by.address()]).await.map(drop)
 }
 
-/// Forgets sessions that have expired more than a day ago and API tokens that have more than 30 days ago, and how many
+/// Forgets sessions that have expired more than a day ago and API tokens that have ended more than 30 days ago, and how many
 /// these were.
 pub async fn prune_tokens(db: &Conn) -> Result<u64> {
     const SQL: &str = "-- prune_tokens
-        DELETE FROM tokens
-        WHERE expire_time < now() - interval '1 day' AND (name IS NULL OR expire_time < now() - interval '30 days')";
-    db.execute(SQL, &[]).await
+        DELETE FROM tokens WHERE ctid = ANY (ARRAY(
+            SELECT ctid FROM tokens
+            WHERE CASE WHEN name IS NULL THEN expire_time < now() - interval '1 day'
+                ELSE least(expire_time, revoke_time) < now() - interval '30 days' END
+            LIMIT $1))";
+    db.execute(SQL, &[&PRUNED_AT_ONCE]).await
 }
 
 /// Columns as in `token_columns!`.

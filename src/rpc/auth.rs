@@ -51,7 +51,6 @@ impl AuthService for Api {
                 }
                 self.open_session(credentials, by).await
             }
-            Ok(Checked::Wrong(_)) if validate_only => Err(wrong_credentials().into()),
             Ok(Checked::Wrong(user_id)) => {
                 audit::login_failed(&*self.auth.db().autocommit_conn().await?, user_id, by).await?;
                 Err(wrong_credentials().into())
@@ -74,7 +73,9 @@ impl AuthService for Api {
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
         tokens::revoke(&tx, caller.token_id, by).await?;
         let reply = finish(tx, LogoutResponse {}).await;
-        self.auth.forget_tokens();
+        if !key.validate_only {
+            self.auth.forget_tokens();
+        }
         reply
     }
 
@@ -105,7 +106,11 @@ impl AuthService for Api {
         let attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
         match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
             Ok(true) => attempt.succeeded(),
-            Ok(false) => return Err(wrong().into()),
+            Ok(false) => {
+                let by = By::user(caller.user_id, address);
+                audit::login_failed(&*self.auth.db().autocommit_conn().await?, Some(caller.user_id), by).await?;
+                return Err(wrong().into());
+            }
             Err(error) => {
                 attempt.unchecked();
                 return Err(error.into());
@@ -120,7 +125,9 @@ impl AuthService for Api {
         }
         tokens::end_sessions(&tx, caller.user_id, Some(caller.token_id), by).await?;
         let reply = finish(tx, ChangePasswordResponse {}).await;
-        self.auth.forget_tokens();
+        if !key.validate_only {
+            self.auth.forget_tokens();
+        }
         reply
     }
 
@@ -140,6 +147,10 @@ impl AuthService for Api {
         let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         check_enabled(&tx, user_id).await?;
+        if tokens::count_api_tokens(&tx, user_id).await? >= API_TOKENS_PER_USER_MAX {
+            let message = format!("the user has {API_TOKENS_PER_USER_MAX} API tokens already; revoke one first");
+            return Err(Error::precondition("TOO_MANY_API_TOKENS", "api_token.user_id", message).into());
+        }
         let api_token = tokens::create_api_token(&tx, user_id, &sha256, &name, expire_time, by)
             .await?
             .ok_or_else(|| Error::invalid("api_token.expire_time", "must be in the future"))?;
@@ -174,12 +185,17 @@ impl AuthService for Api {
 
         let owner = if caller.is_admin() { None } else { Some(caller.user_id) };
         let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let api_token = tokens::revoke_api_token(&tx, id, owner, by).await?;
+        let (api_token, was_valid) = tokens::revoke_api_token(&tx, id, owner, by).await?;
         let reply = finish(tx, api_token).await;
-        self.auth.forget_tokens();
+        if was_valid && !key.validate_only {
+            self.auth.forget_tokens();
+        }
         reply
     }
 }
+
+/// Valid ones: what one user may add to the table.
+const API_TOKENS_PER_USER_MAX: i64 = 100;
 
 /// What came of a username and a password.
 enum Checked {

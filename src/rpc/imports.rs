@@ -38,12 +38,12 @@ impl ImportService for Api {
         let (answers, stream) = mpsc::channel(IMPORT_ANSWERS_WAITING_MAX);
         let (db, requests, stopping) = (self.db.clone(), request.into_inner(), self.stopping.clone());
         tokio::spawn(async move {
-            let _permit = permit;
             let client = Client { answers };
             let imported = tokio::select! {
                 imported = stream::import(&db, caller.user_id, requests, &client) => imported,
                 () = stopping.cancelled() => Err(Error::Stopping),
             };
+            drop(permit);
             if let Err(error) = imported {
                 client.fail(error).await;
             }

@@ -113,7 +113,9 @@ impl UserService for Api {
             tokens::end_sessions(&tx, id, None, by).await?;
         }
         let reply = finish(tx, user).await;
-        self.auth.forget_tokens();
+        if !key.validate_only {
+            self.auth.forget_tokens();
+        }
         reply
     }
 

@@ -419,11 +419,16 @@ async fn a_new_password_ends_the_other_sessions_and_nothing_else() {
 #[tokio::test]
 async fn the_current_password_must_be_right() {
     let tracker = Tracker::start().await;
-    let before = tracker.contents().await;
+    let contents = async || {
+        // Wrong ones are told in the audit trail.
+        let rows = tracker.contents().await.into_iter();
+        rows.filter(|row| !row.starts_with("audit_events")).collect::<Vec<_>>()
+    };
+    let before = contents().await;
     for wrong in ["", "wrong password", "correct horse battery "] {
         assert_invalid(change_password(&tracker.member, change(wrong, OTHER_PASSWORD)).await, &["current_password"]);
     }
-    assert_eq!(tracker.contents().await, before);
+    assert_eq!(contents().await, before);
 }
 
 #[tokio::test]

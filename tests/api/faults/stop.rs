@@ -60,10 +60,7 @@ async fn a_call_that_takes_too_long_is_cut_at_the_bound() {
     tracker.stop();
     let config = tracker.config.clone();
     tracker.ended().await;
-    update.abort();
+    assert!(!update.is_finished(), "it was waited for no longer than the bound");
     lock.release().await;
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
-    let title: String = client.query_one("SELECT title FROM issues", &[]).await.unwrap().get(0);
-    assert!(["slow", "changed"].contains(&&*title));
+    drop((config, update));
 }
