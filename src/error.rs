@@ -13,7 +13,7 @@ use uuid::Uuid;
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
 /// What `RetryInfo` proposes: long enough for a queue to drain, short enough for a person.
-const RETRY_DELAY: Duration = Duration::from_millis(500);
+pub const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// How much of a value an error quotes.
 const QUOTE_CHARS_MAX: usize = 80;
 const QUOTE_HEADER_BYTES_MAX: usize = 240;
@@ -70,6 +70,9 @@ pub enum Error {
     Unauthenticated(&'static str),
     #[error("{0}")]
     PermissionDenied(String),
+    /// As many requests are under way as are taken at once; those that are refused are asked to stay away for so long.
+    #[error("{requests_max} requests are under way, which is as many as are taken at once")]
+    Overloaded { requests_max: usize, delay: Duration },
     /// A bound on work at once is reached.
     #[error("{0}")]
     Exhausted(String),
@@ -216,6 +219,7 @@ impl Error {
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
+            | Self::Overloaded { .. }
             | Self::TooManyTries { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
@@ -245,6 +249,7 @@ impl Error {
                 | Self::OutcomeUnknown { .. }
                 | Self::Unavailable
                 | Self::Exhausted(_)
+                | Self::Overloaded { .. }
         )
     }
 
@@ -494,7 +499,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) | Self::TooManyTries { .. } => Code::ResourceExhausted,
+            Self::Exhausted(_) | Self::Overloaded { .. } | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable | Self::ConnectionLost | Self::OutcomeUnknown { .. } | Self::Stopping => {
@@ -519,7 +524,7 @@ impl Error {
             Self::Unimplemented(_) => "UNIMPLEMENTED",
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
-            Self::Exhausted(_) => "OVERLOADED",
+            Self::Exhausted(_) | Self::Overloaded { .. } => "OVERLOADED",
             Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Conflict(_) => "CONFLICT",
@@ -559,7 +564,7 @@ impl Error {
             | Self::Stopping
             | Self::Conflict(_)
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
-            Self::TooManyTries { delay } => vec![RetryInfo::new(Some(*delay)).into()],
+            Self::TooManyTries { delay } | Self::Overloaded { delay, .. } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)

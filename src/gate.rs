@@ -4,7 +4,7 @@
 use std::{
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -26,7 +26,7 @@ use tower::Service;
 use crate::{
     auth::{Auth, Caller},
     connections::{Call, random},
-    error::{Error, Result, Retry},
+    error::{Error, RETRY_DELAY, Result, Retry},
 };
 
 /// What begins the path of our own RPCs; health and reflection need neither a token nor a slot.
@@ -59,6 +59,10 @@ const READ_GRACE: Duration = Duration::from_secs(20);
 /// How long a stream may stand still: longer than imports and exports wait for their client.
 const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
 
+/// So many refusals in a second cost next to nothing.
+const REFUSALS_CHEAP: f64 = 500.0;
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
+
 /// How often a call is made that has got in the way of others, or whose connection to the database was lost.
 const TRIES_MAX: u32 = 4;
 /// How long it is asked what became of a mutation, by its request id.
@@ -85,6 +89,7 @@ pub struct Gate {
     slots: Arc<Semaphore>,
     open_streams: Arc<Semaphore>,
     payload: Payload,
+    refusals: Mutex<Refusals>,
     stopping: CancellationToken,
 }
 
@@ -139,6 +144,7 @@ impl Gate {
             slots: Arc::new(Semaphore::new(limits.requests_max)),
             open_streams: Arc::new(Semaphore::new(OPEN_STREAMS_MAX)),
             payload: Payload::new(PAYLOAD_KIB_MAX),
+            refusals: Mutex::new(Refusals::new(Instant::now())),
             stopping,
         }
     }
@@ -243,7 +249,10 @@ impl Gate {
             Kind::Unary | Kind::Import | Kind::Export => (&self.slots, self.limits.requests_max),
         };
         let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
-            Error::Exhausted(format!("{count} requests are under way, which is as many as are taken at once"))
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            // Some sooner and some later, so that they do not come back together.
+            let delay = refusals.delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
+            Error::Overloaded { requests_max: count, delay }
         })?;
         held._slot = Some(slot);
         match kind {
@@ -362,6 +371,32 @@ fn deadline_passed() -> Error {
 fn refusal(error: Error) -> (http::response::Parts, Content) {
     let (parts, ()) = Status::from(error).into_http::<()>().into_parts();
     (parts, Content::Unary { data: None, trailers: None })
+}
+
+/// How many requests were refused of late. The more there are, the longer they are asked to stay away: what refusing costs
+/// is missing to those that are taken.
+struct Refusals {
+    second: Instant,
+    in_this: u32,
+    in_the_last: u32,
+}
+
+impl Refusals {
+    fn new(now: Instant) -> Self {
+        Self { second: now, in_this: 0, in_the_last: 0 }
+    }
+
+    /// Of one more.
+    fn delay(&mut self, now: Instant) -> Duration {
+        let passed = now.duration_since(self.second).as_secs();
+        if passed > 0 {
+            self.in_the_last = if passed == 1 { self.in_this } else { 0 };
+            (self.second, self.in_this) = (now, 0);
+        }
+        self.in_this += 1;
+        let count = self.in_this.max(self.in_the_last);
+        RETRY_DELAY.mul_f64(1.0 + f64::from(count) / REFUSALS_CHEAP).min(RETRY_DELAY_MAX)
+    }
 }
 
 /// The memory that requests and answers may take together.
@@ -578,6 +613,20 @@ mod tests {
         assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
         drop(first);
         assert!(payload.take(0, PAYLOAD_FREE_BYTES + 60 * 1024).unwrap().is_some());
+    }
+
+    #[test]
+    fn the_more_are_refused_the_longer_they_are_asked_to_stay_away() {
+        let began = Instant::now();
+        let mut refusals = Refusals::new(began);
+        let few = refusals.delay(began);
+        assert!(few >= RETRY_DELAY && few < RETRY_DELAY.mul_f64(1.1));
+        let many = (0..2_000).map(|_| refusals.delay(began)).last().unwrap();
+        assert!(many > 4 * RETRY_DELAY && many <= RETRY_DELAY_MAX);
+        // As long as it goes on, and for a second.
+        assert!(refusals.delay(began + Duration::from_secs(1)) > 4 * RETRY_DELAY);
+        assert!(refusals.delay(began + Duration::from_secs(4)) < RETRY_DELAY.mul_f64(1.1));
+        assert_eq!((0..100_000).map(|_| refusals.delay(began + Duration::from_secs(4))).last(), Some(RETRY_DELAY_MAX));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! A gRPC client that leaves the machine to what is measured: prost's messages in h2's frames, and no more.
 
+use std::time::Duration;
+
 use anyhow::{Context, bail, ensure};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::client::SendRequest;
@@ -9,6 +11,7 @@ use http::{
 };
 use prost::Message;
 use tokio::net::TcpStream;
+use tonic_types::StatusExt;
 
 /// Wide enough that an answer never waits for the client to open its window.
 const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
@@ -73,12 +76,16 @@ impl Connection {
 /// RESOURCE_EXHAUSTED: the service has enough to do.
 #[derive(Debug, thiserror::Error)]
 #[error("the call was refused")]
-pub struct Refused;
+pub struct Refused {
+    pub retry_after: Duration,
+}
 
 fn check_status(headers: &HeaderMap) -> anyhow::Result<()> {
     let status = headers.get("grpc-status").context("an answer without a status")?;
     if status == "8" {
-        return Err(Refused.into());
+        let status = tonic::Status::from_header_map(headers).context("a status that cannot be read")?;
+        let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        return Err(Refused { retry_after: retry.context("a refusal without RetryInfo")? }.into());
     }
     if status != "0" {
         bail!("status {status:?}: {:?}", headers.get("grpc-message"));

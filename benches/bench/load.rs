@@ -235,8 +235,11 @@ async fn work(mut caller: Caller, end: Instant, overloads: bool) -> (Vec<u32>, u
     while Instant::now() < end {
         match overload::fate_of(&mut caller).await {
             Fate::Done(latency) => latencies.push(latency),
-            Fate::Refused if overloads => overload::wait_to_retry().await,
-            Fate::Refused => errors += 1,
+            // Not beyond the end, which would be waited for.
+            Fate::Refused(delay) if overloads => {
+                tokio::time::sleep_until((Instant::now() + delay).min(end).into()).await;
+            }
+            Fate::Refused(_) => errors += 1,
             Fate::Wrong(error) => {
                 if errors == 0 {
                     eprintln!("{}: {error:#}", caller.operation.name);

@@ -14,8 +14,6 @@ use crate::{
     singles::{Bench, single},
 };
 
-/// What clients wait that were told RESOURCE_EXHAUSTED: what its RetryInfo says.
-const RETRY_DELAY: Duration = Duration::from_millis(500);
 const OVERLOAD: f64 = 10.0;
 const TICK: Duration = Duration::from_millis(1);
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
@@ -51,7 +49,8 @@ pub const OVERLOADS: &[Overload] = &[
         operation: Operation {
             name: "Overload: searches, ten times the rate",
             call: Call::Search,
-            in_flight: 16,
+            // As many as are made at once with the benchmark's pool.
+            in_flight: 2,
             ..MANY
         },
         by_rate: true,
@@ -91,7 +90,8 @@ fn p99((carried, overloaded): &(Outcome, Outcome)) -> Single {
 pub enum Fate {
     /// Right, after so many microseconds.
     Done(u32),
-    Refused,
+    /// And asked to stay away for so long.
+    Refused(Duration),
     Wrong(anyhow::Error),
 }
 
@@ -99,14 +99,11 @@ pub async fn fate_of(caller: &mut Caller) -> Fate {
     let started = Instant::now();
     match caller.call().await {
         Ok(()) => Fate::Done(started.elapsed().as_micros() as u32),
-        Err(error) if error.is::<Refused>() => Fate::Refused,
-        Err(error) => Fate::Wrong(error),
+        Err(error) => match error.downcast::<Refused>() {
+            Ok(refused) => Fate::Refused(refused.retry_after),
+            Err(error) => Fate::Wrong(error),
+        },
     }
-}
-
-/// Waits as a client that was refused has to.
-pub async fn wait_to_retry() {
-    tokio::time::sleep(RETRY_DELAY).await;
 }
 
 /// Calls at a rate, each without regard to the others, until the time is over.
@@ -133,7 +130,7 @@ pub async fn at_rate(
     while let Some(fate) = calls.join_next().await {
         match fate? {
             Fate::Done(latency) => latencies.push(latency),
-            Fate::Refused => refused += 1,
+            Fate::Refused(_) => refused += 1,
             Fate::Wrong(error) => {
                 if wrong == 0 {
                     eprintln!("{}: {error:#}", operation.name);
