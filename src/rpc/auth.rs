@@ -39,7 +39,7 @@ impl AuthService for Api {
         let address = address_of(&request);
         let LoginRequest { username, password, validate_only } = request.into_inner();
         let password = password.into();
-        let attempt = self.login_limits.begin(Subject::Username(&username), address)?;
+        let mut attempt = self.login_limits.begin(Subject::Username(&username), address)?;
         let by = By::nobody(address);
         let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
         match self.check_credentials(line, &username, &password).await {
@@ -103,7 +103,7 @@ impl AuthService for Api {
         if key.request_id.is_some() {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
-        let attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
+        let mut attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
         match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
             Ok(true) => attempt.succeeded(),
             Ok(false) => {
