@@ -40,7 +40,7 @@ const PASSWORD_WAIT: Duration = Duration::from_secs(5);
 /// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
 /// do not take the places of those who have signed in.
 const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
-const KNOWN_WAITING_PER_THREAD_MAX: usize = 8;
+const KNOWN_WAITING_PER_THREAD_MAX: usize = 12;
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.

@@ -15,10 +15,10 @@
 //! there, waits with him.
 //!
 //! Failures do not hold up who has the right password. So a pair has at most [`TRIES_AT_ONCE_MAX`] tries under way, right
-//! or wrong: a quarter of the places in which those who have signed in wait for a processor, where there is only one.
-//! It is the pair that is counted, so that whoever tries a user from elsewhere does not take the user's turns. Who is
-//! known at several addresses has these turns at each; he had to sign in from there, and an administrator can disable
-//! him.
+//! or wrong, and as many in which a caller gives his password once more: a third of the places in which those who have
+//! signed in wait for a processor, where there is only one. It is the pair that is counted, so that whoever tries a user
+//! from elsewhere does not take the user's turns. Who is known at several addresses has these turns at each; he had to
+//! sign in from there, and an administrator can disable him.
 
 use std::{
     collections::{
