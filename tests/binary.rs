@@ -6,6 +6,8 @@ mod certificates;
 mod kills;
 #[path = "binary/roles.rs"]
 mod roles;
+#[path = "binary/start.rs"]
+mod start;
 #[path = "binary/stop.rs"]
 mod stop;
 #[path = "binary/tls.rs"]
