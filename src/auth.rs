@@ -33,7 +33,8 @@ const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 /// How many tokens are remembered at once.
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
 /// Tokens are looked up by one statement at a time, so that of the connections for this the others stay for logins: whoever
-/// sends tokens that nobody has keeps nobody from signing in.
+/// sends tokens that nobody has keeps nobody from signing in. Nor from calling: who waits for this has no slot of the gate
+/// yet, and so has a bound of its own.
 const LOOKUPS: Bounds = Bounds { items_max: 256, rounds_max: 1, waiting_max: 4_096 };
 /// How long a password waits to be checked.
 const PASSWORD_WAIT: Duration = Duration::from_secs(5);

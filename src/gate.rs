@@ -249,10 +249,14 @@ impl Gate {
         if matches!(kind, Kind::HealthCheck | Kind::Login | Kind::OpenStream) && !call.enter_open() {
             return Err(Error::Exhausted("this connection has too many calls without credentials".to_owned()));
         }
-        let (slots, count) = match kind {
+        let (caller, slots, count) = match kind {
             Kind::HealthCheck | Kind::Login => return Ok(None),
-            Kind::OpenStream => (&self.open_streams, OPEN_STREAMS_MAX),
-            Kind::Unary | Kind::Import | Kind::Export => (&self.slots, self.limits.requests_max),
+            Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
+            Kind::Unary | Kind::Import | Kind::Export => {
+                // Before there is a slot: tokens that nobody has are to take none of them.
+                let caller = self.auth.authenticate(request.headers()).await?;
+                (Some(caller), &self.slots, self.limits.requests_max)
+            }
         };
         let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
             let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
@@ -261,10 +265,7 @@ impl Gate {
             Error::Overloaded { requests_max: count, delay }
         })?;
         held._slot = Some(slot);
-        match kind {
-            Kind::OpenStream => Ok(None),
-            _ => self.auth.authenticate(request.headers()).await.map(Some),
-        }
+        Ok(caller)
     }
 
     /// The one message of a request, with its prefix.
