@@ -8,8 +8,12 @@ use super::*;
 
 /// A client at another address of this machine.
 pub async fn at(tracker: &Tracker, address: [u8; 4]) -> Client {
+    at_with_token(tracker, address, "").await
+}
+
+pub async fn at_with_token(tracker: &Tracker, address: [u8; 4], token: &str) -> Client {
     let endpoint = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap();
-    Tracker::client_on(endpoint.local_address(Some(IpAddr::from(address))).connect().await.unwrap(), "")
+    Tracker::client_on(endpoint.local_address(Some(IpAddr::from(address))).connect().await.unwrap(), token)
 }
 
 async fn try_password(client: &Client, username: &str, password: &str) -> Result<(), Status> {

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use http::{HeaderMap, HeaderValue};
 use issue_tracker::pb::{AuditAction, AuditEvent, ListAuditEventsRequest, UpdateUserRequest};
 use prost_types::FieldMask;
+use tonic::metadata::MetadataMap;
 
 use super::{
-    limits::{assert_too_soon, at},
+    limits::{assert_too_soon, at, at_with_token},
     *,
 };
 
@@ -21,14 +23,14 @@ async fn behind_proxies() -> Tracker {
 }
 
 fn forwarded<T>(message: T, values: &[&[u8]]) -> Request<T> {
-    let mut request = Request::new(message).into_parts();
-    // As the metadata's own type takes no more than ASCII.
-    let mut headers = request.0.into_headers();
+    let mut headers = HeaderMap::new();
     for value in values {
-        headers.append("x-forwarded-for", tonic::codegen::http::HeaderValue::from_bytes(value).unwrap());
+        headers.append("x-forwarded-for", HeaderValue::from_bytes(value).unwrap());
     }
-    request.0 = tonic::metadata::MetadataMap::from_headers(headers);
-    Request::from_parts(request.0, request.1, request.2)
+    let mut request = Request::new(message);
+    // Metadata by itself takes ASCII only.
+    *request.metadata_mut() = MetadataMap::from_headers(headers);
+    request
 }
 
 /// Tries a password by a connection on which somebody says that it is for somebody else.
@@ -153,9 +155,13 @@ async fn the_trail_tells_where_clients_of_trusted_proxies_are() {
     assert_eq!(addresses(&tracker, AuditAction::LoginFailed).await, ["2001:db8:2::7"]);
     let session = try_for(&proxy, &[b"[::ffff:203.0.113.9]:4711"], "member", PASSWORD).await.unwrap().access_token;
     assert_eq!(addresses(&tracker, AuditAction::Login).await, [HERE]);
-    let mut logout = forwarded(LogoutRequest::default(), &[ELSEWHERE.as_bytes()]);
-    logout.metadata_mut().insert("authorization", format!("Bearer {session}").parse().unwrap());
-    proxy.auth().logout(logout).await.unwrap();
+    let logout = LogoutRequest::default();
+    at_with_token(&tracker, PROXY, &session)
+        .await
+        .auth()
+        .logout(forwarded(logout, &[ELSEWHERE.as_bytes()]))
+        .await
+        .unwrap();
     assert_eq!(addresses(&tracker, AuditAction::Logout).await, [ELSEWHERE]);
 }
 
@@ -163,8 +169,9 @@ async fn the_trail_tells_where_clients_of_trusted_proxies_are() {
 #[tokio::test]
 async fn the_trail_tells_it_of_calls_that_were_made_again() {
     let tracker = behind_proxies().await;
-    let proxy = at(&tracker, PROXY).await;
-    let admin = Client { token: tracker.admin.token.clone(), ..proxy };
+    let admin = at_with_token(&tracker, PROXY, &tracker.admin.token).await;
+    // From then on its token is known.
+    who_am_i(&admin).await.unwrap();
     let user = Some(User { id: tracker.viewer.user.id.clone(), disabled: true, ..User::default() });
     let update_mask = Some(FieldMask { paths: vec!["disabled".into()] });
     let request = UpdateUserRequest { user, update_mask, ..Default::default() };
