@@ -41,6 +41,8 @@ const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
+/// What the other calls of a connection have to end when one is stuck: behind a proxy they may be somebody else's.
+const STUCK_GRACE: Duration = Duration::from_secs(30);
 /// Calls of one client on one connection at once that nobody has signed in for: logins, health, reflection. Who has the
 /// connection for himself has as many on it; where a proxy brings many clients on it, none takes the others' places.
 const OPEN_CALLS_PER_CLIENT_MAX: usize = 16;
@@ -244,16 +246,18 @@ impl Shared {
             _ = &mut connection => return,
             () = self.until_old_or_stopped(&activity, is_late) => {}
             () = activity.evicted.notified() => {}
-            state = until_silent(&activity, self.limits.idle_max) => match state {
-                Silent::Idle => {}
-                Silent::Stuck => return,
-            },
+            _ = until_silent(&activity, self.limits.idle_max) => {}
         }
         connection.as_mut().graceful_shutdown();
+        let finished = async {
+            if let Silent::Stuck = until_silent(&activity, GOODBYE_MAX).await {
+                let _ = timeout(STUCK_GRACE, until_all_are_stuck(&activity)).await;
+            }
+        };
         // What has begun meanwhile may finish. How long a stop may take is for the service to say.
         tokio::select! {
             _ = connection => {}
-            _ = until_silent(&activity, GOODBYE_MAX) => {}
+            () = finished => {}
             () = sleep(self.limits.age_grace) => {}
         }
     }
@@ -294,6 +298,15 @@ async fn until_silent(activity: &Activity, idle_max: Duration) -> Silent {
         }
         // A call may begin meanwhile.
         sleep_until(next.min(now + LOOK_INTERVAL)).await;
+    }
+}
+
+/// Waits until there is no call but those that are stuck.
+async fn until_all_are_stuck(activity: &Activity) {
+    while let Some(until) = activity.last_until()
+        && until > Instant::now()
+    {
+        sleep_until(until.min(Instant::now() + LOOK_INTERVAL)).await;
     }
 }
 
@@ -356,6 +369,10 @@ impl Activity {
     fn state(&self) -> State {
         let calls = lock(&self.calls);
         calls.until.values().min().map_or(State::Idle(calls.idle_since), |until| State::Busy(*until))
+    }
+
+    fn last_until(&self) -> Option<Instant> {
+        lock(&self.calls).until.values().max().copied()
     }
 
     fn idle_since(&self) -> Option<Instant> {

@@ -41,10 +41,23 @@ impl Raw {
         tracker: &Tracker,
         method: &str,
     ) -> Result<(h2::client::ResponseFuture, h2::SendStream<bytes::Bytes>), h2::Error> {
-        let request = http::Request::post(format!("http://{}/issuetracker.v1.{method}", tracker.address))
+        self.begin_within(tracker, method, None).await
+    }
+
+    /// With a deadline of its own.
+    pub async fn begin_within(
+        &mut self,
+        tracker: &Tracker,
+        method: &str,
+        deadline: Option<Duration>,
+    ) -> Result<(h2::client::ResponseFuture, h2::SendStream<bytes::Bytes>), h2::Error> {
+        let mut request = http::Request::post(format!("http://{}/issuetracker.v1.{method}", tracker.address))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
             .header("authorization", format!("Bearer {}", tracker.member.token));
+        if let Some(deadline) = deadline {
+            request = request.header("grpc-timeout", format!("{}S", deadline.as_secs()));
+        }
         let mut requests = self.requests.clone().ready().await?;
         requests.send_request(request.body(()).unwrap(), false)
     }
@@ -184,6 +197,33 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
     assert!(cut.is_none_or(|data| data.is_err()));
     raw.closed().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+/// As where a proxy brings many clients on one connection.
+#[tokio::test]
+async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_peace() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
+    let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
+    let issue = tracker.member.file_as(issue).await;
+    let mut raw = Raw::open_with(&tracker, 2_000).await.unwrap();
+    let (unread, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
+    stream.send_data(framed(&GetIssueRequest { id: issue.id, ..Default::default() }), true).unwrap();
+    let _unread = unread.await.unwrap().into_body();
+    // Its message is yet to come.
+    let slow = raw.begin_within(&tracker, "AuthService/WhoAmI", Some(HANG)).await;
+    let (response, mut stream) = slow.unwrap();
+
+    let asked_to_go = async {
+        while raw.begin(&tracker, "AuthService/WhoAmI").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(HANG, asked_to_go).await.expect("the connection is used on");
+    stream.send_data(framed(&WhoAmIRequest {}), true).unwrap();
+
+    let mut answer = response.await.unwrap().into_body();
+    assert!(!answer.data().await.unwrap().unwrap().is_empty());
+    raw.closed().await;
 }
 
 #[tokio::test]
