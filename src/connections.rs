@@ -249,15 +249,10 @@ impl Shared {
             _ = until_silent(&activity, self.limits.idle_max) => {}
         }
         connection.as_mut().graceful_shutdown();
-        let finished = async {
-            if let Silent::Stuck = until_silent(&activity, GOODBYE_MAX).await {
-                let _ = timeout(STUCK_GRACE, until_all_are_stuck(&activity)).await;
-            }
-        };
         // What has begun meanwhile may finish. How long a stop may take is for the service to say.
         tokio::select! {
             _ = connection => {}
-            () = finished => {}
+            () = until_finished(&activity) => {}
             () = sleep(self.limits.age_grace) => {}
         }
     }
@@ -301,13 +296,19 @@ async fn until_silent(activity: &Activity, idle_max: Duration) -> Silent {
     }
 }
 
-/// Waits until there is no call but those that are stuck.
-async fn until_all_are_stuck(activity: &Activity) {
-    while let Some(until) = activity.last_until()
-        && until > Instant::now()
-    {
-        sleep_until(until.min(Instant::now() + LOOK_INTERVAL)).await;
+/// Waits until there is no call any more, but for those that are stuck; where there are such, not for ever.
+async fn until_finished(activity: &Activity) {
+    if let Silent::Idle = until_silent(activity, GOODBYE_MAX).await {
+        return;
     }
+    let others = async {
+        while let Some(until) = activity.last_until()
+            && until > Instant::now()
+        {
+            sleep_until(until.min(Instant::now() + LOOK_INTERVAL)).await;
+        }
+    };
+    let _ = timeout(STUCK_GRACE, others).await;
 }
 
 /// From 0 to 1.
@@ -444,3 +445,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is in it is whole whatever happened to a holder of the lock.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;
