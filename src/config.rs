@@ -200,14 +200,8 @@ pub struct Limits {
     login_failures_per_address: u32,
     /// Proxies, as addresses and networks with commas between them, that append to x-forwarded-for which address they are
     /// called from: their clients are known by it. Default: none, and the header is ignored.
-    #[arg(
-        long,
-        env = "ISSUE_TRACKER_TRUSTED_PROXIES",
-        default_value = "",
-        hide_default_value = true,
-        value_name = "NETWORKS"
-    )]
-    trusted_proxies: TrustedProxies,
+    #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS")]
+    trusted_proxies: Option<TrustedProxies>,
     /// How long requests under way may take to finish when the service stops, in seconds.
     #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=3_600))]
@@ -255,7 +249,7 @@ impl Limits {
             keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
             streams_max: self.streams,
             header_bytes_max: self.header_bytes,
-            trusted_proxies: self.trusted_proxies.clone(),
+            trusted_proxies: self.trusted_proxies.clone().unwrap_or_default(),
         }
     }
 

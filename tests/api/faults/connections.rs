@@ -1,7 +1,7 @@
 //! Connections that are silent, stuck or too many.
 
 use h2::client::SendRequest;
-use issue_tracker::pb::{ImportIssuesRequest, WhoAmIRequest};
+use issue_tracker::pb::WhoAmIRequest;
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -205,7 +205,7 @@ async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_p
         }
     };
     tokio::time::timeout(HANG, asked_to_go).await.expect("the connection is used on");
-    import.send_data(framed(&ImportIssuesRequest::default()), true).unwrap();
+    import.send_data(framed(&issue_tracker::pb::ImportIssuesRequest::default()), true).unwrap();
     let mut answer = imported.await.unwrap().into_body();
     while let Some(data) = answer.data().await {
         data.unwrap();
