@@ -3,6 +3,7 @@
 mod expiry;
 mod floods;
 mod limits;
+mod proxies;
 mod token_bound;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
