@@ -17,11 +17,14 @@ use tonic::Request;
 use uuid::Uuid;
 
 use crate::{
-    db::{Db, tokens},
+    coalesce::{Bounds, Coalescer, Company, Outcome},
+    db::{
+        Db,
+        tokens::{self, FoundCaller},
+    },
     error::{Error, Result},
     pb::Role,
     request::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
-    singleflight::Flights,
 };
 
 /// How long a token is believed without asking the database: what was revoked on one replica ends on the others within
@@ -29,12 +32,16 @@ use crate::{
 const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 /// How many tokens are remembered at once.
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
+/// Tokens are looked up by one statement at a time, so that of the connections for this the others stay for logins: whoever
+/// sends tokens that nobody has keeps nobody from signing in. Nor from calling: who waits for this has no slot of the gate
+/// yet, and so has a bound of its own.
+const LOOKUPS: Bounds = Bounds { items_max: 256, rounds_max: 1, waiting_max: 4_096 };
 /// How long a password waits to be checked.
 const PASSWORD_WAIT: Duration = Duration::from_secs(5);
 /// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
 /// do not take the places of those who have signed in.
 const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
-const KNOWN_WAITING_PER_THREAD_MAX: usize = 8;
+const KNOWN_WAITING_PER_THREAD_MAX: usize = 12;
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -81,8 +88,7 @@ pub enum Line {
     Strangers,
 }
 
-/// Who a token belongs to and for how long, as the database says it; none: it is not valid.
-type FoundCaller = Option<(Caller, Option<Duration>)>;
+type Lookups = Coalescer<[u8; TOKEN_BYTES], Option<FoundCaller>, ()>;
 
 /// What is known of a token.
 #[derive(Clone, Copy)]
@@ -98,8 +104,7 @@ struct Known {
 #[derive(Clone)]
 pub struct Auth {
     db: Db,
-    /// Calls that come together with a token are told what it is by one look.
-    lookups: Arc<Flights<[u8; TOKEN_BYTES], FoundCaller>>,
+    lookups: Arc<Lookups>,
     callers: Cache<[u8; TOKEN_BYTES], Known>,
     /// What was read in an earlier one is not believed any more.
     generation: Arc<AtomicU64>,
@@ -117,14 +122,9 @@ impl Auth {
         // Half of the cores, so that whoever sends passwords does not take the others' time.
         let passwords_max = (std::thread::available_parallelism()?.get() / 2).max(1);
         let db = db.for_auth();
-        let of_lookup = db.clone();
-        let lookups = Flights::new(Box::new(move |sha256: [u8; TOKEN_BYTES]| {
-            let db = of_lookup.clone();
-            Box::pin(async move { tokens::find_caller(&*db.conn().await?, &sha256).await })
-        }));
         Ok(Self {
+            lookups: Arc::new(lookups(&db)),
             db,
-            lookups: Arc::new(lookups),
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
             passwords: Arc::new(Semaphore::new(passwords_max)),
@@ -206,8 +206,8 @@ impl Auth {
             return Ok(known.caller);
         }
         // Boxed, as it happens seldom and would make the future of every request large: they are moved about.
-        let found = Box::pin(self.lookups.read(sha256)).await?;
-        let (caller, valid_for) = found.ok_or(Error::Unauthenticated(
+        let found = Box::pin(self.lookups.call(sha256)).await?;
+        let FoundCaller { caller, valid_for } = found.ok_or(Error::Unauthenticated(
             "the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
         // From before the database was asked, and so rather too early. Too long to reckon with is for ever.
@@ -215,6 +215,31 @@ impl Auth {
         self.callers.insert(sha256, Known { caller, generation, valid_until }).await;
         Ok(caller)
     }
+}
+
+/// Looks tokens up, all that come at the same time together.
+fn lookups(db: &Db) -> Lookups {
+    let (of_round, of_one) = (db.clone(), db.clone());
+    Coalescer::new(
+        LOOKUPS,
+        |_| Company::Any,
+        Box::new(move |wanted| {
+            let db = of_round.clone();
+            Box::pin(async move {
+                let found = async { tokens::find_callers(&*db.conn().await?, &wanted).await };
+                // What fails is told to all of them: each alone would take the connections that are not for this.
+                let found = found.await.unwrap_or_else(|error| vec![Err(error); wanted.len()]);
+                Ok(found.into_iter().map(Outcome::Done).collect())
+            })
+        }),
+        Box::new(move |sha256| {
+            let db = of_one.clone();
+            Box::pin(async move {
+                let found = tokens::find_callers(&*db.conn().await?, &[sha256]).await?.pop();
+                found.ok_or(Error::Internal("a token was not looked up"))?
+            })
+        }),
+    )
 }
 
 /// `cost` is bcrypt's, as of [`Auth::new`].

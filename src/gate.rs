@@ -48,6 +48,10 @@ const OPEN_STREAMS_MAX: usize = 1_024;
 /// What requests and answers at hand may hold in memory, beyond the first bytes of each.
 const PAYLOAD_KIB_MAX: usize = 256 * 1024;
 const PAYLOAD_FREE_BYTES: usize = 64 * 1024;
+/// The same for requests without credentials. Names and passwords are within the first bytes: what others fill does not
+/// keep anybody from signing in.
+const OPEN_PAYLOAD_KIB_MAX: usize = 16 * 1024;
+const OPEN_PAYLOAD_FREE_BYTES: usize = 1024;
 /// What of an answer is given to the connection at once.
 const ANSWER_PIECE_BYTES: usize = 16 * 1024;
 /// How long a request without credentials may take to be sent.
@@ -89,6 +93,7 @@ pub struct Gate {
     slots: Arc<Semaphore>,
     open_streams: Arc<Semaphore>,
     payload: Payload,
+    open_payload: Payload,
     refusals: Mutex<Refusals>,
     stopping: CancellationToken,
 }
@@ -143,7 +148,8 @@ impl Gate {
             limits,
             slots: Arc::new(Semaphore::new(limits.requests_max)),
             open_streams: Arc::new(Semaphore::new(OPEN_STREAMS_MAX)),
-            payload: Payload::new(PAYLOAD_KIB_MAX),
+            payload: Payload::new(PAYLOAD_FREE_BYTES, PAYLOAD_KIB_MAX),
+            open_payload: Payload::new(OPEN_PAYLOAD_FREE_BYTES, OPEN_PAYLOAD_KIB_MAX),
             refusals: Mutex::new(Refusals::new(Instant::now())),
             stopping,
         }
@@ -237,10 +243,14 @@ impl Gate {
         if matches!(kind, Kind::HealthCheck | Kind::Login | Kind::OpenStream) && !call.enter_open() {
             return Err(Error::Exhausted("too many calls without credentials are under way; try again".to_owned()));
         }
-        let (slots, count) = match kind {
+        let (caller, slots, count) = match kind {
             Kind::HealthCheck | Kind::Login => return Ok(None),
-            Kind::OpenStream => (&self.open_streams, OPEN_STREAMS_MAX),
-            Kind::Unary | Kind::Import | Kind::Export => (&self.slots, self.limits.requests_max),
+            Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
+            Kind::Unary | Kind::Import | Kind::Export => {
+                // Before there is a slot: tokens that nobody has are to take none of them.
+                let caller = self.auth.authenticate(request.headers()).await?;
+                (Some(caller), &self.slots, self.limits.requests_max)
+            }
         };
         let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
             let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
@@ -249,27 +259,26 @@ impl Gate {
             Error::Overloaded { requests_max: count, delay }
         })?;
         held._slot = Some(slot);
-        match kind {
-            Kind::OpenStream => Ok(None),
-            _ => self.auth.authenticate(request.headers()).await.map(Some),
-        }
+        Ok(caller)
     }
 
     /// The one message of a request, with its prefix.
     async fn read(&self, mut body: Incoming, kind: Kind, held: &mut Held) -> Result<Bytes> {
-        let bytes_max = match kind {
-            Kind::Login | Kind::HealthCheck => OPEN_REQUEST_BYTES_MAX.min(self.limits.message_bytes_max),
-            _ => self.limits.message_bytes_max,
-        } + MESSAGE_PREFIX_BYTES;
+        let message_bytes_max = self.limits.message_bytes_max;
+        let (payload, message_bytes_max) = match kind {
+            Kind::Login | Kind::HealthCheck => (&self.open_payload, OPEN_REQUEST_BYTES_MAX.min(message_bytes_max)),
+            _ => (&self.payload, message_bytes_max),
+        };
+        let bytes_max = message_bytes_max + MESSAGE_PREFIX_BYTES;
         let mut message = Bytes::new();
         let mut more = BytesMut::new();
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             // The client has gone away.
             let Ok(data) = frame.map_err(|_| Error::Cancelled)?.into_data() else { continue };
             if message.len() + more.len() + data.len() > bytes_max {
-                return Err(Error::too_large(bytes_max - MESSAGE_PREFIX_BYTES));
+                return Err(Error::too_large(message_bytes_max));
             }
-            held.payload.extend(self.payload.take(message.len() + more.len(), data.len())?);
+            held.payload.extend(payload.take(message.len() + more.len(), data.len())?);
             if message.is_empty() && more.is_empty() {
                 message = data;
             } else {
@@ -390,22 +399,26 @@ impl Refusals {
 }
 
 /// The memory that requests and answers may take together.
-struct Payload(Arc<Semaphore>);
+struct Payload {
+    /// Not counted of each.
+    free_bytes: usize,
+    room: Arc<Semaphore>,
+}
 
 impl Payload {
-    fn new(kib_max: usize) -> Self {
-        Self(Arc::new(Semaphore::new(kib_max)))
+    fn new(free_bytes: usize, kib_max: usize) -> Self {
+        Self { free_bytes, room: Arc::new(Semaphore::new(kib_max)) }
     }
 
     /// Counts bytes that are kept for a message which has some already; the first ones of each are free.
     fn take(&self, before: usize, bytes: usize) -> Result<Option<OwnedSemaphorePermit>> {
-        let beyond_free = |bytes: usize| bytes.saturating_sub(PAYLOAD_FREE_BYTES).div_ceil(1024);
+        let beyond_free = |bytes: usize| bytes.saturating_sub(self.free_bytes).div_ceil(1024);
         let kib = beyond_free(before + bytes) - beyond_free(before);
         if kib == 0 {
             return Ok(None);
         }
         let kib = u32::try_from(kib).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&self.0).try_acquire_many_owned(kib);
+        let permit = Arc::clone(&self.room).try_acquire_many_owned(kib);
         permit.map(Some).map_err(|_| {
             Error::Exhausted("the large requests and answers under way are as many as are taken; try again".to_owned())
         })

@@ -13,9 +13,18 @@
 //! A pair that has signed in lately is held up by its own failures only, so that one attacker in an office does not lock
 //! out the others. What remains: who shares the attacker's address, and is attacked himself or has not signed in from
 //! there, waits with him.
+//!
+//! Failures do not hold up who has the right password. So a pair has at most [`TRIES_AT_ONCE_MAX`] tries under way, right
+//! or wrong, and as many in which a caller gives his password once more: a third of the places in which those who have
+//! signed in wait for a processor, where there is only one. It is the pair that is counted, so that whoever tries a user
+//! from elsewhere does not take the user's turns. Who is known at several addresses has these turns at each; he had to
+//! sign in from there, and an administrator can disable him.
 
 use std::{
-    collections::{HashMap, hash_map::RandomState},
+    collections::{
+        HashMap,
+        hash_map::{Entry, RandomState},
+    },
     hash::{BuildHasher, Hash},
     net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -36,8 +45,17 @@ const DELAY_FIRST: Duration = Duration::from_secs(1);
 const DELAY_MAX: Duration = Duration::from_secs(60);
 /// So many failures of a user at other addresses count for a pair as one of its own.
 const FAILURES_ELSEWHERE_PER_FAILURE: u32 = 10;
-/// How many pairs, users and addresses are remembered, each: some megabytes. Failures cannot come faster than bcrypt
-/// checks passwords, so that it takes dozens of cores to reach this within [`FORGOTTEN_AFTER`].
+/// Whatever is sent at once: who signs in, and once more as the answer did not come.
+const TRIES_AT_ONCE_MAX: u32 = 2;
+/// How many pairs, users, addresses and known pairs are remembered, each: some megabytes. Past these the older half is
+/// forgotten.
+///
+/// Failures fill these tables as fast as calls come: one that is cut while it waits counts, and bcrypt does not slow it
+/// down. But an address has few that are free, so that 65,536 failures take more than a thousand addresses, or networks of
+/// IPv6, within [`FORGOTTEN_AFTER`]. What is gained by them is that the oldest delays of pairs are forgotten, and so some
+/// free failures at addresses that have more of their own to spend; those of an address are only forgotten for as many
+/// other addresses. None of it holds others up: what is forgotten of them are delays. Known pairs are only forgotten for
+/// as many passwords that were right, which bcrypt does slow down; they are then strangers until they sign in again.
 const ENTRIES_MAX: usize = 65_536;
 /// The bits of an IPv6 address that are one subscriber.
 const IPV6_PREFIX_BITS: u32 = 64;
@@ -72,8 +90,8 @@ impl LoginLimits {
         Self { free, hasher: RandomState::new(), tries: Arc::default() }
     }
 
-    /// Begins a try, which counts as a failure until it is said to be none: of many at once only as many are taken as
-    /// are free. Refuses one that comes too soon.
+    /// Begins a try, which is under way until it is dropped, and counts as a failure until it is said to be none: of many
+    /// at once only as many are taken as are free. Refuses one that comes too soon, or beside too many of its pair.
     pub fn begin(&self, subject: Subject<'_>, address: Option<IpAddr>) -> Result<Try> {
         let address = address.map(subscriber);
         // Hashed with a key of this process: short, whatever was typed, and it is not kept. No username has a letter of
@@ -89,6 +107,12 @@ impl LoginLimits {
         if !delay.is_zero() {
             return Err(Error::TooManyTries { delay });
         }
+        let under_way = tries.under_way.entry(pair).or_default();
+        if *under_way >= TRIES_AT_ONCE_MAX {
+            let message = format!("{TRIES_AT_ONCE_MAX} passwords of this user are being checked already; try again");
+            return Err(Error::Exhausted(message));
+        }
+        *under_way += 1;
         let tried = Try {
             tries: Arc::clone(&self.tries),
             is_known: tries.known.get(pair, now, KNOWN_FOR).is_some(),
@@ -103,7 +127,8 @@ impl LoginLimits {
     }
 }
 
-/// A try of a password. Dropped without a word it stays a failure, as it does when its client did not wait for the answer.
+/// A try of a password, which is under way until it is dropped. Dropped without a word it stays a failure, as it does when
+/// its client did not wait for the answer.
 #[must_use]
 pub struct Try {
     tries: Arc<Mutex<Tries>>,
@@ -123,7 +148,7 @@ impl Try {
     }
 
     /// The password was right: the pair's failures are forgotten, and it is known from now on.
-    pub fn succeeded(mut self) {
+    pub fn succeeded(&mut self) {
         self.take_back();
         let mut tries = lock(&self.tries);
         tries.pairs.entries.remove(&self.pair);
@@ -132,7 +157,7 @@ impl Try {
     }
 
     /// The password was not checked.
-    pub fn unchecked(mut self) {
+    pub fn unchecked(&mut self) {
         self.take_back();
     }
 
@@ -147,12 +172,13 @@ impl Try {
 
 impl Drop for Try {
     fn drop(&mut self) {
+        let mut tries = lock(&self.tries);
+        tries.end(self.pair);
         if self.settled {
             return;
         }
         // It failed now, not when it began.
         let now = Instant::now();
-        let mut tries = lock(&self.tries);
         tries.pairs.touch(self.pair, now);
         tries.users.touch(self.pair.0, now);
         tries.addresses.touch(self.pair.1, now);
@@ -169,6 +195,8 @@ struct Tries {
     addresses: Recent<Option<IpAddr>>,
     /// The pairs that have signed in, each with the time of the last one.
     known: Recent<Pair>,
+    /// How many tries of a pair are under way: no more pairs than there are calls.
+    under_way: HashMap<Pair, u32>,
 }
 
 impl Tries {
@@ -187,6 +215,16 @@ impl Tries {
         let of_address = self.addresses.get(pair.1, now, FORGOTTEN_AFTER);
         let by_address = remaining(of_address, of_address.map_or(0, |address| address.count), free.of_address);
         remaining(own, count.saturating_add(heat), free.of_pair).max(by_address)
+    }
+
+    /// A try of the pair is not under way any more.
+    fn end(&mut self, pair: Pair) {
+        if let Entry::Occupied(mut under_way) = self.under_way.entry(pair) {
+            *under_way.get_mut() -= 1;
+            if *under_way.get() == 0 {
+                under_way.remove();
+            }
+        }
     }
 }
 

@@ -90,6 +90,8 @@ impl Drop for Place<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use tokio::time::advance;
 
     use super::*;
@@ -97,10 +99,34 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_is_taken_whole() {
+    async fn a_burst_is_taken_whole_until_it_has_not_moved_for_a_while() {
         let queue = Queue::new(2, 2 * SECOND);
-        let places: Vec<_> = (0..1_000).map(|_| queue.join().unwrap()).collect();
-        assert_eq!(places.len(), 1_000);
+        let mut places = Vec::new();
+        for _ in 0..1_000 {
+            places.push(queue.join().expect("nothing is known of how slow it goes"));
+            advance(STANDSTILL_MIN / 1_001).await;
+        }
+        advance(STANDSTILL_MIN / 1_000).await;
+        assert!(queue.join().is_none(), "a thousand turns of this length take too long");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_burst_is_taken_as_far_as_it_is_served_in_time() {
+        const TURN: Duration = Duration::from_millis(1);
+        let queue = Queue::new(2, 2 * SECOND);
+        let mut places: VecDeque<_> = (0..200).map(|_| queue.join().unwrap()).collect();
+        while let Some(place) = places.pop_front() {
+            advance(TURN).await;
+            place.served();
+        }
+        places.extend(std::iter::from_fn(|| queue.join()).take(10_000));
+        let taken = u32::try_from(places.len()).unwrap();
+        assert!((1_900..=2_100).contains(&taken), "{taken} turns of a millisecond in two seconds");
+        // What is given back makes room again.
+        drop(places.pop_back());
+        let last = queue.join().expect("there is room for as many as before");
+        assert!(queue.join().is_none());
+        drop(last);
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@
 //! nothing that helps: who guesses tokens does not choose the bytes of their hashes, and from a hash that he knew he would
 //! have no token. Nor is there anything to try out: a token is 256 random bits.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use chrono::{DateTime, Utc};
 use secrecy::{ExposeSecret, SecretString};
@@ -26,19 +26,34 @@ macro_rules! token_columns {
     };
 }
 
-/// Who a token belongs to, if it is valid and its user is not disabled, and for how long it is valid still. No duration: it
-/// does not expire.
-pub async fn find_caller(db: &Conn, sha256: &[u8]) -> Result<Option<(Caller, Option<Duration>)>> {
+/// Who a valid token belongs to.
+#[derive(Clone, Copy, Debug)]
+pub struct FoundCaller {
+    pub caller: Caller,
+    /// For how long the token is valid still. None: it does not expire.
+    pub valid_for: Option<Duration>,
+}
+
+/// Who tokens belong to, in order; none: it is not valid, or its user is disabled.
+pub async fn find_callers(db: &Conn, sha256s: &[[u8; 32]]) -> Result<Vec<Result<Option<FoundCaller>>>> {
     // By the database's clock, as it is that which says when a token expires.
-    const SQL: &str = "-- find_caller
-        SELECT u.id, u.role, t.id, extract(epoch FROM t.expire_time - now())::float8
+    const SQL: &str = "-- find_callers
+        SELECT t.sha256, u.id, u.role, t.id, extract(epoch FROM t.expire_time - now())::float8
         FROM tokens t JOIN users u ON u.id = t.user_id
-        WHERE t.sha256 = $1 AND t.revoke_time IS NULL AND (t.expire_time IS NULL OR t.expire_time > now()) AND NOT u.disabled";
-    let Some(row) = db.query_opt(SQL, &[&sha256]).await? else { return Ok(None) };
-    let role = Role::try_from(i32::from(row.get::<_, i16>(1))).map_err(|_| Error::Internal("unknown role"))?;
+        WHERE t.sha256 = ANY ($1) AND t.revoke_time IS NULL AND (t.expire_time IS NULL OR t.expire_time > now())
+            AND NOT u.disabled";
+    let wanted: Vec<&[u8]> = sha256s.iter().map(|sha256| &sha256[..]).collect();
+    let rows = db.query(SQL, &[&wanted]).await?;
+    let found: HashMap<&[u8], &Row> = rows.iter().map(|row| (row.get(0), row)).collect();
+    Ok(wanted.into_iter().map(|sha256| found.get(sha256).map(|row| found_caller(row)).transpose()).collect())
+}
+
+fn found_caller(row: &Row) -> Result<FoundCaller> {
+    let role = Role::try_from(i32::from(row.get::<_, i16>(2))).map_err(|_| Error::Internal("unknown role"))?;
+    let caller = Caller { user_id: row.get(1), role, token_id: row.get(3) };
     let valid_for =
-        row.get::<_, Option<f64>>(3).map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
-    Ok(Some((Caller { user_id: row.get(0), role, token_id: row.get(2) }, valid_for)))
+        row.get::<_, Option<f64>>(4).map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
+    Ok(FoundCaller { caller, valid_for })
 }
 
 /// A session to be kept.

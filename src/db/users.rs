@@ -81,6 +81,13 @@ pub async fn get(db: &Conn, id: Uuid) -> Result<User> {
     row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("user", "id", id))
 }
 
+/// As [`get`]; until the transaction ends nobody else changes the user, or counts what belongs to him.
+pub async fn lock(db: &Conn, id: Uuid) -> Result<User> {
+    const SQL: &str = concat!("-- lock_user\nSELECT ", user_columns!(), " FROM users WHERE id = $1 FOR NO KEY UPDATE");
+    let row = db.query_opt(SQL, &[&id]).await?;
+    row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("user", "id", id))
+}
+
 pub async fn get_by_username(db: &Conn, username: &str) -> Result<User> {
     const SQL: &str =
         concat!("-- get_user_by_username\nSELECT ", user_columns!(), " FROM users WHERE lower(username) = lower($1)");

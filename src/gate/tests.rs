@@ -2,7 +2,7 @@ use super::*;
 
 #[test]
 fn large_messages_are_counted_beyond_their_first_bytes_and_given_back() {
-    let payload = Payload::new(100);
+    let payload = Payload::new(PAYLOAD_FREE_BYTES, 100);
     assert!(payload.take(0, PAYLOAD_FREE_BYTES).unwrap().is_none());
     let first = payload.take(PAYLOAD_FREE_BYTES, 60 * 1024).unwrap();
     let second = payload.take(0, PAYLOAD_FREE_BYTES + 40 * 1024).unwrap();

@@ -31,7 +31,7 @@ impl LoginLimits {
     }
 
     fn sign_in(&self, username: &str, from: Option<IpAddr>) -> Result<(), Duration> {
-        self.try_as(username, from).map(Try::succeeded)
+        self.try_as(username, from).map(|mut tried| tried.succeeded())
     }
 }
 
@@ -71,7 +71,8 @@ async fn unknown_names_and_whatever_case_count_alike() {
 #[tokio::test(start_paused = true)]
 async fn the_delay_counts_from_when_the_failure_was_found_out() {
     let limits = LoginLimits::new(FREE);
-    let tries: Vec<Try> = (0..3).map(|_| limits.try_as("ada", address(HERE)).unwrap()).collect();
+    limits.fail("ada", address(HERE)).unwrap();
+    let tries = [(); 2].map(|()| limits.try_as("ada", address(HERE)).unwrap());
     advance(seconds(5)).await;
     drop(tries);
     assert_eq!(limits.fail("ada", address(HERE)), Err(seconds(1)));
@@ -80,8 +81,35 @@ async fn the_delay_counts_from_when_the_failure_was_found_out() {
 #[tokio::test(start_paused = true)]
 async fn of_many_tries_at_once_only_the_free_ones_are_taken() {
     let limits = LoginLimits::new(FREE);
+    for _ in 0..2 {
+        limits.fail("ada", address(HERE)).unwrap();
+    }
     let tries: Vec<_> = (0..100).map(|_| limits.try_as("ada", address(HERE))).collect();
-    assert_eq!(tries.iter().filter(|tried| tried.is_ok()).count(), 3);
+    assert_eq!(tries.iter().filter(|tried| tried.is_ok()).count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pair_has_two_tries_under_way_right_or_wrong_and_takes_none_of_anothers() {
+    let limits = LoginLimits::new(FREE);
+    let try_as = |username, from| limits.begin(Subject::Username(username), from);
+    let mut under_way = Vec::new();
+    for (username, from) in [("ada", HERE), ("ada", ELSEWHERE), ("alan", HERE)] {
+        under_way.push(try_as(username, address(from)).unwrap());
+        under_way.push(try_as(username, address(from)).unwrap());
+        assert!(matches!(try_as(username, address(from)), Err(Error::Exhausted(_))), "{username} at {from:?}");
+    }
+    // What is settled is still under way until its session is made.
+    under_way[0].succeeded();
+    under_way[1].unchecked();
+    assert!(matches!(try_as("ada", address(HERE)), Err(Error::Exhausted(_))));
+    under_way.drain(..2);
+    for _ in 0..10 {
+        let mut tries = [try_as("ada", address(HERE)).unwrap(), try_as("ada", address(HERE)).unwrap()];
+        assert!(matches!(try_as("ada", address(HERE)), Err(Error::Exhausted(_))), "a success makes room for no more");
+        tries.iter_mut().for_each(Try::succeeded);
+    }
+    drop(under_way);
+    assert!(lock(&limits.tries).under_way.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,7 +222,7 @@ async fn who_has_signed_in_is_known_for_a_week() {
             limits.fail(&format!("user{nth}"), address(HERE)).unwrap();
         }
         match limits.try_as("ada", address(HERE)) {
-            Ok(tried) => {
+            Ok(mut tried) => {
                 assert!(days == 6 && tried.is_known());
                 tried.unchecked();
             }
@@ -245,6 +273,31 @@ async fn a_caller_who_gives_his_password_again_is_counted_apart_from_signing_in(
     assert!(limits.begin(Subject::Caller(id), address(HERE)).is_err());
     drop(limits.begin(Subject::Caller(id), address(ELSEWHERE)).unwrap());
     limits.fail(&id.to_string(), address(HERE)).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fills_the_tables_spends_more_free_failures_than_he_gets_back_and_nobody_else_is_held_up() {
+    let limits = LoginLimits::new(FREE);
+    limits.sign_in("ada", address(ELSEWHERE)).unwrap();
+    for _ in 0..3 {
+        limits.fail("ada", address(HERE)).unwrap();
+    }
+    // New names from new addresses, as many as each has free.
+    let mut addresses = 0;
+    while let Err(delay) = limits.fail("ada", address(HERE)) {
+        assert!(delay > Duration::ZERO && addresses < 10_000, "{delay:?} after {addresses}");
+        for nth in 0..FREE.of_address {
+            limits.fail(&format!("user {nth} of {addresses}"), nth_address(addresses)).unwrap();
+        }
+        advance(Duration::from_micros(1)).await;
+        addresses += 1;
+    }
+    assert!((addresses * FREE.of_address) as usize >= ENTRIES_MAX / 2, "{addresses}");
+    for nth in 0..addresses {
+        assert!(limits.fail("somebody", nth_address(nth)).is_err(), "address {nth} of {addresses} is free again");
+    }
+    assert!(limits.try_as("ada", address(ELSEWHERE)).unwrap().is_known());
+    limits.sign_in("alan", address(ELSEWHERE)).unwrap();
 }
 
 #[tokio::test(start_paused = true)]

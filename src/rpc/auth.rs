@@ -39,7 +39,7 @@ impl AuthService for Api {
         let address = address_of(&request);
         let LoginRequest { username, password, validate_only } = request.into_inner();
         let password = password.into();
-        let attempt = self.login_limits.begin(Subject::Username(&username), address)?;
+        let mut attempt = self.login_limits.begin(Subject::Username(&username), address)?;
         let by = By::nobody(address);
         let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
         match self.check_credentials(line, &username, &password).await {
@@ -103,7 +103,7 @@ impl AuthService for Api {
         if key.request_id.is_some() {
             let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         }
-        let attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
+        let mut attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
         match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
             Ok(true) => attempt.succeeded(),
             Ok(false) => {
@@ -146,7 +146,8 @@ impl AuthService for Api {
         let key = RequestKey { request_id: None, validate_only: request.validate_only };
         let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        check_enabled(&tx, user_id).await?;
+        // Locked, so that of two that are made at once the second counts the first.
+        lock_enabled(&tx, user_id).await?;
         if tokens::count_api_tokens(&tx, user_id).await? >= API_TOKENS_PER_USER_MAX {
             let message = format!("the user has {API_TOKENS_PER_USER_MAX} API tokens already; revoke one first");
             return Err(Error::precondition("TOO_MANY_API_TOKENS", "api_token.user_id", message).into());
@@ -246,8 +247,8 @@ fn may_manage_tokens(caller: &Caller, user_id: Uuid) -> Result<()> {
     Ok(())
 }
 
-async fn check_enabled(db: &Conn, user_id: Uuid) -> Result<()> {
-    let user = users::get(db, user_id).await.map_err(|error| match error {
+async fn lock_enabled(db: &Conn, user_id: Uuid) -> Result<()> {
+    let user = users::lock(db, user_id).await.map_err(|error| match error {
         Error::NotFound(_) => Error::not_found("user", "api_token.user_id", user_id),
         error => error,
     })?;

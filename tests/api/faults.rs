@@ -206,7 +206,7 @@ async fn a_statement_is_cancelled_when_its_deadline_passes() {
         assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
     }
 
-    tracker.wait_until(lock_waiters!("= 0")).await;
+    tracker.until_let_go().await;
 
     // The lock still stands, and nobody else has to wait for it.
     assert_eq!(tracker.member.get(&issue.id).await, issue);
@@ -225,7 +225,7 @@ async fn a_client_that_goes_away_in_the_middle_leaves_nothing_locked_and_nothing
         let update = spawn_update(&tracker.member, request);
         tracker.wait_until(lock_waiters!("= 1")).await;
         update.abort();
-        tracker.wait_until(lock_waiters!("= 0")).await;
+        tracker.until_let_go().await;
         lock.release().await;
     }
 

@@ -47,6 +47,9 @@ const TEMPLATE: &str = "template_of_tests";
 const SERVICE_ROLE: &str = "tracker";
 const OWNER_ROLE: &str = "tracker_owner";
 
+/// Longer than it takes to cancel a statement, and shorter than one waits for a lock by itself.
+pub const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
+
 /// Stopped and removed when the process ends.
 static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
@@ -180,6 +183,14 @@ impl Tracker {
             })
         })
         .await;
+    }
+
+    /// Waits until the service has nothing locked and waits for no lock, as it must soon when its callers have gone.
+    pub async fn until_let_go(&self) {
+        const SQL: &str = "SELECT count(*) = 0 FROM pg_locks JOIN pg_stat_activity USING (pid)
+            WHERE usename <> current_user AND datname = current_database()";
+        let let_go = tokio::time::timeout(CANCELLED_WITHIN, self.wait_until(SQL));
+        let_go.await.expect("a statement of nobody's goes on until it ends by itself");
     }
 
     /// A number that a query gives.

@@ -3,20 +3,26 @@
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http::HeaderName;
-use issue_tracker::pb::{Issue, Role, WhoAmIRequest};
-use tokio::time::timeout;
+use issue_tracker::pb::{BatchCreateIssuesRequest, Issue, ListIssuesRequest, LoginRequest, Role, WhoAmIRequest};
+use prost::Message;
+use tokio::{
+    sync::oneshot,
+    task::JoinSet,
+    time::{Duration, sleep, timeout},
+};
 use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
     raw::{
         Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
-        WINDOW_UPDATE, call, call_block, connect, frame, framed, request,
+        WINDOW_UPDATE, call, call_block, connect, frame, framed, read_answer, request,
     },
 };
-use crate::harness::Tracker;
+use crate::harness::{PASSWORD, Tracker, assert_error, limits};
 
 const MANY: usize = 10_000;
+const LOGIN: &str = "/issuetracker.v1.AuthService/Login";
 
 #[tokio::test]
 async fn headers_beyond_the_bound_are_refused_however_they_are_cut() {
@@ -133,6 +139,70 @@ async fn an_answer_that_is_never_read_ends_with_its_connection() {
     target.assert_unharmed().await;
 }
 
+/// Reads an answer byte by byte until its connection is closed; tells, as soon as the answer begins, whether it is one.
+async fn read_bytewise(mut raw: Raw, begun: oneshot::Sender<bool>) {
+    let mut begun = Some(begun);
+    while let Some(next) = raw.next().await {
+        match next.kind {
+            HEADERS => {
+                let is_answer = next.flags & END_STREAM == 0;
+                begun.take().expect("the answer ends before its connection").send(is_answer).unwrap();
+                if !is_answer {
+                    return;
+                }
+            }
+            DATA => {
+                assert!(next.payload.len() <= 1, "there is no window for {} bytes", next.payload.len());
+                sleep(Duration::from_millis(20)).await;
+                raw.send(&frame(WINDOW_UPDATE, 0, 1, &1_u32.to_be_bytes())).await;
+            }
+            PING if next.flags == 0 => drop(raw.send(&frame(PING, 1, 0, &next.payload)).await),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_let_go_while_others_are_served() {
+    const READERS: usize = 100;
+    let target = Target { tracker: Tracker::start_with(limits(&["--deadline-ms", "5000"])).await };
+    let member = &target.tracker.member;
+    let issue = Issue { title: "large".into(), description: "x".repeat(65_536), ..Issue::default() };
+    for _ in 0..3 {
+        let request = BatchCreateIssuesRequest { issues: vec![issue.clone(); 16], ..Default::default() };
+        member.issues().batch_create_issues(request).await.unwrap();
+    }
+    let list = ListIssuesRequest { page_size: 100, ..Default::default() };
+    let answer_bytes = member.issues().list_issues(list.clone()).await.unwrap().into_inner().encoded_len();
+
+    let (mut readers, mut begun) = (JoinSet::new(), Vec::new());
+    for _ in 0..READERS {
+        // A window of one byte for each stream.
+        let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 1]).await;
+        let block = call_block(&target, "/issuetracker.v1.IssueService/ListIssues");
+        raw.send(&frame(HEADERS, END_HEADERS, 1, &block)).await;
+        raw.send(&frame(DATA, END_STREAM, 1, &framed(&list.encode_to_vec()))).await;
+        let (sender, receiver) = oneshot::channel();
+        begun.push(receiver);
+        readers.spawn(read_bytewise(raw, sender));
+    }
+    let begun = timeout(HANG, join_all(begun)).await.expect("a call is not answered");
+    let answers = begun.into_iter().filter(|begun| *begun.as_ref().unwrap()).count();
+
+    assert!(0 < answers && answers < READERS, "{answers}");
+    assert!(answers * (answer_bytes - 64 * 1024) <= 256 * 1024 * 1024, "{answers} of {answer_bytes} bytes");
+    let refused = member.issues().list_issues(list.clone()).await;
+    assert_error(refused, Code::ResourceExhausted, "OVERLOADED");
+    target.assert_answers().await;
+    member.file("small").await;
+
+    while let Some(reader) = timeout(HANG, readers.join_next()).await.expect("a reader is never let go") {
+        reader.unwrap();
+    }
+    member.issues().list_issues(list).await.expect("there is room again");
+    target.assert_unharmed().await;
+}
+
 #[tokio::test]
 async fn windows_that_grow_by_nothing_or_beyond_all_bounds_are_errors() {
     let target = Target::start().await;
@@ -159,7 +229,7 @@ async fn many_calls_of_one_connection_are_answered_or_refused_one_by_one() {
     let target = Target::start().await;
     let requests = connect(&target).await;
     let mut answered = 0;
-    let mut calls = tokio::task::JoinSet::new();
+    let mut calls = JoinSet::new();
     for _ in 0..500 {
         let (requests, request) = (requests.clone(), request(&target, WHO_AM_I));
         calls.spawn(async move { super::raw::call_on(requests, request, framed(b"")).await });
@@ -176,6 +246,49 @@ async fn many_calls_of_one_connection_are_answered_or_refused_one_by_one() {
     assert!(answered > 0);
     drop(requests);
     let _ = call(&target, request(&target, WHO_AM_I), Bytes::new()).await;
+    target.assert_unharmed().await;
+}
+
+/// They are taken beside the slots for calls, some on each connection; they have five seconds to be sent, and little memory
+/// in all.
+#[tokio::test]
+async fn logins_that_are_half_sent_take_no_slot_and_end_while_others_sign_in() {
+    let target = Target::start().await;
+    let login = |password: String| LoginRequest { username: "member".into(), password, validate_only: false };
+    let whole = framed(&login("x".repeat(15 * 1024)).encode_to_vec());
+    let mut calls = JoinSet::new();
+    for _ in 0..200 {
+        let requests = connect(&target).await;
+        for _ in 0..20 {
+            let (requests, request, part) = (requests.clone(), request(&target, LOGIN), whole.slice(..14 * 1024));
+            calls.spawn(async move {
+                let (answer, mut stream) = requests.ready().await.unwrap().send_request(request, false).unwrap();
+                let _ = stream.send_data(part, false);
+                // The stream is kept as it is until it is answered.
+                (read_answer(answer).await.unwrap_or_else(Answer::Cut), stream).0
+            });
+        }
+    }
+    let (mut ended, mut refused, mut signed_in) = (0, 0, 0);
+    while !calls.is_empty() {
+        let client = target.tracker.client_with_token(None);
+        client.auth().login(login(PASSWORD.to_owned())).await.expect("others sign in");
+        signed_in += 1;
+        target.tracker.member.auth().who_am_i(WhoAmIRequest {}).await.expect("the slot is free");
+        while let Some(answer) = calls.try_join_next() {
+            match answer.unwrap() {
+                Answer::Status { http: 200, grpc: Some(grpc) } if grpc == Code::DeadlineExceeded as i32 => ended += 1,
+                answer => {
+                    answer.assert_grpc(Code::ResourceExhausted);
+                    refused += 1;
+                }
+            }
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(signed_in > 1 && ended > 0, "{signed_in} signed in, {ended} ended");
+    // Four on each connection, and those that there is no memory for: there is for 1,260 at once.
+    assert!(refused > 4 * 200, "{refused} refused");
     target.assert_unharmed().await;
 }
 

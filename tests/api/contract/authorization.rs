@@ -397,19 +397,42 @@ impl World {
         let expired = self.caller(Role::Admin).await;
         let expire = "UPDATE tokens SET expire_time = now() WHERE user_id = $1";
         self.tracker.sql(expire, &[&expired.user.id.parse::<Uuid>().unwrap()]).await;
-        let nobody = self.tracker.client_with_token(None);
+        let revoked = self.caller(Role::Admin).await;
+        revoked.auth().logout(LogoutRequest::default()).await.unwrap();
+        let mut callers = vec![("disabled", disabled), ("expired", expired), ("revoked", revoked)];
+        let good = self.caller(Role::Admin).await;
+        for (what, token) in malformed(&good.token) {
+            let mut client = good.clone();
+            client.token = token;
+            callers.push((what, client));
+        }
 
-        for client in [&nobody, &disabled, &expired] {
-            let own = if client.token.is_empty() { &self.stranger } else { &client.user };
-            for owner in [own, &self.stranger] {
-                let messages = (row.request)(Object { world: self, owner: owner.clone() }).await;
-                let before = self.tracker.contents().await;
-                let told = told(call_with(&self.tracker, client, row.method, messages).await);
-                assert_eq!(told, Told::Unauthenticated, "{}", row.method);
-                assert_eq!(self.tracker.contents().await, before, "{}", row.method);
+        let mut calls = Vec::new();
+        for (what, client) in &callers {
+            for owner in [&client.user, &self.stranger] {
+                calls.push((what, client, (row.request)(Object { world: self, owner: owner.clone() }).await));
             }
         }
+        let before = self.tracker.contents().await;
+        for (what, client, messages) in calls {
+            let told = told(call_with(&self.tracker, client, row.method, messages).await);
+            assert_eq!(told, Told::Unauthenticated, "{}: {what}", row.method);
+        }
+        assert_eq!(self.tracker.contents().await, before, "{}", row.method);
     }
+}
+
+/// What comes near a good token, and is none.
+fn malformed(token: &str) -> [(&'static str, String); 6] {
+    let unknown = issue_tracker::auth::new_token().unwrap().0;
+    [
+        ("none", String::new()),
+        ("unknown", unknown),
+        ("cut short", token[..token.len() - 1].to_owned()),
+        ("too long", format!("{token}A")),
+        ("without its prefix", token.replacen("itk_", "", 1)),
+        ("in another case", token.to_ascii_uppercase()),
+    ]
 }
 
 #[test]

@@ -8,8 +8,6 @@ use super::{
     *,
 };
 
-const NONE_BLOCKED: &str = lock_waiters!("= 0");
-
 #[tokio::test]
 async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_written() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "400"])).await;
@@ -19,7 +17,7 @@ async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_wr
     let update = spawn_update(&tracker.member, retitle(&issue, "changed")).await.unwrap();
 
     assert_error(update, Code::DeadlineExceeded, "DEADLINE");
-    tracker.wait_until(NONE_BLOCKED).await;
+    tracker.until_let_go().await;
     lock.release().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
@@ -76,7 +74,7 @@ async fn a_caller_that_goes_away_leaves_no_statement_behind_and_connections_fit_
         let update = spawn_update(&tracker.member, request);
         tracker.wait_until(lock_waiters!(">= 1")).await;
         update.abort();
-        tracker.wait_until(NONE_BLOCKED).await;
+        tracker.until_let_go().await;
     }
     lock.release().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
@@ -102,7 +100,7 @@ async fn when_all_in_a_round_have_gone_away_its_statement_ends() {
     tracker.until_blocked().await;
     calls.iter().for_each(JoinHandle::abort);
 
-    tracker.wait_until(NONE_BLOCKED).await;
+    tracker.until_let_go().await;
 
     session.batch_execute("COMMIT").await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);

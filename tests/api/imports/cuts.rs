@@ -120,7 +120,8 @@ async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
     raw.send(&chunk(0, rows));
     tracker.wait_until(lock_waiters!("> 0")).await;
 
-    raw.cut(Cut::Reset(Reason::CANCEL), &tracker).await;
+    raw.stream.send_reset(Reason::CANCEL);
+    tracker.until_let_go().await;
 
     other.batch_execute("COMMIT").await.unwrap();
     assert_eq!(issue_count(&tracker).await, 1);
