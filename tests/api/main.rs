@@ -1,7 +1,7 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
-#[path = "../certificates/mod.rs"]
+#[path = "../support/certificates.rs"]
 mod certificates;
 mod harness;
 

@@ -6,12 +6,9 @@ use super::*;
 async fn the_service_is_not_the_superuser_of_its_own_database() {
     let dir = Dir::new();
     let service = Service::embedded(&dir);
-    file(&service, &admin_token(&dir), "first").await;
-    let socket = dir.path("data/cluster.socket");
-    let mut config = tokio_postgres::Config::new();
-    config.host_path(socket).user("postgres").dbname("issue_tracker");
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    file(&service, &dir.admin_token(), "first").await;
+    let mut config = dir.database();
+    let client = session(&config).await;
 
     let sql = "SELECT DISTINCT usename::text, usesuper FROM pg_stat_activity JOIN pg_user USING (usename)
         WHERE application_name = 'issue-tracker'";
@@ -20,8 +17,7 @@ async fn the_service_is_not_the_superuser_of_its_own_database() {
     assert_eq!(who, [("issue_tracker".to_owned(), false)]);
 
     config.user("issue_tracker");
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = session(&config).await;
     for statement in ["DROP TABLE issues CASCADE", "CREATE TABLE x ()", "DELETE FROM refinery_schema_history"] {
         let error = client.batch_execute(statement).await.unwrap_err();
         assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");

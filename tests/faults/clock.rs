@@ -1,6 +1,6 @@
 //! The machine's clock jumps, that of the service and of its private database.
 
-use std::{collections::HashSet, fs, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
 use issue_tracker::pb::{
     CreateIssueRequest, CreateUserRequest, GetIssueRequest, Issue, ListIssuesRequest, ListIssuesResponse, LoginRequest,
@@ -12,9 +12,10 @@ use tonic::{Code, transport::Channel};
 use tonic_types::StatusExt;
 
 use crate::{
-    harness::{Dir, Form, Service, call, call_within, eventually, serves, session},
+    harness::{Form, call, call_within, serves},
     load::Load,
     shim::Shim,
+    support::{database::session, eventually::eventually, process::Dir, service::Service},
     verify::verify,
 };
 
@@ -38,7 +39,7 @@ impl Clocked {
         let shim = Shim::new(&dir);
         let service = Service::start(&dir, shim.program(&["--data-dir", &dir.data(), "--bcrypt-cost", "4"]));
         let channel = service.channel();
-        let admin = fs::read_to_string(dir.path("data/admin.token")).unwrap().trim_end().to_owned();
+        let admin = dir.admin_token();
         Self { dir, shim, service, channel, admin }
     }
 

@@ -17,12 +17,18 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Caller, External, Form, Service, call, call_within, callers, eventually, program, session},
+    harness::{Caller, Form, call, call_within, callers},
     load::Load,
     proxy::{
         At,
         Fault::{self, CutAfter, CutAtOnce, CutBefore, Hold},
         Proxy,
+    },
+    support::{
+        database::session,
+        eventually::eventually,
+        external::External,
+        service::{Service, program},
     },
     verify::verify,
 };
@@ -49,7 +55,7 @@ struct Broken {
 impl Broken {
     async fn start() -> Self {
         let external = External::start(Durability::Throwaway);
-        let proxy = Proxy::start(external.socket_dir().join(".s.PGSQL.5432")).await;
+        let proxy = Proxy::start(external.cluster.socket_dir().join(".s.PGSQL.5432")).await;
         let service = Service::start(&external.dir, program(&["--database-url", &proxy.url()]));
         let caller = callers(&external.config(), 1).await.remove(0);
         Self { service, proxy, external, caller }
