@@ -239,7 +239,7 @@ async fn login(service: &Service, username: &str, password: &str) -> Result<Stri
 #[tokio::test(flavor = "multi_thread")]
 async fn an_external_database_is_migrated_given_an_administrator_and_served() {
     let external = External::start(Durability::Throwaway);
-    let url = external.url();
+    let url = format!("{} password={SECRET}", external.url());
     for _ in 0..2 {
         let migrated = run(&["migrate", "--database-url", &url]);
         assert!(migrated.status.success(), "{migrated:?}");
@@ -253,12 +253,13 @@ async fn an_external_database_is_migrated_given_an_administrator_and_served() {
     assert_refused(&create_user(&url, &["--role", "admin", "not a name"], SECRET), "username");
     assert_refused(&create_user(&url, &["--role", "king", "bob"], SECRET), "king");
 
-    let mut service = Service::on(&external, &[]);
+    let mut service = Service::start(&external.dir, program(&["--database-url", &url]));
     let token = login(&service, "ada", SECRET).await.unwrap();
     let issue = file(&service, &token, "first").await;
     assert_eq!(issue.reporter_id, id);
     assert_eq!(service.stdout, [format!("listening on {}", service.address)]);
     assert_eq!(service.stop().code(), Some(0));
+    assert!(!service.log().contains(SECRET), "{}", service.log());
     let sql = session(&external.config()).await;
     assert_eq!(sql.query("SELECT FROM users", &[]).await.unwrap().len(), 1);
     let told = "SELECT FROM audit_events WHERE action = 'USER_CREATED' AND actor_id IS NULL AND user_id::text = $1";

@@ -282,10 +282,10 @@ async fn connections_that_were_cut_while_idle_cost_no_call() {
         for listed in futures_util::future::join_all(calls.iter().map(list)).await {
             listed.unwrap();
         }
-        broken.proxy.cut_all();
         // Half of the times the service has no time to notice.
-        if round % 2 == 0 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        match round % 2 {
+            0 => broken.proxy.cut_all_noticed().await,
+            _ => broken.proxy.cut_all(),
         }
         let title = format!("after cut {round}");
         let lists = futures_util::future::join_all(calls.iter().map(list)).await;
@@ -305,9 +305,7 @@ async fn an_idle_connection_known_to_be_dead_costs_no_write_without_a_request_id
     let broken = Broken::start().await;
     for round in 0..10 {
         broken.file("one that uses a connection").await;
-        broken.proxy.cut_all();
-        // The service learns of it; nothing is sent on such a connection any more.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        broken.proxy.cut_all_noticed().await;
         let title = format!("after cut {round}");
         let filed = broken.call("IssueService/CreateIssue", &create(&title, false)).await;
         filed.unwrap_or_else(|status| panic!("{status:?}"));

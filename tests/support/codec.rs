@@ -16,7 +16,7 @@ pub async fn unary(channel: &Channel, path: &str, request: Request<Vec<u8>>) -> 
 }
 
 /// Messages as the bytes that they are.
-struct Raw;
+pub struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;

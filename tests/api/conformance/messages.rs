@@ -38,7 +38,7 @@ async fn a_body_that_is_not_one_message_is_told_as_that() {
             assert!(told == code as i32 || may_be_done && told == 0, "{what}, {path}: {told}");
         }
     }
-    assert_eq!(target.tracker.count("SELECT count(*) FROM issues").await, 0);
+    assert_eq!(target.count("SELECT count(*) FROM issues").await, 0);
     target.assert_unharmed().await;
 }
 
@@ -57,7 +57,7 @@ async fn a_message_in_pieces_of_one_byte_is_whole() {
     stream.send_trailers([("x-trailer".parse().unwrap(), "1".parse().unwrap())].into_iter().collect()).unwrap();
     drop(stream);
     timeout(HANG, read_answer(answer)).await.unwrap().unwrap().assert_grpc(Code::Ok);
-    let titled = target.tracker.count("SELECT count(*) FROM issues WHERE title = 'in pieces'").await;
+    let titled = target.count("SELECT count(*) FROM issues WHERE title = 'in pieces'").await;
     assert_eq!(titled, 1);
     target.assert_unharmed().await;
 }
@@ -127,7 +127,7 @@ async fn a_call_that_comes_byte_by_byte_and_far_too_slowly_ends_at_its_deadline(
 #[tokio::test]
 async fn an_import_that_is_ended_at_once_or_cut_at_once_leaves_nothing() {
     let target = Target::start().await;
-    let before = target.tracker.contents().await;
+    let before = target.contents().await;
     for _ in 0..20 {
         let answer = call_on(connect(&target).await, request(&target, IMPORT_ISSUES), Bytes::new());
         timeout(HANG, answer).await.unwrap().assert_grpc(Code::InvalidArgument);
@@ -138,6 +138,6 @@ async fn an_import_that_is_ended_at_once_or_cut_at_once_leaves_nothing() {
         stream.send_reset(h2::Reason::CANCEL);
         target.assert_answers().await;
     }
-    assert_eq!(target.tracker.contents().await, before);
+    assert_eq!(target.contents().await, before);
     target.assert_unharmed().await;
 }
