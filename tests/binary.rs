@@ -50,7 +50,7 @@ use support::{
     eventually::eventually,
     external::External,
     process::{Dir, signal, wait_until},
-    service::{Service, finished, program},
+    service::{Service, TOKEN_FILE, finished, program},
 };
 
 const SECRET: &str = "sesame-open-17";
@@ -103,14 +103,14 @@ async fn first_start_prints_how_to_reach_it_and_later_ones_keep_all_and_print_no
     let lines = &service.stdout;
     assert_eq!(lines.len(), 5, "{lines:?}");
     assert!(lines[0].contains("the user \"admin\" with the password "), "{lines:?}");
-    let token_file = dir.path("data/admin.token");
+    let token_file = dir.path(TOKEN_FILE);
     assert_eq!(lines[2], format!("TOKEN=$(cat {})", token_file.display()));
     for line in &lines[3..] {
         assert!(line.starts_with("grpcurl -plaintext -H \"authorization: Bearer $TOKEN\" "), "{line}");
         assert!(line.contains(&format!(" {} issuetracker.v1.IssueService/", service.address)), "{line}");
     }
     assert_eq!(fs::metadata(&token_file).unwrap().permissions().mode() & 0o777, 0o600);
-    let token = dir.admin_token();
+    let token = service.admin_token();
     file(&service, &token, "kept").await;
     let password = lines[0].split("with the password ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
     let login = LoginRequest { username: "admin".to_owned(), password, ..Default::default() };
@@ -122,7 +122,7 @@ async fn first_start_prints_how_to_reach_it_and_later_ones_keep_all_and_print_no
 
     assert_eq!(again.stdout.len(), 4, "{:?}", again.stdout);
     assert!(!again.stdout.concat().contains("password"), "{:?}", again.stdout);
-    assert_eq!(dir.admin_token(), token);
+    assert_eq!(again.admin_token(), token);
     assert_eq!(titles(&again, &token).await, ["kept"]);
     again.stop();
 }
@@ -149,7 +149,7 @@ async fn sigterm_ends_the_service_and_its_database_and_health_tells() {
 async fn a_killed_service_has_all_that_it_acknowledged_when_it_starts_again() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
-    let token = dir.admin_token();
+    let token = service.admin_token();
     for n in 0..20 {
         file(&service, &token, &format!("issue {n}")).await;
     }
@@ -175,7 +175,7 @@ async fn a_second_service_on_the_same_directory_or_port_is_refused_and_the_first
     assert_refused(&same_port, &format!("cannot listen on {}", service.address));
     assert_eq!((same_dir.stdout.len(), same_port.stdout.len()), (0, 0));
     assert!(!other.path("data").exists(), "nothing is made for a service that cannot serve");
-    file(&service, &dir.admin_token(), "still there").await;
+    file(&service, &service.admin_token(), "still there").await;
     assert_eq!(service.stop().code(), Some(0));
 }
 
@@ -292,7 +292,7 @@ async fn a_session_with_errors(service: &Service, token: &str) {
 async fn nothing_that_clients_send_is_in_the_logs_even_when_the_database_crashes() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
-    let token = dir.admin_token();
+    let token = service.admin_token();
     a_session_with_errors(&service, &token).await;
     assert!(signal(dir.server_pid().unwrap(), libc::SIGKILL));
     let list = async || service.issues().list_issues(with_token(&token, ListIssuesRequest::default())).await;

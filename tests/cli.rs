@@ -38,10 +38,8 @@ use support::{
     database::session,
     eventually::eventually,
     process::{Dir, signal},
-    service::{Service, finished, lines, program},
+    service::{Service, TOKEN_FILE, finished, lines, program},
 };
-
-const TOKEN_FILE: &str = "data/admin.token";
 
 fn zipped(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());

@@ -6,7 +6,7 @@ use super::*;
 async fn the_service_is_not_the_superuser_of_its_own_database() {
     let dir = Dir::new();
     let service = Service::embedded(&dir);
-    file(&service, &dir.admin_token(), "first").await;
+    file(&service, &service.admin_token(), "first").await;
     let mut config = dir.database();
     let client = session(&config).await;
 

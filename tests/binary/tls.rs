@@ -40,7 +40,7 @@ async fn call(endpoint: Endpoint, token: &str) -> Result<usize, String> {
 fn client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Output {
     let server = format!("https://{}", service.address);
     let mut all = vec![subcommand, "--server", &server, "--server-name", "tracker.example"];
-    let token_file = dir.text("data/admin.token");
+    let token_file = dir.text(TOKEN_FILE);
     if subcommand != "health" {
         all.extend(["--token-file", &token_file]);
     }
@@ -109,7 +109,7 @@ async fn a_service_with_a_certificate_is_reached_by_who_trusts_it() {
     for line in &service.stdout[service.stdout.len() - 2..] {
         assert!(line.starts_with(&format!("grpcurl -cacert {} -authority tracker.example -H ", pair[0])), "{line}");
     }
-    let token = dir.admin_token();
+    let token = service.admin_token();
 
     assert_eq!(call(endpoint(&service, &ours, None), &token).await, Ok(0));
     let error = call(endpoint(&service, &theirs, None), &token).await.unwrap_err();
@@ -145,7 +145,7 @@ async fn who_must_show_a_certificate_is_refused_without_one() {
     for line in &service.stdout[service.stdout.len() - 2..] {
         assert!(line.contains(" -cert client.crt -key client.key "), "{line}");
     }
-    let token = dir.admin_token();
+    let token = service.admin_token();
 
     assert_eq!(call(endpoint(&service, &ours, Some(&known)), &token).await, Ok(0));
     assert!(call(endpoint(&service, &ours, None), &token).await.is_err());
@@ -211,7 +211,7 @@ async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on
     let live = ["crt", "key"].map(|kind| dir.text(&format!("live/tls.{kind}")));
     let mut service = serve(&dir, &live, &[]);
     let mut silent = std::net::TcpStream::connect(&service.address).unwrap();
-    let token = dir.admin_token();
+    let token = service.admin_token();
     let old = endpoint(&service, &first, None).connect().await.unwrap();
     assert_eq!(count_issues(old.clone(), &token).await.unwrap(), 0);
 

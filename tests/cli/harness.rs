@@ -69,8 +69,7 @@ impl Service {
 
     /// Of all issues, sorted.
     pub async fn titles(&self) -> Vec<String> {
-        let token = fs::read_to_string(self.dir.join(TOKEN_FILE)).unwrap();
-        let mut titles = titles(self, token.trim_end()).await;
+        let mut titles = titles(self, &self.admin_token()).await;
         titles.sort();
         titles
     }

@@ -41,7 +41,7 @@ impl Clocked {
         let shim = Shim::new(&dir);
         let service = Service::start(&dir, shim.program(&["--data-dir", &dir.data(), "--bcrypt-cost", "4"]));
         let channel = service.channel();
-        let admin = dir.admin_token();
+        let admin = service.admin_token();
         Self { dir, shim, service, channel, admin }
     }
 

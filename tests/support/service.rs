@@ -17,6 +17,7 @@ use super::{
     process::{Dir, signal, wait_until},
 };
 
+pub const TOKEN_FILE: &str = "data/admin.token";
 const LOG: &str = "service.log";
 /// What a service with a database of its own says behind its address.
 const LINES_BEHIND_ADDRESS: usize = 3;
@@ -74,11 +75,6 @@ impl Dir {
         config.connect_timeout(Duration::from_secs(2));
         config
     }
-
-    /// That of its first administrator.
-    pub fn admin_token(&self) -> String {
-        fs::read_to_string(self.path("data/admin.token")).unwrap().trim_end().to_owned()
-    }
 }
 
 /// A service, killed when the test ends in whatever way.
@@ -125,6 +121,11 @@ impl Service {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join(LOG)).unwrap()
+    }
+
+    /// That of the first administrator, which a service with a database of its own makes.
+    pub fn admin_token(&self) -> String {
+        fs::read_to_string(self.dir.join(TOKEN_FILE)).unwrap().trim_end().to_owned()
     }
 
     pub fn channel(&self) -> Channel {

@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::client::SendRequest;
+use h2::{
+    SendStream,
+    client::{ResponseFuture, SendRequest},
+};
 use http::{HeaderMap, Request};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -49,6 +52,11 @@ pub async fn connect(target: &Target) -> SendRequest<Bytes> {
     crate::raw::Raw::open(target).await.requests
 }
 
+/// Begins a call on a connection of its own.
+pub async fn begin(target: &Target, path: &str) -> (ResponseFuture, SendStream<Bytes>) {
+    connect(target).await.ready().await.unwrap().send_request(request(target, path), false).unwrap()
+}
+
 /// Makes a call on a connection of its own, with this body, whole and in one piece.
 pub async fn call(target: &Target, request: Request<()>, body: Bytes) -> Answer {
     let requests = connect(target).await;
@@ -65,7 +73,7 @@ pub async fn call_on(requests: SendRequest<Bytes>, request: Request<()>, body: B
     answered.await.unwrap_or_else(Answer::Cut)
 }
 
-pub async fn read_answer(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error> {
+pub async fn read_answer(answer: ResponseFuture) -> Result<Answer, h2::Error> {
     let (head, mut body) = answer.await?.into_parts();
     while let Some(data) = body.data().await {
         let count = data?.len();
