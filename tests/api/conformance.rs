@@ -45,13 +45,15 @@ fn count_panics() {
 
 /// A service that is to survive what a test does to it. It takes one request at once, so that one that is never done
 /// with is noticed.
-struct Target(Tracker);
+struct Target {
+    tracker: Tracker,
+}
 
 impl Deref for Target {
     type Target = Tracker;
 
     fn deref(&self) -> &Tracker {
-        &self.0
+        &self.tracker
     }
 }
 
@@ -62,7 +64,7 @@ impl Target {
 
     async fn start_with(args: &[&str]) -> Self {
         count_panics();
-        let target = Self(Tracker::start_with(limits(&[&["--requests", "1"], args].concat())).await);
+        let target = Self { tracker: Tracker::start_with(limits(&[&["--requests", "1"], args].concat())).await };
         target.assert_answers().await;
         target
     }
