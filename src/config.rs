@@ -7,6 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::BoolishValueParser, value_parser};
 use http::Uri;
+use secrecy::SecretString;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
@@ -38,7 +39,7 @@ pub enum Command {
     /// Serve until SIGINT or SIGTERM (the default).
     Serve(ServeArgs),
     /// Bring the schema of an external database up to date, and end.
-    Migrate(ExternalDatabase),
+    Migrate(MigrateArgs),
     /// Manage the users of an external database.
     #[command(subcommand)]
     User(UserCommand),
@@ -94,7 +95,7 @@ impl ServeArgs {
 pub struct Database {
     /// PostgreSQL 15 or newer to work on, as a URL or `key=value` pairs. Default: a private one in the data directory.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
-    pub database_url: Option<String>,
+    pub database_url: Option<SecretString>,
     #[command(flatten)]
     data_dir: DataDir,
 }
@@ -112,7 +113,16 @@ pub struct DataDir {
 pub struct ExternalDatabase {
     /// PostgreSQL 15 or newer, as a URL or `key=value` pairs.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
-    pub database_url: String,
+    pub database_url: SecretString,
+}
+
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    pub database: ExternalDatabase,
+    /// Give this role what it needs to serve, and nothing else.
+    #[arg(long, value_name = "ROLE")]
+    pub grant_to: Option<String>,
 }
 
 /// The bounds that can be set.

@@ -29,14 +29,14 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::Poll,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
 use queue::Queue;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
+use tokio_postgres::{Client, CopyInSink, Row, Statement, error::DbError, types::ToSql};
 
 pub use self::target::Target;
 use self::tls::Connector;
@@ -64,6 +64,8 @@ const AUTH_CONNECTIONS_MAX: u32 = 3;
 /// seconds, so that health is not wrong for longer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
+/// How often it is logged that the database refuses connections.
+const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How long a database must have been there to be taken for back.
 const PROBE_STEADY: Duration = Duration::from_millis(200);
 
@@ -120,7 +122,13 @@ impl Db {
 
         let ((up_sender, up), (healthy_sender, healthy)) = (watch::channel(true), watch::channel(true));
         let inner = PostgresConnectionManager::new(config, connector.clone());
-        let manager = Manager { inner, connector, up: Arc::new(up_sender), doubt: Arc::default() };
+        let manager = Manager {
+            inner,
+            connector,
+            up: Arc::new(up_sender),
+            doubt: Arc::default(),
+            refusal_logged: Arc::default(),
+        };
         tokio::spawn(probe(manager.clone(), healthy_sender));
         Self::with_manager(manager, up, healthy, options)
     }
@@ -280,7 +288,10 @@ async fn probe(manager: Manager, healthy: watch::Sender<bool>) {
         let answered = answer.await;
         match answered {
             Ok(Ok(())) => manager.set_up(true),
-            Ok(Err(_)) => manager.set_up(false),
+            Ok(Err(ref error)) => {
+                error.as_db_error().inspect(|error| manager.log_refusal(error));
+                manager.set_up(false);
+            }
             // Somebody is there who hangs, or has too much to do: whoever waits may have more luck.
             Err(_) if *healthy.borrow() => tracing::warn!("the database does not answer in time"),
             Err(_) => {}
@@ -303,9 +314,22 @@ pub struct Manager {
     up: Arc<watch::Sender<bool>>,
     /// Told when a connection could not be made.
     doubt: Arc<Notify>,
+    /// When it was logged that the database refuses connections.
+    refusal_logged: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Manager {
+    /// A wrong password, too many connections: what somebody has to put right. PostgreSQL's text is not for the log, as
+    /// it may quote what was typed.
+    fn log_refusal(&self, error: &DbError) {
+        let now = Instant::now();
+        let mut logged = self.refusal_logged.lock().unwrap_or_else(PoisonError::into_inner);
+        if logged.is_none_or(|logged| now.duration_since(logged) >= REFUSAL_LOG_INTERVAL) {
+            *logged = Some(now);
+            tracing::warn!(sqlstate = error.code().code(), "the database refuses a connection");
+        }
+    }
+
     fn set_up(&self, up: bool) {
         let changed = self.up.send_if_modified(|was| std::mem::replace(was, up) != up);
         match (changed, up) {
@@ -321,11 +345,10 @@ impl bb8::ManageConnection for Manager {
     type Error = tokio_postgres::Error;
 
     async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
-        let client = self.inner.connect().await.inspect_err(|error| {
-            // A server that refuses this one connection is there, and one that breaks may be; the probe finds out.
-            if error.as_db_error().is_none() {
-                self.doubt.notify_one();
-            }
+        let client = self.inner.connect().await.inspect_err(|error| match error.as_db_error() {
+            // A server that refuses this one connection is there; of one that breaks the probe finds out.
+            Some(error) => self.log_refusal(error),
+            None => self.doubt.notify_one(),
         })?;
         self.set_up(true);
         Ok(Conn {

@@ -25,7 +25,31 @@ pub mod import;
 
 pub mod cli;
 
-/// The messages, clients and service traits generated from `proto/`.
+/// The messages, clients and service traits generated from `proto/`. For example, an import:
+///
+/// ```no_run
+/// use issue_tracker::pb::{
+///     ImportChunk, ImportIssuesRequest, ImportOptions, import_issues_request::Message,
+///     import_service_client::ImportServiceClient,
+/// };
+///
+/// async fn import(address: String, token: &str, file: Vec<u8>) -> Result<(), Box<dyn std::error::Error>> {
+///     let message = |message| ImportIssuesRequest { message: Some(message) };
+///     let mut messages = vec![message(Message::Options(ImportOptions::default()))];
+///     for (nth, data) in file.chunks(256 * 1024).enumerate() {
+///         let offset = nth as i64 * 256 * 1024;
+///         messages.push(message(Message::Chunk(ImportChunk { offset, data: data.to_vec().into() })));
+///     }
+///     let mut request = tonic::Request::new(tokio_stream::iter(messages));
+///     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
+///
+///     let mut answers = ImportServiceClient::connect(address).await?.import_issues(request).await?.into_inner();
+///     while let Some(answer) = answers.message().await? {
+///         println!("{answer:?}");
+///     }
+///     Ok(())
+/// }
+/// ```
 pub mod pb {
     // The generator does not keep the indentation of lists in comments.
     #![allow(clippy::doc_lazy_continuation)]
@@ -112,8 +136,3 @@ pub mod pb {
 
 /// The descriptors of `proto/`, with comments, as reflection serves them.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptor");
-
-/// The README's Rust code compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
-    pin::pin,
     time::Duration,
 };
 
@@ -17,18 +16,19 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 use tokio_postgres::{Config, NoTls};
+use tokio_util::sync::CancellationToken;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
     auth::{check_password, hash_password, new_token},
     cli,
-    config::{ExternalDatabase, HealthArgs, Limits, ServeArgs, UserCreateArgs},
+    config::{HealthArgs, Limits, MigrateArgs, ServeArgs, UserCreateArgs},
     connections::Listener,
     db::{
         Db, PoolOptions, Target,
         audit::By,
         embedded::{Cluster, Durability},
-        migrate::migrate,
+        migrate::{grant_rights, migrate},
         tokens,
         users::{self, NewUser},
     },
@@ -56,45 +56,65 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     };
     raise_open_files();
     // First, so that a taken port is told before anything is started.
-    let listener = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
-    let mut shutdown = pin!(shutdown_signal()?);
-    let started = tokio::select! {
-        started = start(&args, listener.local_addr()?, tls.as_ref()) => started?,
-        () = &mut shutdown => return Ok(()),
-    };
-    let served = server::run(Listener { tcp: listener, tls }, started.db, &args.limits, shutdown).await;
-    if let Some(cluster) = started.cluster {
-        tokio::task::spawn_blocking(move || cluster.stop()).await??;
+    let tcp = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
+    let listener = Listener { tcp, tls };
+    let stop = stop_at_signals()?;
+    match &args.database.database_url {
+        Some(url) => serve_when(prepare_external(&args, url, listener.tcp.local_addr()?), listener, &args, stop).await,
+        None => serve_with_cluster(&args, listener, stop).await,
     }
-    served
 }
 
-struct Started {
-    db: Db,
-    /// The private PostgreSQL, if there is one.
-    cluster: Option<Cluster>,
-}
-
-/// Starts the private PostgreSQL if it is wanted, brings the schema up to date, and says how to reach the service.
-async fn start(args: &ServeArgs, address: SocketAddr, tls: Option<&Acceptor>) -> anyhow::Result<Started> {
-    if let Some(url) = &args.database.database_url {
-        let target: Target = url.parse()?;
-        migrate(target.clone()).await?;
-        let db = Db::new(target, args.limits.pool());
-        warn_without_users(&db).await?;
-        println!("listening on {address}");
-        return Ok(Started { db, cluster: None });
-    }
+/// Serves with a private PostgreSQL, which ends with the service.
+async fn serve_with_cluster(args: &ServeArgs, listener: Listener, stop: CancellationToken) -> anyhow::Result<()> {
     let data_dir = args.database.data_dir()?;
-    let cluster = tokio::task::spawn_blocking({
+    let start = {
         let data_dir = data_dir.clone();
         move || Cluster::start(&data_dir, Durability::Durable)
-    })
-    .await??;
+    };
+    let cluster = tokio::task::spawn_blocking(start).await??;
+    let (address, tls) = (listener.tcp.local_addr()?, listener.tls.clone());
+    let prepare = prepare_embedded(args, &cluster, &data_dir, address, tls.as_ref());
+    let served = serve_when(prepare, listener, args, stop).await;
+    let stopped = tokio::task::spawn_blocking(move || cluster.stop()).await?;
+    served.and(stopped)
+}
+
+/// Serves as soon as the database is prepared, until the stop.
+async fn serve_when(
+    prepare: impl Future<Output = anyhow::Result<Db>>,
+    listener: Listener,
+    args: &ServeArgs,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let db = tokio::select! {
+        db = prepare => db?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    server::run(listener, db, &args.limits, stop.cancelled()).await
+}
+
+async fn prepare_external(args: &ServeArgs, url: &SecretString, address: SocketAddr) -> anyhow::Result<Db> {
+    let target: Target = url.expose_secret().parse()?;
+    migrate(target.clone()).await?;
+    let db = Db::new(target, args.limits.pool());
+    warn_without_users(&db).await?;
+    println!("listening on {address}");
+    Ok(db)
+}
+
+/// Brings the schema up to date, makes who works on it and who begins with it, and says how to reach the service.
+async fn prepare_embedded(
+    args: &ServeArgs,
+    cluster: &Cluster,
+    data_dir: &Path,
+    address: SocketAddr,
+    tls: Option<&Acceptor>,
+) -> anyhow::Result<Db> {
     let mut config = cluster.connect_config(EMBEDDED_DATABASE);
-    create_database(&cluster.connect_config("postgres")).await?;
+    create_database_and_role(&cluster.connect_config("postgres")).await?;
     migrate(&config).await?;
-    create_role(&config).await?;
+    grant_rights(&config, EMBEDDED_ROLE).await?;
     config.user(EMBEDDED_ROLE);
     let db = Db::new(config, args.limits.pool());
     let token_file = data_dir.join("admin.token");
@@ -107,7 +127,7 @@ async fn start(args: &ServeArgs, address: SocketAddr, tls: Option<&Acceptor>) ->
          grpcurl {flags} -H \"authorization: Bearer $TOKEN\" {address} issuetracker.v1.IssueService/ListIssues",
         token_file.display()
     );
-    Ok(Started { db, cluster: Some(cluster) })
+    Ok(db)
 }
 
 /// What grpcurl has to be told of the connection.
@@ -127,8 +147,13 @@ fn grpcurl_flags(address: SocketAddr, tls: Option<&Acceptor>) -> String {
     flags
 }
 
-pub async fn migrate_external(args: ExternalDatabase) -> anyhow::Result<()> {
-    migrate(args.database_url.parse::<Target>()?).await
+pub async fn migrate_external(args: MigrateArgs) -> anyhow::Result<()> {
+    let target: Target = args.database.database_url.expose_secret().parse()?;
+    migrate(target.clone()).await?;
+    match args.grant_to {
+        Some(role) => grant_rights(target, &role).await,
+        None => Ok(()),
+    }
 }
 
 pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
@@ -139,7 +164,7 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     let password = SecretString::from(input);
     check_password(&password).map_err(|message| anyhow!("the password {message}"))?;
 
-    let target: Target = args.database.database_url.parse()?;
+    let target: Target = args.database.database_url.expose_secret().parse()?;
     migrate(target.clone()).await?;
     let db = Db::new(target, PoolOptions::SMALL);
     let password_hash = hash_password(&password, args.bcrypt_cost)?;
@@ -184,8 +209,8 @@ fn raise_open_files() {
     }
 }
 
-/// Ready at the first SIGINT or SIGTERM; a second one ends the process at once. Listens from now on.
-fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
+/// Cancelled at the first SIGINT or SIGTERM; a second one ends the process at once. Listens from now on.
+fn stop_at_signals() -> anyhow::Result<CancellationToken> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut next = async move || {
@@ -194,14 +219,16 @@ fn shutdown_signal() -> anyhow::Result<impl Future<Output = ()>> {
             _ = terminate.recv() => {}
         }
     };
-    Ok(async move {
+    let stop = CancellationToken::new();
+    let first = stop.clone();
+    tokio::spawn(async move {
         next().await;
-        tokio::spawn(async move {
-            next().await;
-            // The private PostgreSQL ends by itself when its parent does.
-            std::process::exit(EXIT_AT_ONCE);
-        });
-    })
+        first.cancel();
+        next().await;
+        // The private PostgreSQL ends by itself when its parent does.
+        std::process::exit(EXIT_AT_ONCE);
+    });
+    Ok(stop)
 }
 
 async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
@@ -211,35 +238,16 @@ async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn create_database(config: &Config) -> anyhow::Result<()> {
+/// Sees to it that there is the database, and a role to work on it.
+async fn create_database_and_role(config: &Config) -> anyhow::Result<()> {
     let (client, connection) = config.connect(NoTls).await.context("cannot connect to the embedded PostgreSQL")?;
     let connection = tokio::spawn(connection);
-    let exists = client.query_opt("SELECT FROM pg_database WHERE datname = $1", &[&EMBEDDED_DATABASE]).await?;
-    if exists.is_none() {
+    if client.query_opt("SELECT FROM pg_database WHERE datname = $1", &[&EMBEDDED_DATABASE]).await?.is_none() {
         client.batch_execute(&format!("CREATE DATABASE {EMBEDDED_DATABASE}")).await?;
     }
-    drop(client);
-    connection.await??;
-    Ok(())
-}
-
-/// Sees to it that there is a role which can work on the tables, and do no more.
-async fn create_role(config: &Config) -> anyhow::Result<()> {
-    let (client, connection) = config.connect(NoTls).await.context("cannot connect to the embedded PostgreSQL")?;
-    let connection = tokio::spawn(connection);
-    let exists = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&EMBEDDED_ROLE]).await?;
-    if exists.is_none() {
+    if client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&EMBEDDED_ROLE]).await?.is_none() {
         client.batch_execute(&format!("CREATE ROLE {EMBEDDED_ROLE} LOGIN")).await?;
     }
-    // Again at every start, for tables that are new.
-    let grant = format!(
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {EMBEDDED_ROLE};
-         REVOKE INSERT, UPDATE, DELETE ON refinery_schema_history FROM {EMBEDDED_ROLE};
-         REVOKE UPDATE, DELETE ON issue_events FROM {EMBEDDED_ROLE};
-         REVOKE UPDATE ON audit_events FROM {EMBEDDED_ROLE};
-         REVOKE DELETE ON users, comments, imports FROM {EMBEDDED_ROLE}"
-    );
-    client.batch_execute(&grant).await?;
     drop(client);
     connection.await??;
     Ok(())

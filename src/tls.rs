@@ -27,6 +27,8 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 /// How often the files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(3);
+/// An hour of them.
+const LOOKS_UNTIL_REMINDED: u32 = 1_200;
 /// How long a client that is refused is heard out.
 const GOODBYE_MAX: Duration = Duration::from_secs(1);
 /// gRPC is HTTP/2.
@@ -142,7 +144,7 @@ impl Acceptor {
         }
     }
 
-    /// Looks at the files again and again. What is wrong with new ones is logged once, and the old ones go on.
+    /// Looks at the files again and again. What is wrong with new ones is logged now and then, and the old ones go on.
     pub async fn follow_files(&self) -> Infallible {
         let mut seen = Seen::default();
         loop {
@@ -154,7 +156,7 @@ impl Acceptor {
                     tracing::info!("new connections get the new certificate");
                 }
                 // Files that are replaced one after the other do not fit for a moment.
-                Look::Refused(why) if seen.again(&why) => {
+                Look::Refused(why) if seen.is_worth_a_word(&why) => {
                     tracing::warn!("the new certificate is not taken, and the old one goes on: {why}");
                 }
                 Look::Refused(_) => {}
@@ -223,12 +225,12 @@ struct Seen {
 }
 
 impl Seen {
-    /// Whether it is seen for the second time.
-    fn again(&mut self, why: &str) -> bool {
+    /// Whether it is seen for the second time, or has been seen for long.
+    fn is_worth_a_word(&mut self, why: &str) -> bool {
         if self.why != why {
             *self = Self { why: why.to_owned(), times: 0 };
         }
         self.times += 1;
-        self.times == 2
+        self.times == 2 || self.times.is_multiple_of(LOOKS_UNTIL_REMINDED)
     }
 }

@@ -4,6 +4,8 @@
 mod kills;
 #[path = "binary/roles.rs"]
 mod roles;
+#[path = "binary/start.rs"]
+mod start;
 #[path = "binary/stop.rs"]
 mod stop;
 #[path = "support"]
@@ -25,7 +27,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
-    process::{Output, Stdio},
+    process::{Child, Output, Stdio},
     time::{Duration, Instant},
 };
 

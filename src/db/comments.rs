@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
+use prost::Message;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
@@ -162,11 +163,17 @@ pub async fn list(
         " FROM comments c JOIN users u ON u.id = c.author_id
         WHERE c.issue_id = $1 AND ($2::uuid IS NULL OR c.id > $2) ORDER BY c.id LIMIT $3"
     );
-    db.query_page(SQL, &[&issue_id, &after, &limit], bounds, from_row, prost::Message::encoded_len).await
+    db.query_page(SQL, &[&issue_id, &after, &limit], bounds, from_row, Message::encoded_len).await
 }
 
-/// The first `limit` comments of each of these issues, oldest first.
-pub async fn first_of_each(db: &Conn, issue_ids: &[Uuid], limit: i64) -> Result<HashMap<Uuid, Vec<Comment>>> {
+/// The first `limit` comments of each of these issues, oldest first, with the ids of their issues; `more` if they do not
+/// fit into so many bytes.
+pub async fn first_of_each(
+    db: &Conn,
+    issue_ids: &[Uuid],
+    limit: i64,
+    bytes_max: usize,
+) -> Result<Page<(Uuid, Comment)>> {
     const SQL: &str = concat!(
         "-- first_comments_of_issues\nSELECT ",
         comment_columns!(),
@@ -174,13 +181,12 @@ pub async fn first_of_each(db: &Conn, issue_ids: &[Uuid], limit: i64) -> Result<
         CROSS JOIN LATERAL (SELECT * FROM comments WHERE issue_id = wanted.id ORDER BY id LIMIT $2) c
         JOIN users u ON u.id = c.author_id ORDER BY c.id"
     );
-    let mut comments: HashMap<Uuid, Vec<Comment>> = HashMap::new();
-    if !issue_ids.is_empty() {
-        for row in db.query(SQL, &[&issue_ids, &limit]).await? {
-            comments.entry(row.get(1)).or_default().push(from_row(&row)?);
-        }
+    if issue_ids.is_empty() {
+        return Ok(Page { items: Vec::new(), more: false });
     }
-    Ok(comments)
+    let bounds = PageBounds { rows_max: usize::MAX, bytes_max };
+    let with_issue = |row: &Row| Ok((row.get(1), from_row(row)?));
+    db.query_page(SQL, &[&issue_ids, &limit], bounds, with_issue, |(_, comment)| comment.encoded_len()).await
 }
 
 /// Whether there is such an issue, deleted or not.

@@ -8,7 +8,7 @@ pub use change::{Changed, IssueChange, bulk_update, update_many};
 pub use create::{NewIssue, create, explain_create};
 pub use export::ExportSession;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use prost::Message;
@@ -20,14 +20,16 @@ use crate::{
     coalesce::Outcome,
     error::{Error, Result},
     filter::{Filter, LabelRef, Term, UserRef},
-    pb::{Issue, IssueView, Label},
+    pb::{Comment, Issue, IssueView, Label},
     request::{RESPONSE_BYTES_MAX, timestamp},
 };
 
-/// What a full view has of comments.
-pub const COMMENTS_IN_VIEW: PageBounds = PageBounds { rows_max: 1_000, bytes_max: RESPONSE_BYTES_MAX };
+/// What a full view has of an issue's comments.
+const COMMENTS_IN_VIEW: PageBounds = PageBounds { rows_max: 1_000, bytes_max: RESPONSE_BYTES_MAX };
 /// Comments of each issue that a round of reads fetches: an issue with more is read by itself.
 const COMMENTS_IN_ROUND_MAX: i64 = 32;
+/// The same for all issues of a round, in bytes of their messages.
+const COMMENT_BYTES_IN_ROUND_MAX: usize = 16 * 1024 * 1024;
 
 /// The columns of [`from_base_row`], of an issue `i`.
 macro_rules! base_columns {
@@ -147,7 +149,7 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Out
         biased;
         db.query(ISSUES, of_issues),
         db.query(LABELS, of_labels),
-        comments::first_of_each(db, &full, COMMENTS_IN_ROUND_MAX + 1)
+        comments::first_of_each(db, &full, COMMENTS_IN_ROUND_MAX + 1, COMMENT_BYTES_IN_ROUND_MAX)
     );
     let (labels, comments) = (labels?, comments?);
 
@@ -163,18 +165,18 @@ pub async fn get_many(db: &Conn, wanted: &[(Uuid, IssueView)]) -> Result<Vec<Out
             issue.labels.push(Label { id: id.to_string(), name: row.get(2), description: row.get(3) });
         }
     }
-    let mut truncated = HashSet::new();
-    for (id, of_issue) in comments {
-        if of_issue.len() as i64 > COMMENTS_IN_ROUND_MAX {
-            truncated.insert(id);
-        } else if let Some(issue) = found.get_mut(&id) {
-            issue.comment_count = of_issue.iter().filter(|comment| comment.delete_time.is_none()).count() as i32;
-            issue.comments = of_issue;
+    // If there are more, nobody knows whose are missing.
+    let some_are_missing = comments.more;
+    for (id, comment) in comments.items {
+        if let Some(issue) = found.get_mut(&id) {
+            issue.comment_count += i32::from(comment.delete_time.is_none());
+            issue.comments.push(comment);
         }
     }
     let mut answers: Vec<Outcome<Issue>> = Vec::with_capacity(wanted.len());
     for (nth, (id, view)) in wanted.iter().enumerate() {
-        if truncated.contains(id) {
+        let count = found.get(id).map_or(0, |issue| issue.comments.len() as i64);
+        if count > COMMENTS_IN_ROUND_MAX || (some_are_missing && full.binary_search(id).is_ok()) {
             answers.push(Outcome::Alone);
             continue;
         }
@@ -236,6 +238,19 @@ pub fn list_statement(wanted: &IssueList) -> (String, Vec<Box<dyn ToSql + Sync +
         query.conditions.join(" AND "),
     );
     (sql, query.params)
+}
+
+/// Adds to each issue what a full view has of its comments. False: all of them together are more than `bytes_max`.
+pub async fn add_comments(db: &Conn, issues: &mut [Issue], ids: &[Uuid], bytes_max: usize) -> Result<bool> {
+    let comments = comments::first_of_each(db, ids, COMMENTS_IN_VIEW.rows_max as i64, bytes_max).await?;
+    let mut by_issue: HashMap<Uuid, Vec<Comment>> = HashMap::new();
+    for (id, comment) in comments.items {
+        by_issue.entry(id).or_default().push(comment);
+    }
+    for (issue, id) in issues.iter_mut().zip(ids) {
+        issue.comments = by_issue.remove(id).unwrap_or_default();
+    }
+    Ok(!comments.more)
 }
 
 /// Issues of `listed_columns!`. Few labels are on many issues: they are read once, behind the issues, so that an issue

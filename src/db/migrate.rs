@@ -1,4 +1,4 @@
-//! Brings the schema up to date.
+//! Brings the schema up to date, and the rights on it.
 
 use std::error::Error;
 
@@ -22,14 +22,39 @@ const SERVER_VERSION_MIN: i32 = 150_000;
 /// Refuses a server older than PostgreSQL 15, a schema newer than this binary, and one whose applied migrations are not
 /// those of this binary.
 pub async fn migrate(target: impl Into<Target>) -> anyhow::Result<()> {
-    let Target { config, connector } = target.into();
+    connected(target.into(), migrate_with).await
+}
+
+/// Gives the role what it needs to serve, and takes what it does not need: see `rights.sql`. As the tables' owner.
+pub async fn grant_rights(target: impl Into<Target>, role: &str) -> anyhow::Result<()> {
+    connected(target.into(), async |client| {
+        lock(client).await?;
+        client.execute("SELECT set_config('issue_tracker.role', $1, false)", &[&role]).await?;
+        client
+            .batch_execute(include_str!("rights.sql"))
+            .await
+            .with_context(|| format!("cannot grant rights to the role {role}"))
+    })
+    .await
+}
+
+/// On a connection of its own, whose end frees the lock.
+async fn connected(target: Target, work: impl AsyncFnOnce(&mut Client) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let Target { config, connector } = target;
     let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
-    let result = migrate_with(&mut client).await;
-    // Closing the connection frees the lock.
+    let result = work(&mut client).await;
     drop(client);
     let _ = connection.await;
     result
+}
+
+/// Until the connection ends.
+async fn lock(client: &Client) -> anyhow::Result<()> {
+    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
+    // A change that waits for a long transaction holds up all that comes after it.
+    client.batch_execute("SET lock_timeout = '10s'").await?;
+    Ok(())
 }
 
 async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
@@ -42,9 +67,7 @@ async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
     if first_missing(client, &runner).await?.is_none() {
         return Ok(());
     }
-    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
-    // A change that waits for a long transaction holds up all that comes after it.
-    client.batch_execute("SET lock_timeout = '10s'").await?;
+    lock(client).await?;
     let Some(missing) = first_missing(client, &runner).await? else {
         return Ok(());
     };

@@ -136,19 +136,9 @@ impl IssueService for Api {
             return Err(Error::NotFound(missing.collect()).into());
         }
         if view == IssueView::Full {
-            let mut left = RESPONSE_BYTES_MAX - issues.iter().map(prost::Message::encoded_len).sum::<usize>();
-            for (issue, id) in issues.iter_mut().zip(&ids) {
-                let page = comments::list(
-                    &db,
-                    *id,
-                    None,
-                    issues::COMMENTS_IN_VIEW.rows_max as i64 + 1,
-                    issues::COMMENTS_IN_VIEW,
-                )
-                .await?;
-                let bytes = page.items.iter().map(prost::Message::encoded_len).sum();
-                left = left.checked_sub(bytes).ok_or_else(|| response_too_large("ids"))?;
-                issue.comments = page.items;
+            let left = RESPONSE_BYTES_MAX - issues.iter().map(prost::Message::encoded_len).sum::<usize>();
+            if !issues::add_comments(&db, &mut issues, &ids, left).await? {
+                return Err(response_too_large("ids").into());
             }
         }
         Ok(BatchGetIssuesResponse { issues }.into())

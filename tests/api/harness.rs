@@ -15,7 +15,7 @@ use issue_tracker::{
         Db,
         audit::By,
         embedded::{Cluster, Durability},
-        migrate::migrate,
+        migrate::{grant_rights, migrate},
         tokens,
         users::{self, NewUser},
     },
@@ -226,7 +226,7 @@ pub async fn new_database() -> Config {
     let (maintenance, config, name) = connect.await.unwrap();
     execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}")).await;
     // What a template does not hand down.
-    let [.., revoke, grant] = &readme_sql("CREATE ROLE")[..] else { panic!("the README ends with grants") };
+    let [.., revoke, grant] = &readme_sql()[..] else { panic!("the README ends with grants") };
     for statement in [revoke, grant] {
         execute(&maintenance, &on_database(statement, &name)).await;
     }
@@ -238,14 +238,14 @@ pub async fn service_config(config: &Config) -> Config {
     let client = session(config).await;
     let known = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
     if known.is_none() {
-        for statement in readme_sql("CREATE ROLE").iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
+        for statement in readme_sql().iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
             client.batch_execute(statement).await.unwrap();
         }
     }
     // Of a database that the template is not the template of.
     let sql = format!("SELECT has_table_privilege('{SERVICE_ROLE}', to_regclass('users'), 'SELECT')");
     if client.query_one(&sql, &[]).await.unwrap().get::<_, Option<bool>>(0) == Some(false) {
-        client.batch_execute(&readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await.unwrap();
+        grant_rights(config, SERVICE_ROLE).await.unwrap();
     }
     as_role(config, SERVICE_ROLE)
 }
@@ -261,21 +261,11 @@ fn as_role(config: &Config, role: &str) -> Config {
     config
 }
 
-/// The statements of the README's block of SQL that has this text.
-pub fn readme_sql(mark: &str) -> Vec<String> {
-    let readme = include_str!("../../README.md");
-    let blocks = readme.split("```sql\n").skip(1).map(|rest| rest.split("```").next().unwrap());
-    let block = blocks.into_iter().find(|block| block.contains(mark)).expect("the README has such a block");
-    // A statement ends with its line, but for those within a DO.
-    let mut statements = vec![String::new()];
-    for line in block.split_inclusive('\n') {
-        let last = statements.last_mut().unwrap();
-        *last += line;
-        if line.ends_with(";\n") && last.matches("$$").count() != 1 {
-            statements.push(String::new());
-        }
-    }
-    assert_eq!(statements.pop().as_deref(), Some(""));
+/// The README's statements, each a line, that make the database and its roles.
+pub fn readme_sql() -> Vec<&'static str> {
+    let (_, rest) = include_str!("../../README.md").split_once("```sql\n").expect("the README has SQL");
+    let statements: Vec<_> = rest.split("```").next().unwrap().lines().collect();
+    assert!(statements.iter().all(|statement| statement.ends_with(';')), "{statements:?}");
     statements
 }
 
@@ -299,13 +289,12 @@ fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        for statement in readme_sql("CREATE ROLE") {
-            execute(&maintenance, &on_database(&statement, TEMPLATE)).await;
+        for statement in readme_sql() {
+            execute(&maintenance, &on_database(statement, TEMPLATE)).await;
         }
         let owner = owner_config(&template);
-        execute(&owner, &readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await;
         migrate(&owner).await.unwrap();
-        execute(&owner, &readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await;
+        grant_rights(&owner, SERVICE_ROLE).await.unwrap();
     });
     // SAFETY: the handler is a plain function that touches only what lives as long as the process.
     assert_eq!(unsafe { libc::atexit(stop_cluster) }, 0);

@@ -1,10 +1,10 @@
 //! The role that the service runs as, which the README makes: it serves with it in every test, and can do no more.
 
-use issue_tracker::db::migrate::migrate;
+use issue_tracker::db::migrate::{grant_rights, migrate};
 use tokio_postgres::{Client, error::SqlState};
 
 use crate::{
-    harness::{Tracker, eventually, new_database, owner_config, readme_sql, service_config},
+    harness::{Tracker, eventually, new_database, owner_config, service_config},
     lock_waiters,
     support::database::session,
 };
@@ -14,10 +14,9 @@ async fn tables(client: &Client) -> Vec<String> {
     client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
-/// What the README says the role needs: tables and their rights.
+/// What the role needs, as it is written down: tables and their rights.
 fn needs() -> Vec<(String, String)> {
-    let sql = readme_sql("ALTER DEFAULT PRIVILEGES").concat();
-    let rows = sql.lines().filter_map(|line| line.trim().strip_prefix("('"));
+    let rows = include_str!("../../src/db/rights.sql").lines().filter_map(|line| line.trim().strip_prefix("('"));
     let rows = rows.map(|row| {
         let mut quoted = row.split('\'');
         (quoted.next().unwrap().to_owned(), quoted.nth(1).unwrap().to_owned())
@@ -31,7 +30,7 @@ async fn assert_refused(client: &Client, statement: &str) {
 }
 
 #[tokio::test]
-async fn the_services_role_has_on_each_table_what_the_readme_says_and_nothing_else() {
+async fn the_services_role_has_on_each_table_what_it_needs_and_nothing_else() {
     let tracker = Tracker::start().await;
     let needs = needs();
     let client = tracker.session().await;
@@ -113,6 +112,34 @@ async fn the_services_role_works_with_a_later_versions_tables_at_once() {
 }
 
 #[tokio::test]
+async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_harm() {
+    let config = new_database().await;
+    let owner = owner_config(&config);
+    let rights = async |role: &str| {
+        let sql =
+            "SELECT count(*) FROM pg_tables CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS may
+            WHERE schemaname = 'public' AND has_table_privilege($1, tablename, may)";
+        session(&config).await.query_one(sql, &[&role]).await.unwrap().get::<_, i64>(0)
+    };
+    // Quotes and capitals are part of a name as any.
+    let other = "an \"Other' role";
+    session(&config).await.batch_execute(&format!("CREATE ROLE \"{}\"", other.replace('"', "\"\""))).await.unwrap();
+    assert_eq!(rights(other).await, 0);
+
+    let both = (grant_rights(&owner, other), grant_rights(&owner, other));
+    let both = tokio::join!(both.0, both.1);
+
+    both.0.unwrap();
+    both.1.unwrap();
+    assert!(rights(other).await > 0);
+    assert_eq!(rights(other).await, rights("tracker").await);
+    let error = format!("{:#}", grant_rights(&owner, "nobody").await.unwrap_err());
+    assert!(error.contains("cannot grant rights to the role nobody"), "{error}");
+    let error = grant_rights(service_config(&config).await, other).await.unwrap_err();
+    assert!(format!("{error:#}").contains("cannot grant rights"), "{error:#}");
+}
+
+#[tokio::test]
 async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it() {
     let config = new_database().await;
     let service = service_config(&config).await;
@@ -154,7 +181,8 @@ async fn a_service_that_starts_while_the_owner_migrates_waits_for_it() {
     let create = format!("CREATE DATABASE {} TEMPLATE template0 OWNER tracker_owner", empty.get_dbname().unwrap());
     session(&tracker.config).await.batch_execute(&create).await.unwrap();
     let owner = owner_config(&empty);
-    session(&owner).await.batch_execute(&readme_sql("ALTER DEFAULT PRIVILEGES").concat()).await.unwrap();
+    // So that it may read what is not there yet.
+    grant_rights(&owner, "tracker").await.unwrap();
     // "issuetra" in ASCII, which migrations hold.
     let lock = session(&empty).await;
     lock.execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)", &[]).await.unwrap();

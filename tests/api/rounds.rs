@@ -1,7 +1,8 @@
 //! Calls that are made together: each gets what it would have got alone.
 
+use futures_util::future::join_all;
 use issue_tracker::pb::{
-    Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue, UpdateIssueRequest,
+    Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue, IssueView, UpdateIssueRequest,
 };
 use proptest::prelude::*;
 use tonic::Code;
@@ -151,4 +152,26 @@ fn any_mix_of_calls_at_once_gets_what_each_would_get_alone() {
     });
     // Of those with request ids, only what was made is remembered, and with its reply.
     assert_eq!(runtime.block_on(tracker.count("SELECT count(*) FROM requests WHERE reply IS NULL")), 0);
+}
+
+#[tokio::test]
+async fn threads_that_are_too_large_to_be_read_together_are_each_read_whole() {
+    const THREADS: usize = 12;
+    const COMMENTS: usize = 30;
+    let tracker = Tracker::start().await;
+    let issues = join_all((0..THREADS).map(|_| tracker.member.file("long thread"))).await;
+    // 1.9 MiB a thread.
+    let sql = "INSERT INTO comments (id, issue_id, author_id, content)
+        SELECT gen_random_uuid(), i.id, i.reporter_id, repeat('😀', 16384) FROM issues i, generate_series(1, $1)";
+    tracker.sql(sql, &[&(COMMENTS as i32)]).await;
+
+    let gets = join_all(issues.iter().map(|issue| async {
+        let request = GetIssueRequest { id: issue.id.clone(), view: IssueView::Full.into() };
+        tracker.viewer.issues().get_issue(request).await.unwrap().into_inner()
+    }));
+
+    for (got, issue) in gets.await.iter().zip(&issues) {
+        assert_eq!((&got.id, got.comments.len(), got.comment_count), (&issue.id, COMMENTS, COMMENTS as i32));
+        assert!(got.comments.iter().all(|comment| comment.issue_id == issue.id && comment.content.len() == 65_536));
+    }
 }

@@ -23,3 +23,42 @@ async fn the_service_is_not_the_superuser_of_its_own_database() {
         assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
+    let external = External::start(Durability::Throwaway);
+    session(&external.config()).await.batch_execute("CREATE ROLE serving LOGIN").await.unwrap();
+    let migrated = run(&["migrate", "--grant-to", "serving", "--database-url", &external.url()]);
+    assert!(migrated.status.success(), "{migrated:?}");
+    create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
+    let url = external.url().replace("user=postgres", "user=serving");
+
+    let mut service = Service::start(&external.dir, program(&["--database-url", &url]));
+
+    let token = login(&service, "ada", SECRET).await.unwrap();
+    file(&service, &token, "first").await;
+    assert_eq!(service.stop().code(), Some(0));
+    assert!(!service.log().contains("refuses"), "{}", service.log());
+    assert_refused(&run(&["migrate", "--grant-to", "nobody", "--database-url", &external.url()]), "the role nobody");
+    assert_refused(&run(&["migrate", "--grant-to", "serving", "--database-url", &url]), "cannot grant rights");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn that_the_database_refuses_the_service_is_logged_with_the_reason_and_without_its_words() {
+    let external = External::start(Durability::Throwaway);
+    let sql = session(&external.config()).await;
+    sql.batch_execute("CREATE ROLE serving LOGIN SUPERUSER").await.unwrap();
+    let url = external.url().replace("user=postgres", "user=serving");
+    let service = Service::start(&external.dir, program(&["--database-url", &url]));
+    assert_eq!(text(&run(&["health", "--listen", &service.address]).stdout), "SERVING\n");
+
+    let out = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'serving'";
+    sql.batch_execute(&format!("ALTER ROLE serving NOLOGIN; {out}")).await.unwrap();
+
+    // invalid_authorization_specification
+    wait_until("it is logged", || service.log().contains("the database refuses a connection sqlstate=\"28000\""));
+    assert!(!service.log().contains("serving\""), "{}", service.log());
+    assert_refused(&run(&["health", "--listen", &service.address]), "NOT_SERVING");
+    sql.batch_execute("ALTER ROLE serving LOGIN").await.unwrap();
+    wait_until("it serves again", || run(&["health", "--listen", &service.address]).status.success());
+}

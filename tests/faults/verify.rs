@@ -245,7 +245,8 @@ async fn digest(rows: &Client) -> Vec<String> {
         UNION ALL SELECT 'comments ' || count(*) FROM comments
         UNION ALL SELECT 'events ' || count(*) FROM issue_events
         UNION ALL SELECT 'labels ' || count(*) FROM issue_labels
-        UNION ALL SELECT 'requests ' || count(*) FROM requests";
+        UNION ALL SELECT 'requests ' || count(*) FROM requests
+        ORDER BY 1";
     texts(rows, SQL).await
 }
 

@@ -1,0 +1,34 @@
+-- The rights of the role that serves: its name is in the setting issue_tracker.role. Run by the owner of the tables.
+DO $$
+DECLARE
+    role text := current_setting('issue_tracker.role');
+    may record;
+BEGIN
+    REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    -- A new version's tables work at once; the next run takes what they do not need.
+    EXECUTE format('ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO %I', role);
+    FOR may IN SELECT name, rights, relowner FROM (VALUES
+        ('users',                   'SELECT, INSERT, UPDATE'),
+        ('tokens',                  'SELECT, INSERT, UPDATE, DELETE'), -- old sessions are forgotten
+        ('labels',                  'SELECT, INSERT, UPDATE, DELETE'),
+        ('issues',                  'SELECT, INSERT, UPDATE, DELETE'), -- deleted by undoing an import only
+        ('issue_labels',            'SELECT, INSERT, DELETE'),
+        ('issue_events',            'SELECT, INSERT'),
+        ('comments',                'SELECT, INSERT, UPDATE'),
+        ('requests',                'SELECT, INSERT, DELETE'), -- forgotten after a day
+        ('imports',                 'SELECT, INSERT, UPDATE'),
+        ('import_errors',           'SELECT, INSERT, DELETE'),
+        ('import_issues',           'SELECT, INSERT, DELETE'),
+        ('audit_events',            'SELECT, INSERT, DELETE'),
+        ('refinery_schema_history', 'SELECT')
+    ) AS needs (name, rights) JOIN pg_class ON pg_class.oid = to_regclass('public.' || needs.name)
+    LOOP
+        -- From anybody else, a grant would be a warning that nobody reads.
+        IF NOT pg_has_role(may.relowner, 'USAGE') THEN
+            RAISE insufficient_privilege USING MESSAGE = format('must be owner of table %I', may.name);
+        END IF;
+        EXECUTE format('REVOKE ALL ON public.%I FROM %I', may.name, role);
+        EXECUTE format('GRANT %s ON public.%I TO %I', may.rights, may.name, role);
+    END LOOP;
+END
+$$;
