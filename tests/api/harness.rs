@@ -130,8 +130,8 @@ impl Tracker {
     }
 
     /// Waits until the service has ended.
-    pub async fn ended(self) {
-        self.served.server.await.unwrap();
+    pub async fn ended(&mut self) {
+        (&mut self.served.server).await.unwrap();
     }
 
     /// A user with a token.
