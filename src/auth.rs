@@ -9,7 +9,7 @@ use std::{
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use http::{HeaderMap, header::AUTHORIZATION};
+use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use moka::future::Cache;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::Semaphore;
@@ -195,12 +195,7 @@ impl Auth {
         let token = headers.get(AUTHORIZATION).ok_or(Error::Unauthenticated(
             "no credentials; send metadata \"authorization: Bearer <token>\" with a token of AuthService.Login",
         ))?;
-        let sha256 = token
-            .to_str()
-            .ok()
-            .and_then(|value| value.split_once(' '))
-            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-            .and_then(|(_, token)| token_sha256(token.trim()))
+        let sha256 = bearer_sha256(token)
             .ok_or(Error::Unauthenticated("the authorization metadata is not \"Bearer <token>\""))?;
         let generation = self.generation.load(Ordering::SeqCst);
         let now = Instant::now();
@@ -232,6 +227,12 @@ pub fn new_token() -> anyhow::Result<(String, [u8; 32])> {
     let mut bytes = [0; TOKEN_BYTES];
     getrandom::fill(&mut bytes)?;
     Ok((format!("{TOKEN_PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(bytes)), crate::request::sha256(&[&bytes])))
+}
+
+/// Of the token in "Bearer <token>". None: that is not what it says, or it cannot be a token of this service.
+pub fn bearer_sha256(authorization: &HeaderValue) -> Option<[u8; 32]> {
+    let (scheme, token) = authorization.to_str().ok()?.split_once(' ')?;
+    if scheme.eq_ignore_ascii_case("bearer") { token_sha256(token.trim()) } else { None }
 }
 
 /// None: it cannot be a token of this service.

@@ -12,7 +12,10 @@ use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
 pub use self::tls::{ClientTls, ServerTls};
-use crate::{connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, login::FreeFailures, pb};
+use crate::{
+    connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, login::FreeFailures, pb,
+    proxies::TrustedProxies,
+};
 
 /// An issue tracker over gRPC, on PostgreSQL.
 #[derive(Debug, Parser)]
@@ -201,10 +204,14 @@ pub struct Limits {
         value_parser = value_parser!(u32).range(1..=1_000_000))]
     login_failures: u32,
     /// Wrong passwords from one address, for whatever users, until further tries from there have to wait. Behind a proxy
-    /// all clients have one address.
+    /// that --trusted-proxies does not name, all clients have one address.
     #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES_PER_ADDRESS", default_value_t = 50, value_name = "N",
         value_parser = value_parser!(u32).range(1..=1_000_000))]
     login_failures_per_address: u32,
+    /// Proxies, as addresses and networks with commas between them, that append to x-forwarded-for which address they are
+    /// called from: their clients are known by it. Default: none, and the header is ignored.
+    #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS")]
+    trusted_proxies: Option<TrustedProxies>,
     /// How long requests under way may take to finish when the service stops, in seconds.
     #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=3_600))]
@@ -252,6 +259,7 @@ impl Limits {
             keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
             streams_max: self.streams,
             header_bytes_max: self.header_bytes,
+            trusted_proxies: self.trusted_proxies.clone().unwrap_or_default(),
         }
     }
 

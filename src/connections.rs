@@ -3,11 +3,11 @@
 use std::{
     collections::HashMap,
     convert::Infallible,
-    net::SocketAddr,
+    net::IpAddr,
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -22,7 +22,12 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{gate::Gate, tls};
+use crate::{
+    gate::Gate,
+    login::subscriber,
+    proxies::{ClientAddress, TrustedProxies},
+    tls,
+};
 
 /// How long it waits to accept again when it could not, for example because the process has no file left to open.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -36,8 +41,14 @@ const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
-/// Calls of one connection at once that nobody has signed in for: logins, health, reflection.
-const OPEN_CALLS_MAX: u32 = 16;
+/// What the other calls of a connection have to end when one is stuck: behind a proxy they may be somebody else's.
+const STUCK_GRACE: Duration = Duration::from_secs(30);
+/// Calls of one client on one connection at once that nobody has signed in for: logins, health, reflection. Who has the
+/// connection for himself has as many on it; where a proxy brings many clients on it, none takes the others' places.
+const OPEN_CALLS_PER_CLIENT_MAX: usize = 16;
+/// Of a connection's calls at once, those of all its clients are no more than one in so many: the rest is for those who
+/// have signed in.
+const OPEN_CALLS_ONE_IN: usize = 2;
 /// Connections made at the same time do not grow old at the same time: some go a tenth of the time sooner.
 const AGE_SPREAD: f64 = 10.0;
 /// How often it is looked at what a connection does.
@@ -66,6 +77,8 @@ pub struct ConnectionLimits {
     pub streams_max: u32,
     /// Metadata of a call.
     pub header_bytes_max: u32,
+    /// Who is believed where a call comes from.
+    pub trusted_proxies: TrustedProxies,
 }
 
 /// Where clients connect, and whether they do so with TLS.
@@ -136,7 +149,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infal
         let Some(room) = shared.room().await else { continue };
         let is_late = shared.stop.is_cancelled();
         let tracker = if is_late { &open.since } else { &open.before };
-        tracker.spawn(Arc::clone(&shared).connection(stream, peer, room, is_late));
+        tracker.spawn(Arc::clone(&shared).connection(stream, peer.ip(), room, is_late));
     }
 }
 
@@ -197,13 +210,7 @@ impl Shared {
     }
 
     /// `is_late`: made after the stop.
-    async fn connection(
-        self: Arc<Self>,
-        stream: TcpStream,
-        peer: SocketAddr,
-        _room: OwnedSemaphorePermit,
-        is_late: bool,
-    ) {
+    async fn connection(self: Arc<Self>, stream: TcpStream, peer: IpAddr, _room: OwnedSemaphorePermit, is_late: bool) {
         // Small answers are not to wait for more of them.
         let _ = stream.set_nodelay(true);
         let entry = self.enter();
@@ -224,13 +231,14 @@ impl Shared {
     async fn serve_http2(
         &self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-        peer: SocketAddr,
+        peer: IpAddr,
         activity: Arc<Activity>,
         is_late: bool,
     ) {
         let service = service_fn(|request: http::Request<Incoming>| {
-            let (gate, call) = (Arc::clone(&self.gate), activity.begin());
-            async move { Ok::<_, Infallible>(gate.answer(request, peer, call).await) }
+            let client = self.limits.trusted_proxies.client(peer, request.headers());
+            let (gate, call) = (Arc::clone(&self.gate), activity.begin(client));
+            async move { Ok::<_, Infallible>(gate.answer(request, call).await) }
         });
         let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
         // What clients do to their connections is their matter.
@@ -238,16 +246,13 @@ impl Shared {
             _ = &mut connection => return,
             () = self.until_old_or_stopped(&activity, is_late) => {}
             () = activity.evicted.notified() => {}
-            state = until_silent(&activity, self.limits.idle_max) => match state {
-                Silent::Idle => {}
-                Silent::Stuck => return,
-            },
+            _ = until_silent(&activity, self.limits.idle_max) => {}
         }
         connection.as_mut().graceful_shutdown();
         // What has begun meanwhile may finish. How long a stop may take is for the service to say.
         tokio::select! {
             _ = connection => {}
-            _ = until_silent(&activity, GOODBYE_MAX) => {}
+            () = until_finished(&activity) => {}
             () = sleep(self.limits.age_grace) => {}
         }
     }
@@ -266,7 +271,8 @@ impl Shared {
 
     fn enter(&self) -> Entry<'_> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let activity = Arc::new(Activity::new());
+        let open_max = self.limits.streams_max as usize / OPEN_CALLS_ONE_IN;
+        let activity = Arc::new(Activity::new(open_max.max(OPEN_CALLS_PER_CLIENT_MAX)));
         lock(&self.connections).insert(id, Arc::clone(&activity));
         Entry { shared: self, id, activity }
     }
@@ -288,6 +294,21 @@ async fn until_silent(activity: &Activity, idle_max: Duration) -> Silent {
         // A call may begin meanwhile.
         sleep_until(next.min(now + LOOK_INTERVAL)).await;
     }
+}
+
+/// Waits until there is no call any more, but for those that are stuck; where there are such, not for ever.
+async fn until_finished(activity: &Activity) {
+    if let Silent::Idle = until_silent(activity, GOODBYE_MAX).await {
+        return;
+    }
+    let others = async {
+        while let Some(until) = activity.last_until()
+            && until > Instant::now()
+        {
+            sleep_until(until.min(Instant::now() + LOOK_INTERVAL)).await;
+        }
+    };
+    let _ = timeout(STUCK_GRACE, others).await;
 }
 
 /// From 0 to 1.
@@ -334,19 +355,25 @@ struct Calls {
     until: HashMap<u64, Instant>,
     next_id: u64,
     idle_since: Instant,
-    /// Those without credentials.
-    open: u32,
+    /// Whose those are that have no credentials.
+    open: HashMap<u64, IpAddr>,
+    open_max: usize,
 }
 
 impl Activity {
-    fn new() -> Self {
-        let calls = Calls { until: HashMap::new(), next_id: 0, idle_since: Instant::now(), open: 0 };
+    fn new(open_max: usize) -> Self {
+        let (until, open) = (HashMap::new(), HashMap::new());
+        let calls = Calls { until, next_id: 0, idle_since: Instant::now(), open, open_max };
         Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
     }
 
     fn state(&self) -> State {
         let calls = lock(&self.calls);
         calls.until.values().min().map_or(State::Idle(calls.idle_since), |until| State::Busy(*until))
+    }
+
+    fn last_until(&self) -> Option<Instant> {
+        lock(&self.calls).until.values().max().copied()
     }
 
     fn idle_since(&self) -> Option<Instant> {
@@ -356,13 +383,13 @@ impl Activity {
         }
     }
 
-    fn begin(self: &Arc<Self>) -> Call {
+    fn begin(self: &Arc<Self>, client: ClientAddress) -> Call {
         let mut calls = lock(&self.calls);
         let id = calls.next_id;
         calls.next_id += 1;
         // Until it says how long it takes.
         calls.until.insert(id, Instant::now() + LOOK_INTERVAL);
-        Call { activity: Arc::clone(self), id, is_open: AtomicBool::new(false) }
+        Call { activity: Arc::clone(self), id, client }
     }
 }
 
@@ -370,16 +397,22 @@ impl Activity {
 pub struct Call {
     activity: Arc<Activity>,
     id: u64,
-    is_open: AtomicBool,
+    client: ClientAddress,
 }
 
 impl Call {
-    /// Counts it as one without credentials; whether the connection may have it.
+    pub fn client(&self) -> ClientAddress {
+        self.client
+    }
+
+    /// Counts it as one without credentials; whether its client and the connection may have it.
     pub fn enter_open(&self) -> bool {
+        let client = subscriber(self.client.0);
         let mut calls = lock(&self.activity.calls);
-        let has_room = calls.open < OPEN_CALLS_MAX;
-        if has_room && !self.is_open.swap(true, Ordering::Relaxed) {
-            calls.open += 1;
+        let of_client = calls.open.values().filter(|other| **other == client).count();
+        let has_room = of_client < OPEN_CALLS_PER_CLIENT_MAX && calls.open.len() < calls.open_max;
+        if has_room {
+            calls.open.insert(self.id, client);
         }
         has_room
     }
@@ -399,7 +432,7 @@ impl Drop for Call {
     fn drop(&mut self) {
         let mut calls = lock(&self.activity.calls);
         calls.until.remove(&self.id);
-        calls.open -= u32::from(*self.is_open.get_mut());
+        calls.open.remove(&self.id);
         if calls.until.is_empty() {
             calls.idle_since = Instant::now();
         }
@@ -412,3 +445,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is in it is whole whatever happened to a holder of the lock.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,6 @@
 //! bounds on what requests and answers hold in memory.
 
 use std::{
-    net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
@@ -20,13 +19,14 @@ use tokio::{
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::{Status, body::Body, service::Routes, transport::server::TcpConnectInfo};
+use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
 use crate::{
     auth::{Auth, Caller},
     connections::{Call, random},
     error::{Error, RETRY_DELAY, Result, Retry},
+    proxies::ClientAddress,
 };
 
 /// What begins the path of our own RPCs; health and reflection need no token.
@@ -150,12 +150,7 @@ impl Gate {
     }
 
     /// Answers a request; what goes wrong is told as the contract has it.
-    pub async fn answer(
-        &self,
-        request: http::Request<Incoming>,
-        peer: SocketAddr,
-        call: Call,
-    ) -> http::Response<Answer> {
+    pub async fn answer(&self, request: http::Request<Incoming>, call: Call) -> http::Response<Answer> {
         if let Some(status) = not_grpc(&request) {
             let mut response = http::Response::new(Answer::empty(call));
             *response.status_mut() = status;
@@ -167,10 +162,10 @@ impl Gate {
         call.lasts_until(deadline.unwrap_or(Instant::now() + STREAM_STILL_MAX) + READ_GRACE);
         let mut held = Held::default();
         let answered = match deadline {
-            None => self.admitted(request, kind, peer, &call, &mut held).await,
+            None => self.admitted(request, kind, &call, &mut held).await,
             // What is ready at once would still be done.
             Some(deadline) if deadline <= Instant::now() => Err(deadline_passed()),
-            Some(deadline) => timeout_at(deadline, self.admitted(request, kind, peer, &call, &mut held))
+            Some(deadline) => timeout_at(deadline, self.admitted(request, kind, &call, &mut held))
                 .await
                 .unwrap_or_else(|_| Err(deadline_passed())),
         };
@@ -198,7 +193,6 @@ impl Gate {
         &self,
         mut request: http::Request<Incoming>,
         kind: Kind,
-        peer: SocketAddr,
         call: &Call,
         held: &mut Held,
     ) -> Result<(http::response::Parts, Content)> {
@@ -206,7 +200,7 @@ impl Gate {
         if let Some(caller) = caller {
             request.extensions_mut().insert(caller);
         }
-        request.extensions_mut().insert(connect_info(peer));
+        request.extensions_mut().insert(call.client());
         let response = match kind {
             Kind::Import => self.call(request.map(|body| Body::new(Uncut(body)))).await,
             Kind::OpenStream => self.call(request.map(Body::new)).await,
@@ -218,7 +212,7 @@ impl Gate {
                         .unwrap_or_else(|_| Err(deadline_passed()))?,
                     _ => self.read(body, kind, held).await?,
                 };
-                self.call_with_retries(parts, message, caller, peer).await
+                self.call_with_retries(parts, message, caller, call.client()).await
             }
         };
         let (parts, body) = explain_bare_errors(response).into_parts();
@@ -241,7 +235,7 @@ impl Gate {
             return Err(Error::Stopping);
         }
         if matches!(kind, Kind::HealthCheck | Kind::Login | Kind::OpenStream) && !call.enter_open() {
-            return Err(Error::Exhausted("this connection has too many calls without credentials".to_owned()));
+            return Err(Error::Exhausted("too many calls without credentials are under way; try again".to_owned()));
         }
         let (slots, count) = match kind {
             Kind::HealthCheck | Kind::Login => return Ok(None),
@@ -301,7 +295,7 @@ impl Gate {
         mut parts: http::request::Parts,
         message: Bytes,
         caller: Option<Caller>,
-        peer: SocketAddr,
+        client: ClientAddress,
     ) -> http::Response<Body> {
         let uri = parts.uri.clone();
         let mut tries = Tries::default();
@@ -320,7 +314,7 @@ impl Gate {
             *again.method_mut() = Method::POST;
             *again.uri_mut() = uri.clone();
             again.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            again.extensions_mut().insert(connect_info(peer));
+            again.extensions_mut().insert(client);
             if let Some(caller) = caller {
                 again.extensions_mut().insert(caller);
             }
@@ -358,10 +352,6 @@ fn not_grpc<B>(request: &http::Request<B>) -> Option<StatusCode> {
     } else {
         None
     }
-}
-
-fn connect_info(peer: SocketAddr) -> TcpConnectInfo {
-    TcpConnectInfo { local_addr: None, remote_addr: Some(peer) }
 }
 
 fn deadline_passed() -> Error {
@@ -490,9 +480,7 @@ impl Answer {
         let content = Content::Unary { data: None, trailers: None };
         Self { content, deadline: None, stop: None, call, _held: Held::default() }
     }
-}
 
-impl Answer {
     /// Ends a stream with an error.
     fn end(&mut self, error: Error) -> Option<Result<Frame<Bytes>, Status>> {
         self.content = Content::Unary { data: None, trailers: None };
@@ -542,6 +530,7 @@ impl http_body::Body for Answer {
         }
     }
 }
+
 /// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
 /// pass for a whole one.
 struct Uncut(Incoming);

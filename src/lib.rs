@@ -13,6 +13,7 @@ pub mod connections;
 pub mod error;
 pub mod gate;
 pub mod login;
+pub mod proxies;
 pub mod request;
 pub mod rpc;
 pub mod singleflight;

@@ -269,7 +269,7 @@ impl<K: Copy + Eq + Hash> Recent<K> {
 }
 
 /// The address, or of IPv6 the network that one subscriber has.
-fn subscriber(address: IpAddr) -> IpAddr {
+pub fn subscriber(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => address.into(),
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << (128 - IPV6_PREFIX_BITS))).into(),

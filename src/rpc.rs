@@ -27,6 +27,7 @@ use crate::{
     },
     error::Result,
     login::LoginLimits,
+    proxies::ClientAddress,
 };
 
 /// What the services work with.
@@ -61,9 +62,9 @@ fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
     Ok(Response::new(decode_reply(reply)?))
 }
 
-/// Where a request comes from. None: not by TCP.
+/// Where a request comes from. None: not through [`crate::gate`].
 fn address_of<T>(request: &Request<T>) -> Option<IpAddr> {
-    request.remote_addr().map(|address| address.ip())
+    request.extensions().get().map(|ClientAddress(address)| *address)
 }
 
 /// Commits a mutation together with its reply.

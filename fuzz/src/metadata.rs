@@ -1,10 +1,22 @@
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use issue_tracker::{auth::token_sha256, gate::grpc_timeout, request::sha256};
+use issue_tracker::{
+    auth::{bearer_sha256, token_sha256},
+    gate::grpc_timeout,
+    proxies::TrustedProxies,
+    request::sha256,
+};
+use tonic::codegen::http::{HeaderMap, HeaderValue};
 
-/// Any text is a timeout, a token, or neither, and each of these has one spelling.
+/// Any text is a timeout, a token, or neither, and each of these has one spelling. Any bytes have a token in them as the
+/// value of `authorization`, or none, and as those of `x-forwarded-for`, one a line, they have a client.
 pub fn metadata(data: &[u8]) {
+    assert_bearer_or_none(data);
+    assert_client(data);
     if let Ok(text) = std::str::from_utf8(data) {
         assert_timeout(text);
         assert_token_or_none(text);
@@ -47,6 +59,20 @@ fn token_of(bytes: [u8; 32]) -> String {
 fn assert_token(bytes: [u8; 32]) {
     let token = token_of(bytes);
     assert_eq!(token_sha256(&token), Some(sha256(&[&bytes])));
+    for bearer in [format!("Bearer {token}"), format!("bEARER \t {token}\t ")] {
+        assert_eq!(bearer_of(bearer.as_bytes()), token_sha256(&token), "{bearer:?}");
+    }
+    for other in [
+        token.clone(),
+        format!("Bearer{token}"),
+        format!("Bearer\t{token}"),
+        format!(" Bearer {token}"),
+        format!("Basic {token}"),
+        format!("Bearer {token} {token}"),
+        format!("Bearer {token}, Bearer {token}"),
+    ] {
+        assert_eq!(bearer_of(other.as_bytes()), None, "{other:?}");
+    }
     for other in
         [&token[1..], &token[..token.len() - 1], &format!("{token}A"), &format!("{token}="), &format!(" {token}")]
     {
@@ -65,4 +91,82 @@ fn assert_altered_is_another(bytes: [u8; 32], place: usize, other: u8) {
         assert_token_or_none(altered);
         assert_ne!(token_sha256(altered), token_sha256(&token), "{altered} for {token}");
     }
+}
+
+fn bearer_of(value: &[u8]) -> Option<[u8; 32]> {
+    bearer_sha256(&HeaderValue::from_bytes(value).ok()?)
+}
+
+/// A scheme in any case, a space, and a token with space around it.
+fn assert_bearer_or_none(value: &[u8]) {
+    let token = value.split_at_checked(7).filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"Bearer "));
+    let expected = token.and_then(|(_, token)| token_sha256(str::from_utf8(token.trim_ascii()).ok()?));
+    // Line ends are no part of a value.
+    if HeaderValue::from_bytes(value).is_ok() {
+        assert_eq!(bearer_of(value), expected, "{value:?}");
+    }
+}
+
+const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3));
+const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
+const HOPS_MAX: usize = 16;
+const HOP_BYTES_MAX: usize = 64;
+
+/// The rightmost that is no trusted proxy. Whatever a client sends has no say in it, as the first proxy appends where it is.
+fn assert_client(values: &[u8]) {
+    let proxies: TrustedProxies = "10.0.0.0/8,192.0.2.7, 2001:db8::/32".parse().expect("it is a list of networks");
+    let mut headers = HeaderMap::new();
+    for value in values.split(|byte| *byte == b'\n').filter_map(|value| HeaderValue::from_bytes(value).ok()) {
+        headers.append("x-forwarded-for", value);
+    }
+    let client = |peer, headers: &HeaderMap| proxies.client(peer, headers).0;
+    assert_eq!(client(STRANGER, &headers), STRANGER);
+    assert_eq!(client(PROXY, &headers), expected_client(&headers), "{headers:?}");
+    for appended in [", 203.0.113.9", ",203.0.113.9:1, 10.9.9.9, [2001:db8::1]:65535, ::ffff:192.0.2.7"] {
+        let mut headers = headers.clone();
+        let last = headers.get_all("x-forwarded-for").iter().next_back().map_or(&b""[..], HeaderValue::as_bytes);
+        let last = HeaderValue::from_bytes(&[last, appended.as_bytes()].concat()).expect("its parts are values");
+        headers.append("x-forwarded-for", last);
+        assert_eq!(client(PROXY, &headers), STRANGER, "{headers:?}");
+    }
+}
+
+fn expected_client(headers: &HeaderMap) -> IpAddr {
+    let values: Vec<&[u8]> = headers.get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes).collect();
+    let list = values.join(&b',');
+    let mut client = PROXY;
+    for hop in list.split(|byte| *byte == b',').rev().take(HOPS_MAX) {
+        let Some(address) = expected_address(hop.trim_ascii()) else { break };
+        client = address;
+        let is_proxy = match client {
+            IpAddr::V4(address) => address.octets()[0] == 10 || address.octets() == [192, 0, 2, 7],
+            IpAddr::V6(address) => address.segments()[..2] == [0x2001, 0xdb8],
+        };
+        if !is_proxy {
+            break;
+        }
+    }
+    client
+}
+
+/// `address`, `v4:port`, `[v6]` or `[v6]:port`, where the last may have the number of an interface behind the address.
+fn expected_address(hop: &[u8]) -> Option<IpAddr> {
+    let hop = str::from_utf8(hop).ok().filter(|hop| hop.len() <= HOP_BYTES_MAX)?;
+    let is_number = |text: &str, max: u128| {
+        !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse().is_ok_and(|n: u128| n <= max)
+    };
+    let is_port = |text: &str| text.strip_prefix(':').is_some_and(|port| is_number(port, u16::MAX.into()));
+    if let Some((address, port)) = hop.strip_prefix('[').and_then(|hop| hop.split_once(']')) {
+        let (address, interface) = address.split_once('%').map_or((address, None), |(address, n)| (address, Some(n)));
+        let is_whole = match interface {
+            Some(interface) => is_number(interface, u32::MAX.into()) && is_port(port),
+            None => port.is_empty() || is_port(port),
+        };
+        return address.parse().ok().filter(|_| is_whole).map(|address: Ipv6Addr| address.to_canonical());
+    }
+    let address = match hop.find(':') {
+        Some(at) if is_port(&hop[at..]) => hop[..at].parse::<Ipv4Addr>().ok()?.into(),
+        _ => hop.parse::<IpAddr>().ok()?,
+    };
+    Some(address.to_canonical())
 }

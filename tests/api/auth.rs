@@ -2,6 +2,7 @@
 
 mod expiry;
 mod limits;
+mod proxies;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures_util::future::join_all;

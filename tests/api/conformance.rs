@@ -6,6 +6,7 @@ mod connections;
 mod floods;
 mod messages;
 mod raw;
+mod strangers;
 
 use std::{
     collections::HashSet,

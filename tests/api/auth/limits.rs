@@ -7,9 +7,13 @@ use tonic_types::StatusExt;
 use super::*;
 
 /// A client at another address of this machine.
-async fn at(tracker: &Tracker, address: [u8; 4]) -> Client {
+pub async fn at(tracker: &Tracker, address: [u8; 4]) -> Client {
+    at_with_token(tracker, address, "").await
+}
+
+pub async fn at_with_token(tracker: &Tracker, address: [u8; 4], token: &str) -> Client {
     let endpoint = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap();
-    Tracker::client_on(endpoint.local_address(Some(IpAddr::from(address))).connect().await.unwrap(), "")
+    Tracker::client_on(endpoint.local_address(Some(IpAddr::from(address))).connect().await.unwrap(), token)
 }
 
 async fn try_password(client: &Client, username: &str, password: &str) -> Result<(), Status> {
@@ -23,7 +27,7 @@ async fn fail(client: &Client, username: &str) {
 
 /// Refused without a look at the password; answers the delay that it names.
 #[track_caller]
-fn assert_too_soon(result: Result<(), Status>) -> Duration {
+pub fn assert_too_soon(result: Result<(), Status>) -> Duration {
     let status = assert_error(result, Code::ResourceExhausted, "TOO_MANY_TRIES");
     status.get_error_details().retry_info().unwrap().retry_delay.unwrap()
 }

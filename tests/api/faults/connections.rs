@@ -140,6 +140,34 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
 
+/// As where a proxy brings many clients on one connection.
+#[tokio::test]
+async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_peace() {
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
+    let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
+    let issue = tracker.member.file_as(issue).await;
+    let mut raw = Raw::open_with(&tracker, 2_000).await.unwrap();
+    let (unread, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
+    stream.send_data(framed(&GetIssueRequest { id: issue.id, ..Default::default() }), true).unwrap();
+    let _unread = unread.await.unwrap().into_body();
+    // Has no deadline, and its messages are yet to come.
+    let (imported, mut import) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
+
+    let asked_to_go = async {
+        while raw.begin(&tracker, "AuthService/WhoAmI").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(HANG, asked_to_go).await.expect("the connection is used on");
+    import.send_data(framed(&issue_tracker::pb::ImportIssuesRequest::default()), true).unwrap();
+    let mut answer = imported.await.unwrap().into_body();
+    while let Some(data) = answer.data().await {
+        data.unwrap();
+    }
+    answer.trailers().await.unwrap();
+    raw.closed().await;
+}
+
 #[tokio::test]
 async fn a_thousand_idle_connections_do_not_keep_others_out() {
     let tracker = Tracker::start_with(limits(&["--connections", "200"])).await;
