@@ -2,32 +2,44 @@
 
 use std::{
     collections::{HashSet, VecDeque},
-    fs::{self, File},
-    io::{BufRead, BufReader, Read, Write},
+    fs,
+    io::{Read, Write},
     net::SocketAddr,
-    path::PathBuf,
-    process::{Child, Command, Output, Stdio},
-    sync::{
-        Arc, Mutex,
-        mpsc::{self, Receiver},
-    },
-    time::Duration,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
 };
 
 use flate2::{Compression, write::GzEncoder};
-use issue_tracker::pb::{self, import_issues_response::Message, issue_service_client::IssueServiceClient};
+use issue_tracker::pb::{self, import_issues_response::Message};
 use serde_json::Value;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue, transport::Endpoint};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 
 #[path = "cli/fake.rs"]
 mod fake;
 #[path = "cli/harness.rs"]
 mod harness;
+#[path = "support"]
+mod support {
+    pub mod bounds;
+    pub mod calls;
+    pub mod database;
+    pub mod eventually;
+    pub mod process;
+    pub mod service;
+}
 
 use fake::{Cut, Fake, Proxy};
-use harness::{Dir, HANG, Ran, Service, lines, program, signal};
+use harness::Ran;
+use support::{
+    bounds::HANG,
+    calls::titles,
+    database::session,
+    eventually::eventually,
+    process::{Dir, signal},
+    service::{Service, TOKEN_FILE, finished, lines, program},
+};
 
 fn zipped(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
@@ -54,7 +66,7 @@ const BAD: &str = "title,priority\nfirst,high\n,low\n\"two\nlines\",urgent\nlast
 #[tokio::test(flavor = "multi_thread")]
 async fn the_exit_code_is_the_outcome_and_only_what_went_in_is_there() {
     let dir = Dir::new();
-    let service = Service::start(&dir, "127.0.0.1:0");
+    let mut service = Service::embedded(&dir, "127.0.0.1:0");
     let (good, bad) = (dir.write("good.csv", GOOD), dir.write("bad.csv", BAD));
 
     let checked = service.run(&["import", &good, "--validate-only"]).assert_code(0);
@@ -84,13 +96,13 @@ async fn the_exit_code_is_the_outcome_and_only_what_went_in_is_there() {
     let in_part = service.run(&["import", &bad, "--mode", "skip-invalid"]).assert_code(1);
     in_part.assert_says(": 4 rows: 2 created, 2 rejected");
     assert_eq!(service.titles().await, ["Broken link", "Slow search", "first", "last"]);
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn files_come_plain_compressed_and_by_standard_input_and_rejected_rows_can_be_repaired() {
     let dir = Dir::new();
-    let service = Service::start(&dir, "127.0.0.1:0");
+    let mut service = Service::embedded(&dir, "127.0.0.1:0");
     let (bad, again) = (dir.write("bad.csv.gz", zipped(BAD.as_bytes())), dir.text("again.csv"));
 
     let ran = service.run(&["import", &bad, "--mode", "skip-invalid", "--rejected", &again]).assert_code(1);
@@ -116,13 +128,13 @@ async fn files_come_plain_compressed_and_by_standard_input_and_rejected_rows_can
         service.titles().await,
         ["first", "from a compressed pipe", "from a pipe", "last", "second", "two\nlines"]
     );
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn progress_errors_and_summary_are_json_lines_for_programs() {
     let dir = Dir::new();
-    let service = Service::start(&dir, "127.0.0.1:0");
+    let mut service = Service::embedded(&dir, "127.0.0.1:0");
     let bad = dir.write("bad.csv", BAD);
 
     let ran = service.run(&["import", &bad, "--mode", "skip-invalid", "--json"]).assert_code(1);
@@ -139,13 +151,13 @@ async fn progress_errors_and_summary_are_json_lines_for_programs() {
     assert_eq!((&summary["state"], &summary["created_count"]), (&"IMPORT_STATE_COMMITTED".into(), &2.into()));
     let last = ran.stdout.lines().last().unwrap();
     assert!(last.starts_with("{\"summary\":"), "{last}");
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_cannot_be_read_to_its_end_is_not_taken_for_a_whole_one() {
     let dir = Dir::new();
-    let service = Service::start(&dir, "127.0.0.1:0");
+    let mut service = Service::embedded(&dir, "127.0.0.1:0");
     // Wherever it ends, it has rows, and all are good.
     let titles: String = (0..200_000).map(|n| format!("{n}\n")).collect();
     let whole = zipped(format!("title\n{titles}").as_bytes());
@@ -154,14 +166,16 @@ async fn a_file_that_cannot_be_read_to_its_end_is_not_taken_for_a_whole_one() {
     let ran = service.run(&["import", &path]).assert_code(2);
 
     ran.assert_says(&format!("cannot read {path}: "));
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let database = session(&dir.database()).await;
+    let at_work = "SELECT FROM pg_stat_activity WHERE application_name = 'issue-tracker' AND state <> 'idle'";
+    eventually("the import has ended", async || database.query(at_work, &[]).await.unwrap().is_empty()).await;
     assert_eq!(service.titles().await, [""; 0], "the stream was cut, not ended");
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 /// Kills the server in the middle of an import, and starts another in its place.
 async fn import_through_a_crash(dir: &Dir, mode: &str) -> (Service, Ran) {
-    let service = Service::start(dir, "127.0.0.1:0");
+    let mut service = Service::embedded(dir, "127.0.0.1:0");
     let mut client = service.command(&["import", "-", "--json", "--mode", mode]).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = client.stdin.take().unwrap();
     let answers = lines(client.stdout.take().unwrap());
@@ -175,7 +189,7 @@ async fn import_through_a_crash(dir: &Dir, mode: &str) -> (Service, Ran) {
     }
     let address = service.address.clone();
     service.kill();
-    let service = Service::start(dir, &address);
+    let service = Service::embedded(dir, &address);
     // If it does not read on, its exit code and words say why.
     let _ = stdin.write_all(rows(12_000..20_000).as_bytes());
     drop(stdin);
@@ -188,19 +202,19 @@ async fn import_through_a_crash(dir: &Dir, mode: &str) -> (Service, Ran) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_atomic_import_goes_through_a_crash_of_the_server() {
     let dir = Dir::new();
-    let (service, ran) = import_through_a_crash(&dir, "atomic").await;
+    let (mut service, ran) = import_through_a_crash(&dir, "atomic").await;
     let ran = ran.assert_code(0);
     ran.assert_says("trying again in");
     assert_eq!(ran.json("summary")[0]["created_count"], 20_000);
     let titles = service.titles().await;
     assert_eq!((titles.len(), titles.iter().collect::<HashSet<_>>().len()), (20_000, 20_000));
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_row_goes_in_once_through_a_crash_of_the_server_and_comes_out_again() {
     let dir = Dir::new();
-    let (service, ran) = import_through_a_crash(&dir, "skip-invalid").await;
+    let (mut service, ran) = import_through_a_crash(&dir, "skip-invalid").await;
     let ran = ran.assert_code(0);
     let summary = &ran.json("summary")[0];
     assert_eq!((&summary["row_count"], &summary["created_count"]), (&20_000.into(), &20_000.into()));
@@ -217,7 +231,7 @@ async fn each_row_goes_in_once_through_a_crash_of_the_server_and_comes_out_again
     let none = service.run(&["export", "--filter", "status = closed"]).assert_code(0);
     assert_eq!(none.stdout.lines().count(), 1, "{}", none.stdout);
     service.run(&["export", "--filter", "colour = red"]).assert_code(2).assert_says("(INVALID_ARGUMENT)");
-    service.stop();
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 /// Against a server that is told how to behave.
@@ -358,7 +372,7 @@ async fn an_interrupt_says_how_to_go_on() {
         let has_offset = |line: &String| !line.contains("\"offset\":0,");
         let answers = tokio::task::spawn_blocking(move || answers.iter().find(has_offset)).await.unwrap();
         assert!(answers.is_some());
-        signal(child.id(), number);
+        assert!(signal(child.id(), number));
         let ran = tokio::task::spawn_blocking(|| Ran::of(child)).await.unwrap().assert_code(code);
         let id = stage.fake.state().options[0].import_id.clone();
         if mode == "atomic" {

@@ -1,49 +1,54 @@
 //! The embedded PostgreSQL, with real servers: what it outlives, and whom it leaves alone.
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+#[path = "support"]
+mod support {
+    pub mod bounds;
+    pub mod process;
+}
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
 
 use issue_tracker::db::embedded::{Cluster, Durability};
 use tokio_postgres::{NoTls, SimpleQueryMessage};
-use uuid::Uuid;
 
-/// A test that waits longer than this hangs.
-const HANG: Duration = Duration::from_secs(120);
-const TICK: Duration = Duration::from_millis(20);
+use support::{
+    bounds::HANG,
+    process::{Dir, signal, wait_until},
+};
+
 /// Set in the process that a test starts to be killed: the data directory to use.
 const CHILD_DATA_DIR: &str = "EMBEDDED_TEST_DATA_DIR";
 
-/// A directory that goes away with everything that a cluster in it left elsewhere.
-struct DataDir(PathBuf);
+/// A data directory.
+struct DataDir {
+    path: PathBuf,
+    _dir: Dir,
+}
 
 impl DataDir {
-    fn new() -> DataDir {
-        let dir = std::env::temp_dir().join(format!("embedded-test-{}", Uuid::new_v4()));
-        fs::create_dir(&dir).unwrap();
-        DataDir(dir)
+    fn new() -> Self {
+        let dir = Dir::new();
+        let path = dir.path("data");
+        fs::create_dir(&path).unwrap();
+        Self { path, _dir: dir }
     }
 
     fn start(&self) -> Cluster {
-        Cluster::start(&self.0, Durability::Throwaway).unwrap()
+        Cluster::start(&self.path, Durability::Throwaway).unwrap()
     }
 
     /// For tests that kill the server: a throwaway one may lose its last commits then.
     fn start_durable(&self) -> Cluster {
-        Cluster::start(&self.0, Durability::Durable).unwrap()
+        Cluster::start(&self.path, Durability::Durable).unwrap()
     }
 
     fn cluster(&self) -> PathBuf {
-        self.0.join("cluster")
-    }
-}
-
-impl Drop for DataDir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(self.cluster().canonicalize().unwrap_or_default());
-        let _ = fs::remove_dir_all(&self.0);
+        self.path.join("cluster")
     }
 }
 
@@ -75,18 +80,8 @@ fn assert_row_kept(cluster: &Cluster) {
     assert_eq!(sql(cluster, "SELECT body FROM kept"), ["a row"]);
 }
 
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < HANG, "waited in vain until {what}");
-        std::thread::sleep(TICK);
-    }
-}
-
 fn kill(pid: u32) {
-    assert!(pid > 1);
-    // SAFETY: kill takes two numbers; the pid is that of a process that the test started.
-    assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGKILL) }, 0);
+    assert!(signal(pid, libc::SIGKILL));
 }
 
 fn is_root() -> bool {
@@ -98,7 +93,7 @@ fn is_root() -> bool {
 fn spawn_again(test: &str, data_dir: &DataDir) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test])
-        .env(CHILD_DATA_DIR, &data_dir.0)
+        .env(CHILD_DATA_DIR, &data_dir.path)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -120,22 +115,21 @@ fn serve_if_child() {
 }
 
 fn server_pid_of_child(data_dir: &DataDir) -> u32 {
-    let path = data_dir.0.join("serving");
+    let path = data_dir.path.join("serving");
     wait_until("the child serves", || path.exists());
     fs::read_to_string(path).unwrap().parse().unwrap()
 }
 
 /// Lets a process no longer run, so that it starts no other server when its own dies.
 fn freeze(pid: u32) {
-    // SAFETY: kill takes two numbers; the pid is that of a child.
-    assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGSTOP) }, 0);
+    assert!(signal(pid, libc::SIGSTOP));
 }
 
 /// The kernel takes a moment to close a killed process's files, and with them its lock.
 fn wait_for_start(data_dir: &DataDir) -> Cluster {
     let mut started = None;
     wait_until("the dead service's lock is free", || {
-        started = Cluster::start(&data_dir.0, Durability::Throwaway).ok();
+        started = Cluster::start(&data_dir.path, Durability::Throwaway).ok();
         started.is_some()
     });
     started.unwrap()
@@ -151,7 +145,7 @@ fn names_in(dir: &Path) -> Vec<String> {
 #[test]
 fn a_restart_keeps_the_data() {
     let data_dir = DataDir::new();
-    let nested = data_dir.0.join("not/yet/there");
+    let nested = data_dir.path.join("not/yet/there");
     let cluster = Cluster::start(&nested, Durability::Durable).unwrap();
     write_row(&cluster);
     cluster.stop().unwrap();
@@ -183,7 +177,7 @@ fn a_data_dir_in_use_is_refused() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start();
 
-    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+    let error = Cluster::start(&data_dir.path, Durability::Throwaway).unwrap_err();
 
     let text = format!("{error:#}");
     assert!(text.contains("in use by another issue-tracker"), "{text}");
@@ -228,14 +222,14 @@ fn a_long_query_of_a_killed_server_does_not_hold_up_the_next() {
 #[test]
 fn root_uses_a_data_dir_that_the_servers_user_cannot_reach() {
     let data_dir = DataDir::new();
-    fs::set_permissions(&data_dir.0, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::set_permissions(&data_dir.path, fs::Permissions::from_mode(0o700)).unwrap();
     let cluster = data_dir.start();
     write_row(&cluster);
     cluster.stop().unwrap();
 
     assert_row_kept(&data_dir.start());
     let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
-    assert_eq!(mode(&data_dir.0), 0o700);
+    assert_eq!(mode(&data_dir.path), 0o700);
     assert_eq!(mode(&data_dir.cluster()), 0o700);
     if is_root() {
         let elsewhere = fs::read_link(data_dir.cluster()).unwrap();
@@ -249,7 +243,7 @@ fn a_lost_cluster_is_not_replaced_by_an_empty_one() {
     let data_dir = DataDir::new();
     std::os::unix::fs::symlink("/var/lib/issue-tracker/not-mounted", data_dir.cluster()).unwrap();
 
-    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+    let error = Cluster::start(&data_dir.path, Durability::Throwaway).unwrap_err();
 
     let text = format!("{error:#}");
     assert!(text.contains("bring back what it points to"), "{text}");
@@ -258,7 +252,7 @@ fn a_lost_cluster_is_not_replaced_by_an_empty_one() {
 #[test]
 fn a_path_too_long_for_a_socket_is_no_obstacle() {
     let data_dir = DataDir::new();
-    let long = data_dir.0.join("long".repeat(30));
+    let long = data_dir.path.join("long".repeat(30));
     let cluster = Cluster::start(&long, Durability::Throwaway).unwrap();
     let socket_dir = cluster.socket_dir().to_owned();
     write_row(&cluster);
@@ -272,7 +266,7 @@ fn a_path_too_long_for_a_socket_is_no_obstacle() {
 #[test]
 fn a_half_made_cluster_is_replaced() {
     let data_dir = DataDir::new();
-    let half_made = data_dir.0.join("cluster.new-0");
+    let half_made = data_dir.path.join("cluster.new-0");
     fs::create_dir(&half_made).unwrap();
     fs::write(half_made.join("PG_VERSION"), "15\n").unwrap();
     fs::create_dir(data_dir.cluster()).unwrap();
@@ -280,7 +274,7 @@ fn a_half_made_cluster_is_replaced() {
     let cluster = data_dir.start();
     write_row(&cluster);
     cluster.stop().unwrap();
-    assert_eq!(names_in(&data_dir.0), ["cluster", "lock"]);
+    assert_eq!(names_in(&data_dir.path), ["cluster", "lock"]);
 }
 
 #[test]
@@ -288,14 +282,14 @@ fn a_service_killed_during_initdb_is_recovered_from() {
     serve_if_child();
     let data_dir = DataDir::new();
     let mut child = spawn_again("a_service_killed_during_initdb_is_recovered_from", &data_dir);
-    wait_until("the child makes a cluster", || names_in(&data_dir.0).iter().any(|name| name.starts_with("cluster")));
+    wait_until("the child makes a cluster", || names_in(&data_dir.path).iter().any(|name| name.starts_with("cluster")));
     kill(child.id());
     child.wait().unwrap();
 
     let cluster = data_dir.start();
     write_row(&cluster);
     cluster.stop().unwrap();
-    let names = names_in(&data_dir.0);
+    let names = names_in(&data_dir.path);
     assert!(!names.iter().any(|name| name.starts_with("cluster.new-")));
 }
 
@@ -363,7 +357,7 @@ fn a_failing_start_quotes_the_servers_log() {
     data_dir.start().stop().unwrap();
     fs::write(data_dir.cluster().join("PG_VERSION"), "7\n").unwrap();
 
-    let error = Cluster::start(&data_dir.0, Durability::Throwaway).unwrap_err();
+    let error = Cluster::start(&data_dir.path, Durability::Throwaway).unwrap_err();
 
     let text = format!("{error:#}");
     assert!(text.contains("database files are incompatible"), "{text}");

@@ -27,5 +27,15 @@ mod pool;
 mod proxy;
 #[path = "faults/shim.rs"]
 mod shim;
+#[path = "support"]
+mod support {
+    pub mod bounds;
+    pub mod codec;
+    pub mod database;
+    pub mod eventually;
+    pub mod external;
+    pub mod process;
+    pub mod service;
+}
 #[path = "faults/verify.rs"]
 mod verify;

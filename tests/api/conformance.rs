@@ -11,20 +11,22 @@ mod strangers;
 use std::{
     collections::HashSet,
     fs,
+    ops::Deref,
     sync::{
         Once,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use issue_tracker::pb::WhoAmIRequest;
+use tokio::time::timeout;
 use tonic::Code;
 
-use crate::harness::{Tracker, eventually, limits};
+use crate::{
+    harness::{Tracker, limits},
+    support::{bounds::HANG, eventually::eventually},
+};
 
-/// Nothing here takes as long.
-const HANG: Duration = Duration::from_secs(60);
 const WHO_AM_I: &str = "/issuetracker.v1.AuthService/WhoAmI";
 
 /// Panics of the service, not of tests.
@@ -48,6 +50,14 @@ struct Target {
     tracker: Tracker,
 }
 
+impl Deref for Target {
+    type Target = Tracker;
+
+    fn deref(&self) -> &Tracker {
+        &self.tracker
+    }
+}
+
 impl Target {
     async fn start() -> Self {
         Self::start_with(&[]).await
@@ -60,29 +70,17 @@ impl Target {
         target
     }
 
-    fn address(&self) -> &str {
-        &self.tracker.address
-    }
-
-    fn token(&self) -> &str {
-        &self.tracker.member.token
-    }
-
     /// A normal call on another connection is answered, as soon as what was under way has ended.
     async fn assert_answers(&self) {
-        let client = self.tracker.member.clone();
-        eventually("a normal call is answered", || {
-            let mut auth = client.auth();
-            Box::pin(async move {
-                let answer = tokio::time::timeout(HANG, auth.who_am_i(WhoAmIRequest {})).await;
-                match answer.expect("a normal call hangs") {
-                    Ok(_) => true,
-                    Err(status) => {
-                        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-                        false
-                    }
+        eventually("a normal call is answered", async || {
+            let answer = timeout(HANG, self.member.auth().who_am_i(WhoAmIRequest {})).await;
+            match answer.expect("a normal call hangs") {
+                Ok(_) => true,
+                Err(status) => {
+                    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+                    false
                 }
-            })
+            }
         })
         .await;
     }
@@ -92,10 +90,10 @@ impl Target {
         self.assert_answers().await;
         // One after the other, without being refused: the slot is given back each time.
         for _ in 0..5 {
-            self.tracker.member.auth().who_am_i(WhoAmIRequest {}).await.unwrap();
+            self.member.auth().who_am_i(WhoAmIRequest {}).await.unwrap();
         }
-        let port = self.address().rsplit_once(':').unwrap().1.parse().unwrap();
-        eventually("the connections are gone", || Box::pin(async move { open_connections(port) <= 1 })).await;
+        let port = self.address.rsplit_once(':').unwrap().1.parse().unwrap();
+        eventually("the connections are gone", async || open_connections(port) <= 1).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), 0, "the service has panicked");
     }
 }

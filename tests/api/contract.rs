@@ -7,19 +7,18 @@ mod wire;
 
 use std::collections::{BTreeSet, HashSet};
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use issue_tracker::FILE_DESCRIPTOR_SET;
 use prost::Message;
 use prost_types::{
     DescriptorProto, EnumDescriptorProto, FileDescriptorProto, FileDescriptorSet, field_descriptor_proto::Type,
 };
-use tonic::{
-    Code, Request, Status,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-};
+use tonic::{Code, Request, Status, client::Grpc};
 
-use crate::harness::{Client, Tracker, assert_error, bad_fields};
+use crate::{
+    harness::{Client, Tracker, assert_error, bad_fields},
+    support::codec::{Raw, unary},
+};
 
 /// The methods that change nothing.
 const READ_ONLY: &[&str] = &[
@@ -97,43 +96,6 @@ fn our_methods() -> Vec<Method> {
         .collect()
 }
 
-/// Messages as the bytes that they are.
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, message: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put_slice(&message);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        Ok(Some(buffer.copy_to_bytes(buffer.remaining())))
-    }
-}
-
 /// Calls `Service/Method` of ours with one message, whatever that is.
 async fn call(tracker: &Tracker, client: &Client, method: &str, message: &[u8]) -> Result<Bytes, Status> {
     let mut request = Request::new(message.to_vec());
@@ -144,9 +106,7 @@ async fn call(tracker: &Tracker, client: &Client, method: &str, message: &[u8]) 
 }
 
 async fn call_path(tracker: &Tracker, path: &str, request: Request<Vec<u8>>) -> Result<Bytes, Status> {
-    let mut grpc = Grpc::new(tracker.channel.clone());
-    grpc.ready().await.unwrap();
-    Ok(grpc.unary(request, path.parse().unwrap(), Raw).await?.into_inner())
+    unary(&tracker.channel, path, request).await
 }
 
 #[test]

@@ -10,7 +10,6 @@ use std::{
     path::PathBuf,
     process::{Child, Command},
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
 use issue_tracker::db::{
@@ -27,8 +26,12 @@ use tokio_postgres::NoTls;
 use uuid::Uuid;
 
 use crate::{
-    certificates::{Authority, Pair},
-    harness::{eventually, limits},
+    harness::limits,
+    support::{
+        certificates::{Authority, Pair},
+        database::session,
+        eventually::eventually,
+    },
 };
 
 const PASSWORD: &str = "sesame-open-17";
@@ -92,11 +95,7 @@ impl Server {
         let log = File::create(server.path("log")).unwrap();
         server.process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         let plain = server.url("sslmode=disable").parse::<Target>().unwrap().config;
-        eventually("the server is up", || {
-            let plain = plain.clone();
-            Box::pin(async move { plain.connect(NoTls).await.is_ok() })
-        })
-        .await;
+        eventually("the server is up", async || plain.connect(NoTls).await.is_ok()).await;
         server
     }
 
@@ -129,9 +128,7 @@ impl Server {
 
     async fn execute(&self, sql: &str) {
         let plain = self.url("sslmode=disable").parse::<Target>().unwrap().config;
-        let (client, connection) = plain.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client.batch_execute(sql).await.unwrap();
+        session(&plain).await.batch_execute(sql).await.unwrap();
     }
 }
 
@@ -158,13 +155,17 @@ async fn connect(url: &str) -> Result<bool, String> {
     Ok(client.query_one(sql, &[]).await.unwrap().get(0))
 }
 
+fn is_as_wanted(outcome: &Result<bool, String>, wanted: &Result<bool, &str>) -> bool {
+    match (outcome, wanted) {
+        (Ok(tls), Ok(wanted)) => tls == wanted,
+        (Err(error), Err(why)) => error.contains(why),
+        _ => false,
+    }
+}
+
 #[track_caller]
 fn assert_outcome(outcome: &Result<bool, String>, wanted: &Result<bool, &str>, what: &str) {
-    match (outcome, wanted) {
-        (Ok(tls), Ok(wanted)) => assert_eq!(tls, wanted, "{what}"),
-        (Err(error), Err(why)) => assert!(error.contains(why), "{what}: {error}"),
-        _ => panic!("{what}: {outcome:?}, not {wanted:?}"),
-    }
+    assert!(is_as_wanted(outcome, wanted), "{what}: {outcome:?}, not {wanted:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,14 +224,7 @@ async fn a_certificate_that_is_its_own_authority_is_verified_too() {
         let [file, _] = trusted.write(dir.path(), "trusted");
         let url = server.url_of("postgres", host, &format!("sslmode=verify-full&sslrootcert={file}"));
         // The server takes a moment to see it.
-        for _ in 0..50 {
-            let outcome = connect(&url).await;
-            if outcome.is_ok() == wanted.is_ok() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        assert_outcome(&connect(&url).await, &wanted, host);
+        eventually(&format!("{host}: {wanted:?}"), async || is_as_wanted(&connect(&url).await, &wanted)).await;
     }
 }
 
@@ -329,11 +323,7 @@ async fn a_statement_whose_deadline_has_passed_is_cancelled_over_tls() {
     let sleep = async {
         let _ = conn.query("SELECT pg_sleep(100)", &[]).await;
     };
-    let seen = async {
-        while count().await == 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
+    let seen = eventually("the statement runs", async || count().await > 0);
     tokio::select! {
         () = sleep => panic!("it ended by itself"),
         () = seen => {}
@@ -341,13 +331,7 @@ async fn a_statement_whose_deadline_has_passed_is_cancelled_over_tls() {
     let before = wire.beginnings.lock().unwrap().len();
     drop(conn);
 
-    tokio::time::timeout(Duration::from_secs(10), async {
-        while count().await > 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await
-    .expect("the statement runs on");
+    eventually("the statement has ended", async || count().await == 0).await;
     let beginnings = wire.beginnings.lock().unwrap().clone();
     assert!(beginnings.len() > before, "nothing was sent to cancel it");
     assert!(beginnings.iter().all(|beginning| *beginning == SSL_REQUEST_AND_HANDSHAKE), "{beginnings:?}");

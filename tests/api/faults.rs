@@ -14,15 +14,14 @@ use issue_tracker::{
     pb::{CreateIssueRequest, GetIssueRequest, Issue, UpdateIssueRequest},
 };
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio_postgres::NoTls;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Client, Tracker, assert_error, eventually, limits},
+    harness::{Client, Tracker, assert_error, assert_retriable, eventually, limits},
     lock_waiters,
+    support::database::session,
 };
 
 /// Somebody else's transaction that holds all issues until it is dropped or committed.
@@ -30,8 +29,7 @@ struct Lock(tokio_postgres::Client);
 
 impl Lock {
     async fn all_issues(tracker: &Tracker) -> Self {
-        let (client, connection) = tracker.config.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
+        let client = tracker.session().await;
         client.batch_execute("BEGIN; SELECT FROM issues FOR UPDATE").await.unwrap();
         Self(client)
     }
@@ -71,29 +69,17 @@ async fn health(tracker: &Tracker) -> ServingStatus {
 }
 
 async fn wait_for_health(tracker: &Tracker, status: ServingStatus) {
-    let channel = tracker.channel.clone();
-    eventually(status.as_str_name(), || {
-        let mut health = HealthClient::new(channel.clone());
-        Box::pin(async move {
-            health
-                .check(HealthCheckRequest::default())
-                .await
-                .is_ok_and(|checked| checked.into_inner().status() == status)
-        })
-    })
-    .await;
+    eventually(status.as_str_name(), async || health(tracker).await == status).await;
 }
 
 #[track_caller]
 fn assert_overloaded<T: std::fmt::Debug>(result: Result<T, Status>) {
-    let status = assert_error(result, Code::ResourceExhausted, "OVERLOADED");
-    assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
+    assert_retriable(result, Code::ResourceExhausted, "OVERLOADED");
 }
 
 #[track_caller]
 fn assert_unavailable<T: std::fmt::Debug>(result: Result<T, Status>) {
-    let status = assert_error(result, Code::Unavailable, "DATABASE_UNAVAILABLE");
-    assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
+    assert_retriable(result, Code::Unavailable, "DATABASE_UNAVAILABLE");
 }
 
 #[tokio::test]
@@ -258,9 +244,7 @@ impl OwnCluster {
         let mut own =
             Self { cluster: None, dir: std::env::temp_dir().join(format!("issue-tracker-faults-{}", Uuid::new_v4())) };
         own.start_again().await;
-        let (client, connection) = own.config("postgres").connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client.batch_execute("CREATE DATABASE tracker").await.unwrap();
+        session(&own.config("postgres")).await.batch_execute("CREATE DATABASE tracker").await.unwrap();
         migrate(&own.config("tracker")).await.unwrap();
         own
     }
@@ -324,12 +308,7 @@ async fn every_acknowledged_write_outlives_a_database_that_is_killed() {
     let cluster = OwnCluster::start().await;
     let tracker = Arc::new(Tracker::start_on(cluster.config("tracker"), limits(&[])).await);
     let writers: Vec<_> = (0..4).map(|writer| tokio::spawn(write_through_a_fault(tracker.clone(), writer))).collect();
-    let (config, enough) = (tracker.clone(), 20);
-    eventually("the writers write", || {
-        let tracker = config.clone();
-        Box::pin(async move { tracker.count("SELECT count(*) FROM issues").await > enough })
-    })
-    .await;
+    tracker.wait_until("SELECT count(*) > 20 FROM issues").await;
 
     cluster.kill();
 

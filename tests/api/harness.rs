@@ -1,14 +1,11 @@
 //! What a test stands on: one PostgreSQL for the whole run, and a [`Tracker`] with a database of its own.
 
 use std::{
-    future::Future,
     path::PathBuf,
-    pin::Pin,
     sync::{
         Mutex, OnceLock,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
 };
 
 use issue_tracker::{
@@ -39,6 +36,9 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt;
+
+use crate::support::database::session;
+pub use crate::support::eventually::eventually;
 
 /// The password of every user that a test makes.
 pub const PASSWORD: &str = "correct horse battery";
@@ -133,8 +133,8 @@ impl Tracker {
     }
 
     /// Waits until the service has ended.
-    pub async fn ended(self) {
-        self.served.server.await.unwrap();
+    pub async fn ended(&mut self) {
+        (&mut self.served.server).await.unwrap();
     }
 
     /// A user with a token.
@@ -172,17 +172,9 @@ impl Tracker {
     }
 
     /// Waits until a query gives true.
-    pub async fn wait_until(&self, sql: &'static str) {
-        let config = self.config.clone();
-        eventually(sql, || {
-            let config = config.clone();
-            Box::pin(async move {
-                let (client, connection) = config.connect(NoTls).await.unwrap();
-                tokio::spawn(connection);
-                client.query_one(sql, &[]).await.unwrap().get(0)
-            })
-        })
-        .await;
+    pub async fn wait_until(&self, sql: &str) {
+        let session = self.session().await;
+        eventually(sql, async || session.query_one(sql, &[]).await.unwrap().get(0)).await;
     }
 
     /// Waits until the service has nothing locked and waits for no lock, as it must soon when its callers have gone.
@@ -200,23 +192,12 @@ impl Tracker {
 
     /// A session past the service, for transactions that stay open.
     pub async fn session(&self) -> tokio_postgres::Client {
-        let (client, connection) = self.config.connect(NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client
+        session(&self.config).await
     }
 
     /// Waits until a statement on this database waits for a lock.
     pub async fn until_blocked(&self) {
-        let session = std::sync::Arc::new(self.session().await);
-        eventually("a statement waits for a lock", move || {
-            let session = session.clone();
-            Box::pin(async move {
-                const SQL: &str = "SELECT FROM pg_stat_activity
-                    WHERE datname = current_database() AND wait_event_type = 'Lock'";
-                !session.query(SQL, &[]).await.unwrap().is_empty()
-            })
-        })
-        .await;
+        self.wait_until(crate::lock_waiters!("> 0")).await;
     }
 }
 
@@ -265,8 +246,7 @@ pub async fn new_database() -> Config {
 
 /// As the role that the service runs as, which is made if need be.
 pub async fn service_config(config: &Config) -> Config {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = session(config).await;
     let known = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
     if known.is_none() {
         for statement in readme_sql().iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
@@ -304,7 +284,8 @@ fn on_database(statement: &str, name: &str) -> String {
     statement.replace("DATABASE tracker", &format!("DATABASE {name}"))
 }
 
-async fn execute(config: &Config, sql: &str) {
+/// Leaves no session behind, which would keep a database from being a template.
+pub async fn execute(config: &Config, sql: &str) {
     let (client, connection) = config.connect(NoTls).await.unwrap();
     let connection = tokio::spawn(connection);
     client.batch_execute(sql).await.unwrap();
@@ -479,6 +460,13 @@ pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, r
     status
 }
 
+/// As [`assert_error`], and the caller is told when to try again.
+#[track_caller]
+pub fn assert_retriable<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, reason: &str) {
+    let status = assert_error(result, code, reason);
+    assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
+}
+
 /// The fields of an error's `BadRequest`.
 pub fn bad_fields(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
@@ -507,15 +495,4 @@ pub fn assert_invalid<T: std::fmt::Debug>(result: Result<T, Status>, fields: &[&
 /// What `ErrorInfo.metadata` has under a key.
 pub fn error_metadata(status: &Status, key: &str) -> Option<String> {
     status.get_error_details().error_info().and_then(|info| info.metadata.get(key).cloned())
-}
-
-/// Asks again and again until the answer is yes; fails after half a minute.
-pub async fn eventually(what: &str, mut is_so: impl FnMut() -> Pin<Box<dyn Future<Output = bool> + Send>>) {
-    for _ in 0..300 {
-        if is_so().await {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    panic!("still not so: {what}");
 }

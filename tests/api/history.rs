@@ -13,11 +13,14 @@ use issue_tracker::{
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use prost_types::FieldMask;
-use tokio_postgres::{Config, NoTls};
+use tokio_postgres::Config;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, limits, new_database};
+use crate::{
+    harness::{Client, Tracker, assert_error, execute, limits, new_database},
+    support::database::session,
+};
 
 /// A row of `issue_events`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -194,8 +197,7 @@ async fn an_update_by_hand_that_names_nobody_is_refused() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     update(&tracker.member, Issue { title: "burn".into(), ..issue.clone() }, &["title"]).await.unwrap();
-    let (client, connection) = tracker.config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = tracker.session().await;
 
     let anonymous = client.batch_execute("UPDATE issues SET title = 'tampered'").await.unwrap_err();
     assert!(anonymous.as_db_error().unwrap().message().contains("change_actor_id"), "{anonymous:?}");
@@ -216,8 +218,7 @@ async fn update_time_never_goes_back() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     // As after a correction of the clock.
-    let (client, connection) = tracker.config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = tracker.session().await;
     let ahead = "ALTER TABLE issues DISABLE TRIGGER USER;
         UPDATE issues SET create_time = now() + interval '1 h', update_time = now() + interval '1 h';
         ALTER TABLE issues ENABLE TRIGGER USER";
@@ -443,20 +444,11 @@ async fn empty_database() -> Config {
     empty
 }
 
-async fn execute(config: &Config, sql: &str) {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    let connection = tokio::spawn(connection);
-    client.batch_execute(sql).await.unwrap();
-    drop(client);
-    connection.await.unwrap().unwrap();
-}
-
 const APPLIED: &str = "SELECT version, name, applied_on, checksum FROM refinery_schema_history ORDER BY version";
 
 /// The migrations that were applied, with time and checksum.
 async fn applied(config: &Config) -> Vec<[String; 4]> {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = session(config).await;
     let rows = client.query(APPLIED, &[]).await.unwrap();
     rows.iter().map(|row| [row.get::<_, i32>(0).to_string(), row.get(1), row.get(2), row.get(3)]).collect()
 }

@@ -264,8 +264,7 @@ async fn issue_count(tracker: &Tracker) -> i64 {
 
 /// Files an issue with the external id `X-1`, in a transaction that the test commits.
 async fn hold_external_id(tracker: &Tracker) -> tokio_postgres::Client {
-    let (other, connection) = tracker.config.connect(tokio_postgres::NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let other = tracker.session().await;
     let insert = format!(
         "BEGIN; INSERT INTO issues (id, reporter_id, status, priority, title, description, external_id)
          VALUES (gen_random_uuid(), '{}', 1, 0, 'theirs', '', 'X-1')",

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, eventually};
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata};
 
 async fn create(client: &Client, name: &str, description: &str) -> Result<Label, Status> {
     let label = Label { id: String::new(), name: name.to_owned(), description: description.to_owned() };
@@ -390,8 +390,7 @@ async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
     let issue = tracker.member.file("crash").await;
     let (id, label): (Uuid, Uuid) = (issue.id.parse().unwrap(), bug.id.parse().unwrap());
     // What AddIssueLabels does, stopped in front of its commit.
-    let (mut other, connection) = tracker.config.connect(tokio_postgres::NoTls).await.unwrap();
-    let connection = tokio::spawn(connection);
+    let mut other = tracker.session().await;
     let addition = other.transaction().await.unwrap();
     addition.execute("UPDATE issues SET change_actor_id = reporter_id WHERE id = $1", &[&id]).await.unwrap();
     addition.execute("INSERT INTO issue_labels VALUES ($1, $2)", &[&id, &label]).await.unwrap();
@@ -400,21 +399,11 @@ async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
     let request = UpdateIssueRequest { issue: Some(renamed), ..Default::default() };
     let mut client = tracker.member.issues();
     let update = tokio::spawn(async move { client.update_issue(request).await });
-    let config = tracker.config.clone();
-    eventually("the update waits", move || Box::pin(waits_for_a_lock(config.clone()))).await;
+    tracker.until_blocked().await;
     addition.commit().await.unwrap();
 
     let updated = update.await.unwrap().unwrap().into_inner();
     assert_eq!((updated.version, names(&updated.labels)), (3, vec!["bug"]));
-    drop(other);
-    connection.await.unwrap().unwrap();
-}
-
-async fn waits_for_a_lock(config: tokio_postgres::Config) -> bool {
-    let (client, connection) = config.connect(tokio_postgres::NoTls).await.unwrap();
-    tokio::spawn(connection);
-    let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
-    !client.query(sql, &[]).await.unwrap().is_empty()
 }
 
 #[tokio::test]

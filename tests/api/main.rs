@@ -1,9 +1,16 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
-#[path = "../certificates/mod.rs"]
-mod certificates;
 mod harness;
+mod raw;
+#[path = "../support"]
+mod support {
+    pub mod bounds;
+    pub mod certificates;
+    pub mod codec;
+    pub mod database;
+    pub mod eventually;
+}
 
 mod audit;
 mod auth;

@@ -1,15 +1,13 @@
 //! The role that the service runs as, which the README makes: it serves with it in every test, and can do no more.
 
 use issue_tracker::db::migrate::{grant_rights, migrate};
-use tokio_postgres::{Client, Config, NoTls, error::SqlState};
+use tokio_postgres::{Client, error::SqlState};
 
-use crate::harness::{Tracker, new_database, owner_config, service_config};
-
-async fn connect(config: &Config) -> Client {
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
+use crate::{
+    harness::{Tracker, eventually, new_database, owner_config, service_config},
+    lock_waiters,
+    support::database::session,
+};
 
 async fn tables(client: &Client) -> Vec<String> {
     let sql = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1";
@@ -51,7 +49,7 @@ async fn the_services_role_has_on_each_table_what_it_needs_and_nothing_else() {
 #[tokio::test]
 async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
     let tracker = Tracker::start().await;
-    let service = connect(&service_config(&tracker.config).await).await;
+    let service = session(&service_config(&tracker.config).await).await;
     for table in tables(&service).await {
         for statement in [
             "ALTER TABLE % ADD COLUMN x int",
@@ -85,7 +83,7 @@ async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
 #[tokio::test]
 async fn the_services_role_cannot_rewrite_what_was() {
     let tracker = Tracker::start().await;
-    let service = connect(&service_config(&tracker.config).await).await;
+    let service = session(&service_config(&tracker.config).await).await;
     for statement in [
         "INSERT INTO refinery_schema_history VALUES (999, 'x', 'x', '1')",
         "UPDATE refinery_schema_history SET checksum = '1'",
@@ -104,9 +102,9 @@ async fn the_services_role_cannot_rewrite_what_was() {
 #[tokio::test]
 async fn the_services_role_works_with_a_later_versions_tables_at_once() {
     let config = new_database().await;
-    connect(&owner_config(&config)).await.batch_execute("CREATE TABLE later (x int)").await.unwrap();
+    session(&owner_config(&config)).await.batch_execute("CREATE TABLE later (x int)").await.unwrap();
 
-    let service = connect(&service_config(&config).await).await;
+    let service = session(&service_config(&config).await).await;
 
     let use_all = "INSERT INTO later VALUES (1); UPDATE later SET x = 2; DELETE FROM later; SELECT x FROM later";
     service.batch_execute(use_all).await.unwrap();
@@ -121,11 +119,11 @@ async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_
         let sql =
             "SELECT count(*) FROM pg_tables CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS may
             WHERE schemaname = 'public' AND has_table_privilege($1, tablename, may)";
-        connect(&config).await.query_one(sql, &[&role]).await.unwrap().get::<_, i64>(0)
+        session(&config).await.query_one(sql, &[&role]).await.unwrap().get::<_, i64>(0)
     };
     // Quotes and capitals are part of a name as any.
     let other = "an \"Other' role";
-    connect(&config).await.batch_execute(&format!("CREATE ROLE \"{}\"", other.replace('"', "\"\""))).await.unwrap();
+    session(&config).await.batch_execute(&format!("CREATE ROLE \"{}\"", other.replace('"', "\"\""))).await.unwrap();
     assert_eq!(rights(other).await, 0);
 
     let both = (grant_rights(&owner, other), grant_rights(&owner, other));
@@ -147,7 +145,7 @@ async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it
     let service = service_config(&config).await;
     migrate(&service).await.unwrap();
 
-    let superuser = connect(&config).await;
+    let superuser = session(&config).await;
     let row = "INSERT INTO refinery_schema_history VALUES (999, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
     superuser.batch_execute(row).await.unwrap();
     let message = migrate(&service).await.unwrap_err().to_string();
@@ -164,13 +162,13 @@ async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it
 async fn a_missing_migration_is_named_to_whom_may_not_apply_it() {
     let config = new_database().await;
     let service = service_config(&config).await;
-    connect(&config).await.batch_execute("DELETE FROM refinery_schema_history WHERE version > 1").await.unwrap();
+    session(&config).await.batch_execute("DELETE FROM refinery_schema_history WHERE version > 1").await.unwrap();
 
     let message = migrate(&service).await.unwrap_err().to_string();
     assert!(message.contains("lacks migration 2 (imports_resumed_and_reverted)"), "{message}");
     assert!(message.contains("run `issue-tracker migrate` as its owner"), "{message}");
 
-    connect(&config).await.batch_execute("DROP TABLE refinery_schema_history").await.unwrap();
+    session(&config).await.batch_execute("DROP TABLE refinery_schema_history").await.unwrap();
     let message = migrate(&service).await.unwrap_err().to_string();
     assert!(message.contains("lacks migration 1 (issue_tracker)"), "{message}");
 }
@@ -181,25 +179,19 @@ async fn a_service_that_starts_while_the_owner_migrates_waits_for_it() {
     let mut empty = tracker.config.clone();
     empty.dbname(format!("{}_empty", tracker.config.get_dbname().unwrap()));
     let create = format!("CREATE DATABASE {} TEMPLATE template0 OWNER tracker_owner", empty.get_dbname().unwrap());
-    connect(&tracker.config).await.batch_execute(&create).await.unwrap();
+    session(&tracker.config).await.batch_execute(&create).await.unwrap();
     let owner = owner_config(&empty);
     // So that it may read what is not there yet.
     grant_rights(&owner, "tracker").await.unwrap();
     // "issuetra" in ASCII, which migrations hold.
-    let lock = connect(&empty).await;
+    let lock = session(&empty).await;
     lock.execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)", &[]).await.unwrap();
-    let waiting = async |count: i64| {
-        let sql =
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-        while lock.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) < count {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    };
+    let waiting = async |sql: &str| eventually(sql, async || lock.query_one(sql, &[]).await.unwrap().get(0)).await;
 
     let migrated = tokio::spawn(migrate(owner));
-    waiting(1).await;
+    waiting(lock_waiters!(">= 1")).await;
     let started = tokio::spawn(migrate(service_config(&empty).await));
-    waiting(2).await;
+    waiting(lock_waiters!(">= 2")).await;
     drop(lock);
 
     migrated.await.unwrap().unwrap();

@@ -94,21 +94,20 @@ async fn made(external: &External, import_id: &str) -> Vec<String> {
             FROM import_errors WHERE import_id = $1::text::uuid) e
         UNION ALL SELECT field || version FROM issue_events
         ORDER BY 1";
-    external.sql().await.query(SQL, &[&import_id]).await.unwrap().iter().map(|row| row.get(0)).collect()
+    session(&external.config()).await.query(SQL, &[&import_id]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
 async fn committed_offset(external: &External, import_id: &str) -> usize {
     const SQL: &str = "SELECT committed_offset FROM imports WHERE id = $1::text::uuid";
-    let row = external.sql().await.query_one(SQL, &[&import_id]).await.unwrap();
+    let row = session(&external.config()).await.query_one(SQL, &[&import_id]).await.unwrap();
     row.get::<_, i64>(0) as usize
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_over_none() {
-    let external = External::start_as(Durability::Durable);
-    let url = external.url();
-    create_user(&url, &["--role", "admin", "ada"], SECRET);
-    let start = || Service::start(&external.dir, &["--database-url", &url, "--bcrypt-cost", "4"]);
+    let external = External::start(Durability::Durable);
+    create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
+    let start = || Service::on(&external, &["--bcrypt-cost", "4"]);
     let mut service = start();
     let token = login(&service, "ada", SECRET).await.unwrap();
     let kills = SERVICE_KILLS + DATABASE_KILLS;
@@ -127,12 +126,8 @@ async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_ov
     let clean_summary = stream.finish().await;
     let clean_rows = made(&external, &clean.import_id).await;
     assert!(clean_rows.len() > kills * ROWS_PER_KILL - 1_000, "{clean_summary:?}");
-    external
-        .sql()
-        .await
-        .batch_execute("TRUNCATE issues, issue_labels, comments, import_issues, issue_events")
-        .await
-        .unwrap();
+    let truncate = "TRUNCATE issues, issue_labels, comments, import_issues, issue_events";
+    session(&external.config()).await.batch_execute(truncate).await.unwrap();
 
     let killed = options();
     let mut resumed = 0;
@@ -143,19 +138,19 @@ async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_ov
         stream.send(&file, end).await;
         // From at once to when a batch is surely in.
         if end - stream.committed_offset > file.len() / (kills * ROWS_PER_KILL) * 6_000 {
-            while committed_offset(&external, &killed.import_id).await == stream.committed_offset {
-                tokio::time::sleep(TICK).await;
-            }
+            eventually("a batch is in", async || {
+                committed_offset(&external, &killed.import_id).await != stream.committed_offset
+            })
+            .await;
         } else {
             tokio::time::sleep(Duration::from_millis((kill as u64 * 37) % 150)).await;
         }
         if kill % 5 == 4 {
-            let server = external.cluster.as_ref().unwrap().server_pid();
-            signal(server, libc::SIGKILL);
-            wait_until("there is another server", || external.cluster.as_ref().unwrap().server_pid() != server);
+            let server = external.cluster.server_pid();
+            assert!(signal(server, libc::SIGKILL));
+            wait_until("there is another server", || external.cluster.server_pid() != server);
         } else {
-            service.signal(libc::SIGKILL);
-            service.wait();
+            service.kill();
             service = start();
         }
     }

@@ -6,12 +6,9 @@ use super::*;
 async fn the_service_is_not_the_superuser_of_its_own_database() {
     let dir = Dir::new();
     let service = Service::embedded(&dir);
-    file(&service, &admin_token(&dir), "first").await;
-    let socket = dir.path("data/cluster.socket");
-    let mut config = tokio_postgres::Config::new();
-    config.host_path(socket).user("postgres").dbname("issue_tracker");
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    file(&service, &service.admin_token(), "first").await;
+    let mut config = dir.database();
+    let client = session(&config).await;
 
     let sql = "SELECT DISTINCT usename::text, usesuper FROM pg_stat_activity JOIN pg_user USING (usename)
         WHERE application_name = 'issue-tracker'";
@@ -20,8 +17,7 @@ async fn the_service_is_not_the_superuser_of_its_own_database() {
     assert_eq!(who, [("issue_tracker".to_owned(), false)]);
 
     config.user("issue_tracker");
-    let (client, connection) = config.connect(NoTls).await.unwrap();
-    tokio::spawn(connection);
+    let client = session(&config).await;
     for statement in ["DROP TABLE issues CASCADE", "CREATE TABLE x ()", "DELETE FROM refinery_schema_history"] {
         let error = client.batch_execute(statement).await.unwrap_err();
         assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE), "{statement}");
@@ -30,14 +26,14 @@ async fn the_service_is_not_the_superuser_of_its_own_database() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
-    let external = External::start();
-    external.sql().await.batch_execute("CREATE ROLE serving LOGIN").await.unwrap();
+    let external = External::start(Durability::Throwaway);
+    session(&external.config()).await.batch_execute("CREATE ROLE serving LOGIN").await.unwrap();
     let migrated = run(&["migrate", "--grant-to", "serving", "--database-url", &external.url()]);
     assert!(migrated.status.success(), "{migrated:?}");
     create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
     let url = external.url().replace("user=postgres", "user=serving");
 
-    let mut service = Service::start(&external.dir, &["--database-url", &url]);
+    let mut service = Service::start(&external.dir, program(&["--database-url", &url]));
 
     let token = login(&service, "ada", SECRET).await.unwrap();
     file(&service, &token, "first").await;
@@ -49,11 +45,11 @@ async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn that_the_database_refuses_the_service_is_logged_with_the_reason_and_without_its_words() {
-    let external = External::start();
-    let sql = external.sql().await;
+    let external = External::start(Durability::Throwaway);
+    let sql = session(&external.config()).await;
     sql.batch_execute("CREATE ROLE serving LOGIN SUPERUSER").await.unwrap();
     let url = external.url().replace("user=postgres", "user=serving");
-    let service = Service::start(&external.dir, &["--database-url", &url]);
+    let service = Service::start(&external.dir, program(&["--database-url", &url]));
     assert_eq!(text(&run(&["health", "--listen", &service.address]).stdout), "SERVING\n");
 
     let out = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'serving'";

@@ -2,8 +2,10 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicUsize, Ordering},
 };
+
+use tokio::task::JoinHandle;
 
 use super::*;
 
@@ -13,27 +15,24 @@ struct Waiting {
     service: Service,
     token: String,
     lock: tokio_postgres::Client,
-    update: tokio::task::JoinHandle<Result<Issue, tonic::Status>>,
+    update: JoinHandle<Result<Issue, tonic::Status>>,
 }
 
 impl Waiting {
     async fn start() -> Self {
-        let external = External::start();
+        let external = External::start(Durability::Throwaway);
         create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
-        let args = ["--drain-seconds", "100", "--database-url", &external.url()];
-        let service = Service::start(&external.dir, &args);
+        let service = Service::on(&external, &["--drain-seconds", "100"]);
         let token = login(&service, "ada", SECRET).await.unwrap();
         let issue = file(&service, &token, "first").await;
-        let lock = external.sql().await;
+        let lock = session(&external.config()).await;
         lock.batch_execute("BEGIN; SELECT FROM issues FOR UPDATE").await.unwrap();
         let changed = Issue { id: issue.id, title: "changed".to_owned(), ..Issue::default() };
         let request = with_token(&token, UpdateIssueRequest { issue: Some(changed), ..Default::default() });
         let mut issues = service.issues();
         let update = tokio::spawn(async move { Ok(issues.update_issue(request).await?.into_inner()) });
         let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-        while lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 0 {
-            tokio::time::sleep(TICK).await;
-        }
+        eventually("the update waits", async || lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) > 0).await;
         Self { external, service, token, lock, update }
     }
 
@@ -77,11 +76,15 @@ async fn a_second_signal_ends_the_service_at_once() {
 
 const CLIENTS: usize = 8;
 const RESTARTS_EACH: usize = 3;
+const ROUNDS_PER_RESTART: usize = 4 * CLIENTS;
 
 /// Replicas of one service, by their addresses.
 struct Replicas {
     channels: Vec<Channel>,
     token: String,
+    /// How often [`Replicas::work`] has come around, for all clients.
+    rounds: AtomicUsize,
+    done: AtomicBool,
 }
 
 /// gRPC has UNAVAILABLE for a connection that cannot be used; tonic tells some of these as UNKNOWN or CANCELLED.
@@ -113,12 +116,14 @@ impl Replicas {
         IssueServiceClient::new(self.channels[nth % self.channels.len()].clone())
     }
 
-    /// Files an issue, changes it and reads it, again and again; answers how many.
-    async fn work(&self, client: usize, done: &AtomicBool) -> usize {
-        let mut rounds = 0;
-        while !done.load(Ordering::Relaxed) {
-            let first = client + rounds;
-            let issue = Issue { title: format!("{client}-{rounds}"), ..Issue::default() };
+    /// Files an issue, changes it and reads it, again and again.
+    async fn work(&self, client: usize) {
+        for nth in 0.. {
+            if self.done.load(Ordering::Relaxed) {
+                return;
+            }
+            let first = client + nth;
+            let issue = Issue { title: format!("{client}-{nth}"), ..Issue::default() };
             let request_id = Uuid::new_v4().to_string();
             let create = CreateIssueRequest { issue: Some(issue), request_id, ..Default::default() };
             let issue = call!(self, first, create_issue(create));
@@ -129,44 +134,47 @@ impl Replicas {
             assert_eq!(call!(self, first + 1, update_issue(update)).version, 2);
             let get = GetIssueRequest { id: issue.id, ..Default::default() };
             assert_eq!(call!(self, first, get_issue(get)).description, "changed");
-            rounds += 1;
+            self.rounds.fetch_add(1, Ordering::Relaxed);
         }
-        rounds
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rolling_restart_under_load_shows_no_failed_call_and_no_doubled_write() {
-    let external = External::start();
-    let url = external.url();
-    create_user(&url, &["--role", "admin", "ada"], SECRET);
-    let start = |listen: &str| Service::start(&external.dir, &["--listen", listen, "--database-url", &url]);
+    let external = External::start(Durability::Throwaway);
+    create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
+    let start = |listen: &str| Service::on(&external, &["--listen", listen]);
     let mut services = [start("127.0.0.1:0"), start("127.0.0.1:0")];
     let token = login(&services[0], "ada", SECRET).await.unwrap();
     let channels = services.iter().map(Service::channel).collect();
-    let (replicas, done) = (Arc::new(Replicas { channels, token }), Arc::new(AtomicBool::new(false)));
-    let workers: Vec<_> = (0..CLIENTS)
-        .map(|client| {
-            let (replicas, done) = (Arc::clone(&replicas), Arc::clone(&done));
-            tokio::spawn(async move { replicas.work(client, &done).await })
-        })
-        .collect();
+    let replicas = Replicas { channels, token, rounds: AtomicUsize::new(0), done: AtomicBool::new(false) };
+    let replicas = Arc::new(replicas);
+    let worker = |client| {
+        let replicas = Arc::clone(&replicas);
+        tokio::spawn(async move { replicas.work(client).await })
+    };
+    let workers: Vec<_> = (0..CLIENTS).map(worker).collect();
+    let rounds = || replicas.rounds.load(Ordering::Relaxed);
 
     for _ in 0..RESTARTS_EACH {
         for service in &mut services {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            let before = rounds();
+            eventually("the clients have come around", async || {
+                assert!(!workers.iter().any(JoinHandle::is_finished), "a client has failed");
+                rounds() >= before + ROUNDS_PER_RESTART
+            })
+            .await;
             assert_eq!(service.stop().code(), Some(0), "{}", service.log());
             *service = start(&service.address.clone());
         }
     }
-    done.store(true, Ordering::Relaxed);
+    replicas.done.store(true, Ordering::Relaxed);
 
-    let mut rounds = 0;
     for worker in workers {
-        rounds += worker.await.unwrap();
+        worker.await.unwrap();
     }
-    assert!(rounds > CLIENTS * RESTARTS_EACH, "{rounds}");
-    let sql = external.sql().await;
+    let rounds = rounds();
+    let sql = session(&external.config()).await;
     let counts = "SELECT count(*), count(DISTINCT title), sum(version)::int8 FROM issues";
     let row = sql.query_one(counts, &[]).await.unwrap();
     let (issues, titles, versions): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));

@@ -3,15 +3,16 @@
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use super::{
-    certificates::{Authority, Pair},
+    support::certificates::{Authority, Pair},
     *,
 };
 
 /// More than the service takes to look at its files twice.
 const RELOADED_AFTER_MAX: Duration = Duration::from_secs(30);
 
-fn serve_args<'a>(dir: &'a str, pair: &'a [String; 2]) -> Vec<&'a str> {
-    vec!["--data-dir", dir, "--tls-cert", &pair[0], "--tls-key", &pair[1]]
+fn serve(dir: &Dir, [certificate, key]: &[String; 2], args: &[&str]) -> Service {
+    let tls = ["--data-dir", &dir.data(), "--tls-cert", certificate, "--tls-key", key];
+    Service::start(dir, program(&[&tls, args].concat()))
 }
 
 fn endpoint(service: &Service, authority: &Authority, client: Option<&Pair>) -> Endpoint {
@@ -39,7 +40,7 @@ async fn call(endpoint: Endpoint, token: &str) -> Result<usize, String> {
 fn client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Output {
     let server = format!("https://{}", service.address);
     let mut all = vec![subcommand, "--server", &server, "--server-name", "tracker.example"];
-    let token_file = dir.path("data/admin.token").display().to_string();
+    let token_file = dir.text(TOKEN_FILE);
     if subcommand != "health" {
         all.extend(["--token-file", &token_file]);
     }
@@ -61,7 +62,7 @@ fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for()
     for listen in ["0.0.0.0:0", "127.0.0.1:0", "127.8.8.8:0"] {
         let mut command = program(&["--listen", listen, "--database-url", &nowhere]);
         command.env("ISSUE_TRACKER_INSECURE_PLAINTEXT", if listen == "0.0.0.0:0" { "1" } else { "0" });
-        let output = finished(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+        let output = finished(command.spawn().unwrap());
         assert_refused(&output, "cannot connect to the database");
     }
 }
@@ -70,11 +71,11 @@ fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for()
 fn a_certificate_that_cannot_be_used_is_told_before_anything_starts() {
     let dir = Dir::new();
     let ours = Authority::new("ours");
-    let [certificate, key] = ours.server(&["localhost"]).write(&dir.0, "one");
-    let [_, other_key] = ours.server(&["localhost"]).write(&dir.0, "two");
-    let garbage = dir.path("garbage").display().to_string();
+    let [certificate, key] = ours.server(&["localhost"]).write(&dir, "one");
+    let [_, other_key] = ours.server(&["localhost"]).write(&dir, "two");
+    let garbage = dir.text("garbage");
     fs::write(&garbage, format!("-----BEGIN CERTIFICATE-----\n{SECRET}\n-----BEGIN")).unwrap();
-    let missing = dir.path("missing").display().to_string();
+    let missing = dir.text("missing");
     for (args, why) in [
         (vec!["--tls-cert", &certificate], "--tls-key".to_owned()),
         (vec!["--tls-key", &key], "--tls-cert".to_owned()),
@@ -101,23 +102,21 @@ fn a_certificate_that_cannot_be_used_is_told_before_anything_starts() {
 async fn a_service_with_a_certificate_is_reached_by_who_trusts_it() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let dir = Dir::new();
-    let pair = ours.server(&["tracker.example"]).write(&dir.0, "server");
-    let our_ca = ours.write(&dir.0, "ours.crt");
-    let their_ca = theirs.write(&dir.0, "theirs.crt");
-    let data = dir.data();
-    let mut service = Service::start(&dir, &serve_args(&data, &pair));
-    let lines = [service.line(), service.line(), service.line()];
-    for line in &lines[1..] {
+    let pair = ours.server(&["tracker.example"]).write(&dir, "server");
+    let our_ca = ours.write(&dir, "ours.crt");
+    let their_ca = theirs.write(&dir, "theirs.crt");
+    let mut service = serve(&dir, &pair, &[]);
+    for line in &service.stdout[service.stdout.len() - 2..] {
         assert!(line.starts_with(&format!("grpcurl -cacert {} -authority tracker.example -H ", pair[0])), "{line}");
     }
-    let token = admin_token(&dir);
+    let token = service.admin_token();
 
     assert_eq!(call(endpoint(&service, &ours, None), &token).await, Ok(0));
     let error = call(endpoint(&service, &theirs, None), &token).await.unwrap_err();
     assert!(error.contains("UnknownIssuer"), "{error}");
     assert!(count_issues(service.channel(), &token).await.is_err(), "without TLS");
 
-    let csv = dir.path("issues.csv").display().to_string();
+    let csv = dir.text("issues.csv");
     fs::write(&csv, "title\nfirst\n").unwrap();
     let imported = client(&service, &dir, "import", &[&csv, "--ca-cert", &our_ca]);
     assert!(imported.status.success(), "{imported:?}");
@@ -139,22 +138,21 @@ async fn a_service_with_a_certificate_is_reached_by_who_trusts_it() {
 async fn who_must_show_a_certificate_is_refused_without_one() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let dir = Dir::new();
-    let pair = ours.server(&["tracker.example"]).write(&dir.0, "server");
-    let our_ca = ours.write(&dir.0, "ours.crt");
+    let pair = ours.server(&["tracker.example"]).write(&dir, "server");
+    let our_ca = ours.write(&dir, "ours.crt");
     let (known, unknown) = (ours.client("known"), theirs.client("unknown"));
-    let data = dir.data();
-    let args = [&serve_args(&data, &pair)[..], &["--tls-client-ca", &our_ca]].concat();
-    let service = Service::start(&dir, &args);
-    assert!([service.line(), service.line()][1].contains(" -cert client.crt -key client.key "));
-    service.line();
-    let token = admin_token(&dir);
+    let service = serve(&dir, &pair, &["--tls-client-ca", &our_ca]);
+    for line in &service.stdout[service.stdout.len() - 2..] {
+        assert!(line.contains(" -cert client.crt -key client.key "), "{line}");
+    }
+    let token = service.admin_token();
 
     assert_eq!(call(endpoint(&service, &ours, Some(&known)), &token).await, Ok(0));
     assert!(call(endpoint(&service, &ours, None), &token).await.is_err());
     assert!(call(endpoint(&service, &ours, Some(&unknown)), &token).await.is_err());
 
-    let [certificate, key] = known.write(&dir.0, "known");
-    let [other_certificate, other_key] = unknown.write(&dir.0, "unknown");
+    let [certificate, key] = known.write(&dir, "known");
+    let [other_certificate, other_key] = unknown.write(&dir, "unknown");
     let shown = ["--ca-cert", &our_ca, "--client-cert", &certificate, "--client-key", &key];
     let health = client(&service, &dir, "health", &shown);
     assert_eq!(text(&health.stdout), "SERVING\n", "{health:?}");
@@ -172,7 +170,7 @@ async fn who_must_show_a_certificate_is_refused_without_one() {
 #[test]
 fn a_token_goes_unencrypted_to_no_other_machine() {
     let dir = Dir::new();
-    let token = dir.path("token").display().to_string();
+    let token = dir.text("token");
     fs::write(&token, format!("itk_{SECRET}")).unwrap();
     for server in ["http://192.0.2.1:50051", "192.0.2.1:50051", "http://tracker.example:50051"] {
         let refused = run(&["export", "--server", server, "--token-file", &token]);
@@ -210,12 +208,10 @@ async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on
     let [first, second, third] = ["first", "second", "third"].map(Authority::new);
     let dir = Dir::new();
     mount(&dir, "v1", &first.server(&["tracker.example"]));
-    let live = ["crt", "key"].map(|kind| dir.path(&format!("live/tls.{kind}")).display().to_string());
-    let data = dir.data();
-    let mut service = Service::start(&dir, &serve_args(&data, &live));
-    (0..3).for_each(|_| drop(service.line()));
+    let live = ["crt", "key"].map(|kind| dir.text(&format!("live/tls.{kind}")));
+    let mut service = serve(&dir, &live, &[]);
     let mut silent = std::net::TcpStream::connect(&service.address).unwrap();
-    let token = admin_token(&dir);
+    let token = service.admin_token();
     let old = endpoint(&service, &first, None).connect().await.unwrap();
     assert_eq!(count_issues(old.clone(), &token).await.unwrap(), 0);
 

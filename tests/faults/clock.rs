@@ -1,6 +1,6 @@
 //! The machine's clock jumps, that of the service and of its private database.
 
-use std::{collections::HashSet, fs, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
 use issue_tracker::pb::{
     CreateIssueRequest, CreateUserRequest, GetIssueRequest, Issue, ListIssuesRequest, ListIssuesResponse, LoginRequest,
@@ -12,9 +12,10 @@ use tonic::{Code, transport::Channel};
 use tonic_types::StatusExt;
 
 use crate::{
-    harness::{Dir, Form, Service, call, call_within, eventually, serves, session},
+    harness::{Form, call, call_within, serves},
     load::Load,
     shim::Shim,
+    support::{database::session, eventually::eventually, process::Dir, service::Service},
     verify::verify,
 };
 
@@ -22,6 +23,8 @@ const CLIENTS: usize = 8;
 const HOUR: i64 = 3_600;
 /// Longer than a session lasts.
 const TWO_DAYS: i64 = 48 * HOUR;
+/// Long enough to be seen waiting on a busy machine, and shorter than the database lets anybody wait for a lock.
+const SHORT_DEADLINE: Duration = Duration::from_secs(2);
 const PASSWORD: &str = "correct horse battery";
 
 struct Clocked {
@@ -38,7 +41,7 @@ impl Clocked {
         let shim = Shim::new(&dir);
         let service = Service::start(&dir, shim.program(&["--data-dir", &dir.data(), "--bcrypt-cost", "4"]));
         let channel = service.channel();
-        let admin = fs::read_to_string(dir.path("data/admin.token")).unwrap().trim_end().to_owned();
+        let admin = service.admin_token();
         Self { dir, shim, service, channel, admin }
     }
 
@@ -160,7 +163,7 @@ async fn assert_deadlines(clocked: &Clocked, clock: i64) {
         lock.query_one(SQL, &[]).await.unwrap().get::<_, i64>(0) > 0
     };
 
-    let short = update(Duration::from_millis(500));
+    let short = update(SHORT_DEADLINE);
     eventually("the update waits", is_waited_for).await;
     clocked.shim.set_clock(clock - HOUR);
     let code = short.await.unwrap().unwrap_err().code();

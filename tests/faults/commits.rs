@@ -17,12 +17,18 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Caller, External, Form, Service, call, call_within, callers, eventually, program, session},
+    harness::{Caller, Form, call, call_within, callers},
     load::Load,
     proxy::{
         At,
         Fault::{self, CutAfter, CutAtOnce, CutBefore, Hold},
         Proxy,
+    },
+    support::{
+        database::session,
+        eventually::eventually,
+        external::External,
+        service::{Service, program},
     },
     verify::verify,
 };
@@ -49,7 +55,7 @@ struct Broken {
 impl Broken {
     async fn start() -> Self {
         let external = External::start(Durability::Throwaway);
-        let proxy = Proxy::start(external.socket_dir().join(".s.PGSQL.5432")).await;
+        let proxy = Proxy::start(external.cluster.socket_dir().join(".s.PGSQL.5432")).await;
         let service = Service::start(&external.dir, program(&["--database-url", &proxy.url()]));
         let caller = callers(&external.config(), 1).await.remove(0);
         Self { service, proxy, external, caller }
@@ -80,6 +86,25 @@ impl Broken {
         self.count("SELECT version FROM issues WHERE id = $1::text::uuid", &issue.id).await
     }
 
+    /// A call with a request id that is struck: its caller does not notice, it is made once, and has one reply.
+    async fn assert_made_once(
+        &self,
+        (at, fault): (At, Fault),
+        method: &str,
+        request: &impl Message,
+        written: impl AsyncFn() -> i64,
+    ) {
+        let what = format!("{method} {at:?} {fault:?}");
+        self.proxy.arm(at, fault);
+
+        let reply = self.call(method, request).await;
+
+        assert_eq!(self.proxy.disarm(), [], "{what}");
+        let reply = reply.unwrap_or_else(|status| panic!("{what}: {status:?}"));
+        assert_eq!(written().await, 1, "{what}");
+        assert!(self.call(method, request).await.unwrap() == reply, "{what}: another reply");
+    }
+
     /// A mutation of an issue that exists, with each fault at its commit: with a request id its caller never notices,
     /// without one he is told that nobody knows, and in either case `written` tells of one write at most.
     async fn assert_struck_at_commit<M: Message + Clone>(
@@ -92,12 +117,8 @@ impl Broken {
             let mark = Uuid::new_v4().to_string();
             let issue = self.file("to be changed").await;
             let with_id = request(&issue, &mark, Uuid::new_v4().to_string());
-            self.proxy.arm(At::Commit, fault);
-            let reply = self.call(method, &with_id).await;
-            assert_eq!(self.proxy.disarm(), [], "{method} {fault:?}");
-            let reply = reply.unwrap_or_else(|status| panic!("{method} {fault:?}: {status:?}"));
-            assert_eq!(written(&issue, &mark).await, 1, "{method} {fault:?}");
-            assert!(self.call(method, &with_id).await.unwrap() == reply, "{method} {fault:?}: another reply");
+            let is_written = async || written(&issue, &mark).await;
+            self.assert_made_once((At::Commit, fault), method, &with_id, is_written).await;
 
             let mark = Uuid::new_v4().to_string();
             let issue = self.file("to be changed").await;
@@ -148,7 +169,7 @@ fn assert_outcome_unknown(told: Result<Vec<u8>, Status>, method: &str, fault: Fa
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_creation_with_a_request_id_is_made_once_wherever_its_connection_breaks() {
     let broken = Broken::start().await;
-    for (at, fault) in [
+    for struck in [
         (At::Commit, CutBefore),
         (At::Commit, CutAfter),
         (At::Commit, CutAtOnce),
@@ -157,15 +178,8 @@ async fn a_creation_with_a_request_id_is_made_once_wherever_its_connection_break
         (INSERT, CutAtOnce),
     ] {
         let title = Uuid::new_v4().to_string();
-        let request = create(&title, true);
-        broken.proxy.arm(at, fault);
-
-        let filed = broken.call("IssueService/CreateIssue", &request).await;
-
-        assert_eq!(broken.proxy.disarm(), []);
-        let filed = filed.unwrap_or_else(|status| panic!("{at:?} {fault:?}: {status:?}"));
-        assert_eq!(broken.issues_titled(&title).await, 1, "{at:?} {fault:?}");
-        assert!(broken.call("IssueService/CreateIssue", &request).await.unwrap() == filed, "{at:?} {fault:?}");
+        let (request, filed) = (create(&title, true), async || broken.issues_titled(&title).await);
+        broken.assert_made_once(struck, "IssueService/CreateIssue", &request, filed).await;
     }
     broken.service.assert_sound();
 }
@@ -208,12 +222,8 @@ async fn an_update_a_bulk_change_and_a_comment_are_made_once_at_most_wherever_th
     for fault in [CutBefore, CutAfter, CutAtOnce] {
         let mark = Uuid::new_v4().to_string();
         let request = comment(&issue, &mark, Uuid::new_v4().to_string());
-        broken.proxy.arm(At::Commit, fault);
-        let made = broken.call("CommentService/CreateComment", &request).await;
-        assert_eq!(broken.proxy.disarm(), []);
-        let made = made.unwrap_or_else(|status| panic!("{fault:?}: {status:?}"));
-        assert_eq!(broken.comments(&mark).await, 1, "{fault:?}");
-        assert!(broken.call("CommentService/CreateComment", &request).await.unwrap() == made, "{fault:?}");
+        let made = async || broken.comments(&mark).await;
+        broken.assert_made_once((At::Commit, fault), "CommentService/CreateComment", &request, made).await;
     }
     broken.service.assert_sound();
 }
@@ -276,10 +286,10 @@ async fn connections_that_were_cut_while_idle_cost_no_call() {
         for listed in futures_util::future::join_all(calls.iter().map(list)).await {
             listed.unwrap();
         }
-        broken.proxy.cut_all();
         // Half of the times the service has no time to notice.
-        if round % 2 == 0 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        match round % 2 {
+            0 => broken.proxy.cut_all_noticed().await,
+            _ => broken.proxy.cut_all(),
         }
         let title = format!("after cut {round}");
         let lists = futures_util::future::join_all(calls.iter().map(list)).await;
@@ -299,9 +309,7 @@ async fn an_idle_connection_known_to_be_dead_costs_no_write_without_a_request_id
     let broken = Broken::start().await;
     for round in 0..10 {
         broken.file("one that uses a connection").await;
-        broken.proxy.cut_all();
-        // The service learns of it; nothing is sent on such a connection any more.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        broken.proxy.cut_all_noticed().await;
         let title = format!("after cut {round}");
         let filed = broken.call("IssueService/CreateIssue", &create(&title, false)).await;
         filed.unwrap_or_else(|status| panic!("{status:?}"));

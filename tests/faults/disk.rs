@@ -10,9 +10,10 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Dir, Form, HANG, Service, call, callers, eventually, serves, session},
+    harness::{Form, call, callers, serves},
     load::Load,
     shim::Shim,
+    support::{bounds::HANG, database::session, eventually::eventually, process::Dir, service::Service},
     verify::verify,
 };
 

@@ -22,7 +22,10 @@ use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-use crate::harness::{Caller, HANG, call, callers, channel, session};
+use crate::{
+    harness::{Caller, call, callers},
+    support::{bounds::HANG, database::session, service::channel},
+};
 
 const LABELS: usize = 5;
 /// The issues that everybody is at.

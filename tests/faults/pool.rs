@@ -9,8 +9,14 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, NoTls};
 use tonic::{Code, Status};
 
-use crate::harness::{
-    External, Form, Service, assert_retriable, call, callers, eventually, program, run, serves, session,
+use crate::{
+    harness::{Form, assert_retriable, call, callers, serves},
+    support::{
+        database::session,
+        eventually::eventually,
+        external::External,
+        service::{Service, finished, program},
+    },
 };
 
 const POOL_CONNECTIONS: i64 = 4;
@@ -144,7 +150,7 @@ async fn while_others_have_all_of_the_databases_connections_it_is_told_to_be_awa
     })
     .await;
     // One that would start now says why it does not.
-    let output = run(program(&["--database-url", &external.url(), "--listen", "127.0.0.1:0"]));
+    let output = finished(program(&["--database-url", &external.url(), "--listen", "127.0.0.1:0"]).spawn().unwrap());
     assert!(output.status.code().is_some_and(|code| code != 0), "{output:?}");
     assert!(!output.stderr.is_empty() && !String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
 

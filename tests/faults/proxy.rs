@@ -14,8 +14,10 @@ use bytes::{Buf, BytesMut};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixStream},
-    sync::watch,
+    sync::{mpsc, watch},
 };
+
+use crate::support::bounds::HANG;
 
 /// Of the message with which a connection begins, and of every other.
 const STARTUP_HEADER_BYTES: usize = 4;
@@ -59,6 +61,8 @@ struct Shared {
     cuts: watch::Sender<u32>,
     /// Counts up; at each step what is held goes on.
     releases: watch::Sender<u32>,
+    /// Ends when those who have its sender, the connections that were made since the last cut, have ended.
+    alive: Mutex<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
 pub struct Proxy {
@@ -77,6 +81,7 @@ impl Proxy {
             struck: AtomicUsize::new(0),
             cuts: watch::channel(0).0,
             releases: watch::channel(0).0,
+            alive: Mutex::new(mpsc::channel(1)),
         });
         let of_connections = Arc::clone(&shared);
         tokio::spawn(async move {
@@ -118,6 +123,15 @@ impl Proxy {
         self.shared.cuts.send_modify(|count| *count += 1);
     }
 
+    /// As [`Proxy::cut_all`]; returns when the service has closed its ends of them, and so knows.
+    pub async fn cut_all_noticed(&self) {
+        let (alive, mut gone) = std::mem::replace(&mut *self.shared.alive.lock().unwrap(), mpsc::channel(1));
+        drop(alive);
+        self.cut_all();
+        let noticed = tokio::time::timeout(HANG, gone.recv()).await;
+        assert!(noticed.expect("the service does not notice").is_none());
+    }
+
     pub fn release(&self) {
         self.shared.releases.send_modify(|count| *count += 1);
     }
@@ -148,6 +162,8 @@ struct Connection {
     /// How often the database was and will be asked to say that it is ready, its greeting included, and how often it has.
     ready_asked: usize,
     ready_said: usize,
+    /// Once it is made.
+    alive: Option<mpsc::Sender<()>>,
 }
 
 /// The connection is to be cut.
@@ -172,6 +188,7 @@ impl Connection {
             bound: String::new(),
             ready_asked: 1,
             ready_said: 0,
+            alive: None,
         };
         loop {
             tokio::select! {
@@ -188,8 +205,8 @@ impl Connection {
                     connection.answer().await?.ok()?;
                 }
                 // One that is only being made is not idle: its loss is that of the database.
-                _ = cuts.changed() => if connection.ready_said > 0 {
-                    return None;
+                _ = cuts.changed() => if connection.alive.is_some() {
+                    return connection.end().await;
                 },
                 _ = releases.changed() => {
                     connection.answers = Answers::Forwarded;
@@ -198,6 +215,15 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// Ends both sides, and waits for the service to do so, too.
+    async fn end(self) -> Option<()> {
+        let Self { database, mut service, mut from_service, alive: _alive, .. } = self;
+        drop(database);
+        service.shutdown().await.ok()?;
+        while service.read_buf(&mut from_service).await.ok()? > 0 {}
+        Some(())
     }
 
     /// Passes on each whole message of the service, or strikes at it.
@@ -265,7 +291,10 @@ impl Connection {
     /// Passes on what the database says, unless it is to be lost.
     async fn answer(&mut self) -> Option<Result<(), Cut>> {
         while let Some(message) = split_message(&mut self.from_database, HEADER_BYTES) {
-            self.ready_said += usize::from(message[0] == b'Z');
+            if message[0] == b'Z' {
+                self.ready_said += 1;
+                self.alive.get_or_insert_with(|| self.shared.alive.lock().unwrap().0.clone());
+            }
             match self.answers {
                 Answers::Forwarded => self.service.write_all(&message).await.ok()?,
                 Answers::LostUntil(ready) if self.ready_said >= ready => return Some(Err(Cut)),

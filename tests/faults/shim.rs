@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use crate::harness::{Dir, program};
+use crate::support::{process::Dir, service::program};
 
 const CLOCK_AT: u64 = 0;
 const DISK_AT: u64 = 8;

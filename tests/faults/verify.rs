@@ -14,8 +14,9 @@ use tokio_postgres::{Client, Config};
 use tonic::transport::Channel;
 
 use crate::{
-    harness::{HANG, call, session},
+    harness::call,
     load::{Kind, Made, judged, told_versions},
+    support::{bounds::HANG, database::session},
 };
 
 const REPLAYS_AT_ONCE: usize = 16;

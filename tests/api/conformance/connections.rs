@@ -117,7 +117,7 @@ async fn a_connection_without_a_call_is_told_to_go_and_a_client_just_connects_ag
     };
     timeout(HANG, gone).await.expect("it stays");
     for _ in 0..3 {
-        target.tracker.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await.unwrap();
+        target.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await.unwrap();
         tokio::time::sleep(Duration::from_millis(1_200)).await;
     }
     target.assert_unharmed().await;
@@ -128,7 +128,7 @@ async fn an_old_connection_is_exchanged_without_a_failed_call() {
     let target = Target::start_with(&["--age-seconds", "1", "--age-grace-seconds", "1"]).await;
     let began = std::time::Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
-        let call = || async { target.tracker.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await };
+        let call = || async { target.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await };
         if let Err(status) = call().await {
             // tonic gives a call back that it has not sent, where other clients send it on the next connection.
             let source = std::error::Error::source(&status);
@@ -158,7 +158,7 @@ async fn where_there_is_no_room_idle_connections_make_it() {
     let mut idle = Vec::new();
     for _ in 0..30 {
         // Not all are taken at once.
-        idle.push(TcpStream::connect(target.address()).await.unwrap());
+        idle.push(TcpStream::connect(&target.address).await.unwrap());
     }
     for _ in 0..3 {
         let answered = async {

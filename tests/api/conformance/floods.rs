@@ -122,7 +122,7 @@ async fn pings_and_settings_by_the_ten_thousand_are_answered_or_end_their_connec
 async fn an_answer_that_is_never_read_ends_with_its_connection() {
     let target = Target::start_with(&["--deadline-ms", "500", "--keepalive-seconds", "1"]).await;
     let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
-    let id = target.tracker.member.file_as(issue).await.id;
+    let id = target.member.file_as(issue).await.id;
     for answers_pings in [true, false] {
         // No window for what comes, and one call.
         let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 0]).await;

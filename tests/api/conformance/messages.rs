@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
-    raw::{Answer, call, call_on, connect, framed, read_answer, request},
+    raw::{Answer, begin, call, call_on, connect, framed, read_answer, request},
 };
 
 const CREATE_ISSUE: &str = "/issuetracker.v1.IssueService/CreateIssue";
@@ -38,15 +38,14 @@ async fn a_body_that_is_not_one_message_is_told_as_that() {
             assert!(told == code as i32 || may_be_done && told == 0, "{what}, {path}: {told}");
         }
     }
-    assert_eq!(target.tracker.count("SELECT count(*) FROM issues").await, 0);
+    assert_eq!(target.count("SELECT count(*) FROM issues").await, 0);
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
 async fn a_message_in_pieces_of_one_byte_is_whole() {
     let target = Target::start().await;
-    let (answer, mut stream) =
-        connect(&target).await.ready().await.unwrap().send_request(request(&target, CREATE_ISSUE), false).unwrap();
+    let (answer, mut stream) = begin(&target, CREATE_ISSUE).await;
     let body = framed(b"\x0a\x0b\x12\x09in pieces");
     for byte in &body {
         stream.send_data(Bytes::copy_from_slice(&[*byte]), false).unwrap();
@@ -57,7 +56,7 @@ async fn a_message_in_pieces_of_one_byte_is_whole() {
     stream.send_trailers([("x-trailer".parse().unwrap(), "1".parse().unwrap())].into_iter().collect()).unwrap();
     drop(stream);
     timeout(HANG, read_answer(answer)).await.unwrap().unwrap().assert_grpc(Code::Ok);
-    let titled = target.tracker.count("SELECT count(*) FROM issues WHERE title = 'in pieces'").await;
+    let titled = target.count("SELECT count(*) FROM issues WHERE title = 'in pieces'").await;
     assert_eq!(titled, 1);
     target.assert_unharmed().await;
 }
@@ -65,8 +64,7 @@ async fn a_message_in_pieces_of_one_byte_is_whole() {
 #[tokio::test]
 async fn a_message_that_is_too_large_is_refused_before_it_has_come() {
     let target = Target::start().await;
-    let (answer, mut stream) =
-        connect(&target).await.ready().await.unwrap().send_request(request(&target, CREATE_ISSUE), false).unwrap();
+    let (answer, mut stream) = begin(&target, CREATE_ISSUE).await;
     stream.send_data(Bytes::from_static(b"\0\x7f\xff\xff\xff"), false).unwrap();
     let sending = async {
         let piece = Bytes::from(vec![b'x'; 64 * 1024]);
@@ -95,8 +93,7 @@ async fn a_message_that_is_too_large_is_refused_before_it_has_come() {
 async fn a_unary_call_that_is_never_ended_ends_at_its_deadline() {
     let target = Target::start_with(&["--deadline-ms", "700"]).await;
     for body in [framed(b""), Bytes::new(), Bytes::from_static(b"\0\0")] {
-        let (answer, mut stream) =
-            connect(&target).await.ready().await.unwrap().send_request(request(&target, WHO_AM_I), false).unwrap();
+        let (answer, mut stream) = begin(&target, WHO_AM_I).await;
         stream.send_data(body, false).unwrap();
         let answer = timeout(HANG, read_answer(answer)).await.expect("it hangs").unwrap_or_else(Answer::Cut);
         answer.assert_grpc(Code::DeadlineExceeded);
@@ -107,8 +104,7 @@ async fn a_unary_call_that_is_never_ended_ends_at_its_deadline() {
 #[tokio::test]
 async fn a_call_that_comes_byte_by_byte_and_far_too_slowly_ends_at_its_deadline() {
     let target = Target::start_with(&["--deadline-ms", "700"]).await;
-    let (answer, mut stream) =
-        connect(&target).await.ready().await.unwrap().send_request(request(&target, CREATE_ISSUE), false).unwrap();
+    let (answer, mut stream) = begin(&target, CREATE_ISSUE).await;
     let dripping = async {
         loop {
             let _ = stream.send_data(Bytes::from_static(b"\0"), false);
@@ -127,17 +123,16 @@ async fn a_call_that_comes_byte_by_byte_and_far_too_slowly_ends_at_its_deadline(
 #[tokio::test]
 async fn an_import_that_is_ended_at_once_or_cut_at_once_leaves_nothing() {
     let target = Target::start().await;
-    let before = target.tracker.contents().await;
+    let before = target.contents().await;
     for _ in 0..20 {
         let answer = call_on(connect(&target).await, request(&target, IMPORT_ISSUES), Bytes::new());
         timeout(HANG, answer).await.unwrap().assert_grpc(Code::InvalidArgument);
 
-        let mut requests = connect(&target).await.ready().await.unwrap();
-        let (_answer, mut stream) = requests.send_request(request(&target, IMPORT_ISSUES), false).unwrap();
+        let (_answer, mut stream) = begin(&target, IMPORT_ISSUES).await;
         stream.send_data(Bytes::from_static(b"\0\0\0"), false).unwrap();
         stream.send_reset(h2::Reason::CANCEL);
         target.assert_answers().await;
     }
-    assert_eq!(target.tracker.contents().await, before);
+    assert_eq!(target.contents().await, before);
     target.assert_unharmed().await;
 }

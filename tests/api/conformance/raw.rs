@@ -3,14 +3,19 @@
 
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use h2::client::SendRequest;
-use http::{HeaderMap, Method, Request};
+use bytes::Bytes;
+use h2::{
+    SendStream,
+    client::{ResponseFuture, SendRequest},
+};
+use http::{HeaderMap, Request};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
+
+pub use crate::raw::{framed_bytes as framed, request};
 
 use super::{HANG, Target};
 
@@ -43,29 +48,13 @@ impl Answer {
     }
 }
 
-/// A message as it goes out.
-pub fn framed(message: &[u8]) -> Bytes {
-    let mut framed = BytesMut::new();
-    framed.put_u8(0);
-    framed.put_u32(message.len() as u32);
-    framed.put_slice(message);
-    framed.freeze()
-}
-
-/// A well-made call, to be spoilt.
-pub fn request(target: &Target, path: &str) -> Request<()> {
-    let request = Request::builder().method(Method::POST).uri(format!("http://{}{path}", target.address()));
-    let request = request.header("content-type", "application/grpc").header("te", "trailers");
-    request.header("authorization", format!("Bearer {}", target.token())).body(()).unwrap()
-}
-
-/// A connection with a task that drives it.
 pub async fn connect(target: &Target) -> SendRequest<Bytes> {
-    let tcp = TcpStream::connect(target.address()).await.unwrap();
-    let (requests, connection) = h2::client::handshake(tcp).await.unwrap();
-    // How it ends is seen by its calls.
-    tokio::spawn(async move { connection.await.unwrap_or_default() });
-    requests
+    crate::raw::Raw::open(target).await.requests
+}
+
+/// Begins a call on a connection of its own.
+pub async fn begin(target: &Target, path: &str) -> (ResponseFuture, SendStream<Bytes>) {
+    connect(target).await.ready().await.unwrap().send_request(request(target, path), false).unwrap()
 }
 
 /// Makes a call on a connection of its own, with this body, whole and in one piece.
@@ -84,7 +73,7 @@ pub async fn call_on(requests: SendRequest<Bytes>, request: Request<()>, body: B
     answered.await.unwrap_or_else(Answer::Cut)
 }
 
-pub async fn read_answer(answer: h2::client::ResponseFuture) -> Result<Answer, h2::Error> {
+pub async fn read_answer(answer: ResponseFuture) -> Result<Answer, h2::Error> {
     let (head, mut body) = answer.await?.into_parts();
     while let Some(data) = body.data().await {
         let count = data?.len();
@@ -132,7 +121,7 @@ pub fn call_block(target: &Target, path: &str) -> Vec<u8> {
         (":authority", b"tracker"),
         ("content-type", b"application/grpc"),
         ("te", b"trailers"),
-        ("authorization", format!("Bearer {}", target.token()).as_bytes()),
+        ("authorization", format!("Bearer {}", target.member.token).as_bytes()),
     ])
 }
 
@@ -142,7 +131,7 @@ pub struct Raw(pub TcpStream);
 impl Raw {
     /// Nothing is said yet.
     pub async fn connect(target: &Target) -> Self {
-        Self(TcpStream::connect(target.address()).await.unwrap())
+        Self(TcpStream::connect(&target.address).await.unwrap())
     }
 
     /// With the preface, and these settings.

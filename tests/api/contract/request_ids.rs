@@ -399,8 +399,9 @@ async fn request_ids_are_kept_for_a_day_and_then_forgotten() {
         ELSE interval '23 hours 59 minutes' END";
     tracker.sql(age, &[&old.parse::<Uuid>().unwrap()]).await;
 
-    assert_eq!(prune_requests(&tracker.db.conn().await.unwrap()).await.unwrap(), 1);
+    prune_requests(&tracker.db.conn().await.unwrap()).await.unwrap();
 
+    assert_eq!(tracker.count("SELECT count(*) FROM requests").await, 1);
     file(&tracker, &tracker.member, "young", &young).await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 2);
     file(&tracker, &tracker.member, "old", &old).await.unwrap();

@@ -8,7 +8,7 @@ use issue_tracker::{
 };
 
 use super::*;
-use crate::harness::{eventually, limits};
+use crate::harness::{assert_retriable, eventually, limits};
 
 /// About how large pieces are.
 const PIECE_BYTES: usize = 64 * 1024;
@@ -155,17 +155,16 @@ async fn a_client_that_goes_away_ends_the_statement_and_leaves_its_connection_fi
     let tracker = Arc::new(large_tracker(limits_with_patience(&limits)).await);
     // More often than there are connections.
     for _ in 0..12 {
-        let open = || open(&tracker.viewer, ExportIssuesRequest::default());
-        let mut pieces = loop {
-            match open().await {
-                Ok(pieces) => break pieces,
+        eventually("there is a place for another", async || {
+            match open(&tracker.viewer, ExportIssuesRequest::default()).await {
+                Ok(mut pieces) => pieces.message().await.unwrap().is_some(),
                 Err(status) => {
                     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    false
                 }
             }
-        };
-        pieces.message().await.unwrap().unwrap();
+        })
+        .await;
     }
     tracker.wait_until(NONE_LEFT).await;
     let calls = (0..8).map(|n| {
@@ -185,17 +184,15 @@ fn limits_with_patience(args: &[&str]) -> Limits {
 
 #[tokio::test]
 async fn exports_beyond_the_bound_are_refused_until_one_ends() {
-    let tracker = Arc::new(large_tracker(limits(&["--exports", "1"])).await);
+    let tracker = large_tracker(limits(&["--exports", "1"])).await;
     let (first, _) = begin(&tracker.viewer).await;
 
     let second = open(&tracker.viewer, ExportIssuesRequest::default()).await;
 
-    let status = assert_error(second, Code::ResourceExhausted, "OVERLOADED");
-    assert!(tonic_types::StatusExt::get_details_retry_info(&status).is_some());
+    assert_retriable(second, Code::ResourceExhausted, "OVERLOADED");
     drop(first);
-    eventually("the place of the first export is free", || {
-        let tracker = Arc::clone(&tracker);
-        Box::pin(async move { open(&tracker.viewer, ExportIssuesRequest::default()).await.is_ok() })
+    eventually("the place of the first export is free", async || {
+        open(&tracker.viewer, ExportIssuesRequest::default()).await.is_ok()
     })
     .await;
 }

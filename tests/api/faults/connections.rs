@@ -1,54 +1,16 @@
 //! Connections that are silent, stuck or too many.
 
-use h2::client::SendRequest;
 use issue_tracker::pb::WhoAmIRequest;
-use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    task::JoinHandle,
 };
 
 use super::*;
-
-/// Longer than anything here takes.
-const HANG: Duration = Duration::from_secs(60);
-
-/// A connection of a client that leaves everything to the test.
-pub(super) struct Raw {
-    pub requests: SendRequest<bytes::Bytes>,
-    /// Ends with the connection.
-    pub connection: JoinHandle<()>,
-}
+pub(super) use crate::raw::{Raw, framed};
+use crate::support::bounds::HANG;
 
 impl Raw {
-    pub async fn open(tracker: &Tracker) -> Self {
-        Self::open_with(tracker, 65_535).await.unwrap()
-    }
-
-    /// With so much room for each answer.
-    pub async fn open_with(tracker: &Tracker, window_bytes: u32) -> Result<Self, h2::Error> {
-        let tcp = TcpStream::connect(&tracker.address).await.unwrap();
-        let mut builder = h2::client::Builder::new();
-        let (requests, connection) = builder.initial_window_size(window_bytes).handshake(tcp).await?;
-        let connection = tokio::spawn(async move { drop(connection.await) });
-        Ok(Self { requests, connection })
-    }
-
-    /// Begins a call of the member's; what is sent of it, the caller says.
-    pub async fn begin(
-        &mut self,
-        tracker: &Tracker,
-        method: &str,
-    ) -> Result<(h2::client::ResponseFuture, h2::SendStream<bytes::Bytes>), h2::Error> {
-        let request = http::Request::post(format!("http://{}/issuetracker.v1.{method}", tracker.address))
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .header("authorization", format!("Bearer {}", tracker.member.token));
-        let mut requests = self.requests.clone().ready().await?;
-        requests.send_request(request.body(()).unwrap(), false)
-    }
-
     /// Whether a call is answered.
     pub async fn is_served(&mut self, tracker: &Tracker) -> bool {
         let called = async {
@@ -63,15 +25,6 @@ impl Raw {
     pub async fn closed(self) {
         tokio::time::timeout(HANG, self.connection).await.expect("the connection stays").unwrap();
     }
-}
-
-/// A message as it goes over the wire.
-pub(super) fn framed(message: &impl Message) -> bytes::Bytes {
-    let message = message.encode_to_vec();
-    let mut frame = vec![0];
-    frame.extend((message.len() as u32).to_be_bytes());
-    frame.extend(message);
-    frame.into()
 }
 
 /// Waits until the server closes a connection on which it was only talked to.
@@ -120,9 +73,9 @@ async fn an_old_connection_is_asked_to_go_and_its_calls_may_finish() {
     let (response, mut stream) = raw.begin(&tracker, "IssueService/UpdateIssue").await.unwrap();
     stream.send_data(framed(&retitle(&issue, "changed")), true).unwrap();
     tracker.until_blocked().await;
-    tokio::time::sleep(Duration::from_secs(2)).await;
 
-    assert!(raw.begin(&tracker, "AuthService/WhoAmI").await.is_err(), "a new call is not taken");
+    eventually("a new call is not taken", async || !raw.is_served(&tracker).await).await;
+    assert!(raw.begin(&tracker, "AuthService/WhoAmI").await.is_err());
     lock.release().await;
 
     let mut answer = response.await.unwrap().into_body();
@@ -169,7 +122,8 @@ async fn when_all_connections_are_busy_a_new_one_is_closed_and_the_calls_go_on()
 
 #[tokio::test]
 async fn a_client_that_does_not_read_its_answer_is_let_go() {
-    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300", "--requests", "1"])).await;
+    // Long enough for another call to find the only place taken.
+    let tracker = Tracker::start_with(limits(&["--deadline-ms", "1500", "--requests", "1"])).await;
     let issue = tracker.member.file("read me").await;
     let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
     let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
@@ -221,10 +175,5 @@ async fn a_thousand_idle_connections_do_not_keep_others_out() {
     for _ in 0..1_000 {
         idle.push(TcpStream::connect(&tracker.address).await.unwrap());
     }
-    let tracker = Arc::new(tracker);
-    eventually("a call is answered", || {
-        let tracker = Arc::clone(&tracker);
-        Box::pin(async move { try_file(&tracker.member, "among them").await.is_ok() })
-    })
-    .await;
+    eventually("a call is answered", async || try_file(&tracker.member, "among them").await.is_ok()).await;
 }

@@ -1,43 +1,32 @@
 //! Streams that break off: by a reset of the stream, as a client's cancellation or deadline sends it, or with the connection.
 
-use h2::{Reason, SendStream, client::SendRequest};
-use prost::Message as _;
-use tokio::{net::TcpStream, task::JoinHandle};
+use h2::{Reason, SendStream, client::ResponseFuture};
 
 use super::*;
-use crate::{harness::limits, lock_waiters};
+use crate::{
+    harness::limits,
+    lock_waiters,
+    raw::{Raw, framed},
+};
 
-/// A client that can do what generated ones do not let one do.
+/// A stream of the member's that can be broken off.
 pub(super) struct RawImport {
     stream: SendStream<bytes::Bytes>,
-    _requests: SendRequest<bytes::Bytes>,
-    _response: h2::client::ResponseFuture,
-    connection: JoinHandle<()>,
+    _response: ResponseFuture,
+    raw: Raw,
 }
 
 impl RawImport {
     pub(super) async fn open(tracker: &Tracker, opts: ImportOptions) -> Self {
-        let tcp = TcpStream::connect(&tracker.address).await.unwrap();
-        let (requests, connection) = h2::client::handshake(tcp).await.unwrap();
-        let connection = tokio::spawn(async move { drop(connection.await) });
-        let mut requests = requests.ready().await.unwrap();
-        let request =
-            http::Request::post(format!("http://{}/issuetracker.v1.ImportService/ImportIssues", tracker.address))
-                .header("content-type", "application/grpc")
-                .header("te", "trailers")
-                .header("authorization", format!("Bearer {}", tracker.member.token));
-        let (response, stream) = requests.send_request(request.body(()).unwrap(), false).unwrap();
-        let mut import = Self { stream, _requests: requests, _response: response, connection };
+        let mut raw = Raw::open(tracker).await;
+        let (response, stream) = raw.begin(tracker, "ImportService/ImportIssues").await.unwrap();
+        let mut import = Self { stream, _response: response, raw };
         import.send(&options(opts));
         import
     }
 
     pub(super) fn send(&mut self, message: &ImportIssuesRequest) {
-        let message = message.encode_to_vec();
-        let mut frame = vec![0];
-        frame.extend((message.len() as u32).to_be_bytes());
-        frame.extend(message);
-        self.stream.send_data(frame.into(), false).unwrap();
+        self.stream.send_data(framed(message), false).unwrap();
     }
 }
 
@@ -55,10 +44,10 @@ impl RawImport {
     pub(super) async fn cut(mut self, cut: Cut, tracker: &Tracker) {
         match cut {
             Cut::Reset(reason) => self.stream.send_reset(reason),
-            Cut::Disconnect => self.connection.abort(),
+            Cut::Disconnect => self.raw.connection.abort(),
         }
         tracker.wait_until(locks!("= 0")).await;
-        self.connection.abort();
+        self.raw.connection.abort();
     }
 }
 

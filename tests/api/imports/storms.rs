@@ -4,7 +4,7 @@ use super::{
     cuts::{CUTS, RawImport},
     *,
 };
-use crate::harness::limits;
+use crate::harness::{eventually, limits};
 
 const ROWS: usize = 20_000;
 
@@ -68,18 +68,18 @@ async fn start_with_labels() -> Tracker {
 
 /// Where an import goes on that was cut a moment ago; none if it has not begun.
 async fn interrupted_at(tracker: &Tracker, import: &Import) -> Option<usize> {
-    loop {
+    let mut told = None;
+    eventually("the server has seen the cut", async || {
         match get_import(&tracker.member, &import.options.import_id).await {
-            Ok(told) if told.state() == ImportState::Interrupted => return Some(told.committed_offset as usize),
-            // The server has not come to see the cut.
-            Ok(told) => assert_eq!(told.state(), ImportState::Running),
-            Err(status) => {
-                assert_eq!(status.code(), Code::NotFound);
-                return None;
-            }
+            Ok(import) => told = Some(import),
+            Err(status) => assert_eq!(status.code(), Code::NotFound),
         }
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
+        told.as_ref().is_none_or(|told| told.state() != ImportState::Running)
+    })
+    .await;
+    let told = told?;
+    assert_eq!(told.state(), ImportState::Interrupted);
+    Some(told.committed_offset as usize)
 }
 
 /// Sends the import in pieces, each of which breaks off at one of 200 places, and then the rest.
@@ -96,12 +96,11 @@ async fn import_with_cuts(tracker: &Tracker, import: &Import) -> Answer {
         }
         // Some are cut at once, some when the server has read something, some when it has written a batch.
         if cut.saturating_sub(committed) > import.file.len() / ROWS * 6_000 {
-            while get_import(&tracker.member, &import.options.import_id)
-                .await
-                .is_ok_and(|told| told.committed_offset as usize == committed)
-            {
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-            }
+            eventually("a batch is in", async || {
+                let told = get_import(&tracker.member, &import.options.import_id).await;
+                told.is_ok_and(|told| told.committed_offset as usize != committed)
+            })
+            .await;
         } else if nth % 3 == 0 {
             tokio::time::sleep(std::time::Duration::from_millis(numbers.below(60) as u64)).await;
         }

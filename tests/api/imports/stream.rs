@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    harness::{assert_invalid, error_metadata, eventually, limits},
+    harness::{assert_invalid, assert_retriable, error_metadata, eventually, limits},
     lock_waiters,
 };
 
@@ -223,13 +223,10 @@ async fn imports_beyond_the_bound_are_refused_until_one_ends() {
 
     let second = import("title\nb\n").by(&tracker.member).await;
 
-    let status = assert_error(second, Code::ResourceExhausted, "OVERLOADED");
-    assert!(tonic_types::StatusExt::get_details_retry_info(&status).is_some());
+    assert_retriable(second, Code::ResourceExhausted, "OVERLOADED");
     first.finish().await.unwrap();
-    let (tracker, again) = (std::sync::Arc::new(tracker), import("title\nb\n"));
-    eventually("the place of the first import is free", || {
-        let (tracker, again) = (tracker.clone(), again.clone());
-        Box::pin(async move { again.by(&tracker.member).await.is_ok() })
+    eventually("the place of the first import is free", async || {
+        import("title\nb\n").by(&tracker.member).await.is_ok()
     })
     .await;
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b"]);
@@ -268,10 +265,8 @@ async fn an_external_id_that_is_taken_while_the_row_is_written_aborts_an_atomic_
 
     assert_error(conflict, Code::Aborted, "CONFLICT");
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["theirs"]);
-    let tracker = std::sync::Arc::new(tracker);
-    eventually("a second try is told of the row", || {
-        let (tracker, import) = (tracker.clone(), import.clone());
-        Box::pin(async move { import.by(&tracker.member).await.is_ok_and(|a| a.codes() == [(2, "EXTERNAL_ID_TAKEN")]) })
+    eventually("a second try is told of the row", async || {
+        import.clone().by(&tracker.member).await.is_ok_and(|a| a.codes() == [(2, "EXTERNAL_ID_TAKEN")])
     })
     .await;
 }
