@@ -16,7 +16,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, body::Body, service::Routes};
@@ -248,8 +248,7 @@ impl Gate {
             Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
             Kind::Unary | Kind::Import | Kind::Export => {
                 // Before there is a slot: tokens that nobody has are to take none of them.
-                let caller = self.auth.authenticate(request.headers()).await?;
-                (Some(caller), &self.slots, self.limits.requests_max)
+                (Some(self.authenticate(request.headers()).await?), &self.slots, self.limits.requests_max)
             }
         };
         let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
@@ -260,6 +259,20 @@ impl Gate {
         })?;
         held._slot = Some(slot);
         Ok(caller)
+    }
+
+    async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller> {
+        let mut tries = Tries::default();
+        loop {
+            let error = match self.auth.authenticate(headers).await {
+                Ok(caller) => return Ok(caller),
+                Err(error) => error,
+            };
+            match tries.pause_after(&error) {
+                Some(pause) => sleep(pause).await,
+                None => return Err(error),
+            }
+        }
     }
 
     /// The one message of a request, with its prefix.
@@ -318,7 +331,7 @@ impl Gate {
                     false => response,
                 };
             };
-            sleep_until(Instant::now() + pause).await;
+            sleep(pause).await;
             let mut again = http::Request::new(());
             *again.method_mut() = Method::POST;
             *again.uri_mut() = uri.clone();

@@ -276,6 +276,21 @@ async fn reads_do_not_notice_a_connection_that_breaks_under_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_calls_is_found_out_although_the_connection_for_that_breaks() {
+    let broken = Broken::start().await;
+    let issue = broken.file("to be read").await;
+    let get = GetIssueRequest { id: issue.id, ..Default::default() }.encode_to_vec();
+    let others = callers(&broken.external.config(), 3).await;
+    for (other, fault) in others.iter().zip([CutBefore, CutAfter, CutAtOnce]) {
+        broken.proxy.arm(At::Execute("find_callers"), fault);
+        let read = call(&broken.service.channel(), &other.token, "IssueService/GetIssue", &get).await;
+        assert_eq!(broken.proxy.disarm(), []);
+        read.unwrap_or_else(|status| panic!("{fault:?}: {status:?}"));
+    }
+    broken.service.assert_sound();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_were_cut_while_idle_cost_no_call() {
     let broken = Broken::start().await;
     for round in 0..Form::of_environment().pick(5, 50) {

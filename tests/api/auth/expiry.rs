@@ -102,7 +102,8 @@ async fn expired_sessions_are_forgotten_after_a_day_and_api_tokens_after_30() {
         tracker.sql(&age, &[]).await;
     }
 
-    assert_eq!(prune_tokens(&tracker.db.conn().await.unwrap()).await.unwrap(), 2);
+    // The service may have begun to do so itself.
+    prune_tokens(&tracker.db.conn().await.unwrap()).await.unwrap();
 
     let names = "SELECT string_agg(coalesce(name, 'session'), ' ' ORDER BY name, id) FROM tokens WHERE name <> 'test'
         OR name IS NULL";
