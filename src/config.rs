@@ -155,7 +155,7 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_HEADER_BYTES", default_value_t = 16_384, value_name = "BYTES",
         value_parser = value_parser!(u32).range(4_096..=1_048_576))]
     header_bytes: u32,
-    /// Connections at once; a new one makes the longest idle ones go.
+    /// Connections at once; a new one makes some go that are idle, or that nobody has signed in on for ten seconds.
     #[arg(long, env = "ISSUE_TRACKER_CONNECTIONS", default_value_t = 4_096, value_name = "N",
         value_parser = value_parser!(u32).range(1..=100_000))]
     connections: u32,

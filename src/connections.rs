@@ -35,10 +35,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection waits for one that is let go to make room for it.
 const ROOM_WAIT: Duration = Duration::from_secs(1);
-/// Of the idle connections, how many are let go when there is no room: one in so many, and only those that have been
-/// idle for so long.
+/// Of the connections that may be let go when there is no room, how many are: one in so many. Those may that have been idle
+/// for so long, and those that have had no calls for so long but such as nobody has signed in for; that is longer than a
+/// login takes.
 const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
+const EVICTED_STRANGE_MIN: Duration = Duration::from_secs(10);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
 /// What the other calls of a connection have to end when one is stuck: behind a proxy they may be somebody else's.
@@ -62,7 +64,8 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// The bounds of connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
-    /// Connections at once. A new one makes the longest idle ones go; if none is idle, it is closed.
+    /// Connections at once. A new one makes those go that have been idle for longest, or without a call that somebody has
+    /// signed in for; if there is none, it is closed.
     pub connections_max: usize,
     /// How long a connection may be without a call.
     pub idle_max: Duration,
@@ -196,17 +199,16 @@ impl Shared {
         timeout(ROOM_WAIT, Arc::clone(&self.rooms).acquire_owned()).await.ok()?.ok()
     }
 
-    /// Asks the connections to go that have been idle for longest.
+    /// Asks the connections to go that have been of no use for longest.
     fn evict(&self) {
         let now = Instant::now();
-        let mut idle: Vec<(Instant, Arc<Activity>)> = lock(&self.connections)
+        let mut useless: Vec<(Instant, Arc<Activity>)> = lock(&self.connections)
             .values()
-            .filter_map(|activity| Some((activity.idle_since()?, Arc::clone(activity))))
-            .filter(|(since, _)| now.duration_since(*since) >= EVICTED_IDLE_MIN)
+            .filter_map(|activity| Some((activity.useless_since(now)?, Arc::clone(activity))))
             .collect();
-        idle.sort_unstable_by_key(|(since, _)| *since);
-        let count = idle.len().div_ceil(EVICTED_ONE_IN);
-        idle.into_iter().take(count).for_each(|(_, activity)| activity.evicted.notify_one());
+        useless.sort_unstable_by_key(|(since, _)| *since);
+        let count = useless.len().div_ceil(EVICTED_ONE_IN);
+        useless.into_iter().take(count).for_each(|(_, activity)| activity.evicted.notify_one());
     }
 
     /// `is_late`: made after the stop.
@@ -242,18 +244,21 @@ impl Shared {
         });
         let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
         // What clients do to their connections is their matter.
-        tokio::select! {
+        let grace = tokio::select! {
             _ = &mut connection => return,
-            () = self.until_old_or_stopped(&activity, is_late) => {}
-            () = activity.evicted.notified() => {}
-            _ = until_silent(&activity, self.limits.idle_max) => {}
-        }
+            () = self.until_old_or_stopped(&activity, is_late) => self.limits.age_grace,
+            () = activity.evicted.notified() => match activity.has_only_strange_calls() {
+                true => GOODBYE_MAX,
+                false => self.limits.age_grace,
+            },
+            _ = until_silent(&activity, self.limits.idle_max) => self.limits.age_grace,
+        };
         connection.as_mut().graceful_shutdown();
         // What has begun meanwhile may finish. How long a stop may take is for the service to say.
         tokio::select! {
             _ = connection => {}
             () = until_finished(&activity) => {}
-            () = sleep(self.limits.age_grace) => {}
+            () = sleep(grace) => {}
         }
     }
 
@@ -355,6 +360,8 @@ struct Calls {
     until: HashMap<u64, Instant>,
     next_id: u64,
     idle_since: Instant,
+    /// When somebody signed in for a call, or the connection was made.
+    signed_in: Instant,
     /// Whose those are that have no credentials.
     open: HashMap<u64, IpAddr>,
     open_max: usize,
@@ -362,8 +369,8 @@ struct Calls {
 
 impl Activity {
     fn new(open_max: usize) -> Self {
-        let (until, open) = (HashMap::new(), HashMap::new());
-        let calls = Calls { until, next_id: 0, idle_since: Instant::now(), open, open_max };
+        let (until, open, now) = (HashMap::new(), HashMap::new(), Instant::now());
+        let calls = Calls { until, next_id: 0, idle_since: now, signed_in: now, open, open_max };
         Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
     }
 
@@ -376,11 +383,20 @@ impl Activity {
         lock(&self.calls).until.values().max().copied()
     }
 
-    fn idle_since(&self) -> Option<Instant> {
-        match self.state() {
-            State::Idle(since) => Some(since),
-            State::Busy(_) => None,
-        }
+    /// None: it is of use.
+    fn useless_since(&self, now: Instant) -> Option<Instant> {
+        let (since, min) = match self.state() {
+            State::Idle(since) => (since, EVICTED_IDLE_MIN),
+            State::Busy(_) if self.has_only_strange_calls() => (lock(&self.calls).signed_in, EVICTED_STRANGE_MIN),
+            State::Busy(_) => return None,
+        };
+        (now.duration_since(since) >= min).then_some(since)
+    }
+
+    /// Whether there are calls, none of which somebody has signed in for.
+    fn has_only_strange_calls(&self) -> bool {
+        let calls = lock(&self.calls);
+        !calls.open.is_empty() && calls.open.len() == calls.until.len()
     }
 
     fn begin(self: &Arc<Self>, client: ClientAddress) -> Call {
@@ -415,6 +431,11 @@ impl Call {
             calls.open.insert(self.id, client);
         }
         has_room
+    }
+
+    /// Somebody has signed in for it.
+    pub fn signed_in(&self) {
+        lock(&self.activity.calls).signed_in = Instant::now();
     }
 
     /// The call ends when it ends, or says more.

@@ -248,7 +248,9 @@ impl Gate {
             Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
             Kind::Unary | Kind::Import | Kind::Export => {
                 // Before there is a slot: tokens that nobody has are to take none of them.
-                (Some(self.authenticate(request.headers()).await?), &self.slots, self.limits.requests_max)
+                let caller = self.authenticate(request.headers()).await?;
+                call.signed_in();
+                (Some(caller), &self.slots, self.limits.requests_max)
             }
         };
         let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {

@@ -1,12 +1,14 @@
 //! Connections that are silent, stuck or too many.
 
-use issue_tracker::pb::WhoAmIRequest;
+use issue_tracker::pb::{ImportIssuesRequest, WhoAmIRequest};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use tonic_health::pb::HealthCheckRequest;
 
 use super::*;
+use crate::raw::request;
 pub(super) use crate::raw::{Raw, framed};
 use crate::support::bounds::HANG;
 
@@ -121,6 +123,31 @@ async fn when_all_connections_are_busy_a_new_one_is_closed_and_the_calls_go_on()
 }
 
 #[tokio::test]
+async fn when_there_is_no_room_connections_go_that_strangers_keep_busy() {
+    let tracker = Tracker::start_with(limits(&["--connections", "2"])).await;
+    let mut busy = Raw::open(&tracker).await;
+    let (imported, mut import) = busy.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
+    let strange = Raw::open(&tracker).await;
+    let watch = request(&tracker, "/grpc.health.v1.Health/Watch");
+    let (watched, mut stream) = strange.requests.clone().ready().await.unwrap().send_request(watch, false).unwrap();
+    stream.send_data(framed(&HealthCheckRequest::default()), true).unwrap();
+    let mut watched = watched.await.unwrap().into_body();
+    assert!(!watched.data().await.unwrap().unwrap().is_empty());
+
+    // A login would take no longer than it is kept.
+    closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
+    eventually("a new connection is served", async || match Raw::open_with(&tracker, 65_535).await {
+        Ok(mut new) => new.is_served(&tracker).await,
+        Err(_) => false,
+    })
+    .await;
+
+    strange.closed().await;
+    import.send_data(framed(&ImportIssuesRequest::default()), true).unwrap();
+    imported.await.unwrap().into_body().trailers().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_read_its_answer_is_let_go() {
     // Long enough for another call to find the only place taken.
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "1500", "--requests", "1"])).await;
@@ -159,7 +186,7 @@ async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_p
         }
     };
     tokio::time::timeout(HANG, asked_to_go).await.expect("the connection is used on");
-    import.send_data(framed(&issue_tracker::pb::ImportIssuesRequest::default()), true).unwrap();
+    import.send_data(framed(&ImportIssuesRequest::default()), true).unwrap();
     let mut answer = imported.await.unwrap().into_body();
     while let Some(data) = answer.data().await {
         data.unwrap();
