@@ -9,6 +9,7 @@ pub mod embedded;
 pub mod import;
 pub mod issues;
 pub mod labels;
+mod manager;
 pub mod migrate;
 mod queue;
 pub mod reports;
@@ -29,17 +30,16 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::Poll,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use bb8_postgres::PostgresConnectionManager;
 use futures_util::TryStreamExt;
-use queue::Queue;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio_postgres::{Client, CopyInSink, Row, Statement, error::DbError, types::ToSql};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
 pub use self::target::Target;
-use self::tls::Connector;
+use self::{manager::Manager, queue::Queue, tls::Connector};
 use crate::error::{Error, Result};
 
 /// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound
@@ -60,15 +60,6 @@ const BEGIN: &str = "BEGIN; SET LOCAL enable_seqscan = off";
 pub const PRUNED_AT_ONCE: i64 = 10_000;
 /// Connections that only see who calls: they are not behind what else is asked for.
 const AUTH_CONNECTIONS_MAX: u32 = 3;
-/// How often the database is asked whether it is there, and how long it may take to answer: together less than two
-/// seconds, so that health is not wrong for longer.
-const PROBE_INTERVAL: Duration = Duration::from_millis(500);
-const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
-/// How often it is logged that the database refuses connections.
-const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// How long a database must have been there to be taken for back.
-const PROBE_STEADY: Duration = Duration::from_millis(200);
-
 /// How many connections, and how long things may take.
 #[derive(Clone, Debug)]
 pub struct PoolOptions {
@@ -90,9 +81,7 @@ impl PoolOptions {
 pub struct Db {
     pool: bb8::Pool<Manager>,
     manager: Manager,
-    /// Whether there is somebody to connect to.
-    up: watch::Receiver<bool>,
-    /// Whether it answers, and has done so for a moment.
+    /// Whether the database answers, and has done so for a moment.
     healthy: watch::Receiver<bool>,
     options: PoolOptions,
     lock_slots: Arc<Slots>,
@@ -120,31 +109,17 @@ impl Db {
         // A server that is cut off without a word is noticed by what is sent to it, or by asking.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
-        let ((up_sender, up), (healthy_sender, healthy)) = (watch::channel(true), watch::channel(true));
-        let inner = PostgresConnectionManager::new(config, connector.clone());
-        let manager = Manager {
-            inner,
-            connector,
-            up: Arc::new(up_sender),
-            doubt: Arc::default(),
-            refusal_logged: Arc::default(),
-        };
-        tokio::spawn(probe(manager.clone(), healthy_sender));
-        Self::with_manager(manager, up, healthy, options)
+        let (manager, healthy) = Manager::start(config, connector);
+        Self::with_manager(manager, healthy, options)
     }
 
     /// A pool of its own on the same database, for finding out who calls.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.up.clone(), self.healthy.clone(), options)
+        Self::with_manager(self.manager.clone(), self.healthy.clone(), options)
     }
 
-    fn with_manager(
-        manager: Manager,
-        up: watch::Receiver<bool>,
-        healthy: watch::Receiver<bool>,
-        options: PoolOptions,
-    ) -> Self {
+    fn with_manager(manager: Manager, healthy: watch::Receiver<bool>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -157,7 +132,6 @@ impl Db {
         Self {
             pool,
             manager,
-            up,
             healthy,
             lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
             heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
@@ -198,7 +172,7 @@ impl Db {
         let place = self.queue.join().ok_or_else(|| {
             Error::Exhausted("too many requests wait for a database connection already; try again".to_owned())
         })?;
-        let mut up = self.up.clone();
+        let mut up = self.manager.watch_up();
         loop {
             let conn = tokio::select! {
                 biased;
@@ -263,113 +237,6 @@ impl Slots {
     }
 }
 
-/// Asks the database again and again, on a connection of its own, so that a busy pool does not look like a dead database.
-/// Ends with the last `Db`.
-async fn probe(manager: Manager, healthy: watch::Sender<bool>) {
-    let mut client: Option<Client> = None;
-    while !healthy.is_closed() {
-        let answer = tokio::time::timeout(PROBE_TIMEOUT, async {
-            if let Some(kept) = &client
-                && kept.batch_execute("").await.is_ok()
-            {
-                return Ok(());
-            }
-            // A connection that died says nothing of the database.
-            let connected = bb8::ManageConnection::connect(&manager.inner).await?;
-            connected.batch_execute("").await?;
-            if !*healthy.borrow() {
-                // One that comes and goes is not back.
-                tokio::time::sleep(PROBE_STEADY).await;
-                connected.batch_execute("").await?;
-            }
-            client = Some(connected);
-            Ok::<_, tokio_postgres::Error>(())
-        });
-        let answered = answer.await;
-        match answered {
-            Ok(Ok(())) => manager.set_up(true),
-            Ok(Err(ref error)) => {
-                error.as_db_error().inspect(|error| manager.log_refusal(error));
-                manager.set_up(false);
-            }
-            // Somebody is there who hangs, or has too much to do: whoever waits may have more luck.
-            Err(_) if *healthy.borrow() => tracing::warn!("the database does not answer in time"),
-            Err(_) => {}
-        }
-        let is_healthy = matches!(answered, Ok(Ok(())));
-        if !is_healthy {
-            client = None;
-        }
-        healthy.send_if_modified(|was| std::mem::replace(was, is_healthy) != is_healthy);
-        // Or as soon as there is reason to ask.
-        let _ = tokio::time::timeout(PROBE_INTERVAL, manager.doubt.notified()).await;
-    }
-}
-
-/// Makes and judges connections for the pool.
-#[derive(Clone)]
-pub struct Manager {
-    inner: PostgresConnectionManager<Connector>,
-    connector: Connector,
-    up: Arc<watch::Sender<bool>>,
-    /// Told when a connection could not be made.
-    doubt: Arc<Notify>,
-    /// When it was logged that the database refuses connections.
-    refusal_logged: Arc<Mutex<Option<Instant>>>,
-}
-
-impl Manager {
-    /// A wrong password, too many connections: what somebody has to put right. PostgreSQL's text is not for the log, as
-    /// it may quote what was typed.
-    fn log_refusal(&self, error: &DbError) {
-        let now = Instant::now();
-        let mut logged = self.refusal_logged.lock().unwrap_or_else(PoisonError::into_inner);
-        if logged.is_none_or(|logged| now.duration_since(logged) >= REFUSAL_LOG_INTERVAL) {
-            *logged = Some(now);
-            tracing::warn!(sqlstate = error.code().code(), "the database refuses a connection");
-        }
-    }
-
-    fn set_up(&self, up: bool) {
-        let changed = self.up.send_if_modified(|was| std::mem::replace(was, up) != up);
-        match (changed, up) {
-            (true, true) => tracing::info!("the database is back"),
-            (true, false) => tracing::warn!("the database is away"),
-            (false, _) => {}
-        }
-    }
-}
-
-impl bb8::ManageConnection for Manager {
-    type Connection = Conn;
-    type Error = tokio_postgres::Error;
-
-    async fn connect(&self) -> Result<Conn, tokio_postgres::Error> {
-        let client = self.inner.connect().await.inspect_err(|error| match error.as_db_error() {
-            // A server that refuses this one connection is there; of one that breaks the probe finds out.
-            Some(error) => self.log_refusal(error),
-            None => self.doubt.notify_one(),
-        })?;
-        self.set_up(true);
-        Ok(Conn {
-            client,
-            connector: self.connector.clone(),
-            statements: Mutex::default(),
-            unanswered: AtomicU32::new(0),
-            discard: AtomicBool::new(false),
-            autocommits: AtomicBool::new(false),
-        })
-    }
-
-    async fn is_valid(&self, conn: &mut Conn) -> Result<(), tokio_postgres::Error> {
-        conn.client.batch_execute("").await
-    }
-
-    fn has_broken(&self, conn: &mut Conn) -> bool {
-        conn.client.is_closed() || conn.is_left_busy()
-    }
-}
-
 /// A connection with its prepared statements. Statements whose futures are polled together go out together.
 pub struct Conn {
     client: Client,
@@ -386,6 +253,17 @@ pub struct Conn {
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
 impl Conn {
+    fn new(client: Client, connector: Connector) -> Self {
+        Self {
+            client,
+            connector,
+            statements: Mutex::default(),
+            unanswered: AtomicU32::new(0),
+            discard: AtomicBool::new(false),
+            autocommits: AtomicBool::new(false),
+        }
+    }
+
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
         self.watch(self.client.query(&statement, params)).await

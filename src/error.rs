@@ -1,5 +1,7 @@
 //! Everything that can go wrong with a request, and the only place that says how a caller is told.
 
+mod text;
+
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use tokio_postgres::error::{DbError, Severity, SqlState};
@@ -10,23 +12,13 @@ use tonic_types::{
 };
 use uuid::Uuid;
 
+use self::text::{indices, join, named};
+pub use self::text::{is_invisible, quote};
+
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
 /// What `RetryInfo` proposes: long enough for a queue to drain, short enough for a person.
 pub const RETRY_DELAY: Duration = Duration::from_millis(500);
-/// How much of a value an error quotes.
-const QUOTE_CHARS_MAX: usize = 80;
-const QUOTE_HEADER_BYTES_MAX: usize = 240;
-/// How many items of a batch an error describes one by one, and how long their text may be: errors travel in headers,
-/// which clients bound to 8 KiB as a rule, and one that is larger costs the whole connection.
-const ALL_NAMED: NamedBounds = NamedBounds { items_max: 20, header_bytes_max: 2 * 1024 };
-/// When there are more: the first few, and `ErrorInfo.metadata` has the indices of all.
-const FIRST_NAMED: NamedBounds = NamedBounds { items_max: 10, header_bytes_max: 1024 };
-
-struct NamedBounds {
-    items_max: usize,
-    header_bytes_max: usize,
-}
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -346,71 +338,6 @@ impl fmt::Display for StaleVersion {
     }
 }
 
-/// A value as errors quote it: shortened, what is invisible made visible.
-pub fn quote(value: &str) -> String {
-    let mut quoted = String::new();
-    let mut bytes = 0;
-    for (index, char) in value.chars().enumerate() {
-        let shown = if is_invisible(char) { char.escape_default().to_string() } else { char.to_string() };
-        bytes += header_bytes(&shown);
-        if index == QUOTE_CHARS_MAX || bytes > QUOTE_HEADER_BYTES_MAX {
-            quoted.push('…');
-            break;
-        }
-        quoted.push_str(&shown);
-    }
-    quoted
-}
-
-/// Control characters, and format characters without a shape of their own, such as zero-width ones, changes of direction,
-/// line separators and tags: they make two different values look the same, or an error unreadable.
-pub fn is_invisible(c: char) -> bool {
-    c.is_control()
-        || matches!(
-            c,
-            '\u{AD}'
-                | '\u{61C}'
-                | '\u{180E}'
-                | '\u{200B}'..='\u{200F}'
-                | '\u{2028}'..='\u{202E}'
-                | '\u{2060}'..='\u{206F}'
-                | '\u{FEFF}'
-                | '\u{FFF9}'..='\u{FFFB}'
-                | '\u{E0000}'..='\u{E007F}'
-        )
-}
-
-/// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
-fn header_bytes(text: &str) -> usize {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.,:;/[]()=".contains(&byte);
-    text.bytes().map(|byte| if plain(byte) { 1 } else { 3 }).sum()
-}
-
-/// The items that an error describes one by one: all, or at least the first.
-fn named<T: fmt::Display>(items: &[T]) -> &[T] {
-    let fitting = |bounds: NamedBounds| {
-        let mut bytes = 0;
-        let fits = |item: &&T| {
-            bytes += header_bytes(&item.to_string());
-            bytes <= bounds.header_bytes_max
-        };
-        items.iter().take(bounds.items_max).take_while(fits).count()
-    };
-    match fitting(ALL_NAMED) {
-        count if count == items.len() => items,
-        _ => &items[..fitting(FIRST_NAMED).max(1)],
-    }
-}
-
-fn join(items: &[impl fmt::Display]) -> String {
-    let named = named(items);
-    let mut text = named.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-    if items.len() > named.len() {
-        text += &format!("; and {} more", items.len() - named.len());
-    }
-    text
-}
-
 /// Whether the server ends the connection in whatever it was doing, be it a commit: not when it did not let one in.
 fn ends_the_session(error: &tokio_postgres::Error) -> bool {
     let severity = error.as_db_error().and_then(DbError::parsed_severity);
@@ -619,23 +546,6 @@ fn seconds_up(delay: &Duration) -> u64 {
 fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {
     let violations = violations.into_iter().map(|(field, message)| FieldViolation::new(field, message));
     BadRequest::new(violations.collect::<Vec<_>>()).into()
-}
-
-/// The indices in fields such as `ids[3]`, as ranges: `0-4,7`.
-fn indices(fields: &[&str]) -> String {
-    let mut indices: Vec<usize> =
-        fields.iter().filter_map(|field| field.split_once('[')?.1.split_once(']')?.0.parse().ok()).collect();
-    indices.sort_unstable();
-    indices.dedup();
-    indices
-        .chunk_by(|left, right| left + 1 == *right)
-        .filter_map(|run| match run {
-            [] => None,
-            [only] => Some(only.to_string()),
-            [first, .., last] => Some(format!("{first}-{last}")),
-        })
-        .collect::<Vec<_>>()
-        .join(",")
 }
 
 #[cfg(test)]

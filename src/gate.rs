@@ -1,27 +1,30 @@
 //! What every request goes through: admission, the caller's identity, a deadline, tries that are made again, and the
 //! bounds on what requests and answers hold in memory.
 
+mod body;
+
 use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::poll_fn;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header::CONTENT_TYPE};
-use http_body::{Body as _, Frame};
+use http_body::Body as _;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
+pub use self::body::Answer;
+use self::body::{Content, Held, STREAM_STILL_MAX, Uncut};
 use crate::{
     auth::{Auth, Caller},
     connections::{Call, random},
@@ -52,17 +55,12 @@ const PAYLOAD_FREE_BYTES: usize = 64 * 1024;
 /// keep anybody from signing in.
 const OPEN_PAYLOAD_KIB_MAX: usize = 16 * 1024;
 const OPEN_PAYLOAD_FREE_BYTES: usize = 1024;
-/// What of an answer is given to the connection at once.
-const ANSWER_PIECE_BYTES: usize = 16 * 1024;
 /// How long a request without credentials may take to be sent.
 const OPEN_READ_MAX: Duration = Duration::from_secs(5);
 /// The longest deadline of a call that is no stream, whatever the client asks for.
 const DEADLINE_MAX: Duration = Duration::from_secs(600);
 /// What a client has to read the end of an answer whose deadline has passed.
 const READ_GRACE: Duration = Duration::from_secs(20);
-/// How long a stream may stand still: longer than imports and exports wait for their client.
-const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
-
 /// So many refusals in a second cost next to nothing.
 const REFUSALS_CHEAP: f64 = 500.0;
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
@@ -132,13 +130,6 @@ impl Kind {
     }
 }
 
-/// What a request holds until its answer is read.
-#[derive(Default)]
-struct Held {
-    _slot: Option<OwnedSemaphorePermit>,
-    payload: Vec<OwnedSemaphorePermit>,
-}
-
 impl Gate {
     /// From `stopping` on, our own RPCs are refused.
     pub fn new(auth: Auth, routes: Routes, limits: RequestLimits, stopping: CancellationToken) -> Self {
@@ -179,7 +170,7 @@ impl Gate {
         let deadline = deadline.filter(|_| kind.answers_with_stream());
         // Our own streams end by themselves, when they have told how far they came.
         let stop = (kind == Kind::OpenStream).then(|| Box::pin(self.stopping.clone().cancelled_owned()));
-        let deadline = deadline.map(Deadline::new);
+        let deadline = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
         http::Response::from_parts(parts, Answer { content, deadline, stop, call, _held: held })
     }
 
@@ -440,17 +431,6 @@ impl Payload {
     }
 }
 
-/// hyper takes a frame whole as soon as the client has room for one byte, and asks for the next when it is sent: whoever
-/// does not read is to have little of an answer that nobody counts any more.
-fn next_piece(data: &mut Option<Bytes>) -> Option<Bytes> {
-    let bytes = data.as_mut()?;
-    let piece = bytes.split_to(bytes.len().min(ANSWER_PIECE_BYTES));
-    if bytes.is_empty() {
-        *data = None;
-    }
-    Some(piece)
-}
-
 /// The tries of a call.
 #[derive(Default)]
 struct Tries {
@@ -479,109 +459,6 @@ impl Tries {
 fn pause(count: u32) -> Duration {
     let full = PAUSE_FIRST.saturating_mul(1 << count.min(10)).min(PAUSE_MAX);
     full.mul_f64(1.0 - random() / 2.0)
-}
-
-/// An answer on its way to the client, with all that it holds until it is read.
-pub struct Answer {
-    content: Content,
-    deadline: Option<Deadline>,
-    stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
-    call: Call,
-    _held: Held,
-}
-
-enum Content {
-    Unary { data: Option<Bytes>, trailers: Option<HeaderMap> },
-    Stream(Body),
-}
-
-struct Deadline(Pin<Box<tokio::time::Sleep>>);
-
-impl Deadline {
-    fn new(at: Instant) -> Self {
-        Self(Box::pin(sleep_until(at)))
-    }
-}
-
-impl Answer {
-    fn empty(call: Call) -> Self {
-        let content = Content::Unary { data: None, trailers: None };
-        Self { content, deadline: None, stop: None, call, _held: Held::default() }
-    }
-
-    /// Ends a stream with an error.
-    fn end(&mut self, error: Error) -> Option<Result<Frame<Bytes>, Status>> {
-        self.content = Content::Unary { data: None, trailers: None };
-        let mut trailers = HeaderMap::new();
-        Status::from(error).add_header(&mut trailers).ok().map(|()| Ok(Frame::trailers(trailers)))
-    }
-}
-
-impl http_body::Body for Answer {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        let body = match &mut this.content {
-            Content::Unary { data, trailers } => {
-                let piece = next_piece(data).map(Frame::data);
-                let frame = piece.or_else(|| trailers.take().map(Frame::trailers));
-                return Poll::Ready(frame.map(Ok));
-            }
-            Content::Stream(body) => body,
-        };
-        if let Some(deadline) = &mut this.deadline
-            && deadline.0.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(this.end(deadline_passed()));
-        }
-        let polled = Pin::new(body).poll_frame(context);
-        if polled.is_pending()
-            && let Some(stop) = &mut this.stop
-            && stop.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(this.end(Error::Stopping));
-        }
-        match &polled {
-            // There is nothing to be read, for as long as it takes.
-            Poll::Pending => this.call.lasts(),
-            Poll::Ready(_) => this.call.lasts_until(Instant::now() + STREAM_STILL_MAX),
-        }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Unary { data, trailers } => data.is_none() && trailers.is_none(),
-            Content::Stream(body) => body.is_end_stream(),
-        }
-    }
-}
-
-/// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
-/// pass for a whole one.
-struct Uncut(Incoming);
-
-impl http_body::Body for Uncut {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let cut = || {
-            let message = "the stream was cut".to_owned();
-            Some(Err(Status::from(Error::Aborted { reason: "STREAM_CUT", message })))
-        };
-        match ready!(Pin::new(&mut self.0).poll_frame(context)) {
-            Some(Ok(frame)) => Poll::Ready(Some(Ok(frame))),
-            None if self.0.is_end_stream() => Poll::Ready(None),
-            Some(Err(_)) | None => Poll::Ready(cut()),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.0.is_end_stream()
-    }
 }
 
 /// The value of `grpc-timeout`: up to eight digits and a unit.

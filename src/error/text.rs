@@ -1,0 +1,99 @@
+//! Values and lists in the texts of errors: short, printable, and few enough for headers.
+
+use std::fmt;
+
+/// How much of a value an error quotes.
+const QUOTE_CHARS_MAX: usize = 80;
+const QUOTE_HEADER_BYTES_MAX: usize = 240;
+/// How many items of a batch an error describes one by one, and how long their text may be: errors travel in headers,
+/// which clients bound to 8 KiB as a rule, and one that is larger costs the whole connection.
+const ALL_NAMED: NamedBounds = NamedBounds { items_max: 20, header_bytes_max: 2 * 1024 };
+/// When there are more: the first few, and `ErrorInfo.metadata` has the indices of all.
+const FIRST_NAMED: NamedBounds = NamedBounds { items_max: 10, header_bytes_max: 1024 };
+
+struct NamedBounds {
+    items_max: usize,
+    header_bytes_max: usize,
+}
+
+/// A value as errors quote it: shortened, what is invisible made visible.
+pub fn quote(value: &str) -> String {
+    let mut quoted = String::new();
+    let mut bytes = 0;
+    for (index, char) in value.chars().enumerate() {
+        let shown = if is_invisible(char) { char.escape_default().to_string() } else { char.to_string() };
+        bytes += header_bytes(&shown);
+        if index == QUOTE_CHARS_MAX || bytes > QUOTE_HEADER_BYTES_MAX {
+            quoted.push('…');
+            break;
+        }
+        quoted.push_str(&shown);
+    }
+    quoted
+}
+
+/// Control characters, and format characters without a shape of their own, such as zero-width ones, changes of direction,
+/// line separators and tags: they make two different values look the same, or an error unreadable.
+pub fn is_invisible(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{AD}'
+                | '\u{61C}'
+                | '\u{180E}'
+                | '\u{200B}'..='\u{200F}'
+                | '\u{2028}'..='\u{202E}'
+                | '\u{2060}'..='\u{206F}'
+                | '\u{FEFF}'
+                | '\u{FFF9}'..='\u{FFFB}'
+                | '\u{E0000}'..='\u{E007F}'
+        )
+}
+
+/// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
+fn header_bytes(text: &str) -> usize {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.,:;/[]()=".contains(&byte);
+    text.bytes().map(|byte| if plain(byte) { 1 } else { 3 }).sum()
+}
+
+/// The items that an error describes one by one: all, or at least the first.
+pub(super) fn named<T: fmt::Display>(items: &[T]) -> &[T] {
+    let fitting = |bounds: NamedBounds| {
+        let mut bytes = 0;
+        let fits = |item: &&T| {
+            bytes += header_bytes(&item.to_string());
+            bytes <= bounds.header_bytes_max
+        };
+        items.iter().take(bounds.items_max).take_while(fits).count()
+    };
+    match fitting(ALL_NAMED) {
+        count if count == items.len() => items,
+        _ => &items[..fitting(FIRST_NAMED).max(1)],
+    }
+}
+
+pub(super) fn join(items: &[impl fmt::Display]) -> String {
+    let named = named(items);
+    let mut text = named.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    if items.len() > named.len() {
+        text += &format!("; and {} more", items.len() - named.len());
+    }
+    text
+}
+
+/// The indices in fields such as `ids[3]`, as ranges: `0-4,7`.
+pub(super) fn indices(fields: &[&str]) -> String {
+    let mut indices: Vec<usize> =
+        fields.iter().filter_map(|field| field.split_once('[')?.1.split_once(']')?.0.parse().ok()).collect();
+    indices.sort_unstable();
+    indices.dedup();
+    indices
+        .chunk_by(|left, right| left + 1 == *right)
+        .filter_map(|run| match run {
+            [] => None,
+            [only] => Some(only.to_string()),
+            [first, .., last] => Some(format!("{first}-{last}")),
+        })
+        .collect::<Vec<_>>()
+        .join(",")
+}
