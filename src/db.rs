@@ -305,8 +305,11 @@ impl Conn {
             while let Some(row) = rows.try_next().await? {
                 let item = from_row(&row)?;
                 bytes += size(&item);
-                let fits = items.len() < bounds.rows_max && bytes <= bounds.bytes_max;
+                let has_room = items.len() < bounds.rows_max;
+                let fits = has_room && bytes <= bounds.bytes_max;
                 if !items.is_empty() && !fits {
+                    // What else the statement asks for is not to be waited for by whoever comes next.
+                    self.set_discard(has_room);
                     return Ok::<_, Error>(Page { items, more: true });
                 }
                 items.push(item);

@@ -198,24 +198,25 @@ impl Gate {
             request.extensions_mut().insert(caller);
         }
         request.extensions_mut().insert(call.client());
+        let may_be_refused = only_reads(request.uri().path());
         let response = match kind {
             Kind::Import => self.call(request.map(|body| Body::new(Uncut(body)))).await,
             Kind::OpenStream => self.call(request.map(Body::new)).await,
             Kind::Unary | Kind::Login | Kind::Export | Kind::HealthCheck => {
                 let (parts, body) = request.into_parts();
-                let message = match kind {
-                    Kind::Login | Kind::HealthCheck => timeout(OPEN_READ_MAX, self.read(body, kind, held))
-                        .await
-                        .unwrap_or_else(|_| Err(deadline_passed()))?,
-                    _ => self.read(body, kind, held).await?,
+                let read_max = match kind {
+                    Kind::Login | Kind::HealthCheck => OPEN_READ_MAX,
+                    _ => self.limits.deadline_default,
                 };
+                let message = timeout(read_max, self.read(body, kind, held)).await;
+                let message = message.unwrap_or_else(|_| Err(deadline_passed()))?;
                 self.call_with_retries(parts, message, caller, call.client()).await
             }
         };
         let (parts, body) = explain_bare_errors(response).into_parts();
         let content = match kind.answers_with_stream() {
             true => Content::Stream(body),
-            false => self.read_answer(body, held).await?,
+            false => self.read_answer(body, may_be_refused, held).await?,
         };
         Ok((parts, content))
     }
@@ -238,20 +239,25 @@ impl Gate {
             Kind::HealthCheck | Kind::Login => return Ok(None),
             Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
             Kind::Unary | Kind::Import | Kind::Export => {
+                if self.slots.available_permits() == 0 {
+                    return Err(self.overloaded(self.limits.requests_max));
+                }
                 // Before there is a slot: tokens that nobody has are to take none of them.
                 let caller = self.authenticate(request.headers()).await?;
                 call.signed_in();
                 (Some(caller), &self.slots, self.limits.requests_max)
             }
         };
-        let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| {
-            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-            // Some sooner and some later, so that they do not come back together.
-            let delay = refusals.delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
-            Error::Overloaded { requests_max: count, delay }
-        })?;
+        let slot = Arc::clone(slots).try_acquire_owned().map_err(|_| self.overloaded(count))?;
         held._slot = Some(slot);
         Ok(caller)
+    }
+
+    fn overloaded(&self, requests_max: usize) -> Error {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        // Some sooner and some later, so that they do not come back together.
+        let delay = refusals.delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
+        Error::Overloaded { requests_max, delay }
     }
 
     async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller> {
@@ -337,13 +343,16 @@ impl Gate {
         }
     }
 
-    /// The one message of an answer, as it goes out.
-    async fn read_answer(&self, mut body: Body, held: &mut Held) -> Result<Content> {
+    /// The one message of an answer, as it goes out. What a mutation answers is never refused: it has been made by now.
+    async fn read_answer(&self, mut body: Body, may_be_refused: bool, held: &mut Held) -> Result<Content> {
         let (mut data, mut trailers) = (None, None);
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.map_err(|_| Error::Internal("an answer cannot be encoded"))?.into_data() {
                 Ok(bytes) if data.is_none() => {
-                    held.payload.extend(self.payload.take(0, bytes.len())?);
+                    match self.payload.take(0, bytes.len()) {
+                        Err(error) if may_be_refused => return Err(error),
+                        room => held.payload.extend(room.ok().flatten()),
+                    }
                     data = Some(bytes);
                 }
                 Ok(_) => return Err(Error::Internal("an answer has more than one frame")),
@@ -356,6 +365,12 @@ impl Gate {
 
 /// The flag and the length before each message.
 const MESSAGE_PREFIX_BYTES: usize = 5;
+
+/// Whether a method leaves everything as it is, by its name. What is not known does not.
+fn only_reads(path: &str) -> bool {
+    let method = path.rsplit('/').next().unwrap_or_default();
+    ["Get", "BatchGet", "List", "Export", "WhoAmI", "Check"].iter().any(|word| method.starts_with(word))
+}
 
 /// What is told to a client that does not speak gRPC, as its specification has it.
 fn not_grpc<B>(request: &http::Request<B>) -> Option<StatusCode> {

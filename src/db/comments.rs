@@ -174,19 +174,24 @@ pub async fn first_of_each(
     limit: i64,
     bytes_max: usize,
 ) -> Result<Page<(Uuid, Comment)>> {
+    // Behind the fence (OFFSET 0) users are looked up row by row, so that the first comments come at once.
     const SQL: &str = concat!(
         "-- first_comments_of_issues\nSELECT ",
         comment_columns!(),
         " FROM unnest($1::uuid[]) AS wanted (id)
         CROSS JOIN LATERAL (SELECT * FROM comments WHERE issue_id = wanted.id ORDER BY id LIMIT $2) c
-        JOIN users u ON u.id = c.author_id ORDER BY c.id"
+        CROSS JOIN LATERAL (SELECT username FROM users WHERE users.id = c.author_id OFFSET 0) u"
     );
     if issue_ids.is_empty() {
         return Ok(Page { items: Vec::new(), more: false });
     }
     let bounds = PageBounds { rows_max: usize::MAX, bytes_max };
     let with_issue = |row: &Row| Ok((row.get(1), from_row(row)?));
-    db.query_page(SQL, &[&issue_ids, &limit], bounds, with_issue, |(_, comment)| comment.encoded_len()).await
+    let size = |(_, comment): &(Uuid, Comment)| comment.encoded_len();
+    let mut page = db.query_page(SQL, &[&issue_ids, &limit], bounds, with_issue, size).await?;
+    // Not by the statement, which would read all of them before it answers one.
+    page.items.sort_by(|(_, left), (_, right)| left.id.cmp(&right.id));
+    Ok(page)
 }
 
 /// Whether there is such an issue, deleted or not.

@@ -1,15 +1,18 @@
 //! `CommentService`.
 
-use issue_tracker::pb::{
-    Comment, CreateCommentRequest, DeleteCommentRequest, DeleteIssueRequest, ListCommentsRequest, ListCommentsResponse,
-    Role, UpdateCommentRequest,
+use issue_tracker::{
+    db::{PageBounds, comments},
+    pb::{
+        Comment, CreateCommentRequest, DeleteCommentRequest, DeleteIssueRequest, ListCommentsRequest,
+        ListCommentsResponse, Role, UpdateCommentRequest,
+    },
 };
 use prost::Message;
 use prost_types::FieldMask;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, assert_invalid};
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, eventually};
 
 /// What clients take by default.
 const CLIENT_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -463,4 +466,31 @@ async fn an_edit_that_meets_a_deletion_never_brings_text_back() {
         }
         assert_eq!(stored_content(&tracker, &comment.id).await, "");
     }
+}
+
+#[tokio::test]
+async fn a_connection_whose_statement_has_more_than_was_wanted_is_not_used_again() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("long thread").await;
+    // 13 MiB: more than there is room for on the way.
+    let sql = "INSERT INTO comments (id, issue_id, author_id, content)
+        SELECT gen_random_uuid(), i.id, i.reporter_id, repeat('😀', 16384) FROM issues i, generate_series(1, 200)";
+    tracker.sql(sql, &[]).await;
+    let pid_after = async |bounds: PageBounds| {
+        let conn = tracker.db.conn().await.unwrap();
+        let pid: i32 = conn.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+        let limit = bounds.rows_max as i64 + 1;
+        let page = comments::list(&conn, issue.id.parse().unwrap(), None, limit, bounds).await.unwrap();
+        assert!(page.more && !page.items.is_empty());
+        pid
+    };
+    let is_there = async |pid: i32| {
+        let found = tracker.sql("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await;
+        !found.is_empty()
+    };
+
+    let by_bytes = pid_after(PageBounds { rows_max: 199, bytes_max: 100_000 }).await;
+    eventually("its connection is closed", async || !is_there(by_bytes).await).await;
+    let by_rows = pid_after(PageBounds { rows_max: 2, bytes_max: 1_000_000 }).await;
+    assert!(is_there(by_rows).await);
 }

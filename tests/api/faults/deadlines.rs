@@ -7,6 +7,7 @@ use super::{
     connections::{Raw, framed},
     *,
 };
+use crate::{raw::request, support::bounds::HANG};
 
 #[tokio::test]
 async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_written() {
@@ -46,6 +47,21 @@ async fn a_client_that_does_not_finish_its_request_gets_a_deadline() {
     stream.send_data(request.slice(..8), false).unwrap();
 
     let answer = response.await.unwrap();
+
+    assert_eq!(answer.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn a_message_that_does_not_come_is_not_waited_for_however_long_the_deadline() {
+    let tracker = Tracker::start_with(limits(&["--requests", "1", "--deadline-ms", "1000"])).await;
+    let issue = tracker.member.file("waited for").await;
+    let raw = Raw::open(&tracker).await;
+    let mut head = request(&tracker, "/issuetracker.v1.IssueService/UpdateIssue");
+    head.headers_mut().insert("grpc-timeout", "600S".parse().unwrap());
+    let (answer, _never_sent) = raw.requests.clone().ready().await.unwrap().send_request(head, false).unwrap();
+
+    let answer = tokio::time::timeout(HANG, answer).await.expect("it is waited for").unwrap();
 
     assert_eq!(answer.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
