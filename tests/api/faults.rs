@@ -233,6 +233,29 @@ async fn connections_that_die_while_idle_are_not_noticed_by_callers() {
     }
 }
 
+#[tokio::test]
+async fn what_got_in_the_way_of_another_is_made_again_without_the_caller_noticing() {
+    let tracker = Tracker::start().await;
+    let issue = tracker.member.file("first").await;
+    // Sequences count what is rolled back as well.
+    let sql = "CREATE SEQUENCE tries;
+        CREATE FUNCTION get_in_the_way() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+        BEGIN
+            CASE nextval('tries')
+                WHEN 1 THEN RAISE deadlock_detected;
+                WHEN 2 THEN RAISE serialization_failure;
+                ELSE RETURN new;
+            END CASE;
+        END $$;
+        CREATE TRIGGER get_in_the_way BEFORE UPDATE ON issues FOR EACH ROW EXECUTE FUNCTION get_in_the_way()";
+    tracker.session().await.batch_execute(sql).await.unwrap();
+
+    let updated = tracker.member.issues().update_issue(retitle(&issue, "changed")).await.unwrap().into_inner();
+
+    assert_eq!((&*updated.title, updated.version), ("changed", 2));
+    assert_eq!(tracker.count("SELECT last_value FROM tries").await, 3);
+}
+
 /// A durable cluster that a test may maltreat.
 struct OwnCluster {
     cluster: Option<Cluster>,
