@@ -143,7 +143,8 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_STATEMENT_MS", default_value_t = 30_000, value_name = "MS",
         value_parser = value_parser!(u64).range(1..=600_000))]
     statement_ms: u64,
-    /// How long a call may take whose client sets no deadline, in milliseconds; imports and exports have none.
+    /// How long a call may take whose client sets no deadline, a login or a health check in any case, and a message to
+    /// come, in milliseconds. RevertImport has 10 minutes; imports, exports and other streams have no deadline.
     #[arg(long, env = "ISSUE_TRACKER_DEADLINE_MS", default_value_t = 30_000, value_name = "MS",
         value_parser = value_parser!(u64).range(1..=600_000))]
     deadline_ms: u64,
@@ -183,7 +184,7 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_REQUESTS", default_value_t = 1_024, value_name = "N",
         value_parser = value_parser!(u32).range(1..=100_000))]
     requests: u32,
-    /// Imports at once, each of which holds a connection; more are told RESOURCE_EXHAUSTED.
+    /// Imports and RevertImports at once, each of which holds a connection; more are told RESOURCE_EXHAUSTED.
     #[arg(long, env = "ISSUE_TRACKER_IMPORTS", default_value_t = 10, value_name = "N",
         value_parser = value_parser!(u32).range(1..=999))]
     pub imports: u32,
