@@ -74,7 +74,7 @@ pub struct ConnectionLimits {
     pub idle_max: Duration,
     /// After this a client is asked to connect anew, so that a balancer can spread connections.
     pub age_max: Duration,
-    /// What its calls have from then on.
+    /// What its calls have from then on; those that nobody has signed in for have less.
     pub age_grace: Duration,
     /// How often a silent client is asked whether it is there, and how long it may take to answer.
     pub keepalive_interval: Duration,

@@ -7,7 +7,7 @@ use prost::Message;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    SOON, Target, WHO_AM_I,
+    HANG, SOON, Target, WHO_AM_I,
     raw::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, call_block, frame, framed},
 };
 use crate::harness::{Tracker, limits};
@@ -35,7 +35,7 @@ async fn until_served(target: &Target) {
             }
         }
     };
-    timeout(SOON, served).await.expect("nobody gets in");
+    timeout(HANG, served).await.expect("nobody gets in");
 }
 
 #[tokio::test]
