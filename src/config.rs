@@ -172,7 +172,7 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_AGE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800))]
     age_seconds: u64,
-    /// What the calls of a connection have when it is too old, in seconds.
+    /// What the calls of a connection have when it is too old, in seconds; those without credentials have up to 30.
     #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800))]
     age_grace_seconds: u64,

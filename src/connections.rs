@@ -1,7 +1,7 @@
 //! Connections of clients: taken, served, and let go when they are silent, stuck, old or too many.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     convert::Infallible,
     net::IpAddr,
     pin::pin,
@@ -36,13 +36,16 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long a new connection waits for one that is let go to make room for it.
 const ROOM_WAIT: Duration = Duration::from_secs(1);
 /// Of the connections that may be let go when there is no room, how many are: one in so many. Those may that have been idle
-/// for so long, and those that have had no calls for so long but such as nobody has signed in for; that is longer than a
-/// login takes.
+/// for so long, and those that have had no calls for so long but such as nobody has signed in for, however often these
+/// begin and end; that is longer than a login takes.
 const EVICTED_ONE_IN: usize = 10;
 const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
 const EVICTED_STRANGE_MIN: Duration = Duration::from_secs(10);
 /// What a client has to end its connection after it was told to.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
+/// What calls have that nobody has signed in for, on a connection that is told to go while there is room: longer than a
+/// login takes. Health is watched without end, so a client does that anew.
+const STRANGE_GRACE: Duration = Duration::from_secs(30);
 /// What the other calls of a connection have to end when one is stuck: behind a proxy they may be somebody else's.
 const STUCK_GRACE: Duration = Duration::from_secs(30);
 /// Calls of one client on one connection at once that nobody has signed in for: logins, health, reflection. Who has the
@@ -71,7 +74,7 @@ pub struct ConnectionLimits {
     pub idle_max: Duration,
     /// After this a client is asked to connect anew, so that a balancer can spread connections.
     pub age_max: Duration,
-    /// What its calls have from then on.
+    /// What its calls have from then on; those that nobody has signed in for have less.
     pub age_grace: Duration,
     /// How often a silent client is asked whether it is there, and how long it may take to answer.
     pub keepalive_interval: Duration,
@@ -144,6 +147,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infal
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(kind = ?error.kind(), "cannot accept a connection");
+                // Where files are short, there is no room before the connections are as many as they may be.
+                shared.evict();
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -244,21 +249,19 @@ impl Shared {
         });
         let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
         // What clients do to their connections is their matter.
-        let grace = tokio::select! {
+        let is_evicted = tokio::select! {
             _ = &mut connection => return,
-            () = self.until_old_or_stopped(&activity, is_late) => self.limits.age_grace,
-            () = activity.evicted.notified() => match activity.has_only_strange_calls() {
-                true => GOODBYE_MAX,
-                false => self.limits.age_grace,
-            },
-            _ = until_silent(&activity, self.limits.idle_max) => self.limits.age_grace,
+            () = self.until_old_or_stopped(&activity, is_late) => false,
+            () = activity.evicted.notified() => true,
+            _ = until_silent(&activity, self.limits.idle_max) => false,
         };
         connection.as_mut().graceful_shutdown();
         // What has begun meanwhile may finish. How long a stop may take is for the service to say.
         tokio::select! {
             _ = connection => {}
             () = until_finished(&activity) => {}
-            () = sleep(grace) => {}
+            () = until_strange(&activity, is_evicted) => {}
+            () = sleep(self.limits.age_grace) => {}
         }
     }
 
@@ -316,6 +319,24 @@ async fn until_finished(activity: &Activity) {
     let _ = timeout(STUCK_GRACE, others).await;
 }
 
+/// Waits until a connection that was told to go has had no calls for long but such as nobody has signed in for. A client
+/// may begin calls until it says that it was told, which it may never do.
+async fn until_strange(activity: &Activity, mut is_evicted: bool) {
+    let began = Instant::now();
+    loop {
+        let now = Instant::now();
+        let grace = if is_evicted { GOODBYE_MAX } else { STRANGE_GRACE };
+        let end = activity.of_use_until(now).max(began) + grace;
+        if end <= now {
+            return;
+        }
+        tokio::select! {
+            () = sleep_until(end) => {}
+            () = activity.evicted.notified() => is_evicted = true,
+        }
+    }
+}
+
 /// From 0 to 1.
 pub fn random() -> f64 {
     getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX))
@@ -360,8 +381,10 @@ struct Calls {
     until: HashMap<u64, Instant>,
     next_id: u64,
     idle_since: Instant,
-    /// When somebody signed in for a call, or the connection was made.
-    signed_in: Instant,
+    /// Those that somebody has signed in for.
+    signed_in: HashSet<u64>,
+    /// When the last of those ended, or the connection was made.
+    strange_since: Instant,
     /// Whose those are that have no credentials.
     open: HashMap<u64, IpAddr>,
     open_max: usize,
@@ -369,8 +392,16 @@ struct Calls {
 
 impl Activity {
     fn new(open_max: usize) -> Self {
-        let (until, open, now) = (HashMap::new(), HashMap::new(), Instant::now());
-        let calls = Calls { until, next_id: 0, idle_since: now, signed_in: now, open, open_max };
+        let now = Instant::now();
+        let calls = Calls {
+            until: HashMap::new(),
+            next_id: 0,
+            idle_since: now,
+            signed_in: HashSet::new(),
+            strange_since: now,
+            open: HashMap::new(),
+            open_max,
+        };
         Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
     }
 
@@ -385,18 +416,20 @@ impl Activity {
 
     /// None: it is of use.
     fn useless_since(&self, now: Instant) -> Option<Instant> {
-        let (since, min) = match self.state() {
-            State::Idle(since) => (since, EVICTED_IDLE_MIN),
-            State::Busy(_) if self.has_only_strange_calls() => (lock(&self.calls).signed_in, EVICTED_STRANGE_MIN),
-            State::Busy(_) => return None,
-        };
-        (now.duration_since(since) >= min).then_some(since)
+        let strange_since = self.of_use_until(now);
+        if now.duration_since(strange_since) >= EVICTED_STRANGE_MIN {
+            return Some(strange_since);
+        }
+        match self.state() {
+            State::Idle(since) => (now.duration_since(since) >= EVICTED_IDLE_MIN).then_some(since),
+            State::Busy(_) => None,
+        }
     }
 
-    /// Whether there are calls, none of which somebody has signed in for.
-    fn has_only_strange_calls(&self) -> bool {
+    /// Since then it has had no calls but such as nobody has signed in for, or is about to.
+    fn of_use_until(&self, now: Instant) -> Instant {
         let calls = lock(&self.calls);
-        !calls.open.is_empty() && calls.open.len() == calls.until.len()
+        if calls.signed_in.is_empty() { calls.strange_since } else { now }
     }
 
     fn begin(self: &Arc<Self>, client: ClientAddress) -> Call {
@@ -435,7 +468,7 @@ impl Call {
 
     /// Somebody has signed in for it.
     pub fn signed_in(&self) {
-        lock(&self.activity.calls).signed_in = Instant::now();
+        lock(&self.activity.calls).signed_in.insert(self.id);
     }
 
     /// The call ends when it ends, or says more.
@@ -454,6 +487,9 @@ impl Drop for Call {
         let mut calls = lock(&self.activity.calls);
         calls.until.remove(&self.id);
         calls.open.remove(&self.id);
+        if calls.signed_in.remove(&self.id) {
+            calls.strange_since = Instant::now();
+        }
         if calls.until.is_empty() {
             calls.idle_since = Instant::now();
         }

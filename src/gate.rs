@@ -2,6 +2,7 @@
 //! bounds on what requests and answers hold in memory.
 
 mod body;
+mod open;
 
 use std::{
     pin::Pin,
@@ -24,7 +25,10 @@ use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
 pub use self::body::Answer;
-use self::body::{Content, Held, STREAM_STILL_MAX, Uncut};
+use self::{
+    body::{Content, Held, STREAM_STILL_MAX, Uncut},
+    open::OpenStreams,
+};
 use crate::{
     auth::{Auth, Caller},
     connections::{Call, random},
@@ -90,6 +94,7 @@ pub struct Gate {
     limits: RequestLimits,
     slots: Arc<Semaphore>,
     open_streams: Arc<Semaphore>,
+    open_streams_of_clients: OpenStreams,
     payload: Payload,
     open_payload: Payload,
     refusals: Mutex<Refusals>,
@@ -139,6 +144,7 @@ impl Gate {
             limits,
             slots: Arc::new(Semaphore::new(limits.requests_max)),
             open_streams: Arc::new(Semaphore::new(OPEN_STREAMS_MAX)),
+            open_streams_of_clients: OpenStreams::default(),
             payload: Payload::new(PAYLOAD_FREE_BYTES, PAYLOAD_KIB_MAX),
             open_payload: Payload::new(OPEN_PAYLOAD_FREE_BYTES, OPEN_PAYLOAD_KIB_MAX),
             refusals: Mutex::new(Refusals::new(Instant::now())),
@@ -233,11 +239,15 @@ impl Gate {
             return Err(Error::Stopping);
         }
         if matches!(kind, Kind::HealthCheck | Kind::Login | Kind::OpenStream) && !call.enter_open() {
-            return Err(Error::Exhausted("too many calls without credentials are under way; try again".to_owned()));
+            return Err(too_many_open());
         }
         let (caller, slots, count) = match kind {
             Kind::HealthCheck | Kind::Login => return Ok(None),
-            Kind::OpenStream => (None, &self.open_streams, OPEN_STREAMS_MAX),
+            Kind::OpenStream => {
+                let counted = self.open_streams_of_clients.enter(call.client().0);
+                held._open_stream = Some(counted.ok_or_else(too_many_open)?);
+                (None, &self.open_streams, OPEN_STREAMS_MAX)
+            }
             Kind::Unary | Kind::Import | Kind::Export => {
                 if self.slots.available_permits() == 0 {
                     return Err(self.overloaded(self.limits.requests_max));
@@ -386,6 +396,10 @@ fn not_grpc<B>(request: &http::Request<B>) -> Option<StatusCode> {
 
 fn deadline_passed() -> Error {
     Error::Timeout { reason: "DEADLINE", message: "the deadline of the request has passed".to_owned() }
+}
+
+fn too_many_open() -> Error {
+    Error::Exhausted("too many calls without credentials are under way; try again".to_owned())
 }
 
 fn refusal(error: Error) -> (http::response::Parts, Content) {

@@ -44,6 +44,8 @@ const EMBEDDED_ROLE: &str = "issue_tracker";
 const FIRST_ADMINISTRATOR: &str = "admin";
 /// Of a service that was told to end twice.
 const EXIT_AT_ONCE: i32 = 1;
+/// Besides connections: standard streams, certificates, logs, the runtime's.
+const FILES_OF_ITS_OWN: usize = 64;
 const FIRST_TOKEN_NAME: &str = "admin.token";
 /// How long a service that is asked for its health may take to answer at all.
 const HEALTH_CONNECT_MAX: Duration = Duration::from_secs(10);
@@ -54,7 +56,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         Some(files) => Some(Acceptor::new(files).await?),
         None => None,
     };
-    raise_open_files();
+    raise_open_files(&args.limits);
     // First, so that a taken port is told before anything is started.
     let tcp = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let listener = Listener { tcp, tls };
@@ -198,14 +200,23 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
 }
 
 /// Lets the process open as many files as it may: each connection is one, and the usual bound is 1,024.
-fn raise_open_files() {
+fn raise_open_files(limits: &Limits) {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls are given a structure that lives as long as they take; if they fail, the bound stays as it is.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+            libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
         }
+    }
+    let wanted = limits.connections().connections_max + limits.pool().connections_max as usize + FILES_OF_ITS_OWN;
+    if limit.rlim_cur < wanted as u64 {
+        tracing::warn!(
+            open_files = limit.rlim_cur,
+            wanted,
+            "the process may open fewer files than --connections need; raise the limit (ulimit -n) or set fewer"
+        );
     }
 }
 

@@ -1,5 +1,7 @@
 //! The program as people start it: its output, exit codes, signals, and what it leaves on disk and in logs.
 
+#[path = "binary/files.rs"]
+mod files;
 #[path = "binary/kills.rs"]
 mod kills;
 #[path = "binary/roles.rs"]

@@ -61,3 +61,88 @@ fn calls_without_credentials_are_counted_by_subscriber_and_given_back() {
     held.clear();
     assert!(lock(&activity.calls).open.is_empty());
 }
+
+/// How long a connection that was told to go is kept for what `calls` makes on it.
+async fn kept_by(is_evicted: bool, calls: impl AsyncFnOnce(&Arc<Activity>)) -> Duration {
+    let activity = Arc::new(Activity::new(OPEN_CALLS_PER_CLIENT_MAX));
+    let began = Instant::now();
+    tokio::select! {
+        () = until_strange(&activity, is_evicted) => {}
+        () = async {
+            calls(&activity).await;
+            std::future::pending().await
+        } => {}
+    }
+    began.elapsed()
+}
+
+/// Does not end by itself.
+async fn watch(activity: &Arc<Activity>) {
+    let call = begin(activity);
+    call.lasts();
+    std::mem::forget(call);
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_nobody_has_signed_in_for_keep_a_connection_that_was_told_to_go_for_a_while_only() {
+    assert_eq!(kept_by(true, watch).await, GOODBYE_MAX);
+    assert_eq!(kept_by(false, watch).await, STRANGE_GRACE);
+    let one_after_another = async |activity: &Arc<Activity>| {
+        loop {
+            let call = begin(activity);
+            sleep(GOODBYE_MAX / 5).await;
+            drop(call);
+        }
+    };
+    assert_eq!(kept_by(true, one_after_another).await, GOODBYE_MAX);
+    // Told to go for another reason first.
+    let evicted_later = async |activity: &Arc<Activity>| {
+        watch(activity).await;
+        sleep(STRANGE_GRACE / 2).await;
+        activity.evicted.notify_one();
+    };
+    assert_eq!(kept_by(false, evicted_later).await, STRANGE_GRACE / 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_somebody_has_signed_in_for_may_finish_on_a_connection_that_was_told_to_go() {
+    let lasts = Duration::from_secs(300);
+    let signed_in = async |activity: &Arc<Activity>| {
+        watch(activity).await;
+        sleep(GOODBYE_MAX / 2).await;
+        let call = begin(activity);
+        call.signed_in();
+        sleep(lasts).await;
+    };
+    for (is_evicted, grace) in [(true, GOODBYE_MAX), (false, STRANGE_GRACE)] {
+        let kept = kept_by(is_evicted, signed_in).await;
+        assert!((lasts..=lasts + GOODBYE_MAX + grace).contains(&kept), "{kept:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_is_of_use_while_it_has_calls_that_somebody_has_signed_in_for_and_shortly_after() {
+    let activity = Arc::new(Activity::new(OPEN_CALLS_PER_CLIENT_MAX));
+    let is_useless = || activity.useless_since(Instant::now()).is_some();
+    let call = begin(&activity);
+    call.signed_in();
+    sleep(2 * EVICTED_STRANGE_MIN).await;
+    assert!(!is_useless());
+    drop(call);
+    assert!(!is_useless(), "it has just ended");
+    sleep(EVICTED_IDLE_MIN).await;
+    assert!(is_useless());
+
+    // Strangers' calls, one after another.
+    let began = Instant::now();
+    while began.elapsed() < EVICTED_STRANGE_MIN - EVICTED_IDLE_MIN {
+        drop(begin(&activity));
+        assert!(!is_useless(), "{:?}", began.elapsed());
+        sleep(EVICTED_IDLE_MIN / 2).await;
+    }
+    sleep(EVICTED_IDLE_MIN / 2).await;
+    drop(begin(&activity));
+    assert!(is_useless());
+    let _strange = begin(&activity);
+    assert!(is_useless());
+}

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
-use super::deadline_passed;
+use super::{deadline_passed, open::OpenStream};
 use crate::{connections::Call, error::Error};
 
 /// What of an answer is given to the connection at once.
@@ -29,6 +29,7 @@ pub(super) const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
 #[derive(Default)]
 pub(super) struct Held {
     pub _slot: Option<OwnedSemaphorePermit>,
+    pub _open_stream: Option<OpenStream>,
     pub payload: Vec<OwnedSemaphorePermit>,
 }
 

@@ -3,6 +3,7 @@
 
 mod calls;
 mod connections;
+mod evictions;
 mod floods;
 mod messages;
 mod raw;
@@ -16,6 +17,7 @@ use std::{
         Once,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use issue_tracker::pb::WhoAmIRequest;
@@ -28,6 +30,8 @@ use crate::{
 };
 
 const WHO_AM_I: &str = "/issuetracker.v1.AuthService/WhoAmI";
+/// Far more than what is to happen at once takes, and less than a connection lives whose client answers no pings.
+const SOON: Duration = Duration::from_secs(20);
 
 /// Panics of the service, not of tests.
 static PANICS: AtomicUsize = AtomicUsize::new(0);

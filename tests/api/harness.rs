@@ -296,6 +296,7 @@ pub async fn execute(config: &Config, sql: &str) {
 
 fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
     remove_leftovers();
+    raise_open_files();
     let dir = std::env::temp_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
     let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
@@ -319,6 +320,17 @@ extern "C" fn stop_cluster() {
     if let Some((cluster, dir)) = CLUSTER.get() {
         drop(cluster.lock().ok().and_then(|mut cluster| cluster.take()));
         let _ = std::fs::remove_dir_all(dir);
+    }
+}
+
+/// Both ends of all connections are files of this process, and the usual bound is 1,024.
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls are given a structure that lives as long as they take.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+        limit.rlim_cur = limit.rlim_max;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
     }
 }
 

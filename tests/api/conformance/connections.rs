@@ -7,8 +7,12 @@ use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
-    raw::{END_HEADERS, GOAWAY, HEADERS, RST_STREAM, Raw, call_block, call_on, connect, frame, framed, request},
+    raw::{
+        END_HEADERS, GOAWAY, HEADERS, MAX_CONCURRENT_STREAMS, REFUSED_STREAM, RST_STREAM, Raw, SETTINGS, call_block,
+        call_on, connect, frame, framed, request,
+    },
 };
+use crate::harness::{Tracker, limits};
 
 const MANY: usize = 1_000;
 
@@ -85,10 +89,27 @@ async fn a_connection_that_never_says_a_word_is_closed() {
 
 #[tokio::test]
 async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
-    let target = Target::start_with(&["--idle-seconds", "1", "--keepalive-seconds", "1"]).await;
+    let target = Target::start_with(&["--idle-seconds", "1"]).await;
     let mut raw = Raw::begin(&target, &[]).await;
     raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
     raw.until_closed().await;
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn more_calls_of_a_connection_than_the_bound_are_refused_and_clients_are_told_how_many_they_may_have() {
+    let target = Target { tracker: Tracker::start_with(limits(&["--streams", "2"])).await };
+    let mut raw = Raw::begin(&target, &[]).await;
+    let settings = raw.next_of(SETTINGS).await.unwrap().payload;
+    let told = settings.chunks(6).find(|setting| setting[..2] == MAX_CONCURRENT_STREAMS.to_be_bytes());
+    assert_eq!(told.expect("they are told")[2..], 2_u32.to_be_bytes());
+    let block = call_block(&target, "/issuetracker.v1.ImportService/ImportIssues");
+    for stream in [1, 3, 5] {
+        raw.send(&frame(HEADERS, END_HEADERS, stream, &block)).await;
+    }
+    let refused = raw.next_of(RST_STREAM).await.expect("the connection is kept");
+    assert_eq!((refused.stream, &refused.payload[..]), (5, &REFUSED_STREAM.to_be_bytes()[..]));
+    drop(raw);
     target.assert_unharmed().await;
 }
 

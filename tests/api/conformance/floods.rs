@@ -13,7 +13,7 @@ use tokio::{
 use tonic::Code;
 
 use super::{
-    HANG, Target, WHO_AM_I,
+    HANG, SOON, Target, WHO_AM_I,
     raw::{
         Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
         WINDOW_UPDATE, call, call_block, connect, frame, framed, read_answer, request,
@@ -57,6 +57,8 @@ async fn headers_that_are_continued_for_ever_end_their_connection() {
         }
         target.assert_answers().await;
         assert!(!is_open, "{} frames of {} bytes are taken", MANY * 100, piece.len());
+        // It is not only that nobody reads it any more.
+        timeout(SOON, raw.until_closed()).await.expect("the connection is kept");
     }
     target.assert_unharmed().await;
 }
@@ -165,7 +167,7 @@ async fn read_bytewise(mut raw: Raw, begun: oneshot::Sender<bool>) {
 #[tokio::test]
 async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_let_go_while_others_are_served() {
     const READERS: usize = 100;
-    let target = Target { tracker: Tracker::start_with(limits(&["--deadline-ms", "5000"])).await };
+    let target = Target { tracker: Tracker::start_with(limits(&["--deadline-ms", "20000"])).await };
     let member = &target.tracker.member;
     let issue = Issue { title: "large".into(), description: "x".repeat(65_536), ..Issue::default() };
     for _ in 0..3 {
@@ -287,8 +289,8 @@ async fn logins_that_are_half_sent_take_no_slot_and_end_while_others_sign_in() {
         sleep(Duration::from_millis(10)).await;
     }
     assert!(signed_in > 1 && ended > 0, "{signed_in} signed in, {ended} ended");
-    // Four on each connection, and those that there is no memory for: there is for 1,260 at once.
-    assert!(refused > 4 * 200, "{refused} refused");
+    // Four on each connection, and such as there is no memory for: there is for 1,260 at once.
+    assert!(refused >= 4 * 200, "{refused} refused");
     target.assert_unharmed().await;
 }
 

@@ -29,6 +29,8 @@ pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
+pub const MAX_CONCURRENT_STREAMS: u16 = 3;
+pub const REFUSED_STREAM: u32 = 7;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEADER_BYTES: usize = 9;
 
@@ -87,6 +89,7 @@ pub async fn read_answer(answer: ResponseFuture) -> Result<Answer, h2::Error> {
 pub struct Frame {
     pub kind: u8,
     pub flags: u8,
+    pub stream: u32,
     pub payload: Vec<u8>,
 }
 
@@ -162,7 +165,8 @@ impl Raw {
             self.0.read_exact(&mut header).await.ok()?;
             let mut payload = vec![0; u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize];
             self.0.read_exact(&mut payload).await.ok()?;
-            Some(Frame { kind: header[3], flags: header[4], payload })
+            let [_, _, _, kind, flags, stream @ ..] = header;
+            Some(Frame { kind, flags, stream: u32::from_be_bytes(stream), payload })
         };
         timeout(HANG, read).await.expect("nothing comes")
     }

@@ -17,12 +17,14 @@ use super::{
     HANG, Target, WHO_AM_I,
     raw::{Answer, call_on, connect, framed, request},
 };
-use crate::harness::PASSWORD;
+use crate::{harness::PASSWORD, support::eventually::eventually};
 
 const LOGIN: &str = "/issuetracker.v1.AuthService/Login";
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
 /// Calls without credentials that one client may have on one connection.
 const PER_CLIENT: usize = 16;
+/// Streams without credentials that one client may have on all connections.
+const STREAMS_PER_CLIENT: usize = 64;
 
 /// A call for a client that the connection's other end speaks for.
 fn request_for(target: &Target, path: &str, client: &str) -> Request<()> {
@@ -124,5 +126,38 @@ async fn all_clients_of_a_proxy_together_leave_half_of_its_connection_to_who_has
     call_on(requests.clone(), request(&target, WHO_AM_I), framed(b"")).await.assert_grpc(Code::Ok);
     give_up(&target, &requests, held, "203.0.113.3").await;
     drop(requests);
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn a_client_has_so_many_streams_without_credentials_however_many_connections_it_makes() {
+    const OTHER: &str = "203.0.113.9";
+    let target = Target::start_with(&["--trusted-proxies", "127.0.0.1"]).await;
+    let mut held = Vec::new();
+    for nth in 0..STREAMS_PER_CLIENT {
+        let requests = connect(&target).await;
+        // A subscriber has many addresses of IPv6.
+        let (answer, stream) = hold(&target, &requests, WATCH, &format!("2001:db8::{nth}")).await;
+        let head = timeout(HANG, answer).await.expect("the watch is not answered").unwrap();
+        assert!(!head.headers().contains_key("grpc-status"), "the stream {nth} is refused");
+        held.push((requests, stream, head));
+    }
+    let watch = async |client| {
+        let requests = connect(&target).await;
+        let (answer, stream) = hold(&target, &requests, WATCH, client).await;
+        let head = timeout(HANG, answer).await.expect("the watch is not answered").unwrap();
+        let status = head.headers().get("grpc-status").map(|status| status.to_str().unwrap().to_owned());
+        drop(stream);
+        status
+    };
+
+    assert_eq!(watch("2001:db8::ffff").await, Some((Code::ResourceExhausted as i32).to_string()));
+    assert_eq!(watch(OTHER).await, None);
+    // What ends by itself has no such bound.
+    log_in(&target, &connect(&target).await, "2001:db8::ffff").await.assert_grpc(Code::Ok);
+
+    held.truncate(STREAMS_PER_CLIENT / 2);
+    eventually("there is room again", async || watch("2001:db8::ffff").await.is_none()).await;
+    drop(held);
     target.assert_unharmed().await;
 }

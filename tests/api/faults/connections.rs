@@ -147,6 +147,41 @@ async fn when_there_is_no_room_connections_go_that_strangers_keep_busy() {
     imported.await.unwrap().into_body().trailers().await.unwrap();
 }
 
+/// Asks again and again, until its connection is closed.
+async fn keep_asking(raw: Raw, request: http::Request<()>) {
+    let ask = async || {
+        let (answer, mut stream) = raw.requests.clone().ready().await?.send_request(request.clone(), false)?;
+        // Who is refused at once need not take it.
+        let _ = stream.send_data(framed(&()), true);
+        answer.await
+    };
+    while ask().await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+#[tokio::test]
+async fn when_there_is_no_room_connections_go_whose_calls_nobody_signs_in_for_however_short_these_are() {
+    let tracker = Tracker::start_with(limits(&["--connections", "2"])).await;
+    let mut unauthorized = request(&tracker, "/issuetracker.v1.AuthService/WhoAmI");
+    unauthorized.headers_mut().remove("authorization");
+    let mut strangers = Vec::new();
+    for request in [unauthorized, request(&tracker, "/grpc.health.v1.Health/Check")] {
+        strangers.push(tokio::spawn(keep_asking(Raw::open(&tracker).await, request)));
+    }
+    let mut served = Vec::new();
+    eventually("both have gone", async || {
+        if let Ok(mut new) = Raw::open_with(&tracker, 65_535).await
+            && new.is_served(&tracker).await
+        {
+            served.push(new);
+        }
+        strangers.iter().all(JoinHandle::is_finished)
+    })
+    .await;
+    assert!(!served.is_empty());
+}
+
 #[tokio::test]
 async fn a_client_that_does_not_read_its_answer_is_let_go() {
     // Long enough for another call to find the only place taken.

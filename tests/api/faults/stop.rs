@@ -28,7 +28,7 @@ async fn calls_under_way_finish_new_ones_are_refused_and_health_tells() {
     let checked = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
     assert_eq!(checked.into_inner().status(), ServingStatus::NotServing);
 
-    drop(watched);
+    assert_retriable(watched.message().await, Code::Unavailable, "STOPPING");
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
