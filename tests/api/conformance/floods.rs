@@ -3,7 +3,10 @@
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http::HeaderName;
-use issue_tracker::pb::{BatchCreateIssuesRequest, Issue, ListIssuesRequest, LoginRequest, Role, WhoAmIRequest};
+use issue_tracker::pb::{
+    BatchCreateIssuesRequest, GetIssueRequest, Issue, ListIssuesRequest, LoginRequest, Role, UpdateIssueRequest,
+    WhoAmIRequest,
+};
 use prost::Message;
 use tokio::{
     sync::oneshot,
@@ -174,19 +177,24 @@ async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_le
         let request = BatchCreateIssuesRequest { issues: vec![issue.clone(); 16], ..Default::default() };
         member.issues().batch_create_issues(request).await.unwrap();
     }
+    let made = member.file_as(Issue { description: "😀".repeat(65_536), ..issue }).await;
     let list = ListIssuesRequest { page_size: 100, ..Default::default() };
     let answer_bytes = member.issues().list_issues(list.clone()).await.unwrap().into_inner().encoded_len();
 
-    let (mut readers, mut begun) = (JoinSet::new(), Vec::new());
-    for _ in 0..READERS {
+    let mut readers = JoinSet::new();
+    let mut begin = async |method: &str, message: Vec<u8>| {
         // A window of one byte for each stream.
         let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 1]).await;
-        let block = call_block(&target, "/issuetracker.v1.IssueService/ListIssues");
+        let block = call_block(&target, &format!("/issuetracker.v1.IssueService/{method}"));
         raw.send(&frame(HEADERS, END_HEADERS, 1, &block)).await;
-        raw.send(&frame(DATA, END_STREAM, 1, &framed(&list.encode_to_vec()))).await;
+        raw.send(&frame(DATA, END_STREAM, 1, &framed(&message))).await;
         let (sender, receiver) = oneshot::channel();
-        begun.push(receiver);
         readers.spawn(read_bytewise(raw, sender));
+        receiver
+    };
+    let mut begun = Vec::new();
+    for _ in 0..READERS {
+        begun.push(begin("ListIssues", list.encode_to_vec()).await);
     }
     let begun = timeout(HANG, join_all(begun)).await.expect("a call is not answered");
     let answers = begun.into_iter().filter(|begun| *begun.as_ref().unwrap()).count();
@@ -195,6 +203,12 @@ async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_le
     assert!(answers * (answer_bytes - 64 * 1024) <= 256 * 1024 * 1024, "{answers} of {answer_bytes} bytes");
     let refused = member.issues().list_issues(list.clone()).await;
     assert_error(refused, Code::ResourceExhausted, "OVERLOADED");
+    // What is left of the room.
+    let get = GetIssueRequest { id: made.id.clone(), ..Default::default() };
+    while timeout(HANG, begin("GetIssue", get.encode_to_vec()).await).await.expect("a call is not answered").unwrap() {}
+    let change = Issue { id: made.id.clone(), title: "made, and told so".into(), ..Issue::default() };
+    let change = UpdateIssueRequest { issue: Some(change), ..Default::default() };
+    assert_eq!(member.issues().update_issue(change).await.unwrap().into_inner().version, 2);
     target.assert_answers().await;
     member.file("small").await;
 
