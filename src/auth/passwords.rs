@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 
 /// How long a password waits to be checked.
 const WAIT_MAX: Duration = Duration::from_secs(5);
-/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
-/// do not take the places of those who have signed in; and however long a check takes, only one stranger for each thread is
-/// ever in front of them.
+/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each.
+/// Strangers do not take the places of those who have signed in; and however long a check takes, only one stranger for
+/// each thread is ever in front of them.
 const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
 const KNOWN_WAITING_PER_THREAD_MAX: usize = 12;
 

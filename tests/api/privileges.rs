@@ -150,7 +150,8 @@ async fn rights_on_tables_that_are_not_there_are_refused_and_none_is_granted() {
     let error = format!("{:#}", grant_rights(&owner_config(&config), "nobody_yet").await.unwrap_err());
 
     assert!(error.contains("no table comments in the schema public"), "{error}");
-    let granted = "SELECT count(*) FROM pg_tables WHERE has_table_privilege('nobody_yet', schemaname || '.' || tablename, 'INSERT')";
+    let granted = "SELECT count(*) FROM pg_tables
+        WHERE has_table_privilege('nobody_yet', schemaname || '.' || tablename, 'INSERT')";
     assert_eq!(superuser.query_one(granted, &[]).await.unwrap().get::<_, i64>(0), 0);
 }
 
