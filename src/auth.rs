@@ -1,5 +1,7 @@
 //! Who is calling: passwords and tokens.
 
+mod passwords;
+
 use std::{
     sync::{
         Arc,
@@ -12,10 +14,11 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
 use moka::future::Cache;
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::Semaphore;
 use tonic::Request;
 use uuid::Uuid;
 
+pub use self::passwords::Line;
+use self::passwords::Passwords;
 use crate::{
     coalesce::{Bounds, Coalescer, Company, Outcome},
     db::{
@@ -34,14 +37,8 @@ const TOKEN_BELIEVED: Duration = Duration::from_secs(5);
 const TOKENS_REMEMBERED_MAX: u64 = 10_000;
 /// Tokens are looked up by one statement at a time, so that of the connections for this the others stay for logins: whoever
 /// sends tokens that nobody has keeps nobody from signing in. Nor from calling: who waits for this has no slot of the gate
-/// yet, and so has a bound of its own.
-const LOOKUPS: Bounds = Bounds { items_max: 256, rounds_max: 1, waiting_max: 4_096 };
-/// How long a password waits to be checked.
-const PASSWORD_WAIT: Duration = Duration::from_secs(5);
-/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each. Strangers
-/// do not take the places of those who have signed in.
-const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
-const KNOWN_WAITING_PER_THREAD_MAX: usize = 12;
+/// yet, and so has a bound of its own. Nor do they cost connections when they are taken back at once: anybody can.
+const LOOKUPS: Bounds = Bounds { items_max: 256, rounds_max: 1, waiting_max: 4_096, by_caller: false };
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -79,15 +76,6 @@ impl Caller {
     }
 }
 
-/// Where a password waits to be checked or hashed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Line {
-    /// Of those who have signed in, now or lately.
-    Known,
-    /// Of everybody else.
-    Strangers,
-}
-
 type Lookups = Coalescer<[u8; TOKEN_BYTES], Option<FoundCaller>, ()>;
 
 /// What is known of a token.
@@ -108,9 +96,7 @@ pub struct Auth {
     callers: Cache<[u8; TOKEN_BYTES], Known>,
     /// What was read in an earlier one is not believed any more.
     generation: Arc<AtomicU64>,
-    passwords: Arc<Semaphore>,
-    known_waiting: Arc<Semaphore>,
-    strangers_waiting: Arc<Semaphore>,
+    passwords: Arc<Passwords>,
     bcrypt_cost: u32,
     /// What is checked when there is no such user, so that it takes as long.
     decoy_hash: Arc<SecretString>,
@@ -120,16 +106,14 @@ impl Auth {
     /// `bcrypt_cost`: 4 to 31; 12 takes a quarter of a second.
     pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
         // Half of the cores, so that whoever sends passwords does not take the others' time.
-        let passwords_max = (std::thread::available_parallelism()?.get() / 2).max(1);
+        let threads_max = (std::thread::available_parallelism()?.get() / 2).max(1);
         let db = db.for_auth();
         Ok(Self {
             lookups: Arc::new(lookups(&db)),
             db,
             callers: Cache::builder().max_capacity(TOKENS_REMEMBERED_MAX).time_to_live(TOKEN_BELIEVED).build(),
             generation: Arc::default(),
-            passwords: Arc::new(Semaphore::new(passwords_max)),
-            known_waiting: Arc::new(Semaphore::new(passwords_max * KNOWN_WAITING_PER_THREAD_MAX)),
-            strangers_waiting: Arc::new(Semaphore::new(passwords_max * STRANGERS_WAITING_PER_THREAD_MAX)),
+            passwords: Arc::new(Passwords::new(threads_max)),
             bcrypt_cost,
             decoy_hash: Arc::new(hash_password(&new_token()?.0.into(), bcrypt_cost)?),
         })
@@ -152,37 +136,14 @@ impl Auth {
         let known = hash.is_some();
         let (password, hash) = (password.clone(), hash.unwrap_or(&self.decoy_hash).clone());
         let verify = move || bcrypt::verify(password.expose_secret(), hash.expose_secret());
-        let equal = self.on_password_thread(line, verify).await?;
+        let equal = self.passwords.on_thread(line, verify).await?;
         Ok(equal && exact && known)
     }
 
     /// For somebody who has signed in.
     pub async fn hash_password(&self, password: &SecretString) -> Result<SecretString> {
         let (password, cost) = (password.clone(), self.bcrypt_cost);
-        self.on_password_thread(Line::Known, move || hash_password(&password, cost)).await
-    }
-
-    async fn on_password_thread<T: Send + 'static>(
-        &self,
-        line: Line,
-        work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
-    ) -> Result<T> {
-        let busy = || Error::Exhausted("too many passwords are being checked; try again".to_owned());
-        let waiting = match line {
-            Line::Known => &self.known_waiting,
-            Line::Strangers => &self.strangers_waiting,
-        };
-        let _waiting = waiting.try_acquire().map_err(|_| busy())?;
-        let acquire = Arc::clone(&self.passwords).acquire_owned();
-        let permit = tokio::time::timeout(PASSWORD_WAIT, acquire).await.map_err(|_| busy())?;
-        tokio::task::spawn_blocking(move || {
-            // The work goes on when its caller has gone away, and so does its permit.
-            let _permit = permit;
-            work()
-        })
-        .await
-        .map_err(|_| Error::Internal("the password thread panicked"))?
-        .map_err(|_| Error::Internal("bcrypt"))
+        self.passwords.on_thread(Line::Known, move || hash_password(&password, cost)).await
     }
 
     /// Forgets what is known of tokens, and what is being read of them, after some were revoked or a user was changed.

@@ -56,6 +56,9 @@ pub struct Bounds {
     pub rounds_max: usize,
     /// Items that wait for a round; more are told that it is too much.
     pub waiting_max: usize,
+    /// Whether a call that finds nothing under way is made by its caller, which saves a task, and ends with it: whoever
+    /// calls has to be trusted not to go away again and again, as what is cut short costs a connection.
+    pub by_caller: bool,
 }
 
 /// Puts calls together.
@@ -106,7 +109,7 @@ where
     fn enter(&self, item: I) -> Result<Entry<I, O>> {
         let mut queue = self.shared.lock();
         let free = queue.rounds < self.shared.bounds.rounds_max;
-        if free && queue.waiting.is_empty() {
+        if free && queue.waiting.is_empty() && self.shared.bounds.by_caller {
             queue.rounds += 1;
             return Ok(Entry::Lone(item));
         }
@@ -131,8 +134,8 @@ enum Entry<I, O> {
     Waits(oneshot::Receiver<Result<O>>),
 }
 
-/// The round of a call that has found nothing under way: made by its caller, without a task in between. When it ends,
-/// or its caller goes away, what has come meanwhile is next.
+/// The round of a call that has found nothing under way, see [`Bounds::by_caller`]. When it ends, or its caller goes away,
+/// what has come meanwhile is next.
 struct Lone<I, O, K>(Arc<Shared<I, O, K>>)
 where
     I: Clone + Send + 'static,
@@ -291,7 +294,7 @@ mod tests {
 
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { items_max: 4, rounds_max: 1, waiting_max: 100 };
+    const BOUNDS: Bounds = Bounds { items_max: 4, rounds_max: 1, waiting_max: 100, by_caller: true };
 
     /// Doubles numbers. 13 makes its whole round fail, 14 has a failure of its own, 15 wants to be alone; a round waits
     /// for a permit.
@@ -404,6 +407,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_lone_round_that_is_not_by_its_caller_outlives_him_unless_it_takes_long() {
+        let (gate, rounds) = (Arc::new(Semaphore::new(0)), Arc::default());
+        let bounds = Bounds { by_caller: false, ..BOUNDS };
+        let coalescer = Arc::new(doubler(bounds, Arc::clone(&gate), Arc::clone(&rounds)));
+        start(&coalescer, &[1]).await[0].abort();
+        settle().await;
+        gate.add_permits(1);
+        settle().await;
+        assert_eq!(*rounds.lock().unwrap(), [[1]]);
+
+        start(&coalescer, &[2]).await[0].abort();
+        tokio::time::sleep(2 * ROUND_LONG).await;
+        gate.add_permits(1);
+        assert_eq!(coalescer.call(3).await.unwrap(), 6);
+        assert_eq!(*rounds.lock().unwrap(), [[1], [3]]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_round_that_nobody_waits_for_any_more_is_given_up() {
         let (gate, rounds) = (Arc::new(Semaphore::new(0)), Arc::default());
         let coalescer = Arc::new(doubler(BOUNDS, Arc::clone(&gate), Arc::clone(&rounds)));
@@ -510,10 +531,11 @@ mod tests {
             items in prop::collection::vec(prop_oneof![4 => 0_u32..12, 1 => 13_u32..16], 0..40),
             items_max in 1_usize..8,
             rounds_max in 1_usize..4,
+            by_caller: bool,
         ) {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
             runtime.block_on(async {
-                let bounds = Bounds { items_max, rounds_max, waiting_max: 100 };
+                let bounds = Bounds { items_max, rounds_max, waiting_max: 100, by_caller };
                 let coalescer = Arc::new(doubler(bounds, Arc::new(Semaphore::new(1_000)), Arc::default()));
                 let calls: Vec<_> = items
                     .iter()

@@ -72,9 +72,12 @@ async fn serve_with_cluster(args: &ServeArgs, listener: Listener, stop: Cancella
     let data_dir = args.database.data_dir()?;
     let start = {
         let data_dir = data_dir.clone();
-        move || Cluster::start(&data_dir, Durability::Durable)
+        let stop = stop.clone();
+        move || Cluster::start_unless(&data_dir, Durability::Durable, &|| stop.is_cancelled())
     };
-    let cluster = tokio::task::spawn_blocking(start).await??;
+    let Some(cluster) = tokio::task::spawn_blocking(start).await?? else {
+        return Ok(());
+    };
     let (address, tls) = (listener.tcp.local_addr()?, listener.tls.clone());
     let prepare = prepare_embedded(args, &cluster, &data_dir, address, tls.as_ref());
     let served = serve_when(prepare, listener, args, stop).await;
@@ -264,11 +267,10 @@ async fn create_database_and_role(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Sees to it that there is a user, and that the token file has a token: a start that was killed half-way is made good
-/// by the next one.
+/// Sees to it that there is a user whose password was told, and that the token file has a token: a start that was killed
+/// half-way is made good by the next one.
 async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path) -> anyhow::Result<()> {
     let tx = db.begin().await?;
-    let mut first_password = None;
     if !users::exist(&tx).await? {
         let (password, _) = new_token()?;
         let password = SecretString::from(password);
@@ -276,7 +278,12 @@ async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path)
         let password_hash = &tokio::task::spawn_blocking(move || hash_password(&to_hash, cost)).await??;
         let new = NewUser { username: FIRST_ADMINISTRATOR, role: Role::Admin, disabled: false, password_hash };
         users::create(&tx, new, By::COMMAND_LINE).await?;
-        first_password = Some(password);
+        // Before it holds: a start that ends in between would keep it to itself. One that fails tells of it in vain, and
+        // the next one of another.
+        println!(
+            "made the user \"{FIRST_ADMINISTRATOR}\" with the password {} (it is not shown again)",
+            password.expose_secret()
+        );
     } else if token_file.exists() {
         return Ok(());
     }
@@ -286,12 +293,6 @@ async fn create_first_administrator(db: &Db, limits: &Limits, token_file: &Path)
     tx.commit().await?;
     // Last, as a start that finds the file takes it that all is done.
     write_secret(token_file, &token).with_context(|| format!("cannot write {}", token_file.display()))?;
-    if let Some(password) = first_password {
-        println!(
-            "made the user \"{FIRST_ADMINISTRATOR}\" with the password {} (it is not shown again)",
-            password.expose_secret()
-        );
-    }
     Ok(())
 }
 

@@ -29,7 +29,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
-    process::{Child, Output, Stdio},
+    process::{Output, Stdio},
     time::{Duration, Instant},
 };
 

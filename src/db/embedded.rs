@@ -55,10 +55,20 @@ impl Cluster {
     /// Makes the cluster in `data_dir` if there is none, starts it, returns once it accepts connections. If an earlier
     /// service's server is still shutting down, waits for it; if another service uses `data_dir`, fails at once.
     pub fn start(data_dir: &Path, durability: Durability) -> anyhow::Result<Cluster> {
+        Cluster::start_unless(data_dir, durability, &|| false)?.context("the start was given up")
+    }
+
+    /// The same; `None` when it was given up, which is asked again and again while the server gets ready. A cluster that is
+    /// being made is finished first.
+    pub fn start_unless(
+        data_dir: &Path,
+        durability: Durability,
+        given_up: &dyn Fn() -> bool,
+    ) -> anyhow::Result<Option<Cluster>> {
         std::fs::create_dir_all(data_dir)
             .and_then(|()| data_dir.canonicalize())
             .with_context(|| format!("cannot make the data directory {}", data_dir.display()))
-            .and_then(|data_dir| start_in(&data_dir, durability))
+            .and_then(|data_dir| start_in(&data_dir, durability, given_up))
     }
 
     /// How to reach database `dbname`, as its superuser.
@@ -97,25 +107,31 @@ impl Drop for Cluster {
     }
 }
 
-fn start_in(data_dir: &Path, durability: Durability) -> anyhow::Result<Cluster> {
+fn start_in(data_dir: &Path, durability: Durability, given_up: &dyn Fn() -> bool) -> anyhow::Result<Option<Cluster>> {
     let lock = lock(data_dir)?;
     let bin_dir = place::find_bin_dir()?;
     let (cluster, run_as) = place::find_or_make_cluster(data_dir, &bin_dir, durability)?;
-    leftover::clear(&cluster, &|pause| {
+    let cleared = leftover::clear(&cluster, &|pause| {
         thread::sleep(pause);
-        false
+        given_up()
     })?;
+    if !cleared {
+        return Ok(None);
+    }
     let socket_dir = SocketDir::make(&cluster, &run_as)?;
-    let supervisor = Supervisor::start(Server {
+    let server = Server {
         bin_dir: bin_dir.clone(),
         cluster: cluster.clone(),
         socket_dir: socket_dir.path().to_owned(),
         run_as,
         durability,
-    })?;
+    };
+    let Some(supervisor) = Supervisor::start(server, given_up)? else {
+        return Ok(None);
+    };
     let pid = supervisor.pid();
     info!(pid, cluster = %cluster.display(), "postgres is up");
-    Ok(Cluster { supervisor: Some(supervisor), socket_dir, bin_dir, _lock: lock })
+    Ok(Some(Cluster { supervisor: Some(supervisor), socket_dir, bin_dir, _lock: lock }))
 }
 
 /// Held as long as the file is open; like all files it is closed on exec, so the server doesn't inherit it.

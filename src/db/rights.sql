@@ -21,8 +21,12 @@ BEGIN
         ('import_issues',           'SELECT, INSERT, DELETE'),
         ('audit_events',            'SELECT, INSERT, DELETE'),
         ('refinery_schema_history', 'SELECT')
-    ) AS needs (name, rights) JOIN pg_class ON pg_class.oid = to_regclass('public.' || needs.name)
+    ) AS needs (name, rights) LEFT JOIN pg_class ON pg_class.oid = to_regclass('public.' || needs.name)
     LOOP
+        -- Those of a database whose search_path is another are elsewhere.
+        IF may.relowner IS NULL THEN
+            RAISE undefined_table USING MESSAGE = format('there is no table %I in the schema public', may.name);
+        END IF;
         -- From anybody else, a grant would be a warning that nobody reads.
         IF NOT pg_has_role(may.relowner, 'USAGE') THEN
             RAISE insufficient_privilege USING MESSAGE = format('must be owner of table %I', may.name);

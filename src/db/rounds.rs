@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Rounds share the pool with everything else, and more of them at once only make each smaller.
-const BOUNDS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096 };
+const BOUNDS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096, by_caller: true };
 
 /// Whether a statement waits for rows that others have locked, or leaves them alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

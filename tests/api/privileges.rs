@@ -140,6 +140,22 @@ async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_
 }
 
 #[tokio::test]
+async fn rights_on_tables_that_are_not_there_are_refused_and_none_is_granted() {
+    let config = new_database().await;
+    let superuser = session(&config).await;
+    // Where the migrations have put them, if the database's URL says so.
+    superuser.batch_execute("CREATE SCHEMA elsewhere; ALTER TABLE comments SET SCHEMA elsewhere").await.unwrap();
+    superuser.batch_execute("CREATE ROLE nobody_yet").await.unwrap();
+
+    let error = format!("{:#}", grant_rights(&owner_config(&config), "nobody_yet").await.unwrap_err());
+
+    assert!(error.contains("no table comments in the schema public"), "{error}");
+    let granted = "SELECT count(*) FROM pg_tables
+        WHERE has_table_privilege('nobody_yet', schemaname || '.' || tablename, 'INSERT')";
+    assert_eq!(superuser.query_one(granted, &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
+#[tokio::test]
 async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it() {
     let config = new_database().await;
     let service = service_config(&config).await;
@@ -182,7 +198,8 @@ async fn a_service_that_starts_while_the_owner_migrates_waits_for_it() {
     session(&tracker.config).await.batch_execute(&create).await.unwrap();
     let owner = owner_config(&empty);
     // So that it may read what is not there yet.
-    grant_rights(&owner, "tracker").await.unwrap();
+    let grant = "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO tracker";
+    session(&owner).await.batch_execute(grant).await.unwrap();
     // "issuetra" in ASCII, which migrations hold.
     let lock = session(&empty).await;
     lock.execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)", &[]).await.unwrap();

@@ -78,8 +78,8 @@ pub(super) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Returns once the server accepts connections.
-    pub(super) fn start(server: Server) -> anyhow::Result<Supervisor> {
+    /// Returns once the server accepts connections; `None` when it was given up, and the server is stopped.
+    pub(super) fn start(server: Server, given_up: &dyn Fn() -> bool) -> anyhow::Result<Option<Supervisor>> {
         let pid = Arc::new(AtomicU32::new(0));
         let (stop, stopped) = mpsc::channel();
         let (started, first_start) = mpsc::channel();
@@ -88,9 +88,16 @@ impl Supervisor {
             .name("postgres-supervisor".to_owned())
             .spawn(move || supervise(&server, &Stop(stopped), &current, &started))
             .context("cannot start the thread that looks after postgres")?;
+        let supervisor = Supervisor { pid, stop, thread };
         // The wait is as bounded as the start itself.
-        first_start.recv().unwrap_or_else(|_| Err(anyhow!("the thread that looks after postgres ended")))?;
-        Ok(Supervisor { pid, stop, thread })
+        loop {
+            match first_start.recv_timeout(TICK) {
+                Ok(started) => return started.map(|()| Some(supervisor)),
+                Err(RecvTimeoutError::Timeout) if given_up() => return supervisor.stop().map(|()| None),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("the thread that looks after postgres ended"),
+            }
+        }
     }
 
     pub(super) fn pid(&self) -> u32 {

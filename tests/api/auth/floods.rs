@@ -1,6 +1,7 @@
 //! Floods of what anybody can send, or one user: the others sign in and call meanwhile.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +14,13 @@ use tokio::task::JoinHandle;
 use tonic::transport::Channel;
 
 use super::*;
-use crate::lock_waiters;
+use crate::{
+    lock_waiters,
+    raw::{Raw, request},
+};
+
+/// While the database is asked: that takes longer.
+const RESET_AFTER: Duration = Duration::from_micros(100);
 
 fn spawn_who_am_i(client: Client) -> JoinHandle<Result<User, Status>> {
     tokio::spawn(async move { who_am_i(&client).await })
@@ -97,6 +104,33 @@ async fn look_ups_that_hang_leave_connections_for_logins() {
     }
 }
 
+/// The service's connections to the database, each by its process there.
+async fn connections(tracker: &Tracker) -> BTreeSet<i32> {
+    let sql = "SELECT pid FROM pg_stat_activity
+        WHERE application_name = 'issue-tracker' AND datname = current_database()";
+    tracker.sql(sql, &[]).await.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test]
+async fn look_ups_that_are_reset_at_once_cost_no_connections() {
+    let tracker = Tracker::start().await;
+    try_login(&tracker.channel, "member").await.unwrap();
+    let raw = Raw::open(&tracker).await;
+    let before = connections(&tracker).await;
+    for _ in 0..200 {
+        let mut request = request(&tracker, "/issuetracker.v1.AuthService/WhoAmI");
+        let token = format!("Bearer {}", random_token());
+        request.headers_mut().insert("authorization", token.parse().unwrap());
+        let (_, mut stream) = raw.requests.clone().ready().await.unwrap().send_request(request, false).unwrap();
+        // What is reset before it is sent is not sent at all.
+        tokio::time::sleep(RESET_AFTER).await;
+        stream.send_reset(h2::Reason::CANCEL);
+    }
+    assert_unauthenticated(who_am_i(&tracker.client_with_token(Some(&random_token()))).await);
+    let after = connections(&tracker).await;
+    assert!(after.is_superset(&before), "{before:?} have become {after:?}");
+}
+
 #[tokio::test]
 async fn of_tokens_that_are_looked_up_together_each_is_told_for_itself() {
     let tracker = Tracker::start().await;
@@ -124,6 +158,7 @@ async fn of_tokens_that_are_looked_up_together_each_is_told_for_itself() {
         }
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(tracker.count(look_ups!("")).await, 1, "the others wait for the first, and go together");
     lock.batch_execute("COMMIT").await.unwrap();
 
     assert_unauthenticated(first.await.unwrap());
