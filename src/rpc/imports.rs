@@ -1,6 +1,7 @@
 //! `ImportService`: a file that comes as a stream, and what can be asked of it and done with it later.
 
 mod options;
+mod patience;
 mod stream;
 
 use std::sync::Arc;
