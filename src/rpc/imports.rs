@@ -1,6 +1,7 @@
 //! `ImportService`: a file that comes as a stream, and what can be asked of it and done with it later.
 
 mod options;
+mod patience;
 mod stream;
 
 use std::sync::Arc;
@@ -41,6 +42,8 @@ impl ImportService for Api {
             let client = Client { answers };
             let imported = tokio::select! {
                 imported = stream::import(&db, caller.user_id, requests, &client) => imported,
+                // The caller has gone, or its deadline has passed; one that has sent all still listens.
+                () = client.answers.closed() => Err(Error::Cancelled),
                 () = stopping.cancelled() => Err(Error::Stopping),
             };
             drop(permit);

@@ -1,12 +1,15 @@
 //! A file that is streamed in: its bytes to rows on one side, rows to the database on the other, a batch between them.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 use uuid::Uuid;
 
-use super::options;
+use super::{
+    options,
+    patience::{IMPORT_IDLE_MAX, Patience},
+};
 use crate::{
     db::{
         Db,
@@ -28,8 +31,6 @@ const IMPORT_CHUNK_BYTES_MAX: usize = 1024 * 1024;
 /// commits, so it must not depend on how the stream is cut.
 const IMPORT_BATCH_ROWS_MAX: usize = 5_000;
 const IMPORT_BATCH_BYTES_MAX: u64 = 2 * 1024 * 1024;
-/// How long an import waits for its client, to send or to read.
-const IMPORT_IDLE_MAX: Duration = Duration::from_secs(60);
 /// Messages that wait for the client to read them.
 pub(super) const IMPORT_ANSWERS_WAITING_MAX: usize = 16;
 
@@ -39,24 +40,16 @@ pub(super) struct Client {
 }
 
 impl Client {
-    async fn send(&self, message: Message) -> Result<()> {
+    async fn send(&self, message: Message, patience: &mut Patience) -> Result<()> {
         let answer = ImportIssuesResponse { message: Some(message) };
-        match tokio::time::timeout(IMPORT_IDLE_MAX, self.answers.send(Ok(answer))).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Error::Cancelled),
-            Err(_) => Err(idle("the client has not read its answers")),
-        }
+        let sent = patience.wait(self.answers.send(Ok(answer)), "the client has not read its answers").await?;
+        sent.map_err(|_| Error::Cancelled)
     }
 
     pub async fn fail(&self, error: Error) {
         // If the client has gone away or does not read, there is nobody to tell.
         let _ = tokio::time::timeout(IMPORT_IDLE_MAX, self.answers.send(Err(error.into()))).await;
     }
-}
-
-fn idle(what: &str) -> Error {
-    let message = format!("{what} for {} s; nothing more is written", IMPORT_IDLE_MAX.as_secs());
-    Error::Timeout { reason: "IMPORT_IDLE", message }
 }
 
 /// Makes an import, and tells the client how it goes.
@@ -66,15 +59,17 @@ pub(super) async fn import(
     mut requests: Streaming<ImportIssuesRequest>,
     client: &Client,
 ) -> Result<()> {
-    let Some(import_issues_request::Message::Options(options)) = next_message(&mut requests).await? else {
+    let mut patience = Patience::default();
+    let first = next_message(&mut requests, &mut patience).await?;
+    let Some(import_issues_request::Message::Options(options)) = first else {
         return Err(Error::invalid("options", "must be the first message of the stream"));
     };
     let task = Arc::new(options::read(caller_id, options)?);
     let session = match ImportSession::open(db, Arc::clone(&task)).await? {
         Opened::Session(session) => *session,
-        Opened::Finished(summary) => return client.send(Message::Summary(summary)).await,
+        Opened::Finished(summary) => return client.send(Message::Summary(summary), &mut patience).await,
     };
-    client.send(progress(&task, session.totals())).await?;
+    client.send(progress(&task, session.totals()), &mut patience).await?;
     let file = FileReader::new(Arc::clone(&task), &session);
     // While a batch is written, the next is read.
     let (batches, written) = mpsc::channel(1);
@@ -86,15 +81,17 @@ pub(super) async fn import(
 }
 
 /// None: the client has half-closed the stream.
-async fn next_message(requests: &mut Streaming<ImportIssuesRequest>) -> Result<Option<import_issues_request::Message>> {
-    match tokio::time::timeout(IMPORT_IDLE_MAX, requests.message()).await {
-        Err(_) => Err(idle("nothing was sent")),
-        Ok(Ok(None)) => Ok(None),
-        Ok(Ok(Some(ImportIssuesRequest { message: Some(message) }))) => Ok(Some(message)),
-        Ok(Ok(Some(ImportIssuesRequest { message: None }))) => {
+async fn next_message(
+    requests: &mut Streaming<ImportIssuesRequest>,
+    patience: &mut Patience,
+) -> Result<Option<import_issues_request::Message>> {
+    match patience.wait(requests.message(), "nothing was sent").await? {
+        Ok(None) => Ok(None),
+        Ok(Some(ImportIssuesRequest { message: Some(message) })) => Ok(Some(message)),
+        Ok(Some(ImportIssuesRequest { message: None })) => {
             Err(Error::invalid("message", "has neither options nor a chunk"))
         }
-        Ok(Err(status)) => Err(Error::from_bare(&status)
+        Err(status) => Err(Error::from_bare(&status)
             .filter(|e| e.code() == tonic::Code::InvalidArgument)
             .unwrap_or(Error::Cancelled)),
     }
@@ -106,10 +103,13 @@ async fn read_file(
     mut file: FileReader,
     batches: mpsc::Sender<Batch>,
 ) -> Result<()> {
-    while let Some(message) = next_message(&mut requests).await? {
+    let mut patience = Patience::default();
+    while let Some(message) = next_message(&mut requests, &mut patience).await? {
         let import_issues_request::Message::Chunk(chunk) = message else {
             return Err(Error::invalid("options", "must be sent once, as the first message"));
         };
+        // What was received before counts as well: a client may send the file from its start again.
+        patience.progressed(chunk.data.len() as u64);
         let data = new_bytes(&chunk, file.records.offset())?;
         let mut data = &data[..];
         while let Some(batch) = file.read(&mut data)? {
@@ -257,20 +257,22 @@ async fn write_batches(
 ) -> Result<()> {
     // Of what was sent before a cut, some may be lost on the way; it is kept to be listed.
     let mut sent = session.totals().error_count;
+    let mut patience = Patience::default();
     let mut is_last = false;
     while !is_last {
         let batch = batches.recv().await.ok_or(Error::Cancelled)?;
         is_last = batch.is_last;
+        patience.progressed(batch.offset - session.totals().offset);
         for error in session.write(&batch).await? {
             if sent < IMPORT_ERRORS_SENT_MAX {
-                client.send(Message::RowError(row_error(error))).await?;
+                client.send(Message::RowError(row_error(error)), &mut patience).await?;
                 sent += 1;
             }
         }
-        client.send(progress(task, session.totals())).await?;
+        client.send(progress(task, session.totals()), &mut patience).await?;
     }
     let summary = session.finish().await?;
-    client.send(Message::Summary(summary)).await
+    client.send(Message::Summary(summary), &mut patience).await
 }
 
 fn progress(task: &ImportTask, totals: &ImportTotals) -> Message {

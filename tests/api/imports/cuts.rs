@@ -1,5 +1,7 @@
 //! Streams that break off: by a reset of the stream, as a client's cancellation or deadline sends it, or with the connection.
 
+use std::time::Duration;
+
 use h2::{Reason, SendStream, client::ResponseFuture};
 
 use super::*;
@@ -42,12 +44,16 @@ pub(super) const CUTS: [Cut; 3] = [Cut::Reset(Reason::CANCEL), Cut::Reset(Reason
 impl RawImport {
     /// Returns when the server no longer works on the import.
     pub(super) async fn cut(mut self, cut: Cut, tracker: &Tracker) {
+        self.break_off(cut);
+        tracker.wait_until(locks!("= 0")).await;
+        self.raw.connection.abort();
+    }
+
+    fn break_off(&mut self, cut: Cut) {
         match cut {
             Cut::Reset(reason) => self.stream.send_reset(reason),
             Cut::Disconnect => self.raw.connection.abort(),
         }
-        tracker.wait_until(locks!("= 0")).await;
-        self.raw.connection.abort();
     }
 }
 
@@ -114,4 +120,119 @@ async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
 
     other.batch_execute("COMMIT").await.unwrap();
     assert_eq!(issue_count(&tracker).await, 1);
+}
+
+/// One batch that goes in, one that waits for [`hold_external_id`], and more than is read while a batch is written.
+fn full_pipeline() -> Import {
+    let mut file = "title,external_id\n".to_owned();
+    file.extend((1..=5_000).map(|n| format!("issue {n},\n")));
+    file += "ours,X-1\n";
+    file.extend((5_002..=27_000).map(|n| format!("issue {n},\n")));
+    import(file).id(Uuid::now_v7()).with(|options| options.total_bytes = 0)
+}
+
+/// Nothing ends a statement by itself, so that it is seen who does.
+async fn patient_tracker() -> Tracker {
+    Tracker::start_with(limits(&["--statement-ms", "600000"])).await
+}
+
+/// Waits until a statement has waited for its lock long enough for all that can be read to be read.
+async fn until_pipeline_is_full(tracker: &Tracker) {
+    tracker.wait_until(lock_waiters!("> 0")).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+#[tokio::test]
+async fn an_import_that_is_cut_while_it_reads_no_further_lets_go_at_once_and_goes_on() {
+    let tracker = patient_tracker().await;
+    for cut in CUTS {
+        for (import, committed) in [(full_pipeline(), 0), (full_pipeline().skip_invalid(), 5_000)] {
+            let other = hold_external_id(&tracker).await;
+            let mut raw = RawImport::open(&tracker, import.options.clone()).await;
+            raw.send(&chunk(0, &*import.file));
+            until_pipeline_is_full(&tracker).await;
+
+            raw.break_off(cut);
+            tracker.until_let_go().await;
+
+            assert_eq!(issue_count(&tracker).await, committed, "{cut:?}");
+            other.batch_execute("ROLLBACK").await.unwrap();
+            raw.raw.connection.abort();
+            let again = go_on(&tracker.member, &import).await.unwrap();
+            assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0), "{cut:?}");
+            assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 27_000, "{cut:?}");
+            tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        }
+    }
+}
+
+/// Keeps imports from their end, where they forget the rows that left issues as they were, until the session is closed.
+async fn hold_the_end(tracker: &Tracker) -> tokio_postgres::Client {
+    let other = tracker.session().await;
+    let hold = "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+            $$ BEGIN PERFORM FROM held FOR SHARE; RETURN NULL; END $$;
+        CREATE TRIGGER wait BEFORE DELETE ON import_issues EXECUTE FUNCTION wait();
+        CREATE TABLE held (); INSERT INTO held DEFAULT VALUES; BEGIN; SELECT FROM held FOR UPDATE";
+    other.batch_execute(hold).await.unwrap();
+    other
+}
+
+#[tokio::test]
+async fn an_import_whose_caller_goes_away_after_the_last_row_is_not_committed() {
+    for import in [import("title,external_id\nours,X-2\n"), import("title,external_id\nours,X-2\n").skip_invalid()] {
+        let tracker = patient_tracker().await;
+        import.clone().by(&tracker.member).await.unwrap();
+        let import = Import { file: b"title,external_id\nours,X-2\nnew,\n".to_vec(), ..import };
+        let import = import.skip_existing().id(Uuid::now_v7()).with(|options| options.total_bytes = 0);
+        let other = hold_the_end(&tracker).await;
+        let mut raw = RawImport::open(&tracker, import.options.clone()).await;
+        raw.stream.send_data(framed(&chunk(0, &*import.file)), true).unwrap();
+        tracker.wait_until(lock_waiters!("> 0")).await;
+
+        raw.break_off(Cut::Reset(Reason::CANCEL));
+        tracker.until_let_go().await;
+
+        other.batch_execute("COMMIT").await.unwrap();
+        assert_eq!(issue_count(&tracker).await, 1, "{:?}", import.options.mode());
+        let again = import.by(&tracker.member).await.unwrap();
+        assert_eq!(again.outcome(), (1, 0, 1, 0));
+        assert_eq!(issue_count(&tracker).await, 2);
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_work_of_an_import_and_not_only_its_answer() {
+    let tracker = patient_tracker().await;
+    for (import, committed) in [(full_pipeline(), 0), (full_pipeline().skip_invalid(), 5_000)] {
+        let other = hold_external_id(&tracker).await;
+        let messages = vec![options(import.options.clone()), chunk(0, &*import.file)];
+        let mut request = tonic::Request::new(tokio_stream::iter(messages));
+        request.set_timeout(Duration::from_secs(2));
+        let answers = tracker.member.imports().import_issues(request).await.unwrap().into_inner();
+        tracker.wait_until(lock_waiters!("> 0")).await;
+
+        assert_error(read(answers).await, Code::DeadlineExceeded, "DEADLINE");
+        tracker.until_let_go().await;
+
+        assert_eq!(issue_count(&tracker).await, committed);
+        other.batch_execute("ROLLBACK").await.unwrap();
+        let again = go_on(&tracker.member, &import).await.unwrap();
+        assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0));
+        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_has_sent_all_is_not_gone() {
+    let tracker = patient_tracker().await;
+    let other = hold_external_id(&tracker).await;
+    let import = tokio::spawn({
+        let client = tracker.member.clone();
+        async move { full_pipeline().by(&client).await }
+    });
+    until_pipeline_is_full(&tracker).await;
+
+    other.batch_execute("ROLLBACK").await.unwrap();
+
+    assert_eq!(import.await.unwrap().unwrap().counts(), (ImportState::Committed, 27_000, 27_000, 0, 0));
 }

@@ -202,6 +202,19 @@ async fn the_first_hundred_that_were_changed_come_over_the_wire() {
 }
 
 #[tokio::test]
+async fn an_undoing_that_is_refused_is_not_in_the_way_of_the_next() {
+    let tracker = Tracker::start().await;
+    let id = imported(&tracker, import("title,external_id\na,1\n")).await;
+    retitle(&tracker, "1").await;
+    for _ in 0..300 {
+        // Another call takes the connection that the refused one gives back.
+        let refused = revert(&tracker.member, &id, false);
+        let (refused, _) = tokio::join!(refused, get_import(&tracker.member, &id));
+        assert_error(refused, Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
+    }
+}
+
+#[tokio::test]
 async fn an_import_is_undone_once_and_then_answers_the_same() {
     let tracker = Tracker::start().await;
     let id = imported(&tracker, import("title,external_id\na,1\nb,2\n")).await;

@@ -1,9 +1,12 @@
 //! How the stream itself is to be used, and import ids.
 
+use std::time::Duration;
+
 use super::*;
 use crate::{
     harness::{assert_invalid, assert_retriable, error_metadata, eventually, limits},
     lock_waiters,
+    raw::{Raw, framed},
 };
 
 const MIB: usize = 1024 * 1024;
@@ -315,4 +318,97 @@ async fn a_service_that_stops_tells_the_import_to_go_on_elsewhere_and_it_does() 
     assert_eq!(answer.counts(), (ImportState::Committed, 12_000, 12_000, 0, 0));
     assert_eq!(issue_count(&elsewhere).await, 12_000);
     tracker.ended().await;
+}
+
+/// Lets time pass, for the service too: it runs in the test's own runtime.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+#[tokio::test]
+async fn a_client_that_sends_nothing_for_a_minute_is_let_go_and_can_go_on() {
+    let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
+    let import = import("title\na\nb\n").id(Uuid::now_v7());
+    let open = open(&tracker.member, import.options.clone()).await;
+    open.send(chunk(0, "title\na\n")).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+
+    pass(Duration::from_secs(50)).await;
+    tracker.wait_until(locks!("= 1")).await;
+    pass(Duration::from_secs(11)).await;
+
+    let status = assert_error(read(open.answers).await, Code::DeadlineExceeded, "IMPORT_IDLE");
+    assert!(status.message().contains("nothing was sent for 60 s"), "{status:?}");
+    // The only place is free again.
+    assert_eq!(import.by(&tracker.member).await.unwrap().counts(), (ImportState::Committed, 2, 2, 0, 0));
+}
+
+#[tokio::test]
+async fn a_client_that_only_trickles_is_let_go() {
+    for trickle in ["", "x"] {
+        let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
+        let import = import("title\na\nb\n").id(Uuid::now_v7());
+        let open = open(&tracker.member, import.options.clone()).await;
+        open.send(chunk(0, "title\n")).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for minute in 0..10 {
+            pass(Duration::from_secs(59)).await;
+            open.send(chunk(6 + minute * trickle.len() as i64, trickle)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        tracker.wait_until(locks!("= 1")).await;
+
+        pass(Duration::from_secs(11)).await;
+
+        let status = assert_error(read(open.answers).await, Code::DeadlineExceeded, "IMPORT_IDLE");
+        assert!(status.message().contains("64 KiB"), "{status:?}");
+        assert_eq!(import.by(&tracker.member).await.unwrap().counts(), (ImportState::Committed, 2, 2, 0, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_is_slow_is_waited_for() {
+    let tracker = Tracker::start().await;
+    let opts = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..atomic() };
+    let open = open(&tracker.member, opts).await;
+    open.send(chunk(0, "title\n")).await;
+    let row = format!("{}\n", "x".repeat(64 * 1024 - 1));
+    for minute in 0..12 {
+        pass(Duration::from_secs(59)).await;
+        open.send(chunk(6 + (minute * row.len()) as i64, &*row)).await;
+    }
+
+    let answer = open.finish().await.unwrap();
+
+    assert_eq!(answer.counts(), (ImportState::Committed, 12, 0, 12, 12));
+}
+
+#[tokio::test]
+async fn a_client_that_reads_nothing_is_let_go_after_a_minute_or_when_it_goes_away() {
+    let tracker = Tracker::start().await;
+    for goes_away in [false, true] {
+        let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
+        let (_response, mut stream) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
+        stream.send_data(framed(&options(atomic())), false).unwrap();
+        // More errors than wait to be read.
+        stream.send_data(framed(&chunk(0, "title,status\n".to_owned() + &"x,opne\n".repeat(6_000))), false).unwrap();
+        let is_written = "SELECT count(*) > 0 FROM imports WHERE row_count = 5000";
+        tracker.wait_until(is_written).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+
+        match goes_away {
+            true => stream.send_reset(h2::Reason::CANCEL),
+            false => {
+                pass(Duration::from_secs(55)).await;
+                tracker.wait_until(locks!("= 1")).await;
+                pass(Duration::from_secs(6)).await;
+            }
+        }
+
+        tracker.until_let_go().await;
+        tracker.sql("TRUNCATE imports", &[]).await;
+    }
 }
