@@ -182,19 +182,22 @@ async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_le
     let answer_bytes = member.issues().list_issues(list.clone()).await.unwrap().into_inner().encoded_len();
 
     let mut readers = JoinSet::new();
-    let mut begin = async |method: &str, message: Vec<u8>| {
+    let begin = async |method: &str, message: Vec<u8>| {
         // A window of one byte for each stream.
         let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 1]).await;
         let block = call_block(&target, &format!("/issuetracker.v1.IssueService/{method}"));
         raw.send(&frame(HEADERS, END_HEADERS, 1, &block)).await;
         raw.send(&frame(DATA, END_STREAM, 1, &framed(&message))).await;
-        let (sender, receiver) = oneshot::channel();
+        raw
+    };
+    let mut read = |raw: Raw| {
+        let (sender, has_begun) = oneshot::channel();
         readers.spawn(read_bytewise(raw, sender));
-        receiver
+        has_begun
     };
     let mut begun = Vec::new();
     for _ in 0..READERS {
-        begun.push(begin("ListIssues", list.encode_to_vec()).await);
+        begun.push(read(begin("ListIssues", list.encode_to_vec()).await));
     }
     let begun = timeout(HANG, join_all(begun)).await.expect("a call is not answered");
     let answers = begun.into_iter().filter(|begun| *begun.as_ref().unwrap()).count();
@@ -205,7 +208,8 @@ async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_le
     assert_error(refused, Code::ResourceExhausted, "OVERLOADED");
     // What is left of the room.
     let get = GetIssueRequest { id: made.id.clone(), ..Default::default() };
-    while timeout(HANG, begin("GetIssue", get.encode_to_vec()).await).await.expect("a call is not answered").unwrap() {}
+    let mut get_more = async || timeout(HANG, read(begin("GetIssue", get.encode_to_vec()).await)).await;
+    while get_more().await.expect("a call is not answered").unwrap() {}
     let change = Issue { id: made.id.clone(), title: "made, and told so".into(), ..Issue::default() };
     let change = UpdateIssueRequest { issue: Some(change), ..Default::default() };
     assert_eq!(member.issues().update_issue(change).await.unwrap().into_inner().version, 2);
