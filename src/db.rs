@@ -452,6 +452,13 @@ impl Tx {
         Ok(())
     }
 
+    /// Rolls back, and waits for it: what was locked is free then.
+    pub async fn rollback(mut self) -> Result<()> {
+        self.conn.watch(self.conn.client.batch_execute("ROLLBACK")).await?;
+        self.open = false;
+        Ok(())
+    }
+
     /// Rolls back what was done, and begins anew.
     pub fn restart(&self) -> Result<()> {
         self.conn.enqueue("ROLLBACK")?;

@@ -93,7 +93,7 @@ impl MutationTx {
     pub async fn finish(self, reply: impl FnOnce() -> Vec<u8>) -> Result<()> {
         let Scope::Transaction(tx) = self.scope else { return Ok(()) };
         if self.key.validate_only {
-            return Ok(());
+            return tx.rollback().await;
         }
         let kept = self.key.request_id.map(|(request_id, fingerprint)| KeptReply {
             caller_id: self.caller_id,
@@ -103,6 +103,14 @@ impl MutationTx {
         });
         let committed = commit_with_replies(tx, kept.as_slice()).await;
         committed.map_err(|error| self.key.explain(error))
+    }
+
+    /// See [`Tx::rollback`].
+    pub async fn rollback(self) -> Result<()> {
+        match self.scope {
+            Scope::Transaction(tx) => tx.rollback().await,
+            Scope::Statement(_) => Ok(()),
+        }
     }
 }
 

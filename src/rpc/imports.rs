@@ -93,8 +93,14 @@ impl ImportService for Api {
         // It can take as long as an import.
         let _permit = self.import_permit()?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let response = import::revert(&tx, id, owner(&caller), caller.user_id, request.force).await?;
-        finish(tx, response).await
+        match import::revert(&tx, id, owner(&caller), caller.user_id, request.force).await {
+            Ok(response) => finish(tx, response).await,
+            Err(error) => {
+                // Who calls again with `force` does so at once, and finds the import free. The error is what counts.
+                let _ = tx.rollback().await;
+                Err(error.into())
+            }
+        }
     }
 }
 

@@ -32,23 +32,8 @@ macro_rules! updated_was_changed {
 /// Undoes an import: one of `owner`'s, or anybody's if there is no `owner`. With `force` the issues that were changed
 /// since are left.
 ///
-/// Takes more than one statement: call it in a transaction. After an error that one is rolled back and begun anew.
+/// Takes more than one statement: call it in a transaction.
 pub async fn revert(
-    db: &Conn,
-    import_id: Uuid,
-    owner: Option<Uuid>,
-    actor_id: Uuid,
-    force: bool,
-) -> Result<RevertImportResponse> {
-    let reverted = try_revert(db, import_id, owner, actor_id, force).await;
-    if reverted.is_err() {
-        // Now, not when the connection is next used: who calls again with `force` does so at once. The error is what counts.
-        let _ = db.client.batch_execute("ROLLBACK; BEGIN").await;
-    }
-    reverted
-}
-
-async fn try_revert(
     db: &Conn,
     import_id: Uuid,
     owner: Option<Uuid>,
