@@ -2,9 +2,9 @@
 
 mod expiry;
 mod floods;
-mod limits;
 mod proxies;
-mod token_bound;
+mod throttle;
+mod token_limit;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures_util::future::join_all;

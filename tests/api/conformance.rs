@@ -1,13 +1,13 @@
 //! What comes over the wire that no gRPC library would send: it ends in a clean status or a closed connection, others do
 //! not notice, and nothing is left of it.
 
-mod calls;
 mod connections;
 mod evictions;
 mod floods;
+mod headers;
+mod http2;
 mod messages;
-mod raw;
-mod strangers;
+mod unauthenticated;
 
 use std::{
     collections::HashSet,

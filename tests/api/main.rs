@@ -1,8 +1,8 @@
 //! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
 //! names the rule that it holds.
 
+mod h2_client;
 mod harness;
-mod raw;
 #[path = "../support"]
 mod support {
     pub mod bounds;

@@ -15,8 +15,8 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::{
+    h2_client::{Raw, request},
     lock_waiters,
-    raw::{Raw, request},
 };
 
 /// While the database is asked: that takes longer.

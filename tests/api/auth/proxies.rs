@@ -8,7 +8,7 @@ use prost_types::FieldMask;
 use tonic::metadata::MetadataMap;
 
 use super::{
-    limits::{assert_too_soon, at, at_with_token},
+    throttle::{assert_too_soon, at, at_with_token},
     *,
 };
 

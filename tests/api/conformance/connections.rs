@@ -7,7 +7,7 @@ use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
-    raw::{
+    http2::{
         END_HEADERS, GOAWAY, HEADERS, MAX_CONCURRENT_STREAMS, REFUSED_STREAM, RST_STREAM, Raw, SETTINGS, call_block,
         call_on, connect, frame, framed, request,
     },
@@ -185,7 +185,7 @@ async fn where_there_is_no_room_idle_connections_make_it() {
         let answered = async {
             loop {
                 let answer = call_on(connect(&target).await, request(&target, WHO_AM_I), framed(b"")).await;
-                if matches!(answer, super::raw::Answer::Status { http: 200, grpc: Some(0) }) {
+                if matches!(answer, super::http2::Answer::Status { http: 200, grpc: Some(0) }) {
                     break;
                 }
             }

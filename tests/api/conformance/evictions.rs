@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     HANG, SOON, Target, WHO_AM_I,
-    raw::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, call_block, frame, framed},
+    http2::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, call_block, frame, framed},
 };
 use crate::harness::{Tracker, limits};
 

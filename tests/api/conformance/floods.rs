@@ -17,7 +17,7 @@ use tonic::Code;
 
 use super::{
     HANG, SOON, Target, WHO_AM_I,
-    raw::{
+    http2::{
         Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
         WINDOW_UPDATE, call, call_block, connect, frame, framed, read_answer, request,
     },
@@ -252,7 +252,7 @@ async fn many_calls_of_one_connection_are_answered_or_refused_one_by_one() {
     let mut calls = JoinSet::new();
     for _ in 0..500 {
         let (requests, request) = (requests.clone(), request(&target, WHO_AM_I));
-        calls.spawn(async move { super::raw::call_on(requests, request, framed(b"")).await });
+        calls.spawn(async move { super::http2::call_on(requests, request, framed(b"")).await });
     }
     while let Some(call) = timeout(HANG, calls.join_next()).await.expect("a call hangs") {
         match call.unwrap() {

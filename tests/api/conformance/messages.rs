@@ -8,7 +8,7 @@ use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
-    raw::{Answer, begin, call, call_on, connect, framed, read_answer, request},
+    http2::{Answer, begin, call, call_on, connect, framed, read_answer, request},
 };
 
 const CREATE_ISSUE: &str = "/issuetracker.v1.IssueService/CreateIssue";

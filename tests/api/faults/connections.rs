@@ -8,8 +8,8 @@ use tokio::{
 use tonic_health::pb::HealthCheckRequest;
 
 use super::*;
-use crate::raw::request;
-pub(super) use crate::raw::{Raw, framed};
+use crate::h2_client::request;
+pub(super) use crate::h2_client::{Raw, framed};
 use crate::support::bounds::HANG;
 
 impl Raw {

@@ -7,7 +7,7 @@ use super::{
     connections::{Raw, framed},
     *,
 };
-use crate::{raw::request, support::bounds::HANG};
+use crate::{h2_client::request, support::bounds::HANG};
 
 #[tokio::test]
 async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_written() {

@@ -6,9 +6,9 @@ use h2::{Reason, SendStream, client::ResponseFuture};
 
 use super::*;
 use crate::{
+    h2_client::{Raw, framed},
     harness::limits,
     lock_waiters,
-    raw::{Raw, framed},
 };
 
 /// A stream of the member's that can be broken off.

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
+    h2_client::{Raw, framed},
     harness::{assert_invalid, assert_retriable, error_metadata, eventually, limits},
     lock_waiters,
-    raw::{Raw, framed},
 };
 
 const MIB: usize = 1024 * 1024;

@@ -6,7 +6,7 @@ use tonic::Code;
 
 use super::{
     Target, WHO_AM_I,
-    raw::{Answer, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Raw, block, call, frame, framed, request},
+    http2::{Answer, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Raw, block, call, frame, framed, request},
 };
 
 #[tokio::test]

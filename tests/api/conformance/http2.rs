@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-pub use crate::raw::{framed_bytes as framed, request};
+pub use crate::h2_client::{framed_bytes as framed, request};
 
 use super::{HANG, Target};
 
@@ -51,7 +51,7 @@ impl Answer {
 }
 
 pub async fn connect(target: &Target) -> SendRequest<Bytes> {
-    crate::raw::Raw::open(target).await.requests
+    crate::h2_client::Raw::open(target).await.requests
 }
 
 /// Begins a call on a connection of its own.

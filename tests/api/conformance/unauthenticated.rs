@@ -15,7 +15,7 @@ use tonic::Code;
 
 use super::{
     HANG, Target, WHO_AM_I,
-    raw::{Answer, call_on, connect, framed, request},
+    http2::{Answer, call_on, connect, framed, request},
 };
 use crate::{harness::PASSWORD, support::eventually::eventually};
 
