@@ -2,24 +2,24 @@
 //!
 //! `cargo bench` prints one table of ratios; see `benches/README.md`.
 
+#[path = "bench/baseline.rs"]
+mod baseline;
 #[path = "bench/client.rs"]
 mod client;
+#[path = "bench/comparisons.rs"]
+mod comparisons;
 #[path = "bench/dataset.rs"]
 mod dataset;
+#[path = "bench/large_dataset.rs"]
+mod large_dataset;
 #[path = "bench/load.rs"]
 mod load;
-#[path = "bench/million.rs"]
-mod million;
 #[path = "bench/overload.rs"]
 mod overload;
-#[path = "bench/report.rs"]
-mod report;
+#[path = "bench/results.rs"]
+mod results;
 #[path = "bench/service.rs"]
 mod service;
-#[path = "bench/singles.rs"]
-mod singles;
-#[path = "bench/yardstick.rs"]
-mod yardstick;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -27,9 +27,9 @@ use anyhow::Context;
 use clap::Parser;
 use issue_tracker::db::embedded::{Cluster, Durability};
 
-use report::Table;
+use comparisons::Bench;
+use results::Table;
 use service::Service;
-use singles::Bench;
 
 /// Compares the service with pgbench and psql.
 #[derive(Clone, Debug, Parser)]
@@ -100,20 +100,20 @@ fn main() -> anyhow::Result<()> {
     let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
 
     let mut table = Table::default();
-    let memory = singles::MEMORY.iter().filter(|comparison| args.asks_by_name_for(comparison.name));
-    let others = singles::COMPARISONS.iter().filter(|comparison| args.asks_for(comparison.name));
+    let memory = comparisons::MEMORY.iter().filter(|comparison| args.asks_by_name_for(comparison.name));
+    let others = comparisons::COMPARISONS.iter().filter(|comparison| args.asks_for(comparison.name));
     for comparison in memory.chain(others) {
         let rounds = args.in_rounds(comparison.name, || (comparison.compare)(&bench))?;
         table.add_single(comparison.name, comparison.target, &rounds);
     }
     for operation in load::OPERATIONS.iter().filter(|operation| args.asks_for(operation.name)) {
         let rounds = args.in_rounds(operation.name, || {
-            Ok((yardstick::pgbench(&bench, operation)?, load::run(operation, &service, args.duration())?))
+            Ok((baseline::pgbench(&bench, operation)?, load::run(operation, &service, args.duration())?))
         })?;
         table.add(operation, &rounds);
     }
     overload::run(&bench, &mut table)?;
-    million::run(&bench, &mut table)?;
+    large_dataset::run(&bench, &mut table)?;
     service.stop()?;
     cluster.stop()?;
     if args.json {

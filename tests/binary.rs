@@ -1,15 +1,15 @@
 //! The program as people start it: its output, exit codes, signals, and what it leaves on disk and in logs.
 
-#[path = "binary/files.rs"]
-mod files;
-#[path = "binary/kills.rs"]
-mod kills;
+#[path = "binary/file_descriptors.rs"]
+mod file_descriptors;
+#[path = "binary/import_recovery.rs"]
+mod import_recovery;
 #[path = "binary/roles.rs"]
 mod roles;
-#[path = "binary/start.rs"]
-mod start;
-#[path = "binary/stop.rs"]
-mod stop;
+#[path = "binary/shutdown.rs"]
+mod shutdown;
+#[path = "binary/startup.rs"]
+mod startup;
 #[path = "support"]
 mod support {
     pub mod bounds;

@@ -16,8 +16,8 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 
-#[path = "cli/fake.rs"]
-mod fake;
+#[path = "cli/fake_server.rs"]
+mod fake_server;
 #[path = "cli/harness.rs"]
 mod harness;
 #[path = "support"]
@@ -30,7 +30,7 @@ mod support {
     pub mod service;
 }
 
-use fake::{Cut, Fake, Proxy};
+use fake_server::{Cut, Fake, Proxy};
 use harness::Ran;
 use support::{
     bounds::HANG,
@@ -434,7 +434,7 @@ async fn every_option_has_a_flag() {
 async fn errors_that_the_stream_does_not_tell_are_asked_for() {
     let lines: Vec<String> = (0..1_500).map(|n| format!("{n:05}\n")).collect();
     let file = format!("title\n{}", lines.concat());
-    let errors = (0..1_500).map(|n| fake::row_error(6 + 6 * n, n + 2));
+    let errors = (0..1_500).map(|n| fake_server::row_error(6 + 6 * n, n + 2));
     for (listed, expected) in [(1_500, 1_500), (1_200, 1_200), (0, 1_000)] {
         let fake = Fake::new().with_errors(errors.clone().collect(), 1_000, listed);
         let stage = Stage::set(fake).await;

@@ -9,22 +9,22 @@
 //!
 //! What is random comes from a seed, which each test prints; `ISSUE_TRACKER_FAULTS=short:17` or `long:17` sets it.
 
-#[path = "faults/clock.rs"]
-mod clock;
-#[path = "faults/commits.rs"]
-mod commits;
-#[path = "faults/disk.rs"]
-mod disk;
+#[path = "faults/clock_jumps.rs"]
+mod clock_jumps;
+#[path = "faults/connection_exhaustion.rs"]
+mod connection_exhaustion;
+#[path = "faults/connection_loss.rs"]
+mod connection_loss;
+#[path = "faults/crashes.rs"]
+mod crashes;
+#[path = "faults/disk_full.rs"]
+mod disk_full;
 #[path = "faults/harness.rs"]
 mod harness;
-#[path = "faults/kills.rs"]
-mod kills;
 #[path = "faults/load.rs"]
 mod load;
-#[path = "faults/pool.rs"]
-mod pool;
-#[path = "faults/proxy.rs"]
-mod proxy;
+#[path = "faults/postgres_proxy.rs"]
+mod postgres_proxy;
 #[path = "faults/shim.rs"]
 mod shim;
 #[path = "support"]

@@ -16,9 +16,9 @@ use uuid::Uuid;
 use crate::{
     client::Connection,
     dataset::{COMMENTS_PER_ISSUE, LABELS_PER_ISSUE, issue_id},
-    million,
+    large_dataset,
     overload::{self, Fate},
-    report::Outcome,
+    results::Outcome,
     service::Service,
 };
 
@@ -189,7 +189,7 @@ pub fn main(task: &str) -> anyhow::Result<()> {
     let (in_flight, rate) = (number("in_flight")? as usize, task["rate"].as_f64().context("no rate in the task")?);
     let operation = OPERATIONS
         .iter()
-        .chain(million::GROWTH)
+        .chain(large_dataset::GROWTH)
         .chain(overload::OVERLOADS.iter().map(|overload| &overload.operation))
         .find(|operation| operation.name == name)
         .context("no such operation")?;

@@ -8,10 +8,10 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use crate::{
     client::{Connection, Refused},
+    comparisons::{Bench, single},
     load::{self, Call, Caller, Load, Operation},
-    report::{Outcome, Single, Table},
+    results::{Outcome, Single, Table},
     service::{PASSWORD, USERNAME},
-    singles::{Bench, single},
 };
 
 const OVERLOAD: f64 = 10.0;

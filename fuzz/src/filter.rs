@@ -13,7 +13,7 @@ use issue_tracker::{
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
-use super::text::{assert_can_be_told, assert_readable};
+use super::errors::{assert_can_be_told, assert_readable};
 
 /// Any text is a filter that survives printing and reaches the database as parameters, or is refused at a place in it.
 pub fn filter(data: &[u8]) {

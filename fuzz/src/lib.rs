@@ -1,14 +1,14 @@
 //! What holds for any bytes from outside, whatever they are: a function for each decoder, which panics where it does not.
 //!
-//! The fuzz targets call these with what libFuzzer makes up, and `tests/seeds.rs` of the main package with `seeds/`, so that
+//! The fuzz targets call these with what libFuzzer makes up, and `tests/fuzz_seeds.rs` of the main package with `seeds/`, so that
 //! what was found once stays found without a nightly toolchain.
 
+mod errors;
 mod filter;
 mod import;
 mod memory;
 mod metadata;
 mod request;
-mod text;
 
 pub use filter::filter;
 pub use import::{import_file, import_record};

@@ -3,7 +3,7 @@ use issue_tracker::request::{Check, PAGE_ROWS_MAX, PageRequest, UPDATE_MASK_PATH
 use prost_types::FieldMask;
 use uuid::Uuid;
 
-use super::text::{checked, told};
+use super::errors::{checked, told};
 
 /// What the tokens of these checks are bound to.
 const BOUND_TO: &[&[u8]] = &[b"seeds", b"status = OPEN"];

@@ -16,7 +16,7 @@ use issue_tracker::{
     },
 };
 
-use super::{super::text::assert_readable, Parsed, Seen, Start, read};
+use super::{super::errors::assert_readable, Parsed, Seen, Start, read};
 
 /// A value, and what is said about it: the longest lists all columns.
 const MESSAGE_CHARS_MAX: usize = 300;

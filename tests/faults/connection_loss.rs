@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::{
     harness::{Caller, Form, call, call_within, callers},
     load::Load,
-    proxy::{
+    postgres_proxy::{
         At,
         Fault::{self, CutAfter, CutAtOnce, CutBefore, Hold},
         Proxy,

@@ -19,12 +19,11 @@ use issue_tracker::{
 use tonic::{Request, transport::Channel};
 
 use crate::{
-    Args,
+    Args, baseline,
     dataset::{ISSUE_ID_SQL, issue_id},
     load,
-    report::{Single, median},
+    results::{Single, median},
     service::Service,
-    yardstick,
 };
 
 pub struct Comparison {
@@ -122,7 +121,7 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
         let (first, status) = (1 + call % 10 * 1_000, if call < 10 { 1 } else { 2 });
         let ids = format!("SELECT {id} FROM generate_series({first}, {first} + 999) g");
         let other = 3 - status;
-        by_psql.push(yardstick::psql(
+        by_psql.push(baseline::psql(
             bench,
             &format!(
                 "SET session_replication_role = replica;
@@ -137,7 +136,7 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
     // What it takes psql to start is not the statement's.
     let mut empty = Vec::new();
     for _ in 0..CALLS {
-        empty.push(yardstick::psql(bench, "SELECT 1")?);
+        empty.push(baseline::psql(bench, "SELECT 1")?);
     }
     let by_service = bench.block_on(async |channel| {
         let mut issues = IssueServiceClient::new(channel);
@@ -165,7 +164,7 @@ fn import(bench: &Bench<'_>, mode: ImportMode) -> anyhow::Result<Single> {
     let rows = bench.args.import_rows();
     let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
     write_files(&plain, &copied, rows)?;
-    let took = yardstick::psql(
+    let took = baseline::psql(
         bench,
         &format!(
             "\\copy issues (id, create_time, update_time, close_time, reporter_id, status, priority, title, description, import_id) FROM '{}' WITH (FORMAT csv)",
@@ -199,7 +198,7 @@ fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
     send_file(bench, &path, ImportOptions::default())?;
     write_file("as psql has it")?;
     let copy = format!("\\copy wanted FROM '{}' WITH (FORMAT csv, HEADER)", path.display());
-    let took = yardstick::psql_session(
+    let took = baseline::psql_session(
         bench,
         &[
             "SET session_replication_role = replica",
@@ -262,7 +261,7 @@ fn export(bench: &Bench<'_>) -> anyhow::Result<Single> {
     // The command must be one line.
     let select = SELECT.split_whitespace().collect::<Vec<_>>().join(" ");
     let copy = format!("\\copy ({select}) TO '{}' WITH (FORMAT csv, HEADER)", path.display());
-    let took = yardstick::psql(bench, &copy)?;
+    let took = baseline::psql(bench, &copy)?;
     let started = Instant::now();
     let rows = bench.block_on(async |channel| {
         let mut file = BufWriter::new(File::create(&path)?);
@@ -352,9 +351,9 @@ fn remove_imported(bench: &Bench<'_>) -> anyhow::Result<()> {
 
 /// By a pattern of their titles, with the space they took.
 pub fn remove_issues(bench: &Bench<'_>, titles: &str) -> anyhow::Result<()> {
-    yardstick::psql(bench, &format!("DELETE FROM issues WHERE title LIKE '{titles}'"))?;
-    yardstick::psql(bench, "VACUUM issues")?;
-    yardstick::psql(bench, "CHECKPOINT").map(drop)
+    baseline::psql(bench, &format!("DELETE FROM issues WHERE title LIKE '{titles}'"))?;
+    baseline::psql(bench, "VACUUM issues")?;
+    baseline::psql(bench, "CHECKPOINT").map(drop)
 }
 
 pub fn single(unit: &'static str, yardstick: f64, service: f64) -> Single {

@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, ensure};
 
 use crate::{
+    comparisons::Bench,
     dataset::{ISSUE_ID_SQL, LABELS, USER_ID_SQL, label_id},
     load::Operation,
-    report::Outcome,
-    singles::Bench,
+    results::Outcome,
 };
 
 /// As the service's connections have it.

@@ -11,11 +11,11 @@ use prost_types::Duration;
 use tonic::transport::Channel;
 
 use crate::{
+    baseline,
+    comparisons::{Bench, median_ms, remove_issues, single},
     load::{self, Call, ONE_AT_A_TIME, Operation},
-    report::{Outcome, Single, Table, median},
+    results::{Outcome, Single, Table, median},
     service::Service,
-    singles::{Bench, median_ms, remove_issues, single},
-    yardstick,
 };
 
 const FEW_ISSUES: u32 = 10_000;
@@ -168,7 +168,7 @@ fn grown(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
 fn compare(bench: &Bench<'_>, report: &Report) -> anyhow::Result<Single> {
     // After five executions PostgreSQL may change a prepared statement's plan, so most are behind that.
     const CALLS: usize = 15;
-    let (rows, by_psql) = yardstick::psql_timed(bench, report.sql, CALLS)?;
+    let (rows, by_psql) = baseline::psql_timed(bench, report.sql, CALLS)?;
     let by_service = bench.block_on(async |channel| {
         let mut latencies = Vec::new();
         for _ in 0..CALLS {
