@@ -25,7 +25,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
-use issue_tracker::db::embedded::{Cluster, Durability};
+use issue_tracker::postgres::{Cluster, Durability};
 
 use comparisons::Bench;
 use results::Table;

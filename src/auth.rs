@@ -1,6 +1,7 @@
 //! Who is calling: passwords and tokens.
 
 mod passwords;
+pub mod throttle;
 
 use std::{
     sync::{
@@ -20,7 +21,7 @@ use uuid::Uuid;
 pub use self::passwords::Line;
 use self::passwords::Passwords;
 use crate::{
-    coalesce::{Bounds, Coalescer, Company, Outcome},
+    batching::coalescer::{Bounds, Coalescer, Company, Outcome},
     db::{
         Db,
         tokens::{self, FoundCaller},
@@ -53,7 +54,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// The caller of a request that came through [`crate::gate`].
+    /// The caller of a request that came through [`crate::middleware`].
     pub fn of<T>(request: &Request<T>) -> Result<Self> {
         request.extensions().get::<Self>().copied().ok_or(Error::Internal("a request came past the gate"))
     }

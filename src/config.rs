@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 pub use self::tls::{ClientTls, ServerTls};
 use crate::{
-    connections::ConnectionLimits, db::PoolOptions, gate::RequestLimits, login::FreeFailures, pb,
-    proxies::TrustedProxies,
+    auth::throttle::FreeFailures, db::PoolOptions, middleware::RequestLimits, pb,
+    transport::client_address::TrustedProxies, transport::connections::ConnectionLimits,
 };
 
 /// An issue tracker over gRPC, on PostgreSQL.

@@ -5,17 +5,17 @@
 
 pub mod audit;
 pub mod comments;
-pub mod embedded;
-pub mod import;
+
+mod admission;
+pub mod batchers;
+pub mod connection_string;
+pub mod idempotency;
+pub mod imports;
 pub mod issues;
 pub mod labels;
 mod manager;
 pub mod migrate;
-mod queue;
 pub mod reports;
-pub mod requests;
-pub mod rounds;
-pub mod target;
 mod tls;
 pub mod tokens;
 pub mod users;
@@ -38,8 +38,8 @@ use futures_util::TryStreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
-pub use self::target::Target;
-use self::{manager::Manager, queue::Queue, tls::Connector};
+pub use self::connection_string::Target;
+use self::{admission::Queue, manager::Manager, tls::Connector};
 use crate::error::{Error, Result};
 
 /// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound

@@ -4,9 +4,9 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use clap::Parser;
 use issue_tracker::{
-    cli,
+    client,
+    commands::serve,
     config::{Cli, Command, UserCommand},
-    start,
 };
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
@@ -23,12 +23,12 @@ async fn main() -> ExitCode {
     tracing_subscriber::registry().with(lines.with_filter(own)).init();
 
     let result = match args.command() {
-        Command::Serve(args) => start::serve(args).await,
-        Command::Migrate(args) => start::migrate_external(args).await,
-        Command::User(UserCommand::Create(args)) => start::create_user(args).await,
-        Command::Health(args) => start::health(args).await,
-        Command::Import(args) => return cli::import(*args).await,
-        Command::Export(args) => return cli::export(args).await,
+        Command::Serve(args) => serve::serve(args).await,
+        Command::Migrate(args) => serve::migrate_external(args).await,
+        Command::User(UserCommand::Create(args)) => serve::create_user(args).await,
+        Command::Health(args) => serve::health(args).await,
+        Command::Import(args) => return client::import(*args).await,
+        Command::Export(args) => return client::export(args).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

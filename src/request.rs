@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::{
-    db::{PageBounds, requests::RequestKey},
+    db::{PageBounds, idempotency::RequestKey},
     error::{Error, Result, Violation, quote},
 };
 

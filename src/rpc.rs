@@ -20,14 +20,14 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     auth::Auth,
+    auth::throttle::LoginLimits,
     db::{
         Db,
-        requests::{MutationTx, decode_reply},
-        rounds::Rounds,
+        batchers::Rounds,
+        idempotency::{MutationTx, decode_reply},
     },
     error::Result,
-    login::LoginLimits,
-    proxies::ClientAddress,
+    transport::client_address::ClientAddress,
 };
 
 /// What the services work with.
@@ -51,8 +51,8 @@ type Reply<T> = Result<Response<T>, Status>;
 macro_rules! fresh {
     ($begun:expr) => {
         match $begun {
-            $crate::db::requests::Begun::Fresh(tx) => tx,
-            $crate::db::requests::Begun::Replayed(reply) => return $crate::rpc::replay(&reply),
+            $crate::db::idempotency::Begun::Fresh(tx) => tx,
+            $crate::db::idempotency::Begun::Replayed(reply) => return $crate::rpc::replay(&reply),
         }
     };
 }
@@ -62,7 +62,7 @@ fn replay<T: Message + Default>(reply: &[u8]) -> Reply<T> {
     Ok(Response::new(decode_reply(reply)?))
 }
 
-/// Where a request comes from. None: not through [`crate::gate`].
+/// Where a request comes from. None: not through [`crate::middleware`].
 fn address_of<T>(request: &Request<T>) -> Option<IpAddr> {
     request.extensions().get().map(|ClientAddress(address)| *address)
 }

@@ -10,15 +10,14 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     FILE_DESCRIPTOR_SET,
     auth::Auth,
+    auth::throttle::LoginLimits,
     config::Limits,
-    connections::{self, Listener},
     db::{
-        Conn, Db, PRUNED_AT_ONCE, audit::prune_audit_events, requests::prune_requests, rounds::Rounds,
+        Conn, Db, PRUNED_AT_ONCE, audit::prune_audit_events, batchers::Rounds, idempotency::prune_requests,
         tokens::prune_tokens,
     },
     error::Result,
-    gate::{Gate, OPEN_REQUEST_BYTES_MAX},
-    login::LoginLimits,
+    middleware::{Gate, OPEN_REQUEST_BYTES_MAX},
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
@@ -26,6 +25,7 @@ use crate::{
         user_service_server::UserServiceServer,
     },
     rpc::Api,
+    transport::connections::{self, Listener},
 };
 
 /// What health tells of besides the service as a whole.

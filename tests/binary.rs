@@ -34,12 +34,12 @@ use std::{
 };
 
 use issue_tracker::{
-    db::embedded::Durability,
     pb::{
         CreateIssueRequest, CreateUserRequest, GetIssueRequest, Issue, ListIssuesRequest, LoginRequest, Role,
         UpdateIssueRequest, User, auth_service_client::AuthServiceClient, issue_service_client::IssueServiceClient,
         user_service_client::UserServiceClient,
     },
+    postgres::Durability,
 };
 use tonic::{
     Code,

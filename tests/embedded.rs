@@ -13,7 +13,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use issue_tracker::db::embedded::{Cluster, Durability};
+use issue_tracker::postgres::{Cluster, Durability};
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
 use support::{

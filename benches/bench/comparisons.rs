@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::ensure;
 use issue_tracker::{
-    db::embedded::Cluster,
     pb::{
         BulkUpdateStatusRequest, ExportIssuesRequest, ImportChunk, ImportIssuesRequest, ImportMode, ImportOptions,
         ImportState, ImportSummary, ListIssuesRequest, OnExisting, Status, import_issues_request,
         import_issues_response, import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
     },
+    postgres::Cluster,
 };
 use tonic::{Request, transport::Channel};
 

@@ -1,7 +1,7 @@
 //! The data: issues whose ids can be computed from their numbers, so that pgbench and the load client pick any at random.
 
 use anyhow::Context;
-use issue_tracker::db::embedded::Cluster;
+use issue_tracker::postgres::Cluster;
 use tokio_postgres::NoTls;
 use uuid::Uuid;
 

@@ -13,12 +13,12 @@ use issue_tracker::{
     auth::new_token,
     db::{
         audit::By,
-        embedded::Cluster,
         migrate::migrate,
         tokens,
         users::{self, NewUser},
     },
     pb::Role,
+    postgres::Cluster,
 };
 
 use crate::dataset;

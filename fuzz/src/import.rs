@@ -8,7 +8,7 @@ use std::{
 };
 
 use issue_tracker::{
-    import::{
+    csv::{
         Column, Columns, Format, HeaderFault, IMPORT_COLUMNS_MAX, ImportRow, Record, RecordFault, RecordReader,
         RowError, parse_row,
     },

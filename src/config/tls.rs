@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, builder::BoolishValueParser};
 
-use crate::tls;
+use crate::transport::tls;
 
 /// The service's own TLS.
 #[derive(Debug, Args)]

@@ -7,9 +7,9 @@ use prost::Message;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds, rounds::Locked};
+use super::{Conn, Page, PageBounds, batchers::Locked};
 use crate::{
-    coalesce::Outcome,
+    batching::coalescer::Outcome,
     error::{Error, Result},
     pb::Comment,
     request::timestamp,

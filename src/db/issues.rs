@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::{Conn, Page, PageBounds, Params, comments};
 use crate::{
-    coalesce::Outcome,
+    batching::coalescer::Outcome,
     error::{Error, Result},
     filter::{Filter, LabelRef, Term, UserRef},
     pb::{Comment, Issue, IssueView, Label},

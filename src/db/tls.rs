@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, bail};
 use rustls::{ClientConfig, client::WantsClientCert};
 
-use crate::tls::{
+use crate::transport::tls::{
     pem,
     verify::{Roots, Verifier},
 };

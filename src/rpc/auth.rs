@@ -8,16 +8,16 @@ use uuid::Uuid;
 
 use super::{Api, Reply, address_of, finish, fresh};
 use crate::{
+    auth::throttle::Subject,
     auth::{Caller, Line, check_password, new_token},
     db::{
         Conn,
         audit::{self, By},
-        requests::RequestKey,
+        idempotency::RequestKey,
         tokens::{self, NewSession},
         users::{self, Credentials},
     },
     error::{Error, Result},
-    login::Subject,
     pb::{
         ApiToken, ChangePasswordRequest, ChangePasswordResponse, CreateApiTokenRequest, CreateApiTokenResponse,
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,

@@ -6,8 +6,8 @@ use super::{Api, Reply, finish, fresh, issues::last_id};
 use crate::{
     auth::Caller,
     db::{
+        batchers::Call,
         comments::{self, CommentChange, NewComment},
-        rounds::Call,
     },
     error::Error,
     pb::{

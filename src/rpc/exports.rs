@@ -8,9 +8,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
+    csv::writer::{ExportPiece, ExportWriter},
     db::{Db, issues::ExportSession},
     error::{Error, Result},
-    export::{ExportPiece, ExportWriter},
     filter::Filter,
     pb::ExportIssuesResponse,
 };

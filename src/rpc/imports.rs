@@ -1,7 +1,7 @@
 //! `ImportService`: a file that comes as a stream, and what can be asked of it and done with it later.
 
 mod options;
-mod patience;
+mod stall_timeout;
 mod stream;
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::{Api, Reply, finish, fresh};
 use crate::{
     auth::Caller,
-    db::import,
+    db::imports,
     error::{Error, Result},
     pb::{
         GetImportRequest, Import, ImportIssuesRequest, ImportIssuesResponse, ListImportErrorsRequest,
@@ -62,7 +62,7 @@ impl ImportService for Api {
         check.done()?;
 
         let db = self.db.conn().await?;
-        Ok(import::get(&db, id, owner(&caller), "id").await?.into())
+        Ok(imports::get(&db, id, owner(&caller), "id").await?.into())
     }
 
     async fn list_import_errors(&self, request: Request<ListImportErrorsRequest>) -> Reply<ListImportErrorsResponse> {
@@ -75,7 +75,7 @@ impl ImportService for Api {
         let after = page.after_position()?;
 
         let db = self.db.conn().await?;
-        let found = import::list_errors(&db, id, owner(&caller), after, page.limit(), page.bounds()).await?;
+        let found = imports::list_errors(&db, id, owner(&caller), after, page.limit(), page.bounds()).await?;
         let last = found.items.last().map(|(position, _)| position.to_be_bytes());
         let next_page_token = page.next_token(found.more, last.as_ref().map(|key| &key[..]));
         let errors = found.items.into_iter().map(|(_, error)| error).collect();
@@ -93,7 +93,7 @@ impl ImportService for Api {
         // It can take as long as an import.
         let _permit = self.import_permit()?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        match import::revert(&tx, id, owner(&caller), caller.user_id, request.force).await {
+        match imports::revert(&tx, id, owner(&caller), caller.user_id, request.force).await {
             Ok(response) => finish(tx, response).await,
             Err(error) => {
                 // Who calls again with `force` does so at once, and finds the import free. The error is what counts.

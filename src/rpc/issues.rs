@@ -12,12 +12,13 @@ use super::{
 };
 use crate::{
     auth::Caller,
-    coalesce::Outcome,
+    batching::coalescer::Outcome,
     db::{
-        Conn, PageBounds, comments,
+        Conn, PageBounds,
+        batchers::{Call, Locked},
+        comments,
+        idempotency::RequestKey,
         issues::{self, IssueChange, IssueList, NewIssue},
-        requests::RequestKey,
-        rounds::{Call, Locked},
     },
     error::{Error, Resource, Result},
     filter,

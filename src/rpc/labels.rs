@@ -6,9 +6,9 @@ use super::{Api, Reply, finish, fresh};
 use crate::{
     auth::Caller,
     db::{
+        idempotency::RequestKey,
         issues,
         labels::{self, LabelChange},
-        requests::RequestKey,
     },
     pb::{
         AddIssueLabelsRequest, CreateLabelRequest, DeleteLabelRequest, DeleteLabelResponse, Issue, Label,

@@ -12,10 +12,9 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use issue_tracker::db::{
-    Db, Target,
-    embedded::{Cluster, Durability},
-    migrate::migrate,
+use issue_tracker::{
+    db::{Db, Target, migrate::migrate},
+    postgres::{Cluster, Durability},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
 use tokio::{

@@ -7,11 +7,9 @@ mod stop;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use issue_tracker::{
-    db::{
-        embedded::{Cluster, Durability},
-        migrate::migrate,
-    },
+    db::migrate::migrate,
     pb::{CreateIssueRequest, GetIssueRequest, Issue, UpdateIssueRequest},
+    postgres::{Cluster, Durability},
 };
 use tokio::task::{JoinHandle, spawn_blocking};
 use tonic::{Code, Request, Status};

@@ -15,7 +15,6 @@ use issue_tracker::{
     db::{
         Db,
         audit::By,
-        embedded::{Cluster, Durability},
         migrate::{grant_rights, migrate},
         tokens,
         users::{self, NewUser},
@@ -26,6 +25,7 @@ use issue_tracker::{
         label_service_client::LabelServiceClient, report_service_client::ReportServiceClient,
         user_service_client::UserServiceClient,
     },
+    postgres::{Cluster, Durability},
     server,
 };
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};

@@ -1,8 +1,8 @@
 //! No connection left: neither of the service's own, nor of the database's.
 
 use issue_tracker::{
-    db::embedded::Durability,
     pb::{CreateIssueRequest, Issue, ListIssuesRequest},
+    postgres::Durability,
 };
 use prost::Message;
 use tokio::task::JoinSet;

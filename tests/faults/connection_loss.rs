@@ -4,11 +4,11 @@
 use std::time::Duration;
 
 use issue_tracker::{
-    db::embedded::Durability,
     pb::{
         BulkUpdateStatusRequest, Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue,
         ListIssuesRequest, Status as IssueStatus, UpdateIssueRequest,
     },
+    postgres::Durability,
 };
 use prost::Message;
 use tokio::{sync::watch, task::JoinSet};

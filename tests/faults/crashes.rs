@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use issue_tracker::db::embedded::Durability;
+use issue_tracker::postgres::Durability;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_postgres::{Config, NoTls};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};

@@ -1,6 +1,6 @@
 //! A database server that is not the service's own.
 
-use issue_tracker::db::embedded::{Cluster, Durability};
+use issue_tracker::postgres::{Cluster, Durability};
 use tokio_postgres::Config;
 
 use super::process::Dir;

@@ -5,8 +5,8 @@ use uuid::Uuid;
 
 use super::{from_row_at, get, issue_columns, labels_of};
 use crate::{
-    coalesce::Outcome,
-    db::{Conn, Params, rounds::Locked},
+    batching::coalescer::Outcome,
+    db::{Conn, Params, batchers::Locked},
     error::{Error, Resource, Result, StaleVersion, Violation},
     pb::{Issue, Priority, Status},
 };

@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use super::ListQuery;
 use crate::{
+    csv::writer::ExportRow,
     db::{Conn, Db, PooledConn},
     error::{Error, Result},
-    export::ExportRow,
     filter::Filter,
 };
 

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use crate::{
-    db::import::ImportTask,
+    csv::{Column, Format, column_key},
+    db::imports::ImportTask,
     error::{Result, quote},
-    import::{Column, Format, column_key},
     pb::{ImportMode, ImportOptions, OnExisting, Priority, Status},
     request::{Check, USERNAME_CHARS_MAX, sha256},
 };

@@ -8,17 +8,17 @@ use uuid::Uuid;
 
 use super::{
     options,
-    patience::{IMPORT_IDLE_MAX, Patience},
+    stall_timeout::{IMPORT_IDLE_MAX, Patience},
 };
 use crate::{
+    csv::{Columns, HeaderFault, Record, RecordReader, RowError, parse_row},
     db::{
         Db,
-        import::{
+        imports::{
             Batch, IMPORT_ERRORS_KEPT_MAX, IMPORT_ERRORS_SENT_MAX, ImportSession, ImportTask, ImportTotals, Opened,
         },
     },
     error::{Error, Result, Violation, quote},
-    import::{Columns, HeaderFault, Record, RecordReader, RowError, parse_row},
     pb::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
         import_issues_response::Message,

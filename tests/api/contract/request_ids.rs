@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use issue_tracker::{
-    db::requests::prune_requests,
+    db::idempotency::prune_requests,
     pb::{
         AddIssueLabelsRequest, BatchCreateIssuesRequest, BulkUpdateStatusRequest, Comment, CreateCommentRequest,
         CreateIssueRequest, CreateLabelRequest, CreateUserRequest, DeleteCommentRequest, DeleteIssueRequest,

@@ -3,8 +3,8 @@
 use chrono::{DateTime, SecondsFormat, Timelike, Utc};
 
 use crate::{
+    csv::Column,
     error::{Error, Result},
-    import::Column,
     pb::{Priority, Status},
 };
 

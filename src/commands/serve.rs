@@ -21,21 +21,21 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 use crate::{
     auth::{check_password, hash_password, new_token},
-    cli,
+    client,
     config::{HealthArgs, Limits, MigrateArgs, ServeArgs, UserCreateArgs},
-    connections::Listener,
     db::{
         Db, PoolOptions, Target,
         audit::By,
-        embedded::{Cluster, Durability},
         migrate::{grant_rights, migrate},
         tokens,
         users::{self, NewUser},
     },
     pb::Role,
+    postgres::{Cluster, Durability},
     rpc::check_username,
     server,
-    tls::Acceptor,
+    transport::connections::Listener,
+    transport::tls::Acceptor,
 };
 
 /// The database of the embedded cluster, who works on it, and the administrator that it begins with.
@@ -186,13 +186,13 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
         None => format!("http://{}", args.listen).parse()?,
     };
     let channel =
-        cli::endpoint(&server, &args.tls)?.connect_timeout(HEALTH_CONNECT_MAX).connect().await.with_context(|| {
-            format!("nothing answers on {}", server.authority().map_or("", |authority| authority.as_str()))
-        })?;
+        client::endpoint(&server, &args.tls)?.connect_timeout(HEALTH_CONNECT_MAX).connect().await.with_context(
+            || format!("nothing answers on {}", server.authority().map_or("", |authority| authority.as_str())),
+        )?;
     let status = HealthClient::new(channel)
         .check(HealthCheckRequest::default())
         .await
-        .map_err(|status| anyhow!(cli::why(&status)))?;
+        .map_err(|status| anyhow!(client::why(&status)))?;
     match status.into_inner().status() {
         ServingStatus::Serving => {
             println!("SERVING");

@@ -6,9 +6,9 @@ use uuid::Uuid;
 
 use super::{Conn, ImportTask, ImportTotals};
 use crate::{
+    csv::{Columns, RowError},
     db::{Db, Page, PageBounds},
     error::{Error, Result},
-    import::{Columns, RowError},
     pb::{Import, ImportMode, ImportRowError, ImportState},
     request::timestamp,
 };

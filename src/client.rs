@@ -1,12 +1,12 @@
 //! The client side of import and export: it talks to whatever server, over gRPC, and needs nothing else of this crate
 //! than the messages.
 
+mod chunk_stream;
 mod connection;
 mod export;
-mod feeder;
 mod import;
-mod meter;
 mod output;
+mod progress;
 mod rejected;
 mod report;
 mod retries;

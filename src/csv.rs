@@ -8,6 +8,7 @@ pub mod format;
 pub mod header;
 pub mod reader;
 pub mod row;
+pub mod writer;
 
 pub use error::{HeaderFault, HeaderFaultCode, IMPORT_ERROR_VALUE_CHARS_MAX, RowError, RowErrorCode, shorten};
 pub use format::{Format, column_key};

@@ -93,7 +93,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::import::RecordReader;
+    use crate::csv::RecordReader;
 
     fn source(bytes: &[u8]) -> Source {
         let mut file = tempfile::NamedTempFile::new().unwrap();

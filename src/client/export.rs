@@ -15,8 +15,8 @@ use super::{
     Ended,
     connection::{Failure, Server, failure},
     end_interrupted, fail,
-    meter::{Meter, Position},
     output::Output,
+    progress::{Meter, Position},
     retries::{Retries, random},
     unless_interrupted,
 };

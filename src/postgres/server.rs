@@ -15,7 +15,7 @@ use anyhow::{Context, anyhow, bail};
 use tracing::{error, info, warn};
 
 use super::process::{self, RunAs, TICK};
-use super::{Durability, PORT, leftover};
+use super::{Durability, PORT, stale_server};
 
 /// Long enough for a recovery from all the WAL that `max_wal_size` lets pile up.
 const READY_AFTER_MAX: Duration = Duration::from_secs(600);
@@ -47,7 +47,7 @@ const SETTINGS: [&str; 5] = [
     "log_min_error_statement=panic",
     "log_parameter_max_length_on_error=0",
 ];
-const DURABLE_SETTINGS: [&str; 6] = [
+const _SETTINGS: [&str; 6] = [
     "fsync=on",
     "synchronous_commit=on",
     "full_page_writes=on",
@@ -202,7 +202,7 @@ impl Server {
     /// Returns a server that accepts connections, or `None` when it's to be stopped.
     fn launch(&self, stop: &Stop) -> anyhow::Result<Option<Child>> {
         // Of a server that was killed, single processes can go on for a while.
-        if !leftover::clear(&self.cluster, &|pause| stop.asked_within(pause))? {
+        if !stale_server::clear(&self.cluster, &|pause| stop.asked_within(pause))? {
             return Ok(None);
         }
         let log = self.open_log()?;
@@ -238,7 +238,7 @@ impl Server {
         command.arg("-k").arg(&self.socket_dir);
         command.args(["-p", &PORT.to_string(), "-c", "listen_addresses="]);
         let more: &[&str] = match self.durability {
-            Durability::Durable => &DURABLE_SETTINGS,
+            Durability::Durable => &_SETTINGS,
             Durability::Throwaway => &THROWAWAY_SETTINGS,
         };
         for setting in SETTINGS.iter().chain(more) {

@@ -6,14 +6,14 @@ use uuid::Uuid;
 use super::{
     Conn, Db, Page,
     comments::{self, NewComment},
+    idempotency::{Begun, Claim, KeptReply, RequestKey, claim_many, commit_with_replies, decode_reply},
     issues::{self, IssueChange, IssueList, NewIssue},
-    requests::{Begun, Claim, KeptReply, RequestKey, claim_many, commit_with_replies, decode_reply},
 };
 use crate::{
-    coalesce::{Bounds, Coalescer, Company, Outcome},
+    batching::coalescer::{Bounds, Coalescer, Company, Outcome},
+    batching::shared_read::Flights,
     error::{Error, Result},
     pb::{Comment, Issue, IssueView},
-    singleflight::Flights,
 };
 
 /// Rounds share the pool with everything else, and more of them at once only make each smaller.

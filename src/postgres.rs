@@ -10,10 +10,10 @@
 //!   if the service runs as root and the user that it lends to PostgreSQL cannot get here;
 //! - `cluster.socket` (beside the cluster): the directory of the socket, or a symlink to a shorter one in `/tmp`.
 
-mod leftover;
-mod place;
+mod data_directory;
 mod process;
 mod server;
+mod stale_server;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,7 +25,7 @@ use std::thread;
 use anyhow::{Context, bail};
 use tracing::{error, info};
 
-use place::SocketDir;
+use data_directory::SocketDir;
 use server::{Server, Supervisor};
 
 /// Part of the socket's name; no port is opened.
@@ -109,9 +109,9 @@ impl Drop for Cluster {
 
 fn start_in(data_dir: &Path, durability: Durability, given_up: &dyn Fn() -> bool) -> anyhow::Result<Option<Cluster>> {
     let lock = lock(data_dir)?;
-    let bin_dir = place::find_bin_dir()?;
-    let (cluster, run_as) = place::find_or_make_cluster(data_dir, &bin_dir, durability)?;
-    let cleared = leftover::clear(&cluster, &|pause| {
+    let bin_dir = data_directory::find_bin_dir()?;
+    let (cluster, run_as) = data_directory::find_or_make_cluster(data_dir, &bin_dir, durability)?;
+    let cleared = stale_server::clear(&cluster, &|pause| {
         thread::sleep(pause);
         given_up()
     })?;

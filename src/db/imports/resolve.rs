@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::{Conn, ImportSession, ImportTask};
 use crate::{
+    csv::{Column, Columns, ImportRow, RowError, RowErrorCode, shorten},
     error::{Error, Result},
-    import::{Column, Columns, ImportRow, RowError, RowErrorCode, shorten},
     pb::{OnExisting, Status},
 };
 

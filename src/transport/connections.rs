@@ -23,10 +23,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    gate::Gate,
-    login::subscriber,
-    proxies::{ClientAddress, TrustedProxies},
-    tls,
+    auth::throttle::subscriber,
+    middleware::Gate,
+    transport::client_address::{ClientAddress, TrustedProxies},
+    transport::tls,
 };
 
 /// How long it waits to accept again when it could not, for example because the process has no file left to open.

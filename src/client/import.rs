@@ -20,13 +20,12 @@ use uuid::Uuid;
 
 use super::{
     EXIT_REJECTED, Ended,
+    chunk_stream::Feeder,
     connection::{Failure, Server, failure},
-    end_interrupted, fail,
-    feeder::Feeder,
-    in_thread,
-    meter::{Meter, Position},
+    end_interrupted, fail, in_thread,
     output::Output,
     print,
+    progress::{Meter, Position},
     rejected::write_rows,
     report,
     retries::{Retries, random},

@@ -11,8 +11,8 @@ use super::{
     resolve::{ExistingRow, NewRow, Resolved},
 };
 use crate::{
+    csv::{Column, Columns},
     error::{Error, Result},
-    import::{Column, Columns},
     pb::Priority,
 };
 

@@ -2,7 +2,7 @@
 //! bounds on what requests and answers hold in memory.
 
 mod body;
-mod open;
+mod unauthenticated_streams;
 
 use std::{
     pin::Pin,
@@ -27,13 +27,13 @@ use tower::Service;
 pub use self::body::Answer;
 use self::{
     body::{Content, Held, STREAM_STILL_MAX, Uncut},
-    open::OpenStreams,
+    unauthenticated_streams::OpenStreams,
 };
 use crate::{
     auth::{Auth, Caller},
-    connections::{Call, random},
     error::{Error, RETRY_DELAY, Result, Retry},
-    proxies::ClientAddress,
+    transport::client_address::ClientAddress,
+    transport::connections::{Call, random},
 };
 
 /// What begins the path of our own RPCs; health and reflection need no token.

@@ -17,8 +17,8 @@ use uuid::Uuid;
 
 use super::{Conn, Db, PooledConn};
 use crate::{
+    csv::{Columns, Format, ImportRow, RowError},
     error::{Error, Result, quote},
-    import::{Columns, Format, ImportRow, RowError},
     pb::{ImportMode, ImportState, ImportSummary, OnExisting, Priority},
 };
 use record::Found;

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::login::subscriber;
+use crate::auth::throttle::subscriber;
 
 /// Of one client at once. Behind one address there may be many replicas that watch our health.
 const OPEN_STREAMS_PER_CLIENT_MAX: usize = 64;

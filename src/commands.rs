@@ -1,0 +1,3 @@
+//! What the subcommands of the command line do.
+
+pub mod serve;
