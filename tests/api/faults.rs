@@ -2,7 +2,7 @@
 
 mod connections;
 mod deadlines;
-mod stop;
+mod shutdown;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 

@@ -12,14 +12,14 @@ macro_rules! locks {
     };
 }
 
-mod cuts;
 mod existing;
+mod interruptions;
 mod mapping;
 mod records;
+mod repeated_interruptions;
 mod resume;
 mod revert;
 mod rows;
-mod storms;
 mod stream;
 
 use std::collections::BTreeMap;

@@ -15,6 +15,7 @@ mod support {
 mod audit;
 mod auth;
 mod batches;
+mod batching;
 mod comments;
 mod conformance;
 mod contract;
@@ -28,5 +29,4 @@ mod labels;
 mod lists;
 mod privileges;
 mod reports;
-mod rounds;
 mod users;

@@ -1,7 +1,7 @@
 //! What is told of imports later: how they stand, and their errors.
 
 use super::{
-    cuts::{Cut, RawImport},
+    interruptions::{Cut, RawImport},
     *,
 };
 use crate::harness::assert_invalid;

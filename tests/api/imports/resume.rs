@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{
-    cuts::{Cut, RawImport},
+    interruptions::{Cut, RawImport},
     *,
 };
 use crate::harness::error_metadata;

@@ -3,7 +3,7 @@
 use issue_tracker::pb::{DeleteLabelRequest, UpdateIssueRequest};
 
 use super::{
-    cuts::{Cut, RawImport},
+    interruptions::{Cut, RawImport},
     *,
 };
 use crate::harness::{assert_invalid, error_metadata};

@@ -1,7 +1,7 @@
 //! Everything at once: an import that is cut again and again comes to the same end as one that is not.
 
 use super::{
-    cuts::{CUTS, RawImport},
+    interruptions::{CUTS, RawImport},
     *,
 };
 use crate::harness::{eventually, limits};
