@@ -1,4 +1,4 @@
-//! `ExportIssues`: what is in the file, and who waits for whom.
+//! `ExportIssues`: the contents of the CSV file, and the limits on exports.
 
 mod round_trip;
 mod stream;
@@ -18,12 +18,12 @@ async fn open(client: &Client, request: ExportIssuesRequest) -> Result<Streaming
     Ok(client.issues().export_issues(request).await?.into_inner())
 }
 
-/// The whole file.
+/// Returns the whole file.
 async fn export_as(client: &Client, request: ExportIssuesRequest) -> Result<String, Status> {
-    let mut pieces = open(client, request).await?;
+    let mut chunks = open(client, request).await?;
     let mut file = Vec::new();
-    while let Some(piece) = pieces.message().await? {
-        file.extend(piece.data);
+    while let Some(chunk) = chunks.message().await? {
+        file.extend(chunk.data);
     }
     Ok(String::from_utf8(file).unwrap())
 }
@@ -32,7 +32,7 @@ async fn export(client: &Client) -> String {
     export_as(client, ExportIssuesRequest::default()).await.unwrap()
 }
 
-/// The rows, quotes undone, by their columns.
+/// Parses the file and returns the unquoted fields of each row, without the header.
 fn rows(file: &str) -> Vec<Vec<String>> {
     let mut reader = csv::Reader::from_reader(file.as_bytes());
     reader.records().map(|record| record.unwrap().iter().map(str::to_owned).collect()).collect()
@@ -42,7 +42,7 @@ fn titles(file: &str) -> Vec<String> {
     rows(file).into_iter().map(|mut row| row.remove(1)).collect()
 }
 
-/// Imports a file whose rows are all good.
+/// Imports a file in which every row is valid.
 async fn import(client: &Client, file: &str) {
     let message = |message| ImportIssuesRequest { message: Some(message) };
     let mut messages = vec![message(import_issues_request::Message::Options(ImportOptions::default()))];
@@ -52,14 +52,14 @@ async fn import(client: &Client, file: &str) {
         offset += data.len() as i64;
         messages.push(message(import_issues_request::Message::Chunk(chunk)));
     }
-    let answers = client.imports().import_issues(tokio_stream::iter(messages)).await.unwrap();
-    let mut answers = answers.into_inner();
+    let responses = client.imports().import_issues(tokio_stream::iter(messages)).await.unwrap();
+    let mut responses = responses.into_inner();
     let mut last = None;
-    while let Some(answer) = answers.message().await.unwrap() {
-        if let Some(import_issues_response::Message::RowError(error)) = &answer.message {
+    while let Some(response) = responses.message().await.unwrap() {
+        if let Some(import_issues_response::Message::RowError(error)) = &response.message {
             panic!("{error:?}");
         }
-        last = answer.message;
+        last = response.message;
     }
     let Some(import_issues_response::Message::Summary(summary)) = last else { panic!("no summary") };
     assert_eq!(summary.state(), ImportState::Committed);
@@ -71,20 +71,20 @@ async fn delete(client: &Client, id: &str) {
 }
 
 #[tokio::test]
-async fn an_export_of_nothing_is_its_header() {
+async fn export_without_matching_issues_returns_only_the_header() {
     let tracker = Tracker::start().await;
-    let mut pieces = open(&tracker.viewer, ExportIssuesRequest::default()).await.unwrap();
-    let only = pieces.message().await.unwrap().unwrap();
+    let mut chunks = open(&tracker.viewer, ExportIssuesRequest::default()).await.unwrap();
+    let only = chunks.message().await.unwrap().unwrap();
     assert_eq!((only.data, only.row_count), (HEADER.into(), 0));
-    assert_eq!(pieces.message().await.unwrap(), None);
+    assert_eq!(chunks.message().await.unwrap(), None);
 
-    tracker.member.file("there").await;
+    tracker.member.file("existing").await;
     let none = ExportIssuesRequest { filter: "absent".to_owned(), ..Default::default() };
     assert_eq!(export_as(&tracker.viewer, none).await.unwrap(), HEADER);
 }
 
 #[tokio::test]
-async fn values_are_written_as_imports_read_them_and_quoted_where_they_must_be() {
+async fn values_are_normalized_and_quoted_only_where_needed() {
     let tracker = Tracker::start().await;
     for name in ["ui", "Bug", "a, b", "crash"] {
         tracker.member.label(name).await;
@@ -109,7 +109,7 @@ async fn values_are_written_as_imports_read_them_and_quoted_where_they_must_be()
 }
 
 #[tokio::test]
-async fn an_issue_that_was_filed_is_exported_with_what_it_has() {
+async fn every_field_of_a_created_issue_is_exported() {
     let tracker = Tracker::start().await;
     let label = tracker.member.label("bug").await;
     let issue = Issue {
@@ -129,23 +129,23 @@ async fn an_issue_that_was_filed_is_exported_with_what_it_has() {
     let [create_time, close_time] = [issue.create_time, issue.close_time].map(|time| time.unwrap().to_string());
     let [row] = rows(&exported).try_into().unwrap();
     assert_eq!(row[..7], ["X-1", "crash", "why", "high", "closed", "viewer", "bug"]);
-    // Protocol buffers leave out zeros at the end in groups of three digits.
-    for (written, time) in [(&row[7], create_time), (&row[8], close_time)] {
-        let same = |text: &str| chrono::DateTime::parse_from_rfc3339(text).unwrap();
-        assert_eq!(same(written), same(&time));
+    // The JSON form of a timestamp has 0, 3, 6 or 9 fractional digits; the export has 0 or 6.
+    for (exported, time) in [(&row[7], create_time), (&row[8], close_time)] {
+        let instant = |text: &str| chrono::DateTime::parse_from_rfc3339(text).unwrap();
+        assert_eq!(instant(exported), instant(&time));
     }
 }
 
 #[tokio::test]
-async fn issues_are_oldest_first_and_by_id_when_they_are_as_old() {
+async fn issues_are_ordered_by_create_time_then_id() {
     let tracker = Tracker::start().await;
     let batch = issue_tracker::pb::BatchCreateIssuesRequest {
-        issues: (0..100).map(|n| Issue { title: format!("as old {n}"), ..Default::default() }).collect(),
+        issues: (0..100).map(|n| Issue { title: format!("same time {n}"), ..Default::default() }).collect(),
         ..Default::default()
     };
     tracker.member.issues().batch_create_issues(batch).await.unwrap();
     import(&tracker.member, "title,create_time\nold,2020-01-01T00:00:00Z\nolder,2019-01-01T00:00:00.5Z\n").await;
-    // Neither the order of ids nor that of the table.
+    // Inserted with the highest ids, the earliest time, and not in id order.
     let sql = "INSERT INTO issues (id, reporter_id, status, priority, title, description, create_time)
         SELECT ('ffffffff-0000-7000-8000-00000000000' || n)::uuid, id, 1, 0, 'oldest ' || n, '', '2000-01-01'
         FROM users, unnest(ARRAY[2, 1, 3]) n WHERE username = 'member'";
@@ -154,12 +154,12 @@ async fn issues_are_oldest_first_and_by_id_when_they_are_as_old() {
     let exported = titles(&export(&tracker.viewer).await);
 
     let mut expected: Vec<String> = ["oldest 1", "oldest 2", "oldest 3", "older", "old"].map(str::to_owned).into();
-    expected.extend((0..100).map(|n| format!("as old {n}")));
+    expected.extend((0..100).map(|n| format!("same time {n}")));
     assert_eq!(exported, expected);
 }
 
 #[tokio::test]
-async fn a_filter_selects_what_it_selects_in_a_list() {
+async fn filter_selects_the_same_issues_as_list_issues() {
     let tracker = Tracker::start().await;
     let (bug, ui) = (tracker.member.label("bug").await, tracker.member.label("ui").await);
     let statuses = [IssueStatus::Open, IssueStatus::InProgress, IssueStatus::Closed];
@@ -201,7 +201,7 @@ fn label_names(issue: &Issue) -> String {
 }
 
 #[tokio::test]
-async fn deleted_issues_are_exported_only_when_asked_for() {
+async fn deleted_issues_are_exported_only_with_show_deleted() {
     let tracker = Tracker::start().await;
     let deleted = tracker.member.file("deleted").await;
     tracker.member.file("kept").await;
@@ -214,7 +214,7 @@ async fn deleted_issues_are_exported_only_when_asked_for() {
 }
 
 #[tokio::test]
-async fn formulas_are_made_text_only_when_asked_for() {
+async fn formulas_are_escaped_only_with_escape_formulas() {
     let tracker = Tracker::start().await;
     let label = tracker.member.label("=label").await;
     let formulas = ["=1", "+1", "-1", "@1", "\t1", "\r1", "=\"a\",b"];
@@ -248,7 +248,7 @@ async fn formulas_are_made_text_only_when_asked_for() {
 }
 
 #[tokio::test]
-async fn a_bad_filter_is_refused_as_in_a_list() {
+async fn invalid_filter_fails_with_the_message_of_list_issues() {
     let tracker = Tracker::start().await;
     for filter in ["(", "status = OPNE", "priority > LOW", &"x".repeat(2_001)] {
         let request = ListIssuesRequest { filter: filter.to_owned(), ..Default::default() };
@@ -260,10 +260,10 @@ async fn a_bad_filter_is_refused_as_in_a_list() {
 }
 
 #[tokio::test]
-async fn viewers_may_export_and_nobody_without_a_token() {
+async fn viewers_can_export_and_unauthenticated_callers_cannot() {
     let tracker = Tracker::start().await;
-    tracker.member.file("there").await;
-    assert_eq!(titles(&export(&tracker.viewer).await), ["there"]);
+    tracker.member.file("existing").await;
+    assert_eq!(titles(&export(&tracker.viewer).await), ["existing"]);
 
     let refused = open(&tracker.client_with_token(None), ExportIssuesRequest::default()).await;
     assert_error(refused, Code::Unauthenticated, "UNAUTHENTICATED");

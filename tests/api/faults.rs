@@ -1,4 +1,4 @@
-//! What callers see when something is short, slow, stuck or away, and that it heals by itself.
+//! What callers receive when connections, locks, time or the database are unavailable, and how the server recovers.
 
 mod connections;
 mod deadlines;
@@ -22,7 +22,7 @@ use crate::{
     support::database::session,
 };
 
-/// Somebody else's transaction that holds all issues until it is dropped or committed.
+/// Another transaction, which locks all issues until it is dropped or committed.
 struct Lock(tokio_postgres::Client);
 
 impl Lock {
@@ -81,7 +81,7 @@ fn assert_unavailable<T: std::fmt::Debug>(result: Result<T, Status>) {
 }
 
 #[tokio::test]
-async fn a_used_up_pool_is_told_and_heals_when_its_connections_are_free() {
+async fn exhausted_pool_fails_calls_until_a_connection_is_free() {
     let tracker =
         Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1", "--pool-wait-ms", "1500"])).await;
     let first = tracker.member.file("first").await;
@@ -98,7 +98,7 @@ async fn a_used_up_pool_is_told_and_heals_when_its_connections_are_free() {
 }
 
 #[tokio::test]
-async fn calls_that_wait_for_a_lock_leave_connections_for_others() {
+async fn calls_blocked_on_locks_leave_connections_for_other_calls() {
     let tracker = Tracker::start_with(limits(&["--pool-connections", "4", "--imports", "1"])).await;
     let mut issues = Vec::new();
     for _ in 0..8 {
@@ -108,7 +108,7 @@ async fn calls_that_wait_for_a_lock_leave_connections_for_others() {
     let updates: Vec<_> = issues.iter().map(|issue| spawn_update(&tracker.member, retitle(issue, "changed"))).collect();
     tracker.wait_until(lock_waiters!("= 2")).await;
 
-    let filed = tracker.member.file("beside them").await;
+    let filed = tracker.member.file("not locked").await;
     assert_eq!(try_get(&tracker.member, &issues[0]).await.unwrap(), issues[0]);
     assert_eq!(spawn_update(&tracker.member, retitle(&filed, "changed")).await.unwrap().unwrap().version, 2);
 
@@ -116,14 +116,14 @@ async fn calls_that_wait_for_a_lock_leave_connections_for_others() {
     for update in updates {
         match update.await.unwrap() {
             Ok(updated) => assert_eq!(updated.title, "changed"),
-            // It has waited too long for its turn.
+            // It waited longer for a connection than the pool allows.
             refused => assert_overloaded(refused),
         }
     }
 }
 
 #[tokio::test]
-async fn a_lock_that_is_held_too_long_is_told_as_a_conflict() {
+async fn lock_timeout_is_aborted_as_a_conflict() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("first").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -135,7 +135,7 @@ async fn a_lock_that_is_held_too_long_is_told_as_a_conflict() {
 }
 
 #[tokio::test]
-async fn requests_beyond_the_bound_are_refused_while_health_answers() {
+async fn requests_beyond_the_limit_fail_while_health_checks_succeed() {
     let tracker = Tracker::start_with(limits(&["--requests", "1"])).await;
     let issue = tracker.member.file("first").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -151,16 +151,16 @@ async fn requests_beyond_the_bound_are_refused_while_health_answers() {
 }
 
 #[tokio::test]
-async fn a_statement_that_takes_too_long_ends_with_its_whole_transaction() {
+async fn statement_timeout_rolls_back_the_whole_transaction() {
     let tracker = Tracker::start_with(limits(&["--statement-ms", "300"])).await;
     let issue = tracker.member.file("first").await;
     let lock = Lock::all_issues(&tracker).await;
     let request_id = Uuid::now_v7().to_string();
     let request = UpdateIssueRequest { comment: "why".to_owned(), request_id, ..retitle(&issue, "changed") };
 
-    let late = spawn_update(&tracker.member, request.clone()).await.unwrap();
+    let timed_out = spawn_update(&tracker.member, request.clone()).await.unwrap();
 
-    assert_error(late, Code::DeadlineExceeded, "STATEMENT_TIMEOUT");
+    assert_error(timed_out, Code::DeadlineExceeded, "STATEMENT_TIMEOUT");
     assert_eq!(tracker.member.get(&issue.id).await, issue);
     for table in ["comments", "issue_events", "requests"] {
         assert_eq!(tracker.count(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
@@ -169,15 +169,15 @@ async fn a_statement_that_takes_too_long_ends_with_its_whole_transaction() {
     assert_eq!(spawn_update(&tracker.member, request).await.unwrap().unwrap().version, 2);
 }
 
-/// With no bound that would end a statement by itself, and so few connections that one more or less is noticed.
-async fn patient_tracker() -> Tracker {
+/// Starts a tracker whose statement timeout no test reaches, with so few connections that a leaked one is noticed.
+async fn tracker_without_statement_timeout() -> Tracker {
     let args = ["--statement-ms", "600000", "--pool-connections", "2", "--imports", "1"];
     Tracker::start_with(limits(&args)).await
 }
 
 #[tokio::test]
-async fn a_statement_is_cancelled_when_its_deadline_passes() {
-    let tracker = patient_tracker().await;
+async fn expired_deadline_cancels_the_statement() {
+    let tracker = tracker_without_statement_timeout().await;
     let issue = tracker.member.file("first").await;
     let lock = Lock::all_issues(&tracker).await;
     let updates = ["a", "b", "c"].map(|title| {
@@ -192,7 +192,7 @@ async fn a_statement_is_cancelled_when_its_deadline_passes() {
 
     tracker.until_let_go().await;
 
-    // The lock still stands, and nobody else has to wait for it.
+    // The test still holds the lock, and reads do not wait for it.
     assert_eq!(tracker.member.get(&issue.id).await, issue);
     lock.release().await;
     assert_eq!(tracker.member.get(&issue.id).await, issue);
@@ -200,8 +200,8 @@ async fn a_statement_is_cancelled_when_its_deadline_passes() {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_away_in_the_middle_leaves_nothing_locked_and_nothing_written() {
-    let tracker = patient_tracker().await;
+async fn cancelled_update_leaves_no_lock_and_writes_nothing() {
+    let tracker = tracker_without_statement_timeout().await;
     let issue = tracker.member.file("first").await;
     for _ in 0..5 {
         let lock = Lock::all_issues(&tracker).await;
@@ -219,7 +219,7 @@ async fn a_client_that_goes_away_in_the_middle_leaves_nothing_locked_and_nothing
 }
 
 #[tokio::test]
-async fn connections_that_die_while_idle_are_not_noticed_by_callers() {
+async fn terminated_idle_connections_are_replaced_without_an_error() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("first").await;
     for _ in 0..10 {
@@ -232,29 +232,29 @@ async fn connections_that_die_while_idle_are_not_noticed_by_callers() {
 }
 
 #[tokio::test]
-async fn what_got_in_the_way_of_another_is_made_again_without_the_caller_noticing() {
+async fn deadlock_and_serialization_failure_are_retried_by_the_server() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("first").await;
-    // Sequences count what is rolled back as well.
-    let sql = "CREATE SEQUENCE tries;
-        CREATE FUNCTION get_in_the_way() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+    // A rollback does not undo nextval.
+    let sql = "CREATE SEQUENCE attempts;
+        CREATE FUNCTION fail_twice() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
         BEGIN
-            CASE nextval('tries')
+            CASE nextval('attempts')
                 WHEN 1 THEN RAISE deadlock_detected;
                 WHEN 2 THEN RAISE serialization_failure;
                 ELSE RETURN new;
             END CASE;
         END $$;
-        CREATE TRIGGER get_in_the_way BEFORE UPDATE ON issues FOR EACH ROW EXECUTE FUNCTION get_in_the_way()";
+        CREATE TRIGGER fail_twice BEFORE UPDATE ON issues FOR EACH ROW EXECUTE FUNCTION fail_twice()";
     tracker.session().await.batch_execute(sql).await.unwrap();
 
     let updated = tracker.member.issues().update_issue(retitle(&issue, "changed")).await.unwrap().into_inner();
 
     assert_eq!((&*updated.title, updated.version), ("changed", 2));
-    assert_eq!(tracker.count("SELECT last_value FROM tries").await, 3);
+    assert_eq!(tracker.count("SELECT last_value FROM attempts").await, 3);
 }
 
-/// A durable cluster that a test may maltreat.
+/// A durable PostgreSQL cluster that one test may stop and kill.
 struct OwnCluster {
     cluster: Option<Cluster>,
     dir: PathBuf,
@@ -264,13 +264,13 @@ impl OwnCluster {
     async fn start() -> Self {
         let mut own =
             Self { cluster: None, dir: std::env::temp_dir().join(format!("issue-tracker-faults-{}", Uuid::new_v4())) };
-        own.start_again().await;
+        own.restart().await;
         session(&own.config("postgres")).await.batch_execute("CREATE DATABASE tracker").await.unwrap();
         migrate(&own.config("tracker")).await.unwrap();
         own
     }
 
-    async fn start_again(&mut self) {
+    async fn restart(&mut self) {
         let dir = self.dir.clone();
         let cluster = spawn_blocking(move || Cluster::start(&dir, Durability::Durable)).await.unwrap();
         self.cluster = Some(cluster.unwrap());
@@ -285,7 +285,7 @@ impl OwnCluster {
         self.cluster.as_ref().unwrap().connect_config(database)
     }
 
-    /// Its processes, and what the service has not yet written, are gone at once.
+    /// Kills the server with SIGKILL: nothing is flushed.
     fn kill(&self) {
         let pid = self.cluster.as_ref().unwrap().server_pid();
         assert!(pid > 1);
@@ -302,7 +302,7 @@ impl Drop for OwnCluster {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_the_database_is_away_calls_are_unavailable_and_afterwards_all_is_well_again() {
+async fn calls_are_unavailable_while_the_database_is_down_and_succeed_after_its_restart() {
     let mut cluster = OwnCluster::start().await;
     let tracker = Tracker::start_on(cluster.config("tracker"), limits(&[])).await;
     let issue = tracker.member.file("before").await;
@@ -312,12 +312,12 @@ async fn while_the_database_is_away_calls_are_unavailable_and_afterwards_all_is_
 
     assert_unavailable(try_get(&tracker.member, &issue).await);
     assert_unavailable(try_file(&tracker.member, "meanwhile").await);
-    // A token that has to be looked up.
+    // The viewer's token is not cached.
     assert_unavailable(try_get(&tracker.viewer, &issue).await);
     wait_for_health(&tracker, ServingStatus::NotServing).await;
     assert_unavailable(try_get(&tracker.member, &issue).await);
 
-    cluster.start_again().await;
+    cluster.restart().await;
     wait_for_health(&tracker, ServingStatus::Serving).await;
     assert_eq!(try_get(&tracker.viewer, &issue).await.unwrap(), issue);
     try_file(&tracker.member, "after").await.unwrap();
@@ -325,10 +325,11 @@ async fn while_the_database_is_away_calls_are_unavailable_and_afterwards_all_is_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_acknowledged_write_outlives_a_database_that_is_killed() {
+async fn acknowledged_writes_survive_a_killed_database() {
     let cluster = OwnCluster::start().await;
     let tracker = Arc::new(Tracker::start_on(cluster.config("tracker"), limits(&[])).await);
-    let writers: Vec<_> = (0..4).map(|writer| tokio::spawn(write_through_a_fault(tracker.clone(), writer))).collect();
+    let writers: Vec<_> =
+        (0..4).map(|writer| tokio::spawn(create_issues_through_a_failure(tracker.clone(), writer))).collect();
     tracker.wait_until("SELECT count(*) > 20 FROM issues").await;
 
     cluster.kill();
@@ -343,9 +344,9 @@ async fn every_acknowledged_write_outlives_a_database_that_is_killed() {
     wait_for_health(&tracker, ServingStatus::Serving).await;
 }
 
-/// Files issues until calls have failed, and then some more; answers those that were acknowledged. Every failure must be
-/// that of a database that is away.
-async fn write_through_a_fault(tracker: Arc<Tracker>, writer: u32) -> Vec<Issue> {
+/// Creates issues until calls have failed and 20 more have succeeded, and returns the acknowledged ones. Every failure
+/// must be UNAVAILABLE.
+async fn create_issues_through_a_failure(tracker: Arc<Tracker>, writer: u32) -> Vec<Issue> {
     let mut acknowledged = Vec::new();
     let (mut failures, mut after) = (0, 0);
     while after < 20 {
@@ -355,11 +356,11 @@ async fn write_through_a_fault(tracker: Arc<Tracker>, writer: u32) -> Vec<Issue>
                 acknowledged.push(issue);
             }
             Err(status) => {
-                // Without a request id, nobody can find out whether it was filed.
+                // Whether the issue was created is unknown: the request has no id to retry it with.
                 assert_eq!(status.code(), Code::Unavailable, "{status:?}");
                 failures += 1;
-                assert!(failures < 3_000, "the service does not recover");
-                // As the service asks its callers to, only sooner.
+                assert!(failures < 3_000, "the server does not recover");
+                // Shorter than the retry delay in the error, to keep the test fast.
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }

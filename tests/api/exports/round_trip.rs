@@ -1,17 +1,17 @@
-//! What is exported, imported and exported again is the same file.
+//! Exporting, importing into another server, and exporting again yields the same file.
 
 use issue_tracker::pb::{BatchCreateIssuesRequest, Label};
 
 use super::*;
 
-/// What is likely to get lost between a value and its text.
+/// Character sequences that CSV writers, CSV readers and PostgreSQL `COPY` are likely to alter.
 const FRAGMENTS: &[&str] = &[
     " ", "  ", "\t", "\n", "\r", "\r\n", "\n\n", "\"", "\"\"", ",", ";", "'", "=", "-", "\\", "\\.", "\\n", "\u{feff}",
     "\u{85}", "\u{a0}", "\u{2028}", "\u{1}", "\u{7f}", "é", "e\u{301}", "😀", "x", "NULL", "null", "#", "title", "0",
     "{}",
 ];
 
-/// Labels that differ, although some are the same in one lower case or another.
+/// Distinct labels, some of which a case mapping other than PostgreSQL's would make equal.
 const LABELS: &[&str] = &[
     "bug",
     "a, b",
@@ -33,7 +33,7 @@ const LABELS: &[&str] = &[
     "\\.",
 ];
 
-/// A linear congruential generator (Knuth's MMIX): the same numbers in each run.
+/// A linear congruential generator (Knuth's MMIX), deterministic for a given seed.
 struct Random(u64);
 
 impl Random {
@@ -46,8 +46,8 @@ impl Random {
         (0..self.below(6)).map(|_| FRAGMENTS[self.below(FRAGMENTS.len())]).collect()
     }
 
-    /// Something that is not only whitespace.
-    fn some_text(&mut self) -> String {
+    /// Returns a text that is not blank.
+    fn non_blank_text(&mut self) -> String {
         loop {
             let text = self.text();
             if !text.trim().is_empty() {
@@ -66,7 +66,7 @@ impl Random {
         let first = self.below(labels.len());
         let label_count = self.below(5).min(labels.len() - first);
         Issue {
-            title: self.some_text(),
+            title: self.non_blank_text(),
             description: self.text(),
             status: (1 + self.below(3)) as i32,
             priority: self.below(5) as i32,
@@ -78,7 +78,7 @@ impl Random {
     }
 }
 
-async fn labels(client: &Client, names: impl Iterator<Item = &'static str>) -> Vec<Label> {
+async fn create_labels(client: &Client, names: impl Iterator<Item = &'static str>) -> Vec<Label> {
     let mut labels = Vec::new();
     for name in names {
         labels.push(client.label(name).await);
@@ -87,13 +87,13 @@ async fn labels(client: &Client, names: impl Iterator<Item = &'static str>) -> V
 }
 
 #[tokio::test]
-async fn an_export_that_is_imported_and_exported_again_is_the_same_byte_for_byte() {
+async fn re_exported_file_is_identical_byte_for_byte() {
     let tracker = Tracker::start().await;
-    let labels_there = labels(&tracker.member, LABELS.iter().copied()).await;
+    let existing_labels = create_labels(&tracker.member, LABELS.iter().copied()).await;
     for seed in 0..5 {
         let mut random = Random(seed);
-        let issues = (0..100).map(|n| random.issue(&tracker, &labels_there, n + 100 * seed as usize)).collect();
-        // All of a batch are as old.
+        let issues = (0..100).map(|n| random.issue(&tracker, &existing_labels, n + 100 * seed as usize)).collect();
+        // All issues of a batch have the same create_time.
         let batch = BatchCreateIssuesRequest { issues, ..Default::default() };
         tracker.member.issues().batch_create_issues(batch).await.unwrap();
     }
@@ -110,19 +110,19 @@ async fn an_export_that_is_imported_and_exported_again_is_the_same_byte_for_byte
     assert_eq!(rows(&first).len(), 504);
 
     let other = Tracker::start().await;
-    labels(&other.member, LABELS.iter().rev().copied()).await;
+    create_labels(&other.member, LABELS.iter().rev().copied()).await;
     import(&other.member, &first).await;
 
     let second = export_as(&other.viewer, all).await.unwrap();
     for (before, after) in rows(&first).into_iter().zip(rows(&second)) {
         assert_eq!(before, after);
     }
-    assert!(first == second, "the rows are the same, but not their bytes");
+    assert!(first == second, "the rows are equal but the bytes differ");
 }
 
-/// More of one instant than an import writes at once.
+/// Uses 6,000 issues per `create_time`; an import writes batches of 5,000 rows.
 #[tokio::test]
-async fn issues_of_the_same_instant_keep_their_order() {
+async fn issues_with_equal_create_time_keep_their_order_across_import_batches() {
     let tracker = Tracker::start().await;
     let insert = "INSERT INTO issues (id, reporter_id, status, priority, title, description, create_time)
         SELECT ('0190' || lpad(to_hex(n), 8, '0') || '70008000000000000000')::uuid, id, 1, 0, 'issue ' || n, '',
@@ -135,7 +135,7 @@ async fn issues_of_the_same_instant_keep_their_order() {
     let other = Tracker::start().await;
     import(&other.member, &first).await;
 
-    assert!(export(&other.viewer).await == first, "another order");
+    assert!(export(&other.viewer).await == first, "the order of the issues differs");
     let list = ListIssuesRequest { page_size: 1, ..Default::default() };
     let newest = other.viewer.issues().list_issues(list).await.unwrap().into_inner().issues.remove(0);
     assert_eq!(newest.title, "issue 12000");

@@ -1,4 +1,4 @@
-//! Connections that are silent, stuck or too many.
+//! The lifecycle of client connections: idle and maximum age, eviction, and clients that do not read.
 
 use issue_tracker::pb::{ImportIssuesRequest, WhoAmIRequest};
 use tokio::{
@@ -13,7 +13,7 @@ pub(super) use crate::h2_client::{Raw, framed};
 use crate::support::bounds::HANG;
 
 impl Raw {
-    /// Whether a call is answered.
+    /// Returns whether a call succeeds on this connection.
     pub async fn is_served(&mut self, tracker: &Tracker) -> bool {
         let called = async {
             let (response, mut stream) = self.begin(tracker, "AuthService/WhoAmI").await?;
@@ -25,29 +25,29 @@ impl Raw {
 
     /// Waits until the server has closed the connection.
     pub async fn closed(self) {
-        tokio::time::timeout(HANG, self.connection).await.expect("the connection stays").unwrap();
+        tokio::time::timeout(HANG, self.connection).await.expect("the connection stays open").unwrap();
     }
 }
 
-/// Waits until the server closes a connection on which it was only talked to.
+/// Waits until the server closes a connection without a complete HTTP/2 handshake.
 async fn closed_by_server(mut tcp: TcpStream) {
     let mut sent = Vec::new();
-    // A reset is an end as well.
-    let _ = tokio::time::timeout(HANG, tcp.read_to_end(&mut sent)).await.expect("the connection stays");
+    // A reset closes the connection, too.
+    let _ = tokio::time::timeout(HANG, tcp.read_to_end(&mut sent)).await.expect("the connection stays open");
 }
 
 #[tokio::test]
-async fn a_connection_without_calls_is_let_go_and_so_is_one_that_never_says_a_word() {
+async fn idle_and_silent_connections_are_closed() {
     let tracker = Tracker::start_with(limits(&["--idle-seconds", "1"])).await;
     let silent = TcpStream::connect(&tracker.address).await.unwrap();
-    let mut half_greeting = TcpStream::connect(&tracker.address).await.unwrap();
-    half_greeting.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    let mut half_preface = TcpStream::connect(&tracker.address).await.unwrap();
+    half_preface.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
     let mut used = Raw::open(&tracker).await;
     let unused = Raw::open(&tracker).await;
     assert!(used.is_served(&tracker).await);
 
     closed_by_server(silent).await;
-    closed_by_server(half_greeting).await;
+    closed_by_server(half_preface).await;
     used.closed().await;
     unused.closed().await;
 
@@ -55,7 +55,7 @@ async fn a_connection_without_calls_is_let_go_and_so_is_one_that_never_says_a_wo
 }
 
 #[tokio::test]
-async fn a_connection_with_a_call_under_way_is_not_idle() {
+async fn connection_with_a_call_in_flight_is_not_idle() {
     let tracker = Tracker::start_with(limits(&["--idle-seconds", "1"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -67,7 +67,7 @@ async fn a_connection_with_a_call_under_way_is_not_idle() {
 }
 
 #[tokio::test]
-async fn an_old_connection_is_asked_to_go_and_its_calls_may_finish() {
+async fn connection_at_its_maximum_age_is_closed_after_its_calls_finish() {
     let tracker = Tracker::start_with(limits(&["--age-seconds", "1"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -76,20 +76,20 @@ async fn an_old_connection_is_asked_to_go_and_its_calls_may_finish() {
     stream.send_data(framed(&retitle(&issue, "changed")), true).unwrap();
     tracker.until_blocked().await;
 
-    eventually("a new call is not taken", async || !raw.is_served(&tracker).await).await;
+    eventually("new calls are refused", async || !raw.is_served(&tracker).await).await;
     assert!(raw.begin(&tracker, "AuthService/WhoAmI").await.is_err());
     lock.release().await;
 
-    let mut answer = response.await.unwrap().into_body();
-    assert!(!answer.data().await.unwrap().unwrap().is_empty());
+    let mut response = response.await.unwrap().into_body();
+    assert!(!response.data().await.unwrap().unwrap().is_empty());
     raw.closed().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap().title, "changed");
 }
 
 #[tokio::test]
-async fn when_there_is_no_room_the_longest_idle_connection_goes() {
+async fn new_connection_beyond_the_limit_evicts_the_longest_idle_one() {
     let tracker = Tracker::start_with(limits(&["--connections", "3"])).await;
-    // The tracker's own client has none yet: it connects when it calls.
+    // The tracker's own client connects on its first call, so it has no connection yet.
     let mut longest = Raw::open(&tracker).await;
     assert!(longest.is_served(&tracker).await);
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -109,7 +109,7 @@ async fn when_there_is_no_room_the_longest_idle_connection_goes() {
 }
 
 #[tokio::test]
-async fn when_all_connections_are_busy_a_new_one_is_closed_and_the_calls_go_on() {
+async fn new_connection_beyond_the_limit_is_closed_when_all_others_are_busy() {
     let tracker = Tracker::start_with(limits(&["--connections", "1"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -123,18 +123,19 @@ async fn when_all_connections_are_busy_a_new_one_is_closed_and_the_calls_go_on()
 }
 
 #[tokio::test]
-async fn when_there_is_no_room_connections_go_that_strangers_keep_busy() {
+async fn connection_with_only_unauthenticated_streams_is_evicted() {
     let tracker = Tracker::start_with(limits(&["--connections", "2"])).await;
     let mut busy = Raw::open(&tracker).await;
     let (imported, mut import) = busy.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
-    let strange = Raw::open(&tracker).await;
+    let unauthenticated = Raw::open(&tracker).await;
     let watch = request(&tracker, "/grpc.health.v1.Health/Watch");
-    let (watched, mut stream) = strange.requests.clone().ready().await.unwrap().send_request(watch, false).unwrap();
+    let (health_updates, mut stream) =
+        unauthenticated.requests.clone().ready().await.unwrap().send_request(watch, false).unwrap();
     stream.send_data(framed(&HealthCheckRequest::default()), true).unwrap();
-    let mut watched = watched.await.unwrap().into_body();
-    assert!(!watched.data().await.unwrap().unwrap().is_empty());
+    let mut health_updates = health_updates.await.unwrap().into_body();
+    assert!(!health_updates.data().await.unwrap().unwrap().is_empty());
 
-    // A login would take no longer than it is kept.
+    // An unauthenticated connection is not evictable for its first 10 s, which leaves time for a login.
     closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
     eventually("a new connection is served", async || match Raw::open_with(&tracker, 65_535).await {
         Ok(mut new) => new.is_served(&tracker).await,
@@ -142,49 +143,49 @@ async fn when_there_is_no_room_connections_go_that_strangers_keep_busy() {
     })
     .await;
 
-    strange.closed().await;
+    unauthenticated.closed().await;
     import.send_data(framed(&ImportIssuesRequest::default()), true).unwrap();
     imported.await.unwrap().into_body().trailers().await.unwrap();
 }
 
-/// Asks again and again, until its connection is closed.
-async fn keep_asking(raw: Raw, request: http::Request<()>) {
-    let ask = async || {
-        let (answer, mut stream) = raw.requests.clone().ready().await?.send_request(request.clone(), false)?;
-        // Who is refused at once need not take it.
+/// Repeats a call every 300 ms until its connection is closed.
+async fn call_until_closed(raw: Raw, request: http::Request<()>) {
+    let call = async || {
+        let (response, mut stream) = raw.requests.clone().ready().await?.send_request(request.clone(), false)?;
+        // Fails if the server has already rejected the call.
         let _ = stream.send_data(framed(&()), true);
-        answer.await
+        response.await
     };
-    while ask().await.is_ok() {
+    while call().await.is_ok() {
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 
 #[tokio::test]
-async fn when_there_is_no_room_connections_go_whose_calls_nobody_signs_in_for_however_short_these_are() {
+async fn connection_with_only_short_unauthenticated_calls_is_evicted() {
     let tracker = Tracker::start_with(limits(&["--connections", "2"])).await;
-    let mut unauthorized = request(&tracker, "/issuetracker.v1.AuthService/WhoAmI");
-    unauthorized.headers_mut().remove("authorization");
-    let mut strangers = Vec::new();
-    for request in [unauthorized, request(&tracker, "/grpc.health.v1.Health/Check")] {
-        strangers.push(tokio::spawn(keep_asking(Raw::open(&tracker).await, request)));
+    let mut without_token = request(&tracker, "/issuetracker.v1.AuthService/WhoAmI");
+    without_token.headers_mut().remove("authorization");
+    let mut unauthenticated_connections = Vec::new();
+    for request in [without_token, request(&tracker, "/grpc.health.v1.Health/Check")] {
+        unauthenticated_connections.push(tokio::spawn(call_until_closed(Raw::open(&tracker).await, request)));
     }
     let mut served = Vec::new();
-    eventually("both have gone", async || {
+    eventually("both unauthenticated connections are closed", async || {
         if let Ok(mut new) = Raw::open_with(&tracker, 65_535).await
             && new.is_served(&tracker).await
         {
             served.push(new);
         }
-        strangers.iter().all(JoinHandle::is_finished)
+        unauthenticated_connections.iter().all(JoinHandle::is_finished)
     })
     .await;
     assert!(!served.is_empty());
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_its_answer_is_let_go() {
-    // Long enough for another call to find the only place taken.
+async fn connection_with_an_unread_response_is_closed() {
+    // The deadline leaves time for another call to find the only permit taken.
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "1500", "--requests", "1"])).await;
     let issue = tracker.member.file("read me").await;
     let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
@@ -192,19 +193,19 @@ async fn a_client_that_does_not_read_its_answer_is_let_go() {
     let request = GetIssueRequest { id: issue.id.clone(), ..Default::default() };
     stream.send_data(framed(&request), true).unwrap();
     let mut unread = response.await.unwrap().into_body();
-    // What it holds, it holds as long as it is not read.
+    // The call holds its permit until the response is read or fails.
     assert_overloaded(try_get(&tracker.member, &issue).await);
 
-    let cut = tokio::time::timeout(HANG, unread.data()).await.expect("the answer stays");
+    let data = tokio::time::timeout(HANG, unread.data()).await.expect("the response stays open");
 
-    assert!(cut.is_none_or(|data| data.is_err()));
+    assert!(data.is_none_or(|data| data.is_err()));
     raw.closed().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
 
-/// As where a proxy brings many clients on one connection.
+/// A proxy multiplexes many clients over one connection in this way.
 #[tokio::test]
-async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_peace() {
+async fn unread_response_does_not_fail_other_calls_on_its_connection() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
     let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
     let issue = tracker.member.file_as(issue).await;
@@ -212,30 +213,30 @@ async fn beside_an_answer_that_is_not_read_calls_of_the_same_connection_end_in_p
     let (unread, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
     stream.send_data(framed(&GetIssueRequest { id: issue.id, ..Default::default() }), true).unwrap();
     let _unread = unread.await.unwrap().into_body();
-    // Has no deadline, and its messages are yet to come.
+    // Imports have no default deadline; its messages are sent later.
     let (imported, mut import) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
 
-    let asked_to_go = async {
+    let new_calls_refused = async {
         while raw.begin(&tracker, "AuthService/WhoAmI").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    tokio::time::timeout(HANG, asked_to_go).await.expect("the connection is used on");
+    tokio::time::timeout(HANG, new_calls_refused).await.expect("the connection accepts new calls");
     import.send_data(framed(&ImportIssuesRequest::default()), true).unwrap();
-    let mut answer = imported.await.unwrap().into_body();
-    while let Some(data) = answer.data().await {
+    let mut response = imported.await.unwrap().into_body();
+    while let Some(data) = response.data().await {
         data.unwrap();
     }
-    answer.trailers().await.unwrap();
+    response.trailers().await.unwrap();
     raw.closed().await;
 }
 
 #[tokio::test]
-async fn a_thousand_idle_connections_do_not_keep_others_out() {
+async fn a_thousand_idle_connections_do_not_prevent_new_ones() {
     let tracker = Tracker::start_with(limits(&["--connections", "200"])).await;
     let mut idle = Vec::new();
     for _ in 0..1_000 {
         idle.push(TcpStream::connect(&tracker.address).await.unwrap());
     }
-    eventually("a call is answered", async || try_file(&tracker.member, "among them").await.is_ok()).await;
+    eventually("a call succeeds", async || try_file(&tracker.member, "first").await.is_ok()).await;
 }

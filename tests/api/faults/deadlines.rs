@@ -1,4 +1,4 @@
-//! Deadlines, given or not, and what is made of the statements behind them.
+//! Deadlines of the client and of the server, and the cancellation of statements.
 
 use issue_tracker::pb::Comment;
 use issue_tracker::pb::CreateCommentRequest;
@@ -10,7 +10,7 @@ use super::{
 use crate::{h2_client::request, support::bounds::HANG};
 
 #[tokio::test]
-async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_written() {
+async fn call_without_a_deadline_gets_the_default_one_and_writes_nothing() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "400"])).await;
     let issue = tracker.member.file("locked").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -24,7 +24,7 @@ async fn without_a_deadline_the_default_one_ends_the_statement_and_nothing_is_wr
 }
 
 #[tokio::test]
-async fn a_deadline_of_the_client_goes_before_the_default() {
+async fn client_deadline_overrides_the_default() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
     let issue = tracker.member.file("locked").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -38,37 +38,37 @@ async fn a_deadline_of_the_client_goes_before_the_default() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_finish_its_request_gets_a_deadline() {
+async fn incomplete_request_message_fails_at_the_default_deadline() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "300", "--requests", "1"])).await;
-    let issue = tracker.member.file("waits").await;
+    let issue = tracker.member.file("first").await;
     let mut raw = Raw::open(&tracker).await;
     let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
     let request = framed(&GetIssueRequest { id: issue.id.clone(), ..Default::default() });
     stream.send_data(request.slice(..8), false).unwrap();
 
-    let answer = response.await.unwrap();
+    let response = response.await.unwrap();
 
-    assert_eq!(answer.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
+    assert_eq!(response.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
 
 #[tokio::test]
-async fn a_message_that_does_not_come_is_not_waited_for_however_long_the_deadline() {
+async fn missing_request_message_fails_at_the_default_deadline_despite_a_longer_client_deadline() {
     let tracker = Tracker::start_with(limits(&["--requests", "1", "--deadline-ms", "1000"])).await;
-    let issue = tracker.member.file("waited for").await;
+    let issue = tracker.member.file("first").await;
     let raw = Raw::open(&tracker).await;
     let mut head = request(&tracker, "/issuetracker.v1.IssueService/UpdateIssue");
     head.headers_mut().insert("grpc-timeout", "600S".parse().unwrap());
-    let (answer, _never_sent) = raw.requests.clone().ready().await.unwrap().send_request(head, false).unwrap();
+    let (response, _unsent_body) = raw.requests.clone().ready().await.unwrap().send_request(head, false).unwrap();
 
-    let answer = tokio::time::timeout(HANG, answer).await.expect("it is waited for").unwrap();
+    let response = tokio::time::timeout(HANG, response).await.expect("the call has not ended").unwrap();
 
-    assert_eq!(answer.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
+    assert_eq!(response.headers()["grpc-status"], (Code::DeadlineExceeded as i32).to_string());
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
 
 #[tokio::test]
-async fn the_time_that_a_call_waits_for_a_connection_counts() {
+async fn waiting_for_a_connection_counts_towards_the_deadline() {
     let args = ["--pool-connections", "3", "--imports", "1", "--pool-wait-ms", "30000", "--deadline-ms", "400"];
     let tracker = Tracker::start_with(limits(&args)).await;
     let issue = tracker.member.file("locked").await;
@@ -81,12 +81,12 @@ async fn the_time_that_a_call_waits_for_a_connection_counts() {
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_leaves_no_statement_behind_and_connections_fit_for_use() {
+async fn cancelled_calls_leave_no_statement_and_return_usable_connections() {
     let tracker = Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1"])).await;
     let issue = tracker.member.file("locked").await;
     let lock = Lock::all_issues(&tracker).await;
     for n in 0..6 {
-        let request = UpdateIssueRequest { comment: format!("try {n}"), ..retitle(&issue, "changed") };
+        let request = UpdateIssueRequest { comment: format!("attempt {n}"), ..retitle(&issue, "changed") };
         let update = spawn_update(&tracker.member, request);
         tracker.wait_until(lock_waiters!(">= 1")).await;
         update.abort();
@@ -103,7 +103,7 @@ async fn a_caller_that_goes_away_leaves_no_statement_behind_and_connections_fit_
 }
 
 #[tokio::test]
-async fn when_all_in_a_round_have_gone_away_its_statement_ends() {
+async fn statement_of_a_batch_is_cancelled_when_all_its_callers_cancelled() {
     let tracker = Arc::new(Tracker::start().await);
     let session = tracker.session().await;
     session.batch_execute("BEGIN; LOCK TABLE issues").await.unwrap();

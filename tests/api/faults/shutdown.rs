@@ -1,4 +1,4 @@
-//! A service that is told to stop.
+//! Graceful shutdown.
 
 use issue_tracker::pb::ListIssuesRequest;
 use tonic::transport::Endpoint;
@@ -6,20 +6,20 @@ use tonic::transport::Endpoint;
 use super::{connections::Raw, *};
 
 #[tokio::test]
-async fn calls_under_way_finish_new_ones_are_refused_and_health_tells() {
+async fn shutdown_finishes_calls_in_flight_refuses_new_ones_and_reports_not_serving() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
     let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
     tracker.until_blocked().await;
-    let mut watched =
+    let mut health_updates =
         HealthClient::new(tracker.channel.clone()).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
-    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    assert_eq!(health_updates.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
 
     tracker.stop();
 
-    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
-    // On a connection that is made only now.
+    assert_eq!(health_updates.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    // A connection opened after the shutdown began.
     let channel = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap().connect_lazy();
     let late = Tracker::client_on(channel.clone(), &tracker.member.token);
     let listed = late.issues().list_issues(ListIssuesRequest::default()).await;
@@ -28,7 +28,7 @@ async fn calls_under_way_finish_new_ones_are_refused_and_health_tells() {
     let checked = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
     assert_eq!(checked.into_inner().status(), ServingStatus::NotServing);
 
-    assert_retriable(watched.message().await, Code::Unavailable, "STOPPING");
+    assert_retriable(health_updates.message().await, Code::Unavailable, "STOPPING");
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
@@ -36,7 +36,7 @@ async fn calls_under_way_finish_new_ones_are_refused_and_health_tells() {
 }
 
 #[tokio::test]
-async fn clients_are_asked_to_go_elsewhere_and_idle_ones_do_not_hold_it_up() {
+async fn shutdown_closes_idle_connections_and_does_not_wait_for_them() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
     let mut raw = Raw::open(&tracker).await;
     assert!(raw.is_served(&tracker).await);
@@ -46,7 +46,7 @@ async fn clients_are_asked_to_go_elsewhere_and_idle_ones_do_not_hold_it_up() {
 }
 
 #[tokio::test]
-async fn a_call_that_takes_too_long_is_cut_at_the_bound() {
+async fn calls_still_in_flight_after_drain_seconds_are_abandoned() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "1"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
@@ -54,6 +54,6 @@ async fn a_call_that_takes_too_long_is_cut_at_the_bound() {
     tracker.until_blocked().await;
     tracker.stop();
     tracker.ended().await;
-    let waits = lock.0.query_one(lock_waiters!("= 1"), &[]).await.unwrap();
-    assert!(waits.get::<_, bool>(0), "it was waited for no longer than the bound");
+    let blocked = lock.0.query_one(lock_waiters!("= 1"), &[]).await.unwrap();
+    assert!(blocked.get::<_, bool>(0), "the server stopped while the call was still blocked");
 }
