@@ -1,4 +1,4 @@
-//! The program as people start it: its output, exit codes, signals, and what it leaves on disk and in logs.
+//! Tests the binary: output, exit codes, signals, files on disk and logs.
 
 #[path = "binary/file_descriptors.rs"]
 mod file_descriptors;
@@ -67,7 +67,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// Failed by itself, and said why.
+/// Asserts that the program exited with a nonzero code and that its error output contains `why`.
 #[track_caller]
 fn assert_refused(output: &Output, why: &str) {
     assert!(output.status.code().is_some_and(|code| code != 0), "{output:?}");
@@ -79,12 +79,12 @@ fn is_running(pid: u32) -> bool {
 }
 
 impl Service {
-    /// With a database of its own.
+    /// Starts the service on its embedded database.
     fn embedded(dir: &Dir) -> Self {
         Self::start(dir, program(&["--data-dir", &dir.data()]))
     }
 
-    /// On a database of others.
+    /// Starts the service on an external database.
     fn on(external: &External, args: &[&str]) -> Self {
         Self::start(&external.dir, program(&[&["--database-url", &external.url()], args].concat()))
     }
@@ -94,14 +94,14 @@ impl Service {
     }
 }
 
-async fn file(service: &Service, token: &str, title: &str) -> Issue {
+async fn create_issue(service: &Service, token: &str, title: &str) -> Issue {
     let issue = Issue { title: title.to_owned(), ..Issue::default() };
     let request = CreateIssueRequest { issue: Some(issue), ..Default::default() };
     service.issues().create_issue(with_token(token, request)).await.unwrap().into_inner()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn first_start_prints_how_to_reach_it_and_later_ones_keep_all_and_print_no_password() {
+async fn first_start_prints_credentials_and_later_starts_keep_data_and_print_no_password() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
     let lines = &service.stdout;
@@ -115,7 +115,7 @@ async fn first_start_prints_how_to_reach_it_and_later_ones_keep_all_and_print_no
     }
     assert_eq!(fs::metadata(&token_file).unwrap().permissions().mode() & 0o777, 0o600);
     let token = service.admin_token();
-    file(&service, &token, "kept").await;
+    create_issue(&service, &token, "kept").await;
     let password = lines[0].split("with the password ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
     let login = LoginRequest { username: "admin".to_owned(), password, ..Default::default() };
     let login = AuthServiceClient::new(service.channel()).login(login).await.unwrap().into_inner();
@@ -132,7 +132,7 @@ async fn first_start_prints_how_to_reach_it_and_later_ones_keep_all_and_print_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_ends_the_service_and_its_database_and_health_tells() {
+async fn sigterm_stops_the_service_and_its_database_and_health_fails() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
     let server = dir.server_pid().unwrap();
@@ -143,19 +143,19 @@ async fn sigterm_ends_the_service_and_its_database_and_health_tells() {
     let status = service.stop();
 
     assert_eq!(status.code(), Some(0), "{}", service.log());
-    assert!(!is_running(server), "postgres is left behind");
+    assert!(!is_running(server), "postgres still runs");
     let health = run(&["health", "--listen", &service.address]);
     assert_refused(&health, "nothing answers on");
     assert_eq!(text(&health.stdout), "");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_service_has_all_that_it_acknowledged_when_it_starts_again() {
+async fn restart_after_sigkill_keeps_every_acknowledged_write() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
     let token = service.admin_token();
     for n in 0..20 {
-        file(&service, &token, &format!("issue {n}")).await;
+        create_issue(&service, &token, &format!("issue {n}")).await;
     }
     service.kill();
 
@@ -167,7 +167,7 @@ async fn a_killed_service_has_all_that_it_acknowledged_when_it_starts_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_service_on_the_same_directory_or_port_is_refused_and_the_first_goes_on() {
+async fn second_service_on_the_same_data_dir_or_port_fails_and_the_first_keeps_serving() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
     let other = Dir::new();
@@ -178,13 +178,13 @@ async fn a_second_service_on_the_same_directory_or_port_is_refused_and_the_first
     assert_refused(&same_dir, "is in use by another issue-tracker");
     assert_refused(&same_port, &format!("cannot listen on {}", service.address));
     assert_eq!((same_dir.stdout.len(), same_port.stdout.len()), (0, 0));
-    assert!(!other.path("data").exists(), "nothing is made for a service that cannot serve");
-    file(&service, &service.admin_token(), "still there").await;
+    assert!(!other.path("data").exists(), "a service that cannot listen must not create its data directory");
+    create_issue(&service, &service.admin_token(), "still there").await;
     assert_eq!(service.stop().code(), Some(0));
 }
 
 #[test]
-fn flags_that_make_no_sense_are_refused_before_anything_starts() {
+fn invalid_flags_are_rejected_before_anything_starts() {
     let dir = Dir::new();
     for (args, why) in [
         (&["--imports", "5", "--pool-connections", "5"][..], "must be less than --pool-connections"),
@@ -203,7 +203,7 @@ fn flags_that_make_no_sense_are_refused_before_anything_starts() {
 }
 
 #[test]
-fn a_missing_postgresql_is_told_with_the_package_to_install() {
+fn missing_postgresql_is_reported_with_the_package_to_install() {
     let dir = Dir::new();
     let nowhere = dir.path("nowhere");
     let mut command = program(&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()]);
@@ -215,7 +215,7 @@ fn a_missing_postgresql_is_told_with_the_package_to_install() {
 }
 
 #[test]
-fn a_database_url_that_cannot_be_read_or_reached_is_told_without_its_password() {
+fn invalid_or_unreachable_database_url_is_reported_without_its_password() {
     let unreadable = format!("postgresql://me:{SECRET}@host:port/tracker");
     let unreachable = format!("postgresql://me:{SECRET}@127.0.0.1:1/tracker");
     for url in [&unreadable, &unreachable] {
@@ -230,7 +230,7 @@ fn a_database_url_that_cannot_be_read_or_reached_is_told_without_its_password() 
 fn create_user(url: &str, args: &[&str], password: &str) -> Output {
     let mut command = program(&["user", "create", "--database-url", url]);
     let mut child = command.args(args).stdin(Stdio::piped()).spawn().unwrap();
-    // One that does not read it has failed, and is asserted on by its output.
+    // The write fails when the program exits without reading; callers assert on its output.
     let _ = child.stdin.take().unwrap().write_all(password.as_bytes());
     finished(child)
 }
@@ -241,7 +241,7 @@ async fn login(service: &Service, username: &str, password: &str) -> Result<Stri
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_external_database_is_migrated_given_an_administrator_and_served() {
+async fn external_database_is_migrated_gets_an_administrator_and_is_served() {
     let external = External::start(Durability::Throwaway);
     let url = format!("{} password={SECRET}", external.url());
     for _ in 0..2 {
@@ -259,19 +259,19 @@ async fn an_external_database_is_migrated_given_an_administrator_and_served() {
 
     let mut service = Service::start(&external.dir, program(&["--database-url", &url]));
     let token = login(&service, "ada", SECRET).await.unwrap();
-    let issue = file(&service, &token, "first").await;
+    let issue = create_issue(&service, &token, "first").await;
     assert_eq!(issue.reporter_id, id);
     assert_eq!(service.stdout, [format!("listening on {}", service.address)]);
     assert_eq!(service.stop().code(), Some(0));
     assert!(!service.log().contains(SECRET), "{}", service.log());
     let sql = session(&external.config()).await;
     assert_eq!(sql.query("SELECT FROM users", &[]).await.unwrap().len(), 1);
-    let told = "SELECT FROM audit_events WHERE action = 'USER_CREATED' AND actor_id IS NULL AND user_id::text = $1";
-    assert_eq!(sql.query(told, &[&id]).await.unwrap().len(), 1);
+    let audited = "SELECT FROM audit_events WHERE action = 'USER_CREATED' AND actor_id IS NULL AND user_id::text = $1";
+    assert_eq!(sql.query(audited, &[&id]).await.unwrap().len(), 1);
 }
 
-/// Calls that fail in the service and in the database, with a mark in everything that the client sends.
-async fn a_session_with_errors(service: &Service, token: &str) {
+/// Makes calls that fail in the service and in the database, with [`SECRET`] in every value that the client sends.
+async fn run_failing_calls(service: &Service, token: &str) {
     let issue = Issue { title: SECRET.to_owned(), external_id: SECRET.to_owned(), ..Issue::default() };
     let create = CreateIssueRequest { issue: Some(issue), ..Default::default() };
     let mut issues = service.issues();
@@ -293,15 +293,16 @@ async fn a_session_with_errors(service: &Service, token: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_that_clients_send_is_in_the_logs_even_when_the_database_crashes() {
+async fn logs_contain_no_client_data_even_after_a_database_crash() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir);
     let token = service.admin_token();
-    a_session_with_errors(&service, &token).await;
+    run_failing_calls(&service, &token).await;
     assert!(signal(dir.server_pid().unwrap(), libc::SIGKILL));
     let list = async || service.issues().list_issues(with_token(&token, ListIssuesRequest::default())).await;
-    eventually("the database is back", async || list().await.is_ok() && service.log().contains("up again")).await;
-    a_database_error(&service, &token).await;
+    eventually("the database is available again", async || list().await.is_ok() && service.log().contains("up again"))
+        .await;
+    create_duplicate(&service, &token).await;
     service.stop();
 
     let mut logs = service.log();
@@ -311,8 +312,8 @@ async fn nothing_that_clients_send_is_in_the_logs_even_when_the_database_crashes
     assert!(!logs.contains(&token), "{logs}");
 }
 
-/// Another issue with an external id that is taken.
-async fn a_database_error(service: &Service, token: &str) {
+/// Creates an issue whose external id exists, which fails in the database.
+async fn create_duplicate(service: &Service, token: &str) {
     let issue = Issue { title: "x".to_owned(), external_id: SECRET.to_owned(), ..Issue::default() };
     let request = CreateIssueRequest { issue: Some(issue), ..Default::default() };
     let taken = service.issues().create_issue(with_token(token, request)).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! An import that outlives whatever is killed below it.
+//! Tests that an import resumes after the service or the database is killed.
 
 use issue_tracker::pb::{
     ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportMode, ImportOptions, ImportState, ImportSummary,
@@ -14,35 +14,39 @@ const DATABASE_KILLS: usize = 5;
 const ROWS_PER_KILL: usize = 1_500;
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// An import's stream, behind its first answer.
-struct Stream {
+/// An import stream whose first progress response has been received.
+struct ImportStream {
     committed_offset: usize,
     requests: tokio::sync::mpsc::Sender<ImportIssuesRequest>,
-    answers: Streaming<ImportIssuesResponse>,
+    responses: Streaming<ImportIssuesResponse>,
 }
 
 fn request(message: import_issues_request::Message) -> ImportIssuesRequest {
     ImportIssuesRequest { message: Some(message) }
 }
 
-async fn try_open(service: &Service, token: &str, options: &ImportOptions) -> Result<Stream, tonic::Status> {
+async fn try_open_import(
+    service: &Service,
+    token: &str,
+    options: &ImportOptions,
+) -> Result<ImportStream, tonic::Status> {
     let (requests, stream) = tokio::sync::mpsc::channel(1_000);
     requests.send(request(import_issues_request::Message::Options(options.clone()))).await.unwrap();
     let mut client = ImportServiceClient::new(service.channel());
-    let mut answers = client.import_issues(with_token(token, ReceiverStream::new(stream))).await?.into_inner();
-    match answers.message().await?.unwrap().message {
+    let mut responses = client.import_issues(with_token(token, ReceiverStream::new(stream))).await?.into_inner();
+    match responses.message().await?.unwrap().message {
         Some(Message::Progress(first)) => {
-            Ok(Stream { committed_offset: first.committed_offset as usize, requests, answers })
+            Ok(ImportStream { committed_offset: first.committed_offset as usize, requests, responses })
         }
-        other => panic!("not where to go on: {other:?}"),
+        other => panic!("the first response is not a progress: {other:?}"),
     }
 }
 
-/// Tries until it is taken: what was killed takes a moment to be gone, and to be back.
-async fn open(service: &Service, token: &str, options: &ImportOptions) -> Stream {
+/// Retries until the import is accepted: a killed process takes a moment to exit and to restart.
+async fn open_import(service: &Service, token: &str, options: &ImportOptions) -> ImportStream {
     let began = Instant::now();
     loop {
-        match try_open(service, token, options).await {
+        match try_open_import(service, token, options).await {
             Ok(stream) => return stream,
             Err(status) => {
                 assert!([Code::Aborted, Code::Unavailable].contains(&status.code()), "{status:?}");
@@ -53,14 +57,14 @@ async fn open(service: &Service, token: &str, options: &ImportOptions) -> Stream
     }
 }
 
-impl Stream {
-    /// Sends the file up to here.
+impl ImportStream {
+    /// Sends the file from the committed offset to `end`.
     async fn send(&self, file: &[u8], end: usize) {
         let mut offset = self.committed_offset;
         while offset < end {
             let piece = &file[offset..end.min(offset + CHUNK_BYTES)];
             let chunk = ImportChunk { offset: offset as i64, data: piece.to_vec().into() };
-            // A stream that has failed takes no more.
+            // Sending fails once the stream has failed; `finish` reports why.
             let _ = self.requests.send(request(import_issues_request::Message::Chunk(chunk))).await;
             offset += piece.len();
         }
@@ -69,7 +73,7 @@ impl Stream {
     async fn finish(mut self) -> ImportSummary {
         drop(self.requests);
         loop {
-            if let Some(Message::Summary(summary)) = self.answers.message().await.unwrap().unwrap().message {
+            if let Some(Message::Summary(summary)) = self.responses.message().await.unwrap().unwrap().message {
                 return summary;
             }
         }
@@ -85,8 +89,8 @@ fn file_with_bad_rows(rows: usize) -> Vec<u8> {
     (1..=rows).fold("title,external_id,status,labels\r\n".to_owned(), |file, n| file + &row(n)).into_bytes()
 }
 
-/// All that an import has made, without ids and times.
-async fn made(external: &External, import_id: &str) -> Vec<String> {
+/// Returns the issues, row errors and events that an import wrote, without ids and times.
+async fn import_result(external: &External, import_id: &str) -> Vec<String> {
     const SQL: &str = "SELECT jsonb_build_array(title, external_id, status, version, close_time IS NOT NULL,
             (SELECT array_agg(l.name ORDER BY l.name) FROM issue_labels il JOIN labels l ON l.id = il.label_id
                 WHERE il.issue_id = i.id))::text FROM issues i
@@ -104,7 +108,7 @@ async fn committed_offset(external: &External, import_id: &str) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_over_none() {
+async fn import_interrupted_by_20_service_and_5_database_kills_has_the_result_of_an_uninterrupted_import() {
     let external = External::start(Durability::Durable);
     create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
     let start = || Service::on(&external, &["--bcrypt-cost", "4"]);
@@ -120,26 +124,26 @@ async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_ov
         create_labels: true,
         ..Default::default()
     };
-    let clean = options();
-    let stream = open(&service, &token, &clean).await;
+    let uninterrupted = options();
+    let stream = open_import(&service, &token, &uninterrupted).await;
     stream.send(&file, file.len()).await;
-    let clean_summary = stream.finish().await;
-    let clean_rows = made(&external, &clean.import_id).await;
-    assert!(clean_rows.len() > kills * ROWS_PER_KILL - 1_000, "{clean_summary:?}");
+    let expected_summary = stream.finish().await;
+    let expected_rows = import_result(&external, &uninterrupted.import_id).await;
+    assert!(expected_rows.len() > kills * ROWS_PER_KILL - 1_000, "{expected_summary:?}");
     let truncate = "TRUNCATE issues, issue_labels, comments, import_issues, issue_events";
     session(&external.config()).await.batch_execute(truncate).await.unwrap();
 
-    let killed = options();
+    let interrupted = options();
     let mut resumed = 0;
     for kill in 0..kills {
-        let stream = open(&service, &token, &killed).await;
+        let stream = open_import(&service, &token, &interrupted).await;
         resumed += usize::from(stream.committed_offset > 0);
         let end = file.len() * (kill + 1) / (kills + 1);
         stream.send(&file, end).await;
-        // From at once to when a batch is surely in.
+        // The kill comes at different moments: soon after the send, or once a batch is committed.
         if end - stream.committed_offset > file.len() / (kills * ROWS_PER_KILL) * 6_000 {
-            eventually("a batch is in", async || {
-                committed_offset(&external, &killed.import_id).await != stream.committed_offset
+            eventually("a batch is committed", async || {
+                committed_offset(&external, &interrupted.import_id).await != stream.committed_offset
             })
             .await;
         } else {
@@ -148,21 +152,24 @@ async fn an_import_over_20_killed_services_and_5_killed_databases_ends_as_one_ov
         if kill % 5 == 4 {
             let server = external.cluster.server_pid();
             assert!(signal(server, libc::SIGKILL));
-            wait_until("there is another server", || external.cluster.server_pid() != server);
+            wait_until("postgres is restarted", || external.cluster.server_pid() != server);
         } else {
             service.kill();
             service = start();
         }
     }
-    let stream = open(&service, &token, &killed).await;
-    assert!(stream.committed_offset > file.len() / 2 && resumed > kills / 2, "{resumed} of the kills were during it");
+    let stream = open_import(&service, &token, &interrupted).await;
+    assert!(
+        stream.committed_offset > file.len() / 2 && resumed > kills / 2,
+        "only {resumed} imports resumed from a committed offset"
+    );
     stream.send(&file, file.len()).await;
     let summary = stream.finish().await;
 
     assert_eq!(summary.state(), ImportState::Committed);
-    assert_eq!(summary, ImportSummary { import_id: killed.import_id.clone(), ..clean_summary });
-    let rows = made(&external, &killed.import_id).await;
-    assert_eq!(rows.len(), clean_rows.len());
-    assert!(rows == clean_rows, "the rows are others");
+    assert_eq!(summary, ImportSummary { import_id: interrupted.import_id.clone(), ..expected_summary });
+    let rows = import_result(&external, &interrupted.import_id).await;
+    assert_eq!(rows.len(), expected_rows.len());
+    assert!(rows == expected_rows, "the rows differ from those of the uninterrupted import");
     assert_eq!(service.stop().code(), Some(0));
 }

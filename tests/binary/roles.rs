@@ -6,7 +6,7 @@ use super::*;
 async fn the_service_is_not_the_superuser_of_its_own_database() {
     let dir = Dir::new();
     let service = Service::embedded(&dir);
-    file(&service, &service.admin_token(), "first").await;
+    create_issue(&service, &service.admin_token(), "first").await;
     let mut config = dir.database();
     let client = session(&config).await;
 
@@ -36,7 +36,7 @@ async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
     let mut service = Service::start(&external.dir, program(&["--database-url", &url]));
 
     let token = login(&service, "ada", SECRET).await.unwrap();
-    file(&service, &token, "first").await;
+    create_issue(&service, &token, "first").await;
     assert_eq!(service.stop().code(), Some(0));
     assert!(!service.log().contains("refuses"), "{}", service.log());
     assert_refused(&run(&["migrate", "--grant-to", "nobody", "--database-url", &external.url()]), "the role nobody");

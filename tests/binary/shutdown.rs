@@ -1,4 +1,4 @@
-//! Signals, and replicas that are restarted one after the other.
+//! Tests graceful shutdown and rolling restarts of replicas.
 
 use std::sync::{
     Arc,
@@ -9,91 +9,94 @@ use tokio::task::JoinHandle;
 
 use super::*;
 
-/// A service on a database, an issue in it, and an update that waits for the transaction in `lock`.
-struct Waiting {
+/// A service with an update in flight that waits for the row lock of the transaction in `lock_holder`.
+struct BlockedUpdate {
     external: External,
     service: Service,
     token: String,
-    lock: tokio_postgres::Client,
+    lock_holder: tokio_postgres::Client,
     update: JoinHandle<Result<Issue, tonic::Status>>,
 }
 
-impl Waiting {
+impl BlockedUpdate {
     async fn start() -> Self {
         let external = External::start(Durability::Throwaway);
         create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
         let service = Service::on(&external, &["--drain-seconds", "100"]);
         let token = login(&service, "ada", SECRET).await.unwrap();
-        let issue = file(&service, &token, "first").await;
-        let lock = session(&external.config()).await;
-        lock.batch_execute("BEGIN; SELECT FROM issues FOR UPDATE").await.unwrap();
+        let issue = create_issue(&service, &token, "first").await;
+        let lock_holder = session(&external.config()).await;
+        lock_holder.batch_execute("BEGIN; SELECT FROM issues FOR UPDATE").await.unwrap();
         let changed = Issue { id: issue.id, title: "changed".to_owned(), ..Issue::default() };
         let request = with_token(&token, UpdateIssueRequest { issue: Some(changed), ..Default::default() });
         let mut issues = service.issues();
         let update = tokio::spawn(async move { Ok(issues.update_issue(request).await?.into_inner()) });
-        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-        eventually("the update waits", async || lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) > 0).await;
-        Self { external, service, token, lock, update }
+        let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+        eventually("the update waits", async || {
+            lock_holder.query_one(blocked, &[]).await.unwrap().get::<_, i64>(0) > 0
+        })
+        .await;
+        Self { external, service, token, lock_holder, update }
     }
 
     async fn title(&self) -> String {
-        self.lock.query_one("SELECT title FROM issues", &[]).await.unwrap().get(0)
+        self.lock_holder.query_one("SELECT title FROM issues", &[]).await.unwrap().get(0)
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_under_way_at_sigterm_finishes_and_new_ones_are_refused() {
-    let mut waiting = Waiting::start().await;
+async fn sigterm_lets_requests_in_flight_finish_and_rejects_new_ones() {
+    let mut blocked = BlockedUpdate::start().await;
 
-    waiting.service.signal(libc::SIGTERM);
-    wait_until("the service stops", || waiting.service.log().contains("stopping"));
-    let list = with_token(&waiting.token, ListIssuesRequest::default());
-    let refused = waiting.service.issues().list_issues(list).await.unwrap_err();
+    blocked.service.signal(libc::SIGTERM);
+    wait_until("the shutdown is logged", || blocked.service.log().contains("stopping"));
+    let list = with_token(&blocked.token, ListIssuesRequest::default());
+    let refused = blocked.service.issues().list_issues(list).await.unwrap_err();
     assert_eq!((refused.code(), refused.message().contains("stopping")), (Code::Unavailable, true), "{refused:?}");
-    assert_refused(&run(&["health", "--listen", &waiting.service.address]), "NOT_SERVING");
-    waiting.lock.batch_execute("COMMIT").await.unwrap();
+    assert_refused(&run(&["health", "--listen", &blocked.service.address]), "NOT_SERVING");
+    blocked.lock_holder.batch_execute("COMMIT").await.unwrap();
 
-    let updated = (&mut waiting.update).await.unwrap().unwrap();
+    let updated = (&mut blocked.update).await.unwrap().unwrap();
     assert_eq!((updated.title.as_str(), updated.version), ("changed", 2));
-    assert_eq!(waiting.service.wait().code(), Some(0));
-    assert_eq!(waiting.title().await, "changed");
-    assert!(std::net::TcpStream::connect(&waiting.service.address).is_err());
-    drop(waiting.external);
+    assert_eq!(blocked.service.wait().code(), Some(0));
+    assert_eq!(blocked.title().await, "changed");
+    assert!(std::net::TcpStream::connect(&blocked.service.address).is_err());
+    drop(blocked.external);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_ends_the_service_at_once() {
-    let mut waiting = Waiting::start().await;
-    waiting.service.signal(libc::SIGTERM);
-    wait_until("the service stops", || waiting.service.log().contains("stopping"));
-    assert!(waiting.service.child.try_wait().unwrap().is_none(), "a request is under way");
+async fn second_signal_stops_the_service_immediately() {
+    let mut blocked = BlockedUpdate::start().await;
+    blocked.service.signal(libc::SIGTERM);
+    wait_until("the shutdown is logged", || blocked.service.log().contains("stopping"));
+    assert!(blocked.service.child.try_wait().unwrap().is_none(), "the service must wait for the request in flight");
 
-    waiting.service.signal(libc::SIGTERM);
+    blocked.service.signal(libc::SIGTERM);
 
-    assert_eq!(waiting.service.wait().code(), Some(1));
-    assert!(is_unavailable(&(&mut waiting.update).await.unwrap().unwrap_err()));
+    assert_eq!(blocked.service.wait().code(), Some(1));
+    assert!(is_unavailable(&(&mut blocked.update).await.unwrap().unwrap_err()));
 }
 
 const CLIENTS: usize = 8;
 const RESTARTS_EACH: usize = 3;
-const ROUNDS_PER_RESTART: usize = 4 * CLIENTS;
+const ITERATIONS_PER_RESTART: usize = 4 * CLIENTS;
 
-/// Replicas of one service, by their addresses.
+/// Replicas of one service, and the state that their clients share.
 struct Replicas {
     channels: Vec<Channel>,
     token: String,
-    /// How often [`Replicas::work`] has come around, for all clients.
-    rounds: AtomicUsize,
+    /// Completed iterations of [`Replicas::run_client`], summed over all clients.
+    iterations: AtomicUsize,
     done: AtomicBool,
 }
 
-/// gRPC has UNAVAILABLE for a connection that cannot be used; tonic tells some of these as UNKNOWN or CANCELLED.
+/// Returns whether a call failed because of its connection. tonic reports some of these as UNKNOWN or CANCELLED.
 fn is_unavailable(status: &tonic::Status) -> bool {
     let source = std::error::Error::source(status);
     status.code() == Code::Unavailable || source.is_some_and(|source| source.is::<tonic::transport::Error>())
 }
 
-/// Calls one replica after the other, beginning with one, until one is available.
+/// Calls the replicas in turn, starting with number `$first`, until one is available.
 macro_rules! call {
     ($replicas:expr, $first:expr, $method:ident($message:expr)) => {{
         let began = Instant::now();
@@ -102,7 +105,7 @@ macro_rules! call {
             let mut issues = $replicas.issues(nth);
             match issues.$method(with_token(&$replicas.token, $message.clone())).await {
                 Ok(response) => break response.into_inner(),
-                Err(status) => assert!(is_unavailable(&status), "a failed call: {status:?}"),
+                Err(status) => assert!(is_unavailable(&status), "a call failed: {status:?}"),
             }
             assert!(began.elapsed() < HANG, "no replica is available");
             tokio::time::sleep(TICK).await;
@@ -116,8 +119,8 @@ impl Replicas {
         IssueServiceClient::new(self.channels[nth % self.channels.len()].clone())
     }
 
-    /// Files an issue, changes it and reads it, again and again.
-    async fn work(&self, client: usize) {
+    /// Creates, updates and reads one issue per iteration until `done` is set.
+    async fn run_client(&self, client: usize) {
         for nth in 0.. {
             if self.done.load(Ordering::Relaxed) {
                 return;
@@ -134,34 +137,34 @@ impl Replicas {
             assert_eq!(call!(self, first + 1, update_issue(update)).version, 2);
             let get = GetIssueRequest { id: issue.id, ..Default::default() };
             assert_eq!(call!(self, first, get_issue(get)).description, "changed");
-            self.rounds.fetch_add(1, Ordering::Relaxed);
+            self.iterations.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rolling_restart_under_load_shows_no_failed_call_and_no_doubled_write() {
+async fn rolling_restart_under_load_fails_no_call_and_duplicates_no_write() {
     let external = External::start(Durability::Throwaway);
     create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
     let start = |listen: &str| Service::on(&external, &["--listen", listen]);
     let mut services = [start("127.0.0.1:0"), start("127.0.0.1:0")];
     let token = login(&services[0], "ada", SECRET).await.unwrap();
     let channels = services.iter().map(Service::channel).collect();
-    let replicas = Replicas { channels, token, rounds: AtomicUsize::new(0), done: AtomicBool::new(false) };
+    let replicas = Replicas { channels, token, iterations: AtomicUsize::new(0), done: AtomicBool::new(false) };
     let replicas = Arc::new(replicas);
     let worker = |client| {
         let replicas = Arc::clone(&replicas);
-        tokio::spawn(async move { replicas.work(client).await })
+        tokio::spawn(async move { replicas.run_client(client).await })
     };
     let workers: Vec<_> = (0..CLIENTS).map(worker).collect();
-    let rounds = || replicas.rounds.load(Ordering::Relaxed);
+    let iterations = || replicas.iterations.load(Ordering::Relaxed);
 
     for _ in 0..RESTARTS_EACH {
         for service in &mut services {
-            let before = rounds();
-            eventually("the clients have come around", async || {
+            let before = iterations();
+            eventually("the clients have completed their iterations", async || {
                 assert!(!workers.iter().any(JoinHandle::is_finished), "a client has failed");
-                rounds() >= before + ROUNDS_PER_RESTART
+                iterations() >= before + ITERATIONS_PER_RESTART
             })
             .await;
             assert_eq!(service.stop().code(), Some(0), "{}", service.log());
@@ -173,10 +176,10 @@ async fn a_rolling_restart_under_load_shows_no_failed_call_and_no_doubled_write(
     for worker in workers {
         worker.await.unwrap();
     }
-    let rounds = rounds();
+    let iterations = iterations();
     let sql = session(&external.config()).await;
     let counts = "SELECT count(*), count(DISTINCT title), sum(version)::int8 FROM issues";
     let row = sql.query_one(counts, &[]).await.unwrap();
     let (issues, titles, versions): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
-    assert_eq!((issues, titles, versions), (rounds as i64, rounds as i64, 2 * rounds as i64));
+    assert_eq!((issues, titles, versions), (iterations as i64, iterations as i64, 2 * iterations as i64));
 }

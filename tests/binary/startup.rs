@@ -1,16 +1,16 @@
-//! Signals to a service that has not started yet.
+//! Tests signals and failures during startup.
 
 use super::*;
 
-/// Whose PostgreSQL takes longer than the test, and ends with it. Returns when it is at work.
-fn starting(dir: &Dir) -> Service {
-    let (bin_dir, begun) = (dir.path("bin"), dir.path("begun"));
+/// Spawns a service whose PostgreSQL programs sleep for longer than the test. Returns once one of them runs.
+fn spawn_with_slow_postgres(dir: &Dir) -> Service {
+    let (bin_dir, started) = (dir.path("bin"), dir.path("started"));
     fs::create_dir(&bin_dir).unwrap();
     fs::set_permissions(&**dir, fs::Permissions::from_mode(0o777)).unwrap();
     for name in ["initdb", "postgres"] {
         let slow = format!(
             "#!/bin/sh\n[ \"$1\" = --version ] || {{ touch {}; exec sleep {}; }}\n",
-            begun.display(),
+            started.display(),
             2 * HANG.as_secs()
         );
         fs::write(bin_dir.join(name), slow).unwrap();
@@ -19,34 +19,38 @@ fn starting(dir: &Dir) -> Service {
     let mut command = program(&["--data-dir", &dir.data()]);
     command.env("PG_BINDIR", bin_dir);
     let service = Service::spawn(dir, command);
-    wait_until("PostgreSQL is at work", || begun.exists());
+    wait_until("PostgreSQL runs", || started.exists());
     service
 }
 
 #[test]
-fn a_second_signal_ends_a_start_that_takes_long() {
+fn second_signal_aborts_a_slow_start() {
     let dir = Dir::new();
-    let mut service = starting(&dir);
+    let mut service = spawn_with_slow_postgres(&dir);
 
     service.signal(libc::SIGTERM);
-    // The first one is not to be taken for the second.
+    // Two pending signals of the same number are delivered once.
     std::thread::sleep(TICK * 10);
-    assert!(service.child.try_wait().unwrap().is_none(), "what is half made is not left behind at the first signal");
-    // On a busy machine it is, all the same.
-    wait_until("another signal ends it", || {
+    assert!(service.child.try_wait().unwrap().is_none(), "the first signal must let initdb finish and clean up");
+    // On a busy machine the pause may be too short, so the signal is repeated.
+    wait_until("another signal stops the service", || {
         let _ = signal(service.child.id(), libc::SIGTERM);
         service.child.try_wait().unwrap().is_some()
     });
 
     assert_eq!(service.wait().code(), Some(1));
-    assert!(!service.log().contains("issue-tracker: "), "it has ended by itself: {}", service.log());
+    assert!(
+        !service.log().contains("issue-tracker: "),
+        "the service exited with an error of its own: {}",
+        service.log()
+    );
 }
 
 #[test]
-fn a_signal_ends_a_start_that_waits_for_its_database_to_be_ready() {
+fn signal_stops_a_start_that_waits_for_its_database() {
     let dir = Dir::new();
     assert_eq!(Service::embedded(&dir).stop().code(), Some(0));
-    let mut service = starting(&dir);
+    let mut service = spawn_with_slow_postgres(&dir);
     let began = Instant::now();
 
     let status = service.stop();
@@ -55,14 +59,14 @@ fn a_signal_ends_a_start_that_waits_for_its_database_to_be_ready() {
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
-/// Of the line that tells of the first administrator.
-fn told_password(line: &str) -> String {
+/// Parses the password from the line about the first administrator.
+fn printed_password(line: &str) -> String {
     let (_, rest) = line.split_once("the user \"admin\" with the password ").expect(line);
     rest.split(' ').next().unwrap().to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_password_is_told_before_it_holds_and_again_by_a_start_after_one_that_failed() {
+async fn password_is_printed_before_the_commit_and_a_start_after_a_failed_one_prints_a_new_one() {
     let dir = Dir::new();
     let refuse = "TRUNCATE users CASCADE;
         CREATE SEQUENCE tries;
@@ -77,17 +81,17 @@ async fn the_first_password_is_told_before_it_holds_and_again_by_a_start_after_o
 
     let failed = run(&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()]);
     assert_eq!(failed.status.code(), Some(1), "{failed:?}");
-    let lost = told_password(text(&failed.stdout));
+    let lost = printed_password(text(&failed.stdout));
     assert!(!dir.path(TOKEN_FILE).exists());
 
     let mut service = Service::embedded(&dir);
-    let password = told_password(&service.stdout[0]);
+    let password = printed_password(&service.stdout[0]);
     login(&service, "admin", &password).await.unwrap();
     assert!(login(&service, "admin", &lost).await.is_err());
     assert_eq!(titles(&service, &service.admin_token()).await, [""; 0]);
     service.stop();
 
-    // As after a start that was killed before it wrote the file.
+    // The state after a start that was killed before it wrote the file.
     fs::remove_file(dir.path(TOKEN_FILE)).unwrap();
     let mut service = Service::embedded(&dir);
     assert!(!service.stdout.concat().contains("password"), "{:?}", service.stdout);
@@ -97,14 +101,17 @@ async fn the_first_password_is_told_before_it_holds_and_again_by_a_start_after_o
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signal_ends_a_start_that_waits_for_the_schema() {
+async fn signal_stops_a_start_that_waits_for_the_migration_lock() {
     let external = External::start(Durability::Throwaway);
     let sql = session(&external.config()).await;
-    // "issuetra" in ASCII, which migrations hold.
+    // The advisory lock of the migrations: "issuetra" in ASCII.
     sql.batch_execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)").await.unwrap();
     let child = program(&["--listen", "127.0.0.1:0", "--database-url", &external.url()]).spawn().unwrap();
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-    eventually("it waits", async || sql.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) > 0).await;
+    eventually("the start waits for the lock", async || {
+        sql.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
 
     assert!(signal(child.id(), libc::SIGTERM));
 

@@ -1,4 +1,4 @@
-//! TLS between the service and its clients: certificates good, bad and replaced, and what is refused without.
+//! Tests TLS between the service and its clients: trust, client certificates, certificate reload and plaintext.
 
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
@@ -7,7 +7,7 @@ use super::{
     *,
 };
 
-/// More than the service takes to look at its files twice.
+/// Longer than two intervals at which the service checks its certificate files.
 const RELOADED_AFTER_MAX: Duration = Duration::from_secs(30);
 
 fn serve(dir: &Dir, [certificate, key]: &[String; 2], args: &[&str]) -> Service {
@@ -30,14 +30,14 @@ async fn count_issues(channel: Channel, token: &str) -> Result<usize, tonic::Sta
     Ok(IssueServiceClient::new(channel).list_issues(request).await?.into_inner().issues.len())
 }
 
-/// Connects anew, and calls.
+/// Lists issues over a new connection.
 async fn call(endpoint: Endpoint, token: &str) -> Result<usize, String> {
     let channel = endpoint.connect().await.map_err(|error| format!("{error:?}"))?;
     count_issues(channel, token).await.map_err(|status| format!("{status:?}"))
 }
 
-/// The client's side of the program, against a service.
-fn client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Output {
+/// Runs a client subcommand of the binary against a service.
+fn run_client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Output {
     let server = format!("https://{}", service.address);
     let mut all = vec![subcommand, "--server", &server, "--server-name", "tracker.example"];
     let token_file = dir.text(TOKEN_FILE);
@@ -48,7 +48,7 @@ fn client(service: &Service, dir: &Dir, subcommand: &str, args: &[&str]) -> Outp
 }
 
 #[test]
-fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for() {
+fn listening_beyond_loopback_without_tls_requires_insecure_plaintext() {
     let dir = Dir::new();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "[::ffff:192.0.2.1]:50051"] {
         let refused = run(&["--listen", listen, "--data-dir", &dir.data()]);
@@ -57,7 +57,7 @@ fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for()
         assert_refused(&refused, "--insecure-plaintext");
         assert!(!dir.path("data").exists(), "{listen}");
     }
-    // What is wrong then is something else.
+    // These are allowed: startup proceeds until the database connection fails.
     let nowhere = format!("host={} user=x", dir.path("nowhere").display());
     for listen in ["0.0.0.0:0", "127.0.0.1:0", "127.8.8.8:0"] {
         let mut command = program(&["--listen", listen, "--database-url", &nowhere]);
@@ -68,11 +68,11 @@ fn what_other_machines_can_reach_is_refused_without_tls_unless_it_is_asked_for()
 }
 
 #[test]
-fn a_certificate_that_cannot_be_used_is_told_before_anything_starts() {
+fn unusable_certificate_is_reported_before_anything_starts() {
     let dir = Dir::new();
-    let ours = Authority::new("ours");
-    let [certificate, key] = ours.server(&["localhost"]).write(&dir, "one");
-    let [_, other_key] = ours.server(&["localhost"]).write(&dir, "two");
+    let our_authority = Authority::new("ours");
+    let [certificate, key] = our_authority.server(&["localhost"]).write(&dir, "one");
+    let [_, other_key] = our_authority.server(&["localhost"]).write(&dir, "two");
     let garbage = dir.text("garbage");
     fs::write(&garbage, format!("-----BEGIN CERTIFICATE-----\n{SECRET}\n-----BEGIN")).unwrap();
     let missing = dir.text("missing");
@@ -99,76 +99,76 @@ fn a_certificate_that_cannot_be_used_is_told_before_anything_starts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_with_a_certificate_is_reached_by_who_trusts_it() {
-    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+async fn clients_reach_a_tls_service_only_if_they_trust_its_certificate() {
+    let (our_authority, other_authority) = (Authority::new("ours"), Authority::new("theirs"));
     let dir = Dir::new();
-    let pair = ours.server(&["tracker.example"]).write(&dir, "server");
-    let our_ca = ours.write(&dir, "ours.crt");
-    let their_ca = theirs.write(&dir, "theirs.crt");
+    let pair = our_authority.server(&["tracker.example"]).write(&dir, "server");
+    let our_ca = our_authority.write(&dir, "ours.crt");
+    let their_ca = other_authority.write(&dir, "theirs.crt");
     let mut service = serve(&dir, &pair, &[]);
     for line in &service.stdout[service.stdout.len() - 2..] {
         assert!(line.starts_with(&format!("grpcurl -cacert {} -authority tracker.example -H ", pair[0])), "{line}");
     }
     let token = service.admin_token();
 
-    assert_eq!(call(endpoint(&service, &ours, None), &token).await, Ok(0));
-    let error = call(endpoint(&service, &theirs, None), &token).await.unwrap_err();
+    assert_eq!(call(endpoint(&service, &our_authority, None), &token).await, Ok(0));
+    let error = call(endpoint(&service, &other_authority, None), &token).await.unwrap_err();
     assert!(error.contains("UnknownIssuer"), "{error}");
     assert!(count_issues(service.channel(), &token).await.is_err(), "without TLS");
 
     let csv = dir.text("issues.csv");
     fs::write(&csv, "title\nfirst\n").unwrap();
-    let imported = client(&service, &dir, "import", &[&csv, "--ca-cert", &our_ca]);
+    let imported = run_client(&service, &dir, "import", &[&csv, "--ca-cert", &our_ca]);
     assert!(imported.status.success(), "{imported:?}");
-    let exported = client(&service, &dir, "export", &["--ca-cert", &our_ca]);
+    let exported = run_client(&service, &dir, "export", &["--ca-cert", &our_ca]);
     assert!(text(&exported.stdout).contains("first"), "{exported:?}");
-    let health = client(&service, &dir, "health", &["--ca-cert", &our_ca]);
+    let health = run_client(&service, &dir, "health", &["--ca-cert", &our_ca]);
     assert_eq!(text(&health.stdout), "SERVING\n", "{health:?}");
-    // Nothing that time would mend, so there is no other try.
+    // A certificate error is not retried.
     for args in [&[&csv, "--ca-cert", &their_ca][..], &[&csv]] {
-        assert_refused(&client(&service, &dir, "import", args), "UnknownIssuer");
+        assert_refused(&run_client(&service, &dir, "import", args), "UnknownIssuer");
     }
-    assert_refused(&client(&service, &dir, "health", &["--ca-cert", &their_ca]), "UnknownIssuer");
+    assert_refused(&run_client(&service, &dir, "health", &["--ca-cert", &their_ca]), "UnknownIssuer");
     let wrong_name = run(&["health", "--server", &format!("https://{}", service.address), "--ca-cert", &our_ca]);
     assert_refused(&wrong_name, "not valid for name");
     assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_must_show_a_certificate_is_refused_without_one() {
-    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+async fn client_certificate_is_required_with_tls_client_ca() {
+    let (our_authority, other_authority) = (Authority::new("ours"), Authority::new("theirs"));
     let dir = Dir::new();
-    let pair = ours.server(&["tracker.example"]).write(&dir, "server");
-    let our_ca = ours.write(&dir, "ours.crt");
-    let (known, unknown) = (ours.client("known"), theirs.client("unknown"));
+    let pair = our_authority.server(&["tracker.example"]).write(&dir, "server");
+    let our_ca = our_authority.write(&dir, "ours.crt");
+    let (known, unknown) = (our_authority.client("known"), other_authority.client("unknown"));
     let service = serve(&dir, &pair, &["--tls-client-ca", &our_ca]);
     for line in &service.stdout[service.stdout.len() - 2..] {
         assert!(line.contains(" -cert client.crt -key client.key "), "{line}");
     }
     let token = service.admin_token();
 
-    assert_eq!(call(endpoint(&service, &ours, Some(&known)), &token).await, Ok(0));
-    assert!(call(endpoint(&service, &ours, None), &token).await.is_err());
-    assert!(call(endpoint(&service, &ours, Some(&unknown)), &token).await.is_err());
+    assert_eq!(call(endpoint(&service, &our_authority, Some(&known)), &token).await, Ok(0));
+    assert!(call(endpoint(&service, &our_authority, None), &token).await.is_err());
+    assert!(call(endpoint(&service, &our_authority, Some(&unknown)), &token).await.is_err());
 
     let [certificate, key] = known.write(&dir, "known");
     let [other_certificate, other_key] = unknown.write(&dir, "unknown");
-    let shown = ["--ca-cert", &our_ca, "--client-cert", &certificate, "--client-key", &key];
-    let health = client(&service, &dir, "health", &shown);
+    let known_args = ["--ca-cert", &our_ca, "--client-cert", &certificate, "--client-key", &key];
+    let health = run_client(&service, &dir, "health", &known_args);
     assert_eq!(text(&health.stdout), "SERVING\n", "{health:?}");
-    assert!(client(&service, &dir, "export", &shown).status.success());
-    let other = ["--ca-cert", &our_ca, "--client-cert", &other_certificate, "--client-key", &other_key];
-    for args in [&other[..], &["--ca-cert", &our_ca]] {
-        // Not for as long as it would try to reach a service that is away.
+    assert!(run_client(&service, &dir, "export", &known_args).status.success());
+    let unknown_args = ["--ca-cert", &our_ca, "--client-cert", &other_certificate, "--client-key", &other_key];
+    for args in [&unknown_args[..], &["--ca-cert", &our_ca]] {
+        // A rejected handshake is not retried for as long as an unreachable service is.
         let began = Instant::now();
-        assert_refused(&client(&service, &dir, "export", args), "received fatal alert");
-        assert!(began.elapsed() < Duration::from_secs(60), "it tries again and again");
-        assert!(!client(&service, &dir, "health", args).status.success());
+        assert_refused(&run_client(&service, &dir, "export", args), "received fatal alert");
+        assert!(began.elapsed() < Duration::from_secs(60), "the client retries a rejected handshake");
+        assert!(!run_client(&service, &dir, "health", args).status.success());
     }
 }
 
 #[test]
-fn a_token_goes_unencrypted_to_no_other_machine() {
+fn client_sends_no_token_unencrypted_to_another_machine() {
     let dir = Dir::new();
     let token = dir.text("token");
     fs::write(&token, format!("itk_{SECRET}")).unwrap();
@@ -184,8 +184,8 @@ fn a_token_goes_unencrypted_to_no_other_machine() {
     assert_refused(&run(&useless), "certificates are for https:// only");
 }
 
-/// Tries new connections until they are as wanted.
-async fn until_served(service: &Service, authority: &Authority, token: &str) {
+/// Waits until new connections receive a certificate that `authority` has signed.
+async fn wait_until_served(service: &Service, authority: &Authority, token: &str) {
     let began = Instant::now();
     while let Err(error) = call(endpoint(service, authority, None), token).await {
         assert!(began.elapsed() < RELOADED_AFTER_MAX, "{error}; {}", service.log());
@@ -193,8 +193,9 @@ async fn until_served(service: &Service, authority: &Authority, token: &str) {
     }
 }
 
-/// As Kubernetes mounts secrets: files behind a symlink to a directory, which is swapped.
-fn mount(dir: &Dir, version: &str, pair: &Pair) {
+/// Replaces the files as Kubernetes updates a mounted secret: they are behind a symlink to a directory, and the symlink is
+/// replaced.
+fn mount_secret(dir: &Dir, version: &str, pair: &Pair) {
     let versioned = dir.path(version);
     fs::create_dir(&versioned).unwrap();
     pair.write(&versioned, "tls");
@@ -204,10 +205,10 @@ fn mount(dir: &Dir, version: &str, pair: &Pair) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on() {
+async fn valid_new_certificate_is_reloaded_an_invalid_one_is_not_and_open_connections_continue() {
     let [first, second, third] = ["first", "second", "third"].map(Authority::new);
     let dir = Dir::new();
-    mount(&dir, "v1", &first.server(&["tracker.example"]));
+    mount_secret(&dir, "v1", &first.server(&["tracker.example"]));
     let live = ["crt", "key"].map(|kind| dir.text(&format!("live/tls.{kind}")));
     let mut service = serve(&dir, &live, &[]);
     let mut silent = std::net::TcpStream::connect(&service.address).unwrap();
@@ -215,26 +216,26 @@ async fn a_new_certificate_is_taken_and_a_bad_one_is_not_while_connections_go_on
     let old = endpoint(&service, &first, None).connect().await.unwrap();
     assert_eq!(count_issues(old.clone(), &token).await.unwrap(), 0);
 
-    // By a swapped symlink.
-    mount(&dir, "v2", &second.server(&["tracker.example"]));
-    until_served(&service, &second, &token).await;
-    assert!(call(endpoint(&service, &first, None), &token).await.is_err(), "the old one is not shown any more");
+    // Replaced through the symlink.
+    mount_secret(&dir, "v2", &second.server(&["tracker.example"]));
+    wait_until_served(&service, &second, &token).await;
+    assert!(call(endpoint(&service, &first, None), &token).await.is_err(), "the old certificate is still sent");
 
-    // A key that is not the certificate's, then half a certificate, by a rename and in place.
+    // A key that does not match the certificate, by a rename, then a truncated certificate, written in place.
     let other = third.server(&["tracker.example"]);
     fs::write(dir.path("v2/new"), &other.key).unwrap();
     fs::rename(dir.path("v2/new"), dir.path("v2/tls.key")).unwrap();
-    wait_until("the bad key is told", || service.log().contains("is not the key of"));
+    wait_until("the key mismatch is logged", || service.log().contains("is not the key of"));
     fs::write(dir.path("v2/tls.crt"), &other.certificate[..other.certificate.len() / 2]).unwrap();
-    wait_until("the half certificate is told", || service.log().contains("is not whole PEM"));
+    wait_until("the truncated certificate is logged", || service.log().contains("is not whole PEM"));
     assert_eq!(call(endpoint(&service, &second, None), &token).await, Ok(0));
 
     fs::write(dir.path("v2/tls.crt"), &other.certificate).unwrap();
-    until_served(&service, &third, &token).await;
+    wait_until_served(&service, &third, &token).await;
 
-    assert_eq!(count_issues(old, &token).await.unwrap(), 0, "the first connection goes on");
+    assert_eq!(count_issues(old, &token).await.unwrap(), 0, "the first connection must stay usable");
     silent.set_read_timeout(Some(RELOADED_AFTER_MAX)).unwrap();
-    assert_eq!(silent.read(&mut [0]).unwrap(), 0, "one without a handshake does not");
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0, "a connection without a handshake must be closed");
     let log = service.log();
     assert_eq!(log.matches("the new certificate is not taken").count(), 2, "{log}");
     assert_eq!(log.matches("new connections get the new certificate").count(), 2, "{log}");
