@@ -344,7 +344,7 @@ async fn events_stay_as_they_are_for_400_days_and_are_then_forgotten() {
     let mut tracker = Tracker::start().await;
     // A service forgets them by itself soon after its start.
     tracker.stop();
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
     let session = tracker.session().await;
     let age = "INSERT INTO audit_events (action, create_time) VALUES ('LOGIN_FAILED', now() - interval '401 days'),
         ('LOGIN_FAILED', now() - interval '399 days')";

@@ -17,7 +17,7 @@ use tonic::{Code, Request, Status, client::Grpc};
 
 use crate::{
     harness::{Client, Tracker, assert_error, bad_fields},
-    support::codec::{Raw, unary},
+    support::codec::{BytesCodec, unary},
 };
 
 /// The methods that change nothing.

@@ -190,7 +190,7 @@ async fn expired_deadline_cancels_the_statement() {
         assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
     }
 
-    tracker.until_let_go().await;
+    tracker.wait_until_no_locks().await;
 
     // The test still holds the lock, and reads do not wait for it.
     assert_eq!(tracker.member.get(&issue.id).await, issue);
@@ -209,7 +209,7 @@ async fn cancelled_update_leaves_no_lock_and_writes_nothing() {
         let update = spawn_update(&tracker.member, request);
         tracker.wait_until(lock_waiters!("= 1")).await;
         update.abort();
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
         lock.release().await;
     }
 

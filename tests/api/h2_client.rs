@@ -1,4 +1,5 @@
-//! Calls by the h2 crate, which lets a test do what generated clients do not let one do.
+//! gRPC calls by the h2 crate, which gives control over streams, flow-control windows and frames that generated clients
+//! hide.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use h2::{
@@ -10,32 +11,32 @@ use tokio::{net::TcpStream, task::JoinHandle};
 
 use crate::harness::Tracker;
 
-/// The room for an answer with which a connection begins, as HTTP/2 has it.
+/// HTTP/2's default flow-control window, in bytes.
 const WINDOW_BYTES: u32 = 65_535;
 
-/// A connection of a client that leaves everything to the test.
-pub struct Raw {
+/// A client connection whose streams the test controls.
+pub struct H2Client {
     pub requests: SendRequest<Bytes>,
-    /// Ends with the connection.
+    /// Finishes when the connection is closed.
     pub connection: JoinHandle<()>,
 }
 
-impl Raw {
+impl H2Client {
     pub async fn open(tracker: &Tracker) -> Self {
         Self::open_with(tracker, WINDOW_BYTES).await.unwrap()
     }
 
-    /// With so much room for each answer.
+    /// Opens a connection with this window for each response.
     pub async fn open_with(tracker: &Tracker, window_bytes: u32) -> Result<Self, h2::Error> {
         let tcp = TcpStream::connect(&tracker.address).await.unwrap();
         let mut builder = h2::client::Builder::new();
         let (requests, connection) = builder.initial_window_size(window_bytes).handshake(tcp).await?;
-        // How it ends is seen by its calls.
+        // Calls on the connection return its error.
         let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(Self { requests, connection })
     }
 
-    /// Begins a call of the member's; what is sent of it, the caller says.
+    /// Sends the headers of a call by the member. The caller sends the messages.
     pub async fn begin(
         &mut self,
         tracker: &Tracker,
@@ -46,7 +47,7 @@ impl Raw {
     }
 }
 
-/// The head of a well-made call of the member's.
+/// Builds the headers of a valid call by the member.
 pub fn request(tracker: &Tracker, path: &str) -> http::Request<()> {
     http::Request::post(format!("http://{}{path}", tracker.address))
         .header("content-type", "application/grpc")
@@ -56,11 +57,12 @@ pub fn request(tracker: &Tracker, path: &str) -> http::Request<()> {
         .unwrap()
 }
 
-/// A message as it goes over the wire.
+/// Encodes a message with the gRPC length prefix.
 pub fn framed(message: &impl Message) -> Bytes {
     framed_bytes(&message.encode_to_vec())
 }
 
+/// Adds the gRPC length prefix to an encoded message.
 pub fn framed_bytes(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::new();
     framed.put_u8(0);

@@ -1,4 +1,4 @@
-//! What a test stands on: one PostgreSQL for the whole run, and a [`Tracker`] with a database of its own.
+//! The test harness: one PostgreSQL cluster for the whole run, and a [`Tracker`] with a database of its own per test.
 
 use std::{
     path::PathBuf,
@@ -41,17 +41,18 @@ use tonic_types::StatusExt;
 use crate::support::database::session;
 pub use crate::support::eventually::eventually;
 
-/// The password of every user that a test makes.
+/// The password of every user that the harness creates.
 pub const PASSWORD: &str = "correct horse battery";
 const TEMPLATE: &str = "template_of_tests";
-/// The role that the service runs as, as the README makes it.
+/// The least-privileged role that the service runs as; the README shows how to create it.
 const SERVICE_ROLE: &str = "tracker";
 const OWNER_ROLE: &str = "tracker_owner";
 
-/// Longer than it takes to cancel a statement, and shorter than one waits for a lock by itself.
+/// Time allowed for the cancellation of a statement. Shorter than the service's `lock_timeout`, so a statement that ends
+/// within it was cancelled.
 pub const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
 
-/// Stopped and removed when the process ends.
+/// The cluster and its directory. Stopped and removed at exit.
 static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
 
@@ -60,21 +61,21 @@ pub struct Tracker {
     pub admin: Client,
     pub member: Client,
     pub viewer: Client,
-    served: Served,
+    instance: Instance,
 }
 
-/// A service on a database.
-pub struct Served {
+/// A running service.
+pub struct Instance {
     pub address: String,
     pub channel: Channel,
-    /// How to reach the database, as its superuser.
+    /// Connects to the service's database as superuser.
     pub config: Config,
     pub db: Db,
     stop: Option<oneshot::Sender<()>>,
     server: JoinHandle<()>,
 }
 
-impl Served {
+impl Instance {
     async fn start(config: Config, limits: Limits) -> Self {
         let db = Db::new(service_config(&config).await, limits.pool());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -93,10 +94,10 @@ impl Served {
 }
 
 impl std::ops::Deref for Tracker {
-    type Target = Served;
+    type Target = Instance;
 
-    fn deref(&self) -> &Served {
-        &self.served
+    fn deref(&self) -> &Instance {
+        &self.instance
     }
 }
 
@@ -105,55 +106,55 @@ impl Tracker {
         Self::start_with(limits(&[])).await
     }
 
-    /// With limits as the command line has them, such as `["--requests", "2"]`: see [`limits`].
+    /// Starts a service with these [`limits`].
     pub async fn start_with(limits: Limits) -> Self {
         let config = new_database().await;
         Self::start_on(config, limits).await
     }
 
-    /// On a database that has the schema.
+    /// Starts a service on a database that has the schema.
     pub async fn start_on(config: Config, limits: Limits) -> Self {
-        let served = Served::start(config, limits).await;
+        let instance = Instance::start(config, limits).await;
         let [admin, member, viewer] = [("admin", Role::Admin), ("member", Role::Member), ("viewer", Role::Viewer)]
-            .map(|(name, role)| new_client(&served.db, &served.channel, name, role));
+            .map(|(name, role)| new_client(&instance.db, &instance.channel, name, role));
         let (admin, member, viewer) = (admin.await, member.await, viewer.await);
-        Self { admin, member, viewer, served }
+        Self { admin, member, viewer, instance }
     }
 
-    /// Another service on the same database, for the same users.
-    pub async fn start_beside(&self) -> Self {
-        let served = Served::start(self.config.clone(), limits(&[])).await;
-        let client = |client: &Client| Client { channel: served.channel.clone(), ..client.clone() };
+    /// Starts another service on the same database, with clients for the same users.
+    pub async fn start_replica(&self) -> Self {
+        let instance = Instance::start(self.config.clone(), limits(&[])).await;
+        let client = |client: &Client| Client { channel: instance.channel.clone(), ..client.clone() };
         let (admin, member, viewer) = (client(&self.admin), client(&self.member), client(&self.viewer));
-        Self { admin, member, viewer, served }
+        Self { admin, member, viewer, instance }
     }
 
-    /// Tells the service to stop, as a signal does.
+    /// Starts a graceful shutdown, as SIGTERM does.
     pub fn stop(&mut self) {
-        drop(self.served.stop.take());
+        drop(self.instance.stop.take());
     }
 
-    /// Waits until the service has ended.
-    pub async fn ended(&mut self) {
-        (&mut self.served.server).await.unwrap();
+    /// Waits until the service has stopped.
+    pub async fn wait_until_stopped(&mut self) {
+        (&mut self.instance.server).await.unwrap();
     }
 
-    /// A user with a token.
+    /// Creates a user with an API token.
     pub async fn user(&self, name: &str, role: Role) -> Client {
         new_client(&self.db, &self.channel, name, role).await
     }
 
-    /// A client that sends this token, or none.
+    /// Returns a client that sends this token, or no credentials.
     pub fn client_with_token(&self, token: Option<&str>) -> Client {
         Self::client_on(self.channel.clone(), token.unwrap_or_default())
     }
 
-    /// A client of another service, with a token.
+    /// Returns a client on another channel. An empty token means no credentials.
     pub fn client_on(channel: Channel, token: &str) -> Client {
         Client { user: User::default(), token: token.to_owned(), channel }
     }
 
-    /// A query past the service.
+    /// Runs a query as superuser, not through the service.
     pub async fn sql(&self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
         let (client, connection) = self.config.connect(NoTls).await.unwrap();
         let connection = tokio::spawn(connection);
@@ -163,7 +164,7 @@ impl Tracker {
         rows
     }
 
-    /// Every row of every table as text, sorted: what "writes nothing" compares.
+    /// Returns every row of every table as text, sorted. Tests compare two of these to show that a call writes nothing.
     pub async fn contents(&self) -> Vec<String> {
         let tables =
             "SELECT string_agg(format('SELECT %L || t::text FROM %I t', tablename || ' ', tablename), ' UNION ALL ')
@@ -172,37 +173,37 @@ impl Tracker {
         self.sql(&format!("{all} ORDER BY 1"), &[]).await.iter().map(|row| row.get(0)).collect()
     }
 
-    /// Waits until a query gives true.
+    /// Waits until a query returns true.
     pub async fn wait_until(&self, sql: &str) {
         let session = self.session().await;
         eventually(sql, async || session.query_one(sql, &[]).await.unwrap().get(0)).await;
     }
 
-    /// Waits until the service has nothing locked and waits for no lock, as it must soon when its callers have gone.
-    pub async fn until_let_go(&self) {
+    /// Waits until the service holds no lock and waits for none. Fails after [`CANCELLED_WITHIN`].
+    pub async fn wait_until_no_locks(&self) {
         const SQL: &str = "SELECT count(*) = 0 FROM pg_locks JOIN pg_stat_activity USING (pid)
             WHERE usename <> current_user AND datname = current_database()";
-        let let_go = tokio::time::timeout(CANCELLED_WITHIN, self.wait_until(SQL));
-        let_go.await.expect("a statement of nobody's goes on until it ends by itself");
+        let no_locks = tokio::time::timeout(CANCELLED_WITHIN, self.wait_until(SQL));
+        no_locks.await.expect("an abandoned statement is not cancelled");
     }
 
-    /// A number that a query gives.
+    /// Returns the number that a query selects.
     pub async fn count(&self, sql: &str) -> i64 {
         self.sql(sql, &[]).await[0].get(0)
     }
 
-    /// A session past the service, for transactions that stay open.
+    /// Opens a superuser session, for transactions that stay open.
     pub async fn session(&self) -> tokio_postgres::Client {
         session(&self.config).await
     }
 
     /// Waits until a statement on this database waits for a lock.
-    pub async fn until_blocked(&self) {
+    pub async fn wait_until_blocked(&self) {
         self.wait_until(crate::lock_waiters!("> 0")).await;
     }
 }
 
-/// Limits as the command line has them: those that suit a test, and then `args`.
+/// Parses limits from command-line arguments, such as `["--requests", "2"]`, over defaults that suit tests.
 pub fn limits(args: &[&str]) -> Limits {
     #[derive(clap::Parser)]
     struct Args {
@@ -210,13 +211,13 @@ pub fn limits(args: &[&str]) -> Limits {
         limits: Limits,
     }
     let fixed = ["test", "--bcrypt-cost", "4"];
-    // The later of two values would be an error, so those of the test go first.
+    // clap rejects a repeated flag, so a default is left out if `args` have its flag.
     let defaults = [
         ["--pool-connections", "6"],
         ["--imports", "4"],
         ["--exports", "1"],
         ["--drain-seconds", "1"],
-        // All tests are one address.
+        // All clients of a test have the same address.
         ["--login-failures", "1000"],
         ["--login-failures-per-address", "1000"],
     ];
@@ -225,7 +226,7 @@ pub fn limits(args: &[&str]) -> Limits {
     <Args as clap::Parser>::parse_from(args).limits
 }
 
-/// An empty database with the schema.
+/// Creates an empty database with the schema.
 pub async fn new_database() -> Config {
     let connect = tokio::task::spawn_blocking(|| {
         let (cluster, _) = CLUSTER.get_or_init(start_cluster);
@@ -237,7 +238,7 @@ pub async fn new_database() -> Config {
     });
     let (maintenance, config, name) = connect.await.unwrap();
     execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}")).await;
-    // What a template does not hand down.
+    // CREATE DATABASE does not copy privileges on the database itself from the template.
     let [.., revoke, grant] = &readme_sql()[..] else { panic!("the README ends with grants") };
     for statement in [revoke, grant] {
         execute(&maintenance, &on_database(statement, &name)).await;
@@ -245,16 +246,16 @@ pub async fn new_database() -> Config {
     config
 }
 
-/// As the role that the service runs as, which is made if need be.
+/// Returns a configuration for the service's role. Creates the role and grants its privileges if they are missing.
 pub async fn service_config(config: &Config) -> Config {
     let client = session(config).await;
-    let known = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
-    if known.is_none() {
+    let role = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
+    if role.is_none() {
         for statement in readme_sql().iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
             client.batch_execute(statement).await.unwrap();
         }
     }
-    // Of a database that the template is not the template of.
+    // The database was not created from the template, which has the privileges.
     let sql = format!("SELECT has_table_privilege('{SERVICE_ROLE}', to_regclass('users'), 'SELECT')");
     if client.query_one(&sql, &[]).await.unwrap().get::<_, Option<bool>>(0) == Some(false) {
         grant_rights(config, SERVICE_ROLE).await.unwrap();
@@ -262,7 +263,7 @@ pub async fn service_config(config: &Config) -> Config {
     as_role(config, SERVICE_ROLE)
 }
 
-/// As the role that owns the schema.
+/// Returns a configuration for the role that owns the schema.
 pub fn owner_config(config: &Config) -> Config {
     as_role(config, OWNER_ROLE)
 }
@@ -273,7 +274,7 @@ fn as_role(config: &Config, role: &str) -> Config {
     config
 }
 
-/// The README's statements, each a line, that make the database and its roles.
+/// Returns the README's statements that create the database and its roles, one per line.
 pub fn readme_sql() -> Vec<&'static str> {
     let (_, rest) = include_str!("../../README.md").split_once("```sql\n").expect("the README has SQL");
     let statements: Vec<_> = rest.split("```").next().unwrap().lines().collect();
@@ -285,7 +286,7 @@ fn on_database(statement: &str, name: &str) -> String {
     statement.replace("DATABASE tracker", &format!("DATABASE {name}"))
 }
 
-/// Leaves no session behind, which would keep a database from being a template.
+/// Executes statements and closes the session, because a database with a session cannot be copied as a template.
 pub async fn execute(config: &Config, sql: &str) {
     let (client, connection) = config.connect(NoTls).await.unwrap();
     let connection = tokio::spawn(connection);
@@ -295,7 +296,7 @@ pub async fn execute(config: &Config, sql: &str) {
 }
 
 fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
-    remove_leftovers();
+    remove_stale_clusters();
     raise_open_files();
     let dir = std::env::temp_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
     let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
@@ -309,7 +310,7 @@ fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
         migrate(&owner).await.unwrap();
         grant_rights(&owner, SERVICE_ROLE).await.unwrap();
     });
-    // SAFETY: the handler is a plain function that touches only what lives as long as the process.
+    // SAFETY: the handler only uses statics.
     assert_eq!(unsafe { libc::atexit(stop_cluster) }, 0);
     (Mutex::new(Some(cluster)), dir)
 }
@@ -323,10 +324,10 @@ extern "C" fn stop_cluster() {
     }
 }
 
-/// Both ends of all connections are files of this process, and the usual bound is 1,024.
+/// Raises the limit of open files, usually 1,024: this process has both ends of every connection.
 fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls are given a structure that lives as long as they take.
+    // SAFETY: the structure outlives both calls.
     unsafe {
         assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
         limit.rlim_cur = limit.rlim_max;
@@ -334,8 +335,8 @@ fn raise_open_files() {
     }
 }
 
-/// Of runs that were killed.
-fn remove_leftovers() {
+/// Removes the directories of test runs that were killed.
+fn remove_stale_clusters() {
     for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap_or_default();
         if let Some(pid) = name.strip_prefix(DIR_PREFIX)
@@ -346,7 +347,7 @@ fn remove_leftovers() {
     }
 }
 
-/// Who calls, and how.
+/// A user and a token, with generated clients that send it.
 #[derive(Clone)]
 pub struct Client {
     pub user: User,
@@ -428,7 +429,7 @@ impl Client {
         self.issues().get_issue(request).await.unwrap().into_inner()
     }
 
-    /// Makes a label with this name.
+    /// Creates a label with this name.
     pub async fn label(&self, name: &str) -> pb::Label {
         let label = pb::Label { name: name.to_owned(), ..Default::default() };
         let request = pb::CreateLabelRequest { label: Some(label), ..Default::default() };
@@ -443,7 +444,7 @@ impl Client {
     }
 }
 
-/// How many wait for a lock of somebody else's, for [`Tracker::wait_until`].
+/// A query whether the number of sessions that wait for a lock is, for example, `"= 2"`, for [`Tracker::wait_until`].
 #[macro_export]
 macro_rules! lock_waiters {
     ($is:literal) => {
@@ -455,10 +456,11 @@ macro_rules! lock_waiters {
     };
 }
 
-/// The error of a call that must fail: its code and reason are these, and it has exactly one `ErrorInfo` of our domain.
+/// Asserts that a call failed with this code and reason, in exactly one `ErrorInfo` of domain `issuetracker`. Returns the
+/// status.
 #[track_caller]
 pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, reason: &str) -> Status {
-    let status = result.expect_err("the call must fail");
+    let status = result.expect_err("the call succeeded");
     assert_eq!(status.code(), code, "{status:?}");
     let details = status.get_error_details_vec();
     let infos: Vec<_> = details
@@ -468,26 +470,26 @@ pub fn assert_error<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, r
             _ => None,
         })
         .collect();
-    assert_eq!(infos.len(), 1, "exactly one ErrorInfo: {status:?}");
+    assert_eq!(infos.len(), 1, "expected exactly one ErrorInfo: {status:?}");
     assert_eq!((infos[0].domain.as_str(), infos[0].reason.as_str()), ("issuetracker", reason), "{status:?}");
     status
 }
 
-/// As [`assert_error`], and the caller is told when to try again.
+/// Asserts the error as [`assert_error`] does, and that it has a `RetryInfo` with a delay.
 #[track_caller]
 pub fn assert_retriable<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, reason: &str) {
     let status = assert_error(result, code, reason);
     assert!(status.get_details_retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
 }
 
-/// The fields of an error's `BadRequest`.
+/// Returns the fields of an error's `BadRequest`.
 pub fn bad_fields(status: &Status) -> Vec<String> {
     let details = status.get_error_details();
     let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
     violations.into_iter().map(|violation| violation.field).collect()
 }
 
-/// The types and names in an error's `ResourceInfo`s.
+/// Returns the types and names in an error's `ResourceInfo`s.
 pub fn resources(status: &Status) -> Vec<(String, String)> {
     let details = status.get_error_details_vec().into_iter();
     let resources = details.filter_map(|detail| match detail {
@@ -497,7 +499,7 @@ pub fn resources(status: &Status) -> Vec<(String, String)> {
     resources.collect()
 }
 
-/// An INVALID_ARGUMENT that names exactly these fields.
+/// Asserts that a call failed with INVALID_ARGUMENT and names exactly these fields. Returns the status.
 #[track_caller]
 pub fn assert_invalid<T: std::fmt::Debug>(result: Result<T, Status>, fields: &[&str]) -> Status {
     let status = assert_error(result, Code::InvalidArgument, "INVALID");
@@ -505,7 +507,7 @@ pub fn assert_invalid<T: std::fmt::Debug>(result: Result<T, Status>, fields: &[&
     status
 }
 
-/// What `ErrorInfo.metadata` has under a key.
+/// Returns the value of a key in `ErrorInfo.metadata`.
 pub fn error_metadata(status: &Status, key: &str) -> Option<String> {
     status.get_error_details().error_info().and_then(|info| info.metadata.get(key).cloned())
 }

@@ -399,7 +399,7 @@ async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
     let request = UpdateIssueRequest { issue: Some(renamed), ..Default::default() };
     let mut client = tracker.member.issues();
     let update = tokio::spawn(async move { client.update_issue(request).await });
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     addition.commit().await.unwrap();
 
     let updated = update.await.unwrap().unwrap().into_inner();

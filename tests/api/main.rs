@@ -1,5 +1,5 @@
-//! The service from the outside: a real server, a real client, a real database; each test has a database of its own, and
-//! names the rule that it holds.
+//! Black-box tests of the service with a real server, generated clients and a real database. Each test has a database of
+//! its own, and its name states a rule.
 
 mod h2_client;
 mod harness;

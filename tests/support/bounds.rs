@@ -1,8 +1,8 @@
-//! How long tests wait.
+//! Time bounds of tests.
 
 use std::time::Duration;
 
-/// A test that waits longer than this hangs.
+/// Time after which a test that waits fails.
 pub const HANG: Duration = Duration::from_secs(120);
-/// Between two looks at whether something is so.
+/// Interval between two polls of a condition.
 pub const TICK: Duration = Duration::from_millis(20);

@@ -1,4 +1,4 @@
-//! What anybody with a token asks a service for.
+//! Calls that several tests make.
 
 use issue_tracker::pb::{ListIssuesRequest, issue_service_client::IssueServiceClient};
 use tonic::{Request, metadata::MetadataValue};
@@ -11,7 +11,7 @@ pub fn with_token<T>(token: &str, message: T) -> Request<T> {
     request
 }
 
-/// Of all issues, the newest first.
+/// Returns the titles of all issues, newest first.
 pub async fn titles(service: &Service, token: &str) -> Vec<String> {
     let mut issues = IssueServiceClient::new(service.channel());
     let (mut titles, mut page_token) = (Vec::new(), String::new());

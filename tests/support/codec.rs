@@ -1,4 +1,4 @@
-//! Calls that keep their bytes, whatever these are.
+//! A tonic codec without encoding, for calls with arbitrary bytes as messages.
 
 use bytes::{Buf, BufMut, Bytes};
 use tonic::{
@@ -12,13 +12,13 @@ use tonic::{
 pub async fn unary(channel: &Channel, path: &str, request: Request<Vec<u8>>) -> Result<Bytes, Status> {
     let mut grpc = Grpc::new(channel.clone());
     grpc.ready().await.map_err(|_| Status::unavailable("not connected"))?;
-    Ok(grpc.unary(request, path.parse().unwrap(), Raw).await?.into_inner())
+    Ok(grpc.unary(request, path.parse().unwrap(), BytesCodec).await?.into_inner())
 }
 
-/// Messages as the bytes that they are.
-pub struct Raw;
+/// Passes messages through as bytes.
+pub struct BytesCodec;
 
-impl Codec for Raw {
+impl Codec for BytesCodec {
     type Encode = Vec<u8>;
     type Decode = Bytes;
     type Encoder = Self;
@@ -33,7 +33,7 @@ impl Codec for Raw {
     }
 }
 
-impl Encoder for Raw {
+impl Encoder for BytesCodec {
     type Item = Vec<u8>;
     type Error = Status;
 
@@ -43,7 +43,7 @@ impl Encoder for Raw {
     }
 }
 
-impl Decoder for Raw {
+impl Decoder for BytesCodec {
     type Item = Bytes;
     type Error = Status;
 

@@ -1,14 +1,14 @@
-//! Waiting where others are to go on meanwhile.
+//! Polling in asynchronous tests.
 
 use std::time::Instant;
 
 use super::bounds::{HANG, TICK};
 
-/// Asks again and again until the answer is yes.
-pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+/// Polls a condition until it holds. Panics after [`HANG`]; `what` describes the condition.
+pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let began = Instant::now();
-    while !is_so().await {
-        assert!(began.elapsed() < HANG, "waited in vain until {what}");
+    while !condition().await {
+        assert!(began.elapsed() < HANG, "timed out waiting until {what}");
         tokio::time::sleep(TICK).await;
     }
 }

@@ -1,4 +1,4 @@
-//! A database server that is not the service's own.
+//! An external database server, as opposed to the one that the service embeds.
 
 use issue_tracker::postgres::{Cluster, Durability};
 use tokio_postgres::Config;
@@ -6,7 +6,7 @@ use tokio_postgres::Config;
 use super::process::Dir;
 
 pub struct External {
-    /// Before the directory that it is in.
+    /// Declared before the directory that contains it, so that it is dropped first.
     pub cluster: Cluster,
     pub dir: Dir,
 }
@@ -22,7 +22,7 @@ impl External {
         self.cluster.connect_config("postgres")
     }
 
-    /// As the command line takes it.
+    /// Returns the connection string for `--database-url`.
     pub fn url(&self) -> String {
         format!("host={} user=postgres dbname=postgres", self.cluster.socket_dir().display())
     }

@@ -1,4 +1,4 @@
-//! Processes and what they leave on disk.
+//! Processes and their directories.
 
 use std::{
     fs,
@@ -11,23 +11,24 @@ use uuid::Uuid;
 
 use super::bounds::{HANG, TICK};
 
-/// Tells whether there was such a process.
+/// Sends a signal. Returns whether the process exists.
 #[must_use]
 pub fn signal(pid: u32, signal: i32) -> bool {
     assert!(pid > 1);
-    // SAFETY: kill takes two numbers; the pid is that of a process that the test started, or of one that this started.
+    // SAFETY: kill takes two numbers. The process was started by the test, or by a process that the test started.
     unsafe { libc::kill(pid as i32, signal) == 0 }
 }
 
-pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+/// Polls a condition until it holds. Panics after [`HANG`]; `what` describes the condition.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < HANG, "waited in vain until {what}");
+    while !condition() {
+        assert!(began.elapsed() < HANG, "timed out waiting until {what}");
         std::thread::sleep(TICK);
     }
 }
 
-/// A directory that goes away with the test, and with everything that a service's database in it has elsewhere.
+/// A temporary directory. Dropping it also removes the cluster of a service in it, which may be stored elsewhere.
 pub struct Dir(PathBuf);
 
 impl Dir {
@@ -41,11 +42,11 @@ impl Dir {
         self.0.join(name)
     }
 
-    /// The main process of the service's database, if one is at work.
+    /// Returns the pid of the embedded PostgreSQL's main process, if it is running.
     pub fn server_pid(&self) -> Option<u32> {
         let text = fs::read_to_string(self.path("data/cluster/postmaster.pid")).ok()?;
         let pid = text.lines().next()?.parse().ok()?;
-        // A dead one leaves its file, and its number may be somebody else's by now.
+        // A killed server leaves its pid file, and another process may have the pid now.
         let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let cluster = self.path("data/cluster").canonicalize().ok()?;
         String::from_utf8_lossy(&command).contains(cluster.to_str()?).then_some(pid)
@@ -62,7 +63,7 @@ impl Deref for Dir {
 
 impl Drop for Dir {
     fn drop(&mut self) {
-        // A server whose service was killed takes a moment to leave.
+        // The PostgreSQL of a killed service stops shortly after it.
         for _ in 0..500 {
             if self.server_pid().is_none() {
                 break;

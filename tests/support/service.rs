@@ -1,4 +1,4 @@
-//! The program, and the service that it is, as people start them.
+//! The `issue-tracker` binary: its commands, and `serve` as a child process.
 
 use std::{
     fs::{self, File},
@@ -19,10 +19,10 @@ use super::{
 
 pub const TOKEN_FILE: &str = "data/admin.token";
 const LOG: &str = "service.log";
-/// What a service with a database of its own says behind its address.
-const LINES_BEHIND_ADDRESS: usize = 3;
+/// The number of lines that a service with an embedded database prints after its address.
+const LINES_AFTER_ADDRESS: usize = 3;
 
-/// The program, without whatever the environment says of it.
+/// Returns a command that runs the binary without configuration from the environment.
 pub fn program(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_issue-tracker"));
     for (name, _) in std::env::vars_os() {
@@ -35,19 +35,19 @@ pub fn program(args: &[&str]) -> Command {
     command
 }
 
-/// The output of a program that ends by itself, killed if it does not.
+/// Waits for a process and returns its output. Kills the process and panics after [`HANG`].
 pub fn finished(child: Child) -> Output {
     let pid = child.id();
     let (done, is_done) = mpsc::channel();
     std::thread::spawn(move || done.send(child.wait_with_output()));
     let output = is_done.recv_timeout(HANG).unwrap_or_else(|_| {
         let _ = signal(pid, libc::SIGKILL);
-        panic!("the program does not end");
+        panic!("the process does not end");
     });
     output.unwrap()
 }
 
-/// What a program says, as it says it.
+/// Returns the lines of a stream as they arrive.
 pub fn lines(from: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, lines) = mpsc::channel();
     std::thread::spawn(move || {
@@ -63,12 +63,12 @@ impl Dir {
         self.path(name).display().to_string()
     }
 
-    /// The data directory of a service.
+    /// Returns the path of the service's data directory.
     pub fn data(&self) -> String {
         self.text("data")
     }
 
-    /// How to reach the private database of that service, as its superuser.
+    /// Connects to the service's embedded database as superuser.
     pub fn database(&self) -> Config {
         let mut config = Config::new();
         config.host_path(self.path("data/cluster.socket")).port(5432).user("postgres").dbname("issue_tracker");
@@ -77,18 +77,18 @@ impl Dir {
     }
 }
 
-/// A service, killed when the test ends in whatever way.
+/// A running service, killed on drop.
 pub struct Service {
     pub child: Child,
     lines: Receiver<String>,
-    /// What it has said when it serves.
+    /// The lines that it prints until it is ready.
     pub stdout: Vec<String>,
     pub address: String,
     pub dir: PathBuf,
 }
 
 impl Service {
-    /// Returns when it serves: on a port of its own choice, unless the command names one.
+    /// Starts a service and waits until it is ready. It listens on a free port, unless the command has `--listen`.
     pub fn start(dir: &Dir, command: Command) -> Self {
         let has_database = command.get_args().any(|arg| arg == "--data-dir");
         let mut service = Self::spawn(dir, command);
@@ -97,14 +97,14 @@ impl Service {
             service.address = line.strip_prefix("listening on ").unwrap_or_default().to_owned();
             service.stdout.push(line);
         }
-        for _ in 0..if has_database { LINES_BEHIND_ADDRESS } else { 0 } {
+        for _ in 0..if has_database { LINES_AFTER_ADDRESS } else { 0 } {
             let line = service.line();
             service.stdout.push(line);
         }
         service
     }
 
-    /// Does not wait for it.
+    /// Starts a service without waiting until it is ready.
     pub fn spawn(dir: &Dir, mut command: Command) -> Self {
         let log = File::options().create(true).append(true).open(dir.path(LOG)).unwrap();
         if !command.get_args().any(|arg| arg == "--listen") {
@@ -116,14 +116,14 @@ impl Service {
     }
 
     fn line(&self) -> String {
-        self.lines.recv_timeout(HANG).unwrap_or_else(|_| panic!("no more output; the log says: {}", self.log()))
+        self.lines.recv_timeout(HANG).unwrap_or_else(|_| panic!("no more output; the log: {}", self.log()))
     }
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.join(LOG)).unwrap()
     }
 
-    /// That of the first administrator, which a service with a database of its own makes.
+    /// Reads the token of the first administrator, which a service with an embedded database writes to a file.
     pub fn admin_token(&self) -> String {
         fs::read_to_string(self.dir.join(TOKEN_FILE)).unwrap().trim_end().to_owned()
     }
@@ -150,7 +150,7 @@ impl Service {
         self.wait()
     }
 
-    /// Ends it as a crash does.
+    /// Kills the service, as a crash would.
     pub fn kill(&mut self) {
         self.signal(libc::SIGKILL);
         self.wait();

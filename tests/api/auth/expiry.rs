@@ -1,4 +1,4 @@
-//! API tokens that end by themselves.
+//! Expiry of API tokens and sessions.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,21 +16,21 @@ async fn create_until(by: &Client, expire_time: Timestamp) -> Result<CreateApiTo
 fn seconds_from_now(seconds: i64) -> Timestamp {
     let mut time = Timestamp::from(SystemTime::now());
     time.seconds += seconds;
-    // What the database keeps.
+    // The database stores microseconds.
     time.nanos -= time.nanos % 1_000;
     time
 }
 
 #[tokio::test]
-async fn an_api_token_works_until_it_expires_and_no_longer_though_it_was_just_used() {
+async fn cached_api_token_is_rejected_from_its_expiry() {
     let tracker = Tracker::start().await;
     let expire_time = seconds_from_now(2);
-    let made = create_until(&tracker.member, expire_time).await.unwrap();
-    assert_eq!(made.api_token.unwrap().expire_time, Some(expire_time));
-    let robot = tracker.client_with_token(Some(&made.access_token));
+    let created = create_until(&tracker.member, expire_time).await.unwrap();
+    assert_eq!(created.api_token.unwrap().expire_time, Some(expire_time));
+    let robot = tracker.client_with_token(Some(&created.access_token));
     let end = SystemTime::try_from(expire_time).unwrap();
 
-    // Without a pause, so that it is in the cache of what is believed for 5 seconds.
+    // Calls without a pause keep the token in the cache, whose entries live for 5 s.
     let mut worked = 0;
     loop {
         let began = SystemTime::now();
@@ -39,18 +39,18 @@ async fn an_api_token_works_until_it_expires_and_no_longer_though_it_was_just_us
             assert_unauthenticated(result);
             break;
         }
-        // The last few milliseconds are anybody's.
+        // In the last 20 ms either outcome is correct.
         if SystemTime::now() + Duration::from_millis(20) < end {
             result.unwrap();
             worked += 1;
         }
     }
-    assert!(worked > 0, "it was used before");
-    who_am_i(&tracker.member).await.expect("the others go on");
+    assert!(worked > 0, "no call succeeded before the expiry");
+    who_am_i(&tracker.member).await.expect("other tokens stay valid");
 }
 
 #[tokio::test]
-async fn the_time_at_which_a_token_expires_is_in_the_future_and_listed() {
+async fn expire_time_must_be_in_the_future_and_is_listed() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     let bad = [
@@ -65,20 +65,20 @@ async fn the_time_at_which_a_token_expires_is_in_the_future_and_listed() {
     assert_eq!(tracker.contents().await, before);
 
     let last = Timestamp { seconds: 253_402_300_799, nanos: 0 };
-    let made = create_until(&tracker.member, last).await.unwrap();
-    who_am_i(&tracker.client_with_token(Some(&made.access_token))).await.unwrap();
+    let created = create_until(&tracker.member, last).await.unwrap();
+    who_am_i(&tracker.client_with_token(Some(&created.access_token))).await.unwrap();
     let list = tracker.member.auth().list_api_tokens(ListApiTokensRequest::default()).await.unwrap().into_inner();
     let listed: Vec<_> = list.api_tokens.iter().map(|token| token.expire_time).collect();
     assert_eq!(listed, [Some(last), None]);
-    let revoked = revoke(&tracker.member, &made.api_token.unwrap().id).await.unwrap();
+    let revoked = revoke(&tracker.member, &created.api_token.unwrap().id).await.unwrap();
     assert_eq!(revoked.expire_time, Some(last));
 }
 
 #[tokio::test]
-async fn what_ends_sessions_leaves_api_tokens_that_expire() {
+async fn password_change_does_not_revoke_api_tokens_that_expire() {
     let tracker = Tracker::start().await;
-    let made = create_until(&tracker.member, seconds_from_now(600)).await.unwrap();
-    let robot = tracker.client_with_token(Some(&made.access_token));
+    let created = create_until(&tracker.member, seconds_from_now(600)).await.unwrap();
+    let robot = tracker.client_with_token(Some(&created.access_token));
     session(&tracker, "member").await;
     change_password(&tracker.member, change(PASSWORD, OTHER_PASSWORD)).await.unwrap();
     who_am_i(&robot).await.unwrap();
@@ -86,10 +86,9 @@ async fn what_ends_sessions_leaves_api_tokens_that_expire() {
 }
 
 #[tokio::test]
-async fn expired_sessions_are_forgotten_after_a_day_and_api_tokens_after_30() {
+async fn expired_sessions_are_pruned_after_1_day_and_api_tokens_after_30_days() {
     let tracker = Tracker::start().await;
-    let kept = ["29 days", "-1 hours"];
-    for (name, ago) in [("old", "31 days"), ("young", kept[0]), ("valid", kept[1])] {
+    for (name, ago) in [("old", "31 days"), ("young", "29 days"), ("valid", "-1 hours")] {
         create_token(&tracker.member, "", name).await.unwrap();
         let age = format!("UPDATE tokens SET expire_time = now() - interval '{ago}' WHERE name = $1");
         tracker.sql(&age, &[&name]).await;
@@ -102,7 +101,7 @@ async fn expired_sessions_are_forgotten_after_a_day_and_api_tokens_after_30() {
         tracker.sql(&age, &[]).await;
     }
 
-    // The service may have begun to do so itself.
+    // The service may have pruned them already.
     prune_tokens(&tracker.db.conn().await.unwrap()).await.unwrap();
 
     let names = "SELECT string_agg(coalesce(name, 'session'), ' ' ORDER BY name, id) FROM tokens WHERE name <> 'test'

@@ -1,4 +1,4 @@
-//! Floods of what anybody can send, or one user: the others sign in and call meanwhile.
+//! Floods of calls from unauthenticated callers or from single users. Other users can log in and call during them.
 
 use std::{
     collections::BTreeSet,
@@ -15,11 +15,11 @@ use tonic::transport::Channel;
 
 use super::*;
 use crate::{
-    h2_client::{Raw, request},
+    h2_client::{H2Client, request},
     lock_waiters,
 };
 
-/// While the database is asked: that takes longer.
+/// Delay before a stream is reset: shorter than the database query of a look-up, so that the reset interrupts it.
 const RESET_AFTER: Duration = Duration::from_micros(100);
 
 fn spawn_who_am_i(client: Client) -> JoinHandle<Result<User, Status>> {
@@ -34,20 +34,20 @@ async fn connect(tracker: &Tracker) -> Channel {
     Endpoint::try_from(format!("http://{}", tracker.address)).unwrap().connect().await.unwrap()
 }
 
-/// Gives the right password, for no session.
+/// Logs in with the right password, as a dry run that creates no session.
 async fn try_login(channel: &Channel, username: &str) -> Result<(), Status> {
     let request = LoginRequest { username: username.into(), password: PASSWORD.into(), validate_only: true };
     Tracker::client_on(channel.clone(), "").auth().login(request).await.map(drop)
 }
 
-/// Nobody reads or writes the table until it ends, and so no token is looked up.
+/// Blocks all reads and writes of a table until the returned session commits.
 async fn lock(tracker: &Tracker, table: &str) -> tokio_postgres::Client {
     let session = tracker.session().await;
     session.batch_execute(&format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")).await.unwrap();
     session
 }
 
-/// How many statements that look tokens up wait: others do, where old tokens are being pruned.
+/// [`lock_waiters`], but only statements that look tokens up: pruning of old tokens may wait too.
 macro_rules! look_ups {
     ($is:literal) => {
         concat!(lock_waiters!($is), " AND query LIKE '-- find_callers%'")
@@ -55,7 +55,7 @@ macro_rules! look_ups {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flood_of_tokens_that_nobody_has_keeps_nobody_from_signing_in_or_calling() {
+async fn flood_of_unknown_tokens_does_not_block_logins_or_calls() {
     let tracker = Tracker::start_with(limits(&["--requests", "4"])).await;
     let stop = Arc::new(AtomicBool::new(false));
     let mut flood = Vec::new();
@@ -64,14 +64,14 @@ async fn a_flood_of_tokens_that_nobody_has_keeps_nobody_from_signing_in_or_calli
         for _ in 0..250 {
             let (channel, stop) = (channel.clone(), Arc::clone(&stop));
             flood.push(tokio::spawn(async move {
-                let mut told = Vec::new();
+                let mut codes = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    let nobody = Tracker::client_on(channel.clone(), &random_token());
-                    told.push(who_am_i(&nobody).await.unwrap_err().code());
+                    let client = Tracker::client_on(channel.clone(), &random_token());
+                    codes.push(who_am_i(&client).await.unwrap_err().code());
                 }
-                told.sort_by_key(|code| *code as i32);
-                told.dedup();
-                told
+                codes.sort_by_key(|code| *code as i32);
+                codes.dedup();
+                codes
             }));
         }
     }
@@ -82,32 +82,32 @@ async fn a_flood_of_tokens_that_nobody_has_keeps_nobody_from_signing_in_or_calli
         assert_eq!(who_am_i(&tracker.viewer).await.unwrap(), tracker.viewer.user);
     }
     stop.store(true, Ordering::Relaxed);
-    for told in join_all(flood).await {
-        assert_eq!(told.unwrap(), [Code::Unauthenticated]);
+    for codes in join_all(flood).await {
+        assert_eq!(codes.unwrap(), [Code::Unauthenticated]);
     }
 }
 
 #[tokio::test]
-async fn look_ups_that_hang_leave_connections_for_logins() {
+async fn blocked_look_ups_leave_database_connections_for_logins() {
     let tracker = Tracker::start().await;
-    // Signing in asks for users only, as it makes no session.
+    // A dry run of a login reads the table of users only.
     let lock = lock(&tracker, "tokens").await;
-    let hanging: Vec<_> = (0..50).map(|_| spawn_who_am_i(tracker.client_with_token(Some(&random_token())))).collect();
+    let blocked: Vec<_> = (0..50).map(|_| spawn_who_am_i(tracker.client_with_token(Some(&random_token())))).collect();
     tracker.wait_until(look_ups!("= 1")).await;
     for _ in 0..4 {
         try_login(&tracker.channel, "member").await.unwrap();
     }
-    assert_eq!(tracker.count(look_ups!("")).await, 1, "one statement looks all of them up");
+    assert_eq!(tracker.count(look_ups!("")).await, 1, "more than one statement looks tokens up");
     lock.batch_execute("COMMIT").await.unwrap();
-    for told in hanging {
-        assert_unauthenticated(told.await.unwrap());
+    for call in blocked {
+        assert_unauthenticated(call.await.unwrap());
     }
 }
 
-/// More than these, not yet looked at, cost an HTTP/2 connection.
-const RESETS_OF_CONNECTION: usize = 10;
+/// The number of resets that the service accepts on one HTTP/2 connection before it has processed them.
+const RESETS_PER_CONNECTION: usize = 10;
 
-/// The service's connections to the database, each by its process there.
+/// Returns the backend pids of the service's database connections.
 async fn connections(tracker: &Tracker) -> BTreeSet<i32> {
     let sql = "SELECT pid FROM pg_stat_activity
         WHERE application_name = 'issue-tracker' AND datname = current_database()";
@@ -115,30 +115,30 @@ async fn connections(tracker: &Tracker) -> BTreeSet<i32> {
 }
 
 #[tokio::test]
-async fn look_ups_that_are_reset_at_once_cost_no_connections() {
+async fn reset_look_ups_close_no_database_connections() {
     let tracker = Tracker::start().await;
     try_login(&tracker.channel, "member").await.unwrap();
     let before = connections(&tracker).await;
-    let mut raw = Raw::open(&tracker).await;
+    let mut raw = H2Client::open(&tracker).await;
     for nth in 0..200 {
-        if nth % RESETS_OF_CONNECTION == 0 {
-            raw = Raw::open(&tracker).await;
+        if nth % RESETS_PER_CONNECTION == 0 {
+            raw = H2Client::open(&tracker).await;
         }
         let mut request = request(&tracker, "/issuetracker.v1.AuthService/WhoAmI");
         let token = format!("Bearer {}", random_token());
         request.headers_mut().insert("authorization", token.parse().unwrap());
         let (_, mut stream) = raw.requests.clone().ready().await.unwrap().send_request(request, false).unwrap();
-        // What is reset before it is sent is not sent at all.
+        // h2 does not send a request that is reset before it was written.
         tokio::time::sleep(RESET_AFTER).await;
         stream.send_reset(h2::Reason::CANCEL);
     }
     assert_unauthenticated(who_am_i(&tracker.client_with_token(Some(&random_token()))).await);
     let after = connections(&tracker).await;
-    assert!(after.is_superset(&before), "{before:?} have become {after:?}");
+    assert!(after.is_superset(&before), "connections of {before:?} were closed; now there are {after:?}");
 }
 
 #[tokio::test]
-async fn of_tokens_that_are_looked_up_together_each_is_told_for_itself() {
+async fn tokens_in_one_batch_each_have_their_own_outcome() {
     let tracker = Tracker::start().await;
     let mut users = Vec::new();
     for nth in 0..10 {
@@ -152,7 +152,7 @@ async fn of_tokens_that_are_looked_up_together_each_is_told_for_itself() {
 
     let lock = lock(&tracker, "users").await;
     let first = spawn_who_am_i(tracker.client_with_token(Some(&random_token())));
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     let mut calls = Vec::new();
     for _ in 0..3 {
         for bad in [&expired, &revoked, &disabled] {
@@ -164,29 +164,29 @@ async fn of_tokens_that_are_looked_up_together_each_is_told_for_itself() {
         }
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(tracker.count(look_ups!("")).await, 1, "the others wait for the first, and go together");
+    assert_eq!(tracker.count(look_ups!("")).await, 1, "more than one batch is in flight");
     lock.batch_execute("COMMIT").await.unwrap();
 
     assert_unauthenticated(first.await.unwrap());
-    for (user, told) in calls {
-        match (user, told.await.unwrap()) {
-            (Some(user), told) => assert_eq!(told.unwrap(), user),
-            (None, told) => drop(assert_unauthenticated(told)),
+    for (user, call) in calls {
+        match (user, call.await.unwrap()) {
+            (Some(user), result) => assert_eq!(result.unwrap(), user),
+            (None, result) => drop(assert_unauthenticated(result)),
         }
     }
 }
 
 #[tokio::test]
-async fn look_ups_whose_callers_have_gone_end_and_what_was_revoked_meanwhile_is_not_believed() {
+async fn abandoned_look_ups_are_cancelled_and_do_not_cache_a_revoked_token() {
     let tracker = Tracker::start().await;
     let session = session(&tracker, "member").await;
     let lock = lock(&tracker, "users").await;
     for _ in 0..3 {
-        // One goes as a round of its own, the others together.
+        // The first call is a batch of its own, the others are the next batch.
         let calls: Vec<_> = (0..20).map(|_| spawn_who_am_i(session.clone())).collect();
-        tracker.until_blocked().await;
+        tracker.wait_until_blocked().await;
         calls.iter().for_each(JoinHandle::abort);
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
     }
     let mut request = Request::new(WhoAmIRequest {});
     request.set_timeout(Duration::from_millis(300));
@@ -197,9 +197,9 @@ async fn look_ups_whose_callers_have_gone_end_and_what_was_revoked_meanwhile_is_
     who_am_i(&tracker.viewer).await.unwrap();
 }
 
-/// Those who have signed in wait in one line, twelve for each processor that checks passwords.
+/// Authenticated callers share one queue for password checks, with 12 places per processor.
 #[tokio::test]
-async fn two_users_who_flood_with_their_right_passwords_leave_places_for_a_third() {
+async fn two_users_who_flood_with_correct_passwords_leave_permits_for_a_third() {
     let tracker = Tracker::start().await;
     let slow = bcrypt::hash(PASSWORD, 10).unwrap();
     tracker.sql("UPDATE users SET password_hash = $1", &[&slow]).await;
@@ -214,12 +214,12 @@ async fn two_users_who_flood_with_their_right_passwords_leave_places_for_a_third
         flood.push(tokio::spawn(async move {
             let mut refused = 0;
             while !stop.load(Ordering::Relaxed) {
-                let trial = ChangePasswordRequest { validate_only: true, ..change(PASSWORD, OTHER_PASSWORD) };
-                let tried = match nth / 2 % 2 {
+                let dry_run = ChangePasswordRequest { validate_only: true, ..change(PASSWORD, OTHER_PASSWORD) };
+                let result = match nth / 2 % 2 {
                     0 => try_login(&channel, &user.user.username).await,
-                    _ => change_password(&user, trial).await,
+                    _ => change_password(&user, dry_run).await,
                 };
-                if let Err(status) = tried {
+                if let Err(status) = result {
                     assert_overloaded(status);
                     refused += 1;
                     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -230,14 +230,14 @@ async fn two_users_who_flood_with_their_right_passwords_leave_places_for_a_third
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
-        try_login(&tracker.channel, "member").await.expect("there is a place");
+        try_login(&tracker.channel, "member").await.expect("the third user's login is admitted");
     }
     stop.store(true, Ordering::Relaxed);
     let refused: u32 = join_all(flood).await.into_iter().map(Result::unwrap).sum();
-    assert!(refused > 0, "it was a flood");
+    assert!(refused > 0, "the flood exceeds no limit");
 }
 
-/// Two of his are checked at a time, and he is told when to come again.
+/// Asserts OVERLOADED with a retry delay: the service checks at most two passwords of one user concurrently.
 #[track_caller]
 fn assert_overloaded(status: Status) {
     use tonic_types::StatusExt;

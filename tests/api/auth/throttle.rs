@@ -1,4 +1,4 @@
-//! How often a password may be tried.
+//! Login throttling: delays after failed password checks, per user and per address.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -6,7 +6,7 @@ use tonic_types::StatusExt;
 
 use super::*;
 
-/// A client at another address of this machine.
+/// Returns a client that connects from another loopback address.
 pub async fn at(tracker: &Tracker, address: [u8; 4]) -> Client {
     at_with_token(tracker, address, "").await
 }
@@ -25,50 +25,53 @@ async fn fail(client: &Client, username: &str) {
     assert_unauthenticated(try_password(client, username, "wrong password").await);
 }
 
-/// Refused without a look at the password; answers the delay that it names.
+/// Asserts that the service refused to check the password. Returns the retry delay.
 #[track_caller]
-pub fn assert_too_soon(result: Result<(), Status>) -> Duration {
+pub fn assert_throttled(result: Result<(), Status>) -> Duration {
     let status = assert_error(result, Code::ResourceExhausted, "TOO_MANY_TRIES");
     status.get_error_details().retry_info().unwrap().retry_delay.unwrap()
 }
 
-/// Fails until a try is refused; answers how many were taken, and the delay. A slow machine can let a delay pass, but they
-/// grow.
+/// Sends wrong passwords until one is throttled. Returns how many were checked before, and the retry delay. On a slow
+/// machine a delay may pass between two attempts, but the delays grow.
 async fn fail_until_refused(client: &Client, username: &str) -> (u32, Duration) {
-    for taken in 0..20 {
+    for checked in 0..20 {
         match try_password(client, username, "wrong password").await {
             Err(status) if status.code() == Code::Unauthenticated => {}
-            refused => return (taken, assert_too_soon(refused)),
+            refused => return (checked, assert_throttled(refused)),
         }
     }
-    panic!("20 tries were taken");
+    panic!("20 attempts were checked");
 }
 
 #[tokio::test]
-async fn after_too_many_wrong_passwords_a_try_waits_as_long_as_it_is_told() {
+async fn login_after_too_many_failures_succeeds_after_the_retry_delay() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "3"])).await;
     let client = tracker.client_with_token(None);
-    // One who does not exist, one who is disabled, one who does.
+    // A user who does not exist, a disabled user, and an enabled user.
     disable(&tracker, &tracker.viewer.user).await;
     for username in ["nobody", "viewer", "member"] {
-        let (taken, delay) = fail_until_refused(&client, username).await;
-        assert!(taken >= 3, "{username}: {taken}");
-        assert!(delay <= Duration::from_secs(1 << (taken - 3)), "{username}: {delay:?} after {taken}");
+        let (checked, delay) = fail_until_refused(&client, username).await;
+        assert!(checked >= 3, "{username}: {checked}");
+        assert!(delay <= Duration::from_secs(1 << (checked - 3)), "{username}: {delay:?} after {checked}");
         tokio::time::sleep(delay).await;
         fail(&client, username).await;
         let (more, next) = fail_until_refused(&client, username).await;
-        assert!(next <= Duration::from_secs(1 << (taken + more - 2)), "{username}: {next:?} after {taken} and {more}");
+        assert!(
+            next <= Duration::from_secs(1 << (checked + more - 2)),
+            "{username}: {next:?} after {checked} and {more}"
+        );
     }
-    // The right password is not looked at either, and then it is.
+    // A user name in another case counts as the same user, and a success resets the count of failures.
     let (_, delay) = fail_until_refused(&client, "MEMBER").await;
     tokio::time::sleep(delay).await;
     try_password(&client, "member", PASSWORD).await.unwrap();
     fail(&client, "member").await;
-    try_password(&client, "member", PASSWORD).await.expect("the failures before are forgotten");
+    try_password(&client, "member", PASSWORD).await.expect("the failures before the success do not count");
 }
 
 #[tokio::test]
-async fn of_a_burst_of_wrong_passwords_no_more_than_the_free_ones_are_checked() {
+async fn burst_of_wrong_passwords_is_checked_only_up_to_the_limit() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "4"])).await;
     let client = tracker.client_with_token(None);
     let burst = join_all((0..100).map(|nth| {
@@ -76,34 +79,34 @@ async fn of_a_burst_of_wrong_passwords_no_more_than_the_free_ones_are_checked() 
         async move { try_password(&client, "member", &password).await.unwrap_err().code() }
     }));
     let checked = burst.await.into_iter().filter(|code| *code == Code::Unauthenticated).count();
-    // Two at a time.
+    // The service checks at most two passwords of one user concurrently.
     assert!((2..=4).contains(&checked), "{checked}");
 }
 
-/// Each password takes a while, and only so many may wait.
+/// bcrypt is slow and the queue for it is bounded. A client that has logged in before has permits of its own.
 #[tokio::test]
-async fn strangers_who_send_many_passwords_do_not_take_the_places_of_who_has_signed_in() {
+async fn login_flood_does_not_exhaust_the_permits_of_known_clients() {
     let tracker = Tracker::start().await;
     let client = tracker.client_with_token(None);
     try_password(&client, "member", PASSWORD).await.unwrap();
     let slow = bcrypt::hash(PASSWORD, 10).unwrap();
     tracker.sql("UPDATE users SET password_hash = $1 WHERE username = 'viewer'", &[&slow]).await;
-    let strangers = tokio::spawn({
+    let flood = tokio::spawn({
         let client = client.clone();
         async move { join_all((0..200).map(|_| try_password(&client, "viewer", "wrong password"))).await }
     });
-    let mut signed_in = 0;
-    while !strangers.is_finished() {
-        try_password(&client, "member", PASSWORD).await.expect("the places of the known are free");
-        signed_in += 1;
+    let mut logins = 0;
+    while !flood.is_finished() {
+        try_password(&client, "member", PASSWORD).await.expect("a known client's login is admitted");
+        logins += 1;
     }
-    assert!(signed_in > 1);
-    let codes: Vec<Code> = strangers.await.unwrap().into_iter().map(|result| result.unwrap_err().code()).collect();
+    assert!(logins > 1);
+    let codes: Vec<Code> = flood.await.unwrap().into_iter().map(|result| result.unwrap_err().code()).collect();
     assert!(codes.contains(&Code::ResourceExhausted) && codes.contains(&Code::Unauthenticated), "{codes:?}");
 }
 
 #[tokio::test]
-async fn who_is_attacked_from_elsewhere_signs_in() {
+async fn failures_from_other_addresses_do_not_lock_a_user_out() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "2"])).await;
     for nth in 1..=5 {
         let attacker = at(&tracker, [127, 0, 1, nth]).await;
@@ -113,21 +116,21 @@ async fn who_is_attacked_from_elsewhere_signs_in() {
 }
 
 #[tokio::test]
-async fn an_address_that_tries_many_users_waits_but_for_those_who_have_signed_in_there() {
+async fn address_that_fails_for_many_users_is_throttled_except_for_users_known_there() {
     let tracker = Tracker::start_with(limits(&["--login-failures-per-address", "5"])).await;
     let office = at(&tracker, [127, 0, 2, 1]).await;
     try_password(&office, "member", PASSWORD).await.unwrap();
     for nth in 0..5 {
         fail(&office, &format!("user{nth}")).await;
     }
-    let (taken, _) = fail_until_refused(&office, "viewer").await;
-    assert!(taken < 10, "before the failures of the one count: {taken}");
+    let (checked, _) = fail_until_refused(&office, "viewer").await;
+    assert!(checked < 10, "the limit of the user applied before that of the address: {checked}");
     try_password(&office, "member", PASSWORD).await.unwrap();
     try_password(&at(&tracker, [127, 0, 2, 2]).await, "viewer", PASSWORD).await.unwrap();
 }
 
 #[tokio::test]
-async fn trials_of_a_login_count_as_what_they_try() {
+async fn dry_runs_of_a_login_count_as_attempts() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "1"])).await;
     let client = tracker.client_with_token(None);
     let request = LoginRequest { username: "member".into(), password: "wrong".into(), validate_only: true };
@@ -137,11 +140,11 @@ async fn trials_of_a_login_count_as_what_they_try() {
             refused = client.auth().login(request.clone()).await;
         }
     }
-    assert_too_soon(refused.map(drop));
+    assert_throttled(refused.map(drop));
 }
 
 #[tokio::test]
-async fn the_current_password_cannot_be_guessed_either() {
+async fn wrong_current_passwords_are_throttled() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "2"])).await;
     let mut refused = change_password(&tracker.member, change("wrong", OTHER_PASSWORD)).await;
     for _ in 0..10 {
@@ -149,33 +152,32 @@ async fn the_current_password_cannot_be_guessed_either() {
             refused = change_password(&tracker.member, change("wrong", OTHER_PASSWORD)).await;
         }
     }
-    let delay = assert_too_soon(refused);
-    // Signing in is counted apart, and so are other users.
+    let delay = assert_throttled(refused);
+    // Logins of the same user and other users are counted separately.
     log_in(&tracker, "member", PASSWORD).await.unwrap();
     change_password(&tracker.viewer, change(PASSWORD, OTHER_PASSWORD)).await.unwrap();
 
     tokio::time::sleep(delay).await;
     let request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..change(PASSWORD, OTHER_PASSWORD) };
     change_password(&tracker.member, request.clone()).await.unwrap();
-    // What is only answered again is no try.
+    // A replay is not an attempt: it succeeds after as many failures as are allowed.
     for _ in 0..2 {
         assert_invalid(change_password(&tracker.member, change("x", "another password")).await, &["current_password"]);
     }
     change_password(&tracker.member, request).await.unwrap();
 }
 
-/// Refused tries reach neither the database nor bcrypt.
 #[tokio::test]
-async fn a_try_that_comes_too_soon_is_refused_without_the_database() {
+async fn throttled_login_needs_no_database() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "1"])).await;
     let client = tracker.client_with_token(None);
     for _ in 0..3 {
-        // The delays get long enough for what follows.
+        // The delays grow until the last one outlasts the rest of the test.
         let (_, delay) = fail_until_refused(&client, "member").await;
         tokio::time::sleep(delay).await;
     }
     fail(&client, "member").await;
     let session = tracker.session().await;
     session.batch_execute("BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE").await.unwrap();
-    assert_too_soon(try_password(&client, "member", PASSWORD).await);
+    assert_throttled(try_password(&client, "member", PASSWORD).await);
 }

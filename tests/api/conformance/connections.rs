@@ -8,8 +8,8 @@ use tonic::Code;
 use super::{
     HANG, Target, WHO_AM_I,
     http2::{
-        END_HEADERS, GOAWAY, HEADERS, MAX_CONCURRENT_STREAMS, REFUSED_STREAM, RST_STREAM, Raw, SETTINGS, call_block,
-        call_on, connect, frame, framed, request,
+        END_HEADERS, GOAWAY, HEADERS, MAX_CONCURRENT_STREAMS, REFUSED_STREAM, RST_STREAM, RawConnection, SETTINGS,
+        call_block, call_on, connect, frame, framed, request,
     },
 };
 use crate::harness::{Tracker, limits};
@@ -30,7 +30,7 @@ async fn what_is_not_http2_is_closed() {
         ("half a preface and then another", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n"),
         ("no settings", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x04\x08\0\0\0\0\0\0\0\0\x01aaaaaaaaaaaaaaaaaaaaaaaaa"),
     ] {
-        let mut raw = Raw::connect(&target).await;
+        let mut raw = RawConnection::connect(&target).await;
         raw.send(bytes).await;
         let told = raw.until_closed().await;
         assert!(told.len() < 1_024, "{what} is answered with {} bytes", told.len());
@@ -55,7 +55,7 @@ async fn frames_that_may_not_be_there_end_their_stream_or_connection() {
         ("a promise", frame(5, END_HEADERS, 1, &block)),
         ("half of a frame's headers", frame(HEADERS, END_HEADERS, 1, &block)[..20].to_vec()),
     ] {
-        let mut raw = Raw::begin(&target, &[]).await;
+        let mut raw = RawConnection::begin(&target, &[]).await;
         raw.send(&bytes).await;
         if what.starts_with("half") {
             // It is waited for; the client goes away.
@@ -77,7 +77,7 @@ async fn a_connection_that_never_says_a_word_is_closed() {
     let target = Target::start_with(&["--idle-seconds", "1"]).await;
     let mut silent = Vec::new();
     for begins in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
-        let mut raw = Raw::connect(&target).await;
+        let mut raw = RawConnection::connect(&target).await;
         raw.send(begins).await;
         silent.push(raw);
     }
@@ -90,7 +90,7 @@ async fn a_connection_that_never_says_a_word_is_closed() {
 #[tokio::test]
 async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
     let target = Target::start_with(&["--idle-seconds", "1"]).await;
-    let mut raw = Raw::begin(&target, &[]).await;
+    let mut raw = RawConnection::begin(&target, &[]).await;
     raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
     raw.until_closed().await;
     target.assert_unharmed().await;
@@ -99,7 +99,7 @@ async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
 #[tokio::test]
 async fn more_calls_of_a_connection_than_the_bound_are_refused_and_clients_are_told_how_many_they_may_have() {
     let target = Target { tracker: Tracker::start_with(limits(&["--streams", "2"])).await };
-    let mut raw = Raw::begin(&target, &[]).await;
+    let mut raw = RawConnection::begin(&target, &[]).await;
     let settings = raw.next_of(SETTINGS).await.unwrap().payload;
     let told = settings.chunks(6).find(|setting| setting[..2] == MAX_CONCURRENT_STREAMS.to_be_bytes());
     assert_eq!(told.expect("they are told")[2..], 2_u32.to_be_bytes());
@@ -116,7 +116,7 @@ async fn more_calls_of_a_connection_than_the_bound_are_refused_and_clients_are_t
 #[tokio::test]
 async fn a_client_that_answers_no_ping_is_let_go_with_its_call() {
     let target = Target::start_with(&["--keepalive-seconds", "1"]).await;
-    let mut raw = Raw::begin(&target, &[]).await;
+    let mut raw = RawConnection::begin(&target, &[]).await;
     raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.ImportService/ImportIssues")))
         .await;
     raw.until_closed().await;
@@ -166,7 +166,7 @@ async fn a_thousand_connections_without_a_call_keep_nobody_from_being_answered()
     let target = Target::start().await;
     let mut idle = Vec::new();
     for _ in 0..MANY {
-        idle.push(Raw::begin(&target, &[]).await);
+        idle.push(RawConnection::begin(&target, &[]).await);
     }
     target.assert_answers().await;
     drop(idle);

@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     HANG, SOON, Target, WHO_AM_I,
-    http2::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, Raw, call_block, frame, framed},
+    http2::{DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RawConnection, call_block, frame, framed},
 };
 use crate::harness::{Tracker, limits};
 
@@ -18,7 +18,7 @@ async fn start() -> Target {
 }
 
 /// Begins to watch the service's health, which does not end by itself.
-async fn watch(raw: &mut Raw, target: &Target, stream: u32) {
+async fn watch(raw: &mut RawConnection, target: &Target, stream: u32) {
     raw.send(&frame(HEADERS, END_HEADERS, stream, &call_block(target, "/grpc.health.v1.Health/Watch"))).await;
     raw.send(&frame(DATA, END_STREAM, stream, &framed(b""))).await;
 }
@@ -28,7 +28,7 @@ async fn until_served(target: &Target) {
     let served = async {
         loop {
             // Where there is no room, the connection is closed before anything is said.
-            let mut raw = Raw::begin(target, &[]).await;
+            let mut raw = RawConnection::begin(target, &[]).await;
             raw.send(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &call_block(target, WHO_AM_I))).await;
             if raw.next_of(HEADERS).await.is_some() {
                 break;
@@ -41,7 +41,7 @@ async fn until_served(target: &Target) {
 #[tokio::test]
 async fn a_connection_that_makes_room_is_not_kept_by_calls_that_nobody_signs_in_for() {
     let target = start().await;
-    let mut leaving = Raw::begin(&target, &[]).await;
+    let mut leaving = RawConnection::begin(&target, &[]).await;
     // Idle for long enough to be let go.
     sleep(Duration::from_millis(1_200)).await;
     let leaves = async {
@@ -56,7 +56,7 @@ async fn a_connection_that_makes_room_is_not_kept_by_calls_that_nobody_signs_in_
 #[tokio::test]
 async fn on_a_connection_that_makes_room_a_call_may_finish_that_somebody_has_signed_in_for() {
     let target = start().await;
-    let mut leaving = Raw::begin(&target, &[]).await;
+    let mut leaving = RawConnection::begin(&target, &[]).await;
     watch(&mut leaving, &target, 1).await;
     let leaves = async {
         leaving.next_of(GOAWAY).await.expect("it is told to go");

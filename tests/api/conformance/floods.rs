@@ -18,8 +18,8 @@ use tonic::Code;
 use super::{
     HANG, SOON, Target, WHO_AM_I,
     http2::{
-        Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
-        WINDOW_UPDATE, call, call_block, connect, frame, framed, read_answer, request,
+        Answer, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, RawConnection,
+        SETTINGS, WINDOW_UPDATE, call, call_block, connect, frame, framed, read_answer, request,
     },
 };
 use crate::harness::{PASSWORD, Tracker, assert_error, limits};
@@ -48,7 +48,7 @@ async fn headers_beyond_the_bound_are_refused_however_they_are_cut() {
 async fn headers_that_are_continued_for_ever_end_their_connection() {
     let target = Target::start().await;
     for piece in [&b""[..], b"\0\x01x\x01y", &[b'\x20'; 1_000]] {
-        let mut raw = Raw::begin(&target, &[]).await;
+        let mut raw = RawConnection::begin(&target, &[]).await;
         raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
         let flood = frame(CONTINUATION, 0, 1, piece).repeat(100);
         let mut is_open = true;
@@ -88,7 +88,7 @@ async fn streams_that_are_reset_as_fast_as_they_come_cost_their_connection_and_n
     }
     target.assert_answers().await;
     // By hand, without waiting for anything.
-    let mut raw = Raw::begin(&target, &[]).await;
+    let mut raw = RawConnection::begin(&target, &[]).await;
     let block = call_block(&target, WHO_AM_I);
     for stream in 0..MANY as u32 {
         let flood = [
@@ -109,7 +109,7 @@ async fn pings_and_settings_by_the_ten_thousand_are_answered_or_end_their_connec
     let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]);
     for (flood, answer) in [(frame(PING, 0, 0, b"faultfau"), PING), (settings, SETTINGS)] {
         for reads in [true, false] {
-            let mut raw = Raw::begin(&target, &[]).await;
+            let mut raw = RawConnection::begin(&target, &[]).await;
             let mut is_open = true;
             for _ in 0..MANY / 100 {
                 is_open = is_open && raw.send(&flood.repeat(100)).await;
@@ -130,7 +130,7 @@ async fn an_answer_that_is_never_read_ends_with_its_connection() {
     let id = target.member.file_as(issue).await.id;
     for answers_pings in [true, false] {
         // No window for what comes, and one call.
-        let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 0]).await;
+        let mut raw = RawConnection::begin(&target, &[0, 4, 0, 0, 0, 0]).await;
         raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.IssueService/GetIssue"))).await;
         let message = [b"\x0a\x24", id.as_bytes()].concat();
         raw.send(&frame(DATA, END_STREAM, 1, &framed(&message))).await;
@@ -145,7 +145,7 @@ async fn an_answer_that_is_never_read_ends_with_its_connection() {
 }
 
 /// Reads an answer byte by byte until its connection is closed; tells, as soon as the answer begins, whether it is one.
-async fn read_bytewise(mut raw: Raw, begun: oneshot::Sender<bool>) {
+async fn read_bytewise(mut raw: RawConnection, begun: oneshot::Sender<bool>) {
     let mut begun = Some(begun);
     while let Some(next) = raw.next().await {
         match next.kind {
@@ -184,13 +184,13 @@ async fn large_answers_that_are_read_byte_by_byte_hold_so_much_memory_and_are_le
     let mut readers = JoinSet::new();
     let begin = async |method: &str, message: Vec<u8>| {
         // A window of one byte for each stream.
-        let mut raw = Raw::begin(&target, &[0, 4, 0, 0, 0, 1]).await;
+        let mut raw = RawConnection::begin(&target, &[0, 4, 0, 0, 0, 1]).await;
         let block = call_block(&target, &format!("/issuetracker.v1.IssueService/{method}"));
         raw.send(&frame(HEADERS, END_HEADERS, 1, &block)).await;
         raw.send(&frame(DATA, END_STREAM, 1, &framed(&message))).await;
         raw
     };
-    let mut read = |raw: Raw| {
+    let mut read = |raw: RawConnection| {
         let (sender, has_begun) = oneshot::channel();
         readers.spawn(read_bytewise(raw, sender));
         has_begun
@@ -228,7 +228,7 @@ async fn windows_that_grow_by_nothing_or_beyond_all_bounds_are_errors() {
     let target = Target::start().await;
     let most = 0x7fff_ffff_u32.to_be_bytes();
     for (stream, increments) in [(0, vec![[0; 4]]), (1, vec![[0; 4]]), (0, vec![most; 2]), (1, vec![most; 2])] {
-        let mut raw = Raw::begin(&target, &[]).await;
+        let mut raw = RawConnection::begin(&target, &[]).await;
         raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, WHO_AM_I))).await;
         for increment in increments {
             raw.send(&frame(WINDOW_UPDATE, 0, stream, &increment)).await;

@@ -6,7 +6,10 @@ use tonic::Code;
 
 use super::{
     Target, WHO_AM_I,
-    http2::{Answer, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, Raw, block, call, frame, framed, request},
+    http2::{
+        Answer, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, RawConnection, block, call, frame, framed,
+        request,
+    },
 };
 
 #[tokio::test]
@@ -120,7 +123,7 @@ async fn credentials_of_other_bytes_than_letters_are_no_credentials() {
     }
     // These are no header at all.
     for value in [&b"Bearer \x00"[..], b"Bearer \x01", b"Bearer \r\nx: y", b"\x7f"] {
-        let mut raw = Raw::begin(&target, &[]).await;
+        let mut raw = RawConnection::begin(&target, &[]).await;
         let path = WHO_AM_I.as_bytes();
         let headers: [(&str, &[u8]); 6] = [
             (":method", b"POST"),

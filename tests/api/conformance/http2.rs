@@ -51,7 +51,7 @@ impl Answer {
 }
 
 pub async fn connect(target: &Target) -> SendRequest<Bytes> {
-    crate::h2_client::Raw::open(target).await.requests
+    crate::h2_client::H2Client::open(target).await.requests
 }
 
 /// Begins a call on a connection of its own.
@@ -129,9 +129,9 @@ pub fn call_block(target: &Target, path: &str) -> Vec<u8> {
 }
 
 /// A connection whose every byte is the test's.
-pub struct Raw(pub TcpStream);
+pub struct RawConnection(pub TcpStream);
 
-impl Raw {
+impl RawConnection {
     /// Nothing is said yet.
     pub async fn connect(target: &Target) -> Self {
         Self(TcpStream::connect(&target.address).await.unwrap())

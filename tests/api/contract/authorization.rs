@@ -343,7 +343,7 @@ async fn call_with(tracker: &Tracker, client: &Client, method: &str, messages: V
     let mut grpc = Grpc::new(tracker.channel.clone());
     grpc.ready().await.unwrap();
     let path = format!("/issuetracker.v1.{method}").parse().unwrap();
-    let answers = grpc.streaming(request, path, Raw).await?.into_inner();
+    let answers = grpc.streaming(request, path, BytesCodec).await?.into_inner();
     answers.try_collect::<Vec<Bytes>>().await.map(drop)
 }
 

@@ -220,5 +220,5 @@ async fn shutdown_ends_the_stream_with_an_error() {
     tracker.stop();
     assert_error(read_rest(&mut chunks, &mut file).await, Code::Unavailable, "STOPPING");
     drop(chunks);
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
 }

@@ -9,10 +9,10 @@ use tonic_health::pb::HealthCheckRequest;
 
 use super::*;
 use crate::h2_client::request;
-pub(super) use crate::h2_client::{Raw, framed};
+pub(super) use crate::h2_client::{H2Client, framed};
 use crate::support::bounds::HANG;
 
-impl Raw {
+impl H2Client {
     /// Returns whether a call succeeds on this connection.
     pub async fn is_served(&mut self, tracker: &Tracker) -> bool {
         let called = async {
@@ -42,8 +42,8 @@ async fn idle_and_silent_connections_are_closed() {
     let silent = TcpStream::connect(&tracker.address).await.unwrap();
     let mut half_preface = TcpStream::connect(&tracker.address).await.unwrap();
     half_preface.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
-    let mut used = Raw::open(&tracker).await;
-    let unused = Raw::open(&tracker).await;
+    let mut used = H2Client::open(&tracker).await;
+    let unused = H2Client::open(&tracker).await;
     assert!(used.is_served(&tracker).await);
 
     closed_by_server(silent).await;
@@ -51,7 +51,7 @@ async fn idle_and_silent_connections_are_closed() {
     used.closed().await;
     unused.closed().await;
 
-    assert!(Raw::open(&tracker).await.is_served(&tracker).await);
+    assert!(H2Client::open(&tracker).await.is_served(&tracker).await);
 }
 
 #[tokio::test]
@@ -60,7 +60,7 @@ async fn connection_with_a_call_in_flight_is_not_idle() {
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
     let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
@@ -71,10 +71,10 @@ async fn connection_at_its_maximum_age_is_closed_after_its_calls_finish() {
     let tracker = Tracker::start_with(limits(&["--age-seconds", "1"])).await;
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
-    let mut raw = Raw::open(&tracker).await;
+    let mut raw = H2Client::open(&tracker).await;
     let (response, mut stream) = raw.begin(&tracker, "IssueService/UpdateIssue").await.unwrap();
     stream.send_data(framed(&retitle(&issue, "changed")), true).unwrap();
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
 
     eventually("new calls are refused", async || !raw.is_served(&tracker).await).await;
     assert!(raw.begin(&tracker, "AuthService/WhoAmI").await.is_err());
@@ -90,16 +90,16 @@ async fn connection_at_its_maximum_age_is_closed_after_its_calls_finish() {
 async fn new_connection_beyond_the_limit_evicts_the_longest_idle_one() {
     let tracker = Tracker::start_with(limits(&["--connections", "3"])).await;
     // The tracker's own client connects on its first call, so it has no connection yet.
-    let mut longest = Raw::open(&tracker).await;
+    let mut longest = H2Client::open(&tracker).await;
     assert!(longest.is_served(&tracker).await);
     tokio::time::sleep(Duration::from_millis(50)).await;
-    let mut others = [Raw::open(&tracker).await, Raw::open(&tracker).await];
+    let mut others = [H2Client::open(&tracker).await, H2Client::open(&tracker).await];
     for other in &mut others {
         assert!(other.is_served(&tracker).await);
     }
     tokio::time::sleep(Duration::from_millis(1_200)).await;
 
-    let mut newest = Raw::open(&tracker).await;
+    let mut newest = H2Client::open(&tracker).await;
 
     assert!(newest.is_served(&tracker).await);
     longest.closed().await;
@@ -114,7 +114,7 @@ async fn new_connection_beyond_the_limit_is_closed_when_all_others_are_busy() {
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
     let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
 
     closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
 
@@ -125,9 +125,9 @@ async fn new_connection_beyond_the_limit_is_closed_when_all_others_are_busy() {
 #[tokio::test]
 async fn connection_with_only_unauthenticated_streams_is_evicted() {
     let tracker = Tracker::start_with(limits(&["--connections", "2"])).await;
-    let mut busy = Raw::open(&tracker).await;
+    let mut busy = H2Client::open(&tracker).await;
     let (imported, mut import) = busy.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
-    let unauthenticated = Raw::open(&tracker).await;
+    let unauthenticated = H2Client::open(&tracker).await;
     let watch = request(&tracker, "/grpc.health.v1.Health/Watch");
     let (health_updates, mut stream) =
         unauthenticated.requests.clone().ready().await.unwrap().send_request(watch, false).unwrap();
@@ -137,7 +137,7 @@ async fn connection_with_only_unauthenticated_streams_is_evicted() {
 
     // An unauthenticated connection is not evictable for its first 10 s, which leaves time for a login.
     closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
-    eventually("a new connection is served", async || match Raw::open_with(&tracker, 65_535).await {
+    eventually("a new connection is served", async || match H2Client::open_with(&tracker, 65_535).await {
         Ok(mut new) => new.is_served(&tracker).await,
         Err(_) => false,
     })
@@ -149,7 +149,7 @@ async fn connection_with_only_unauthenticated_streams_is_evicted() {
 }
 
 /// Repeats a call every 300 ms until its connection is closed.
-async fn call_until_closed(raw: Raw, request: http::Request<()>) {
+async fn call_until_closed(raw: H2Client, request: http::Request<()>) {
     let call = async || {
         let (response, mut stream) = raw.requests.clone().ready().await?.send_request(request.clone(), false)?;
         // Fails if the server has already rejected the call.
@@ -168,11 +168,11 @@ async fn connection_with_only_short_unauthenticated_calls_is_evicted() {
     without_token.headers_mut().remove("authorization");
     let mut unauthenticated_connections = Vec::new();
     for request in [without_token, request(&tracker, "/grpc.health.v1.Health/Check")] {
-        unauthenticated_connections.push(tokio::spawn(call_until_closed(Raw::open(&tracker).await, request)));
+        unauthenticated_connections.push(tokio::spawn(call_until_closed(H2Client::open(&tracker).await, request)));
     }
     let mut served = Vec::new();
     eventually("both unauthenticated connections are closed", async || {
-        if let Ok(mut new) = Raw::open_with(&tracker, 65_535).await
+        if let Ok(mut new) = H2Client::open_with(&tracker, 65_535).await
             && new.is_served(&tracker).await
         {
             served.push(new);
@@ -188,7 +188,7 @@ async fn connection_with_an_unread_response_is_closed() {
     // The deadline leaves time for another call to find the only permit taken.
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "1500", "--requests", "1"])).await;
     let issue = tracker.member.file("read me").await;
-    let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
+    let mut raw = H2Client::open_with(&tracker, 0).await.unwrap();
     let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
     let request = GetIssueRequest { id: issue.id.clone(), ..Default::default() };
     stream.send_data(framed(&request), true).unwrap();
@@ -209,7 +209,7 @@ async fn unread_response_does_not_fail_other_calls_on_its_connection() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
     let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
     let issue = tracker.member.file_as(issue).await;
-    let mut raw = Raw::open_with(&tracker, 2_000).await.unwrap();
+    let mut raw = H2Client::open_with(&tracker, 2_000).await.unwrap();
     let (unread, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
     stream.send_data(framed(&GetIssueRequest { id: issue.id, ..Default::default() }), true).unwrap();
     let _unread = unread.await.unwrap().into_body();

@@ -4,7 +4,7 @@ use issue_tracker::pb::Comment;
 use issue_tracker::pb::CreateCommentRequest;
 
 use super::{
-    connections::{Raw, framed},
+    connections::{H2Client, framed},
     *,
 };
 use crate::{h2_client::request, support::bounds::HANG};
@@ -18,7 +18,7 @@ async fn call_without_a_deadline_gets_the_default_one_and_writes_nothing() {
     let update = spawn_update(&tracker.member, retitle(&issue, "changed")).await.unwrap();
 
     assert_error(update, Code::DeadlineExceeded, "DEADLINE");
-    tracker.until_let_go().await;
+    tracker.wait_until_no_locks().await;
     lock.release().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
 }
@@ -31,7 +31,7 @@ async fn client_deadline_overrides_the_default() {
     let mut request = Request::new(retitle(&issue, "changed"));
     request.set_timeout(Duration::from_secs(30));
     let update = spawn_update(&tracker.member, request);
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     tokio::time::sleep(Duration::from_millis(600)).await;
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
@@ -41,7 +41,7 @@ async fn client_deadline_overrides_the_default() {
 async fn incomplete_request_message_fails_at_the_default_deadline() {
     let tracker = Tracker::start_with(limits(&["--deadline-ms", "300", "--requests", "1"])).await;
     let issue = tracker.member.file("first").await;
-    let mut raw = Raw::open(&tracker).await;
+    let mut raw = H2Client::open(&tracker).await;
     let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
     let request = framed(&GetIssueRequest { id: issue.id.clone(), ..Default::default() });
     stream.send_data(request.slice(..8), false).unwrap();
@@ -56,7 +56,7 @@ async fn incomplete_request_message_fails_at_the_default_deadline() {
 async fn missing_request_message_fails_at_the_default_deadline_despite_a_longer_client_deadline() {
     let tracker = Tracker::start_with(limits(&["--requests", "1", "--deadline-ms", "1000"])).await;
     let issue = tracker.member.file("first").await;
-    let raw = Raw::open(&tracker).await;
+    let raw = H2Client::open(&tracker).await;
     let mut head = request(&tracker, "/issuetracker.v1.IssueService/UpdateIssue");
     head.headers_mut().insert("grpc-timeout", "600S".parse().unwrap());
     let (response, _unsent_body) = raw.requests.clone().ready().await.unwrap().send_request(head, false).unwrap();
@@ -90,7 +90,7 @@ async fn cancelled_calls_leave_no_statement_and_return_usable_connections() {
         let update = spawn_update(&tracker.member, request);
         tracker.wait_until(lock_waiters!(">= 1")).await;
         update.abort();
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
     }
     lock.release().await;
     assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
@@ -113,10 +113,10 @@ async fn statement_of_a_batch_is_cancelled_when_all_its_callers_cancelled() {
             tokio::spawn(async move { try_file(&tracker.member, &format!("issue {n}")).await })
         })
         .collect();
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     calls.iter().for_each(JoinHandle::abort);
 
-    tracker.until_let_go().await;
+    tracker.wait_until_no_locks().await;
 
     session.batch_execute("COMMIT").await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);

@@ -3,7 +3,7 @@
 use issue_tracker::pb::ListIssuesRequest;
 use tonic::transport::Endpoint;
 
-use super::{connections::Raw, *};
+use super::{connections::H2Client, *};
 
 #[tokio::test]
 async fn shutdown_finishes_calls_in_flight_refuses_new_ones_and_reports_not_serving() {
@@ -11,7 +11,7 @@ async fn shutdown_finishes_calls_in_flight_refuses_new_ones_and_reports_not_serv
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
     let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     let mut health_updates =
         HealthClient::new(tracker.channel.clone()).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(health_updates.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
@@ -32,17 +32,17 @@ async fn shutdown_finishes_calls_in_flight_refuses_new_ones_and_reports_not_serv
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
 }
 
 #[tokio::test]
 async fn shutdown_closes_idle_connections_and_does_not_wait_for_them() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
-    let mut raw = Raw::open(&tracker).await;
+    let mut raw = H2Client::open(&tracker).await;
     assert!(raw.is_served(&tracker).await);
     tracker.stop();
     raw.closed().await;
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
 }
 
 #[tokio::test]
@@ -51,9 +51,9 @@ async fn calls_still_in_flight_after_drain_seconds_are_abandoned() {
     let issue = tracker.member.file("slow").await;
     let lock = Lock::all_issues(&tracker).await;
     let _update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     tracker.stop();
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
     let blocked = lock.0.query_one(lock_waiters!("= 1"), &[]).await.unwrap();
     assert!(blocked.get::<_, bool>(0), "the server stopped while the call was still blocked");
 }

@@ -6,7 +6,7 @@ use h2::{Reason, SendStream, client::ResponseFuture};
 
 use super::*;
 use crate::{
-    h2_client::{Raw, framed},
+    h2_client::{H2Client, framed},
     harness::limits,
     lock_waiters,
 };
@@ -15,12 +15,12 @@ use crate::{
 pub(super) struct RawImport {
     stream: SendStream<bytes::Bytes>,
     _response: ResponseFuture,
-    raw: Raw,
+    raw: H2Client,
 }
 
 impl RawImport {
     pub(super) async fn open(tracker: &Tracker, opts: ImportOptions) -> Self {
-        let mut raw = Raw::open(tracker).await;
+        let mut raw = H2Client::open(tracker).await;
         let (response, stream) = raw.begin(tracker, "ImportService/ImportIssues").await.unwrap();
         let mut import = Self { stream, _response: response, raw };
         import.send(&options(opts));
@@ -117,7 +117,7 @@ async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
     tracker.wait_until(lock_waiters!("> 0")).await;
 
     raw.stream.send_reset(Reason::CANCEL);
-    tracker.until_let_go().await;
+    tracker.wait_until_no_locks().await;
 
     other.batch_execute("COMMIT").await.unwrap();
     assert_eq!(issue_count(&tracker).await, 1);
@@ -154,7 +154,7 @@ async fn an_import_that_is_cut_while_it_reads_no_further_lets_go_at_once_and_goe
             until_pipeline_is_full(&tracker).await;
 
             raw.break_off(cut);
-            tracker.until_let_go().await;
+            tracker.wait_until_no_locks().await;
 
             assert_eq!(issue_count(&tracker).await, committed, "{cut:?}");
             other.batch_execute("ROLLBACK").await.unwrap();
@@ -191,7 +191,7 @@ async fn an_import_whose_caller_goes_away_after_the_last_row_is_not_committed() 
         tracker.wait_until(lock_waiters!("> 0")).await;
 
         raw.break_off(Cut::Reset(Reason::CANCEL));
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
 
         other.batch_execute("COMMIT").await.unwrap();
         assert_eq!(issue_count(&tracker).await, 1, "{:?}", import.options.mode());
@@ -213,7 +213,7 @@ async fn a_deadline_ends_the_work_of_an_import_and_not_only_its_answer() {
         tracker.wait_until(lock_waiters!("> 0")).await;
 
         assert_error(read(answers).await, Code::DeadlineExceeded, "DEADLINE");
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
 
         assert_eq!(issue_count(&tracker).await, committed);
         other.batch_execute("ROLLBACK").await.unwrap();

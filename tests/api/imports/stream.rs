@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
-    h2_client::{Raw, framed},
+    h2_client::{H2Client, framed},
     harness::{assert_invalid, assert_retriable, error_metadata, eventually, limits},
     lock_waiters,
 };
@@ -311,13 +311,13 @@ async fn a_service_that_stops_tells_the_import_to_go_on_elsewhere_and_it_does() 
     tracker.stop();
 
     assert_error(first.finish().await, Code::Unavailable, "STOPPING");
-    let elsewhere = tracker.start_beside().await;
+    let elsewhere = tracker.start_replica().await;
     let kept = get_import(&elsewhere.member, &wanted.options.import_id).await.unwrap();
     assert!(kept.committed_offset >= progress.committed_offset);
     let answer = go_on(&elsewhere.member, &wanted).await.unwrap();
     assert_eq!(answer.counts(), (ImportState::Committed, 12_000, 12_000, 0, 0));
     assert_eq!(issue_count(&elsewhere).await, 12_000);
-    tracker.ended().await;
+    tracker.wait_until_stopped().await;
 }
 
 /// Lets time pass, for the service too: it runs in the test's own runtime.
@@ -390,7 +390,7 @@ async fn a_client_that_is_slow_is_waited_for() {
 async fn a_client_that_reads_nothing_is_let_go_after_a_minute_or_when_it_goes_away() {
     let tracker = Tracker::start().await;
     for goes_away in [false, true] {
-        let mut raw = Raw::open_with(&tracker, 0).await.unwrap();
+        let mut raw = H2Client::open_with(&tracker, 0).await.unwrap();
         let (_response, mut stream) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
         stream.send_data(framed(&options(atomic())), false).unwrap();
         // More errors than wait to be read.
@@ -408,7 +408,7 @@ async fn a_client_that_reads_nothing_is_let_go_after_a_minute_or_when_it_goes_aw
             }
         }
 
-        tracker.until_let_go().await;
+        tracker.wait_until_no_locks().await;
         tracker.sql("TRUNCATE imports", &[]).await;
     }
 }

@@ -427,7 +427,7 @@ async fn call_during<T: Send + 'static>(
     let sql = format!("BEGIN; UPDATE issues SET {set}, change_actor_id = '{actor}' WHERE id = '{id}'");
     session.batch_execute(&sql).await.unwrap();
     let call = tokio::spawn(call);
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     session.batch_execute("COMMIT").await.unwrap();
     call.await.unwrap()
 }
@@ -481,7 +481,7 @@ async fn an_update_that_waited_answers_the_issue_of_its_version() {
     );
     session.batch_execute(&put_on).await.unwrap();
     let call = tokio::spawn(async move { send(&client, update).await });
-    tracker.until_blocked().await;
+    tracker.wait_until_blocked().await;
     session.batch_execute("COMMIT").await.unwrap();
     let updated = call.await.unwrap().unwrap();
 
