@@ -1,4 +1,4 @@
-//! The trail of who signed in and who changed users and tokens.
+//! The audit log: logins, and changes of users, passwords and tokens.
 
 use futures_util::future::join_all;
 use issue_tracker::{
@@ -27,12 +27,12 @@ async fn all_events(tracker: &Tracker) -> Vec<AuditEvent> {
     events
 }
 
-/// What an event tells in short: the action, who did it, whom it is about, the values; the four users of a test by name.
-fn told(tracker: &Tracker, event: &AuditEvent) -> String {
+/// Formats an event as `ACTION by actor: user old>new`. The users of [`Tracker`] appear by name, any other as "another".
+fn summary(tracker: &Tracker, event: &AuditEvent) -> String {
     let known = [&tracker.admin.user, &tracker.member.user, &tracker.viewer.user];
     let name = |id: &str| match known.iter().find(|user| user.id == id) {
         Some(user) => user.username.clone(),
-        None if id.is_empty() => "nobody".to_owned(),
+        None if id.is_empty() => "none".to_owned(),
         None => "another".to_owned(),
     };
     let action = event.action().as_str_name().trim_start_matches("AUDIT_ACTION_");
@@ -40,7 +40,7 @@ fn told(tracker: &Tracker, event: &AuditEvent) -> String {
     format!("{action} by {actor}: {user} {}>{}", event.old_value, event.new_value)
 }
 
-/// The events that come with some calls.
+/// Summaries of the events that some calls write.
 async fn events_of(tracker: &Tracker, calls: impl Future<Output = ()>) -> Vec<String> {
     let before = all_events(tracker).await.len();
     calls.await;
@@ -50,7 +50,7 @@ async fn events_of(tracker: &Tracker, calls: impl Future<Output = ()>) -> Vec<St
         assert!(event.create_time.is_some());
     }
     assert!(events.is_sorted_by(|left, right| left.id < right.id));
-    events[before..].iter().map(|event| told(tracker, event)).collect()
+    events[before..].iter().map(|event| summary(tracker, event)).collect()
 }
 
 async fn log_in(tracker: &Tracker, username: &str, password: &str) -> Result<Client, Status> {
@@ -87,7 +87,7 @@ fn change_password(new_password: &str) -> ChangePasswordRequest {
 }
 
 #[tokio::test]
-async fn signing_in_and_out_is_told_and_nothing_of_what_was_typed() {
+async fn login_and_logout_are_logged_without_typed_credentials() {
     let tracker = Tracker::start().await;
     let events = events_of(&tracker, async {
         let session = log_in(&tracker, "MEMBER", PASSWORD).await.unwrap();
@@ -102,25 +102,25 @@ async fn signing_in_and_out_is_told_and_nothing_of_what_was_typed() {
         events.await,
         [
             "LOGIN by member: member >",
-            "LOGIN_FAILED by nobody: member >",
-            "LOGIN_FAILED by nobody: nobody >",
-            "LOGIN_FAILED by nobody: nobody >",
+            "LOGIN_FAILED by none: member >",
+            "LOGIN_FAILED by none: none >",
+            "LOGIN_FAILED by none: none >",
             "LOGOUT by member: member >",
         ]
     );
     let sessions: Vec<Uuid> =
         tracker.sql("SELECT id FROM tokens WHERE name IS NULL", &[]).await.iter().map(|row| row.get(0)).collect();
-    let told = all_events(&tracker).await;
-    let told = told.iter().filter(|event| [AuditAction::Login, AuditAction::Logout].contains(&event.action()));
-    assert_eq!(told.map(|event| event.token_id.clone()).collect::<Vec<_>>(), vec![sessions[0].to_string(); 2]);
+    let summary = all_events(&tracker).await;
+    let summary = summary.iter().filter(|event| [AuditAction::Login, AuditAction::Logout].contains(&event.action()));
+    assert_eq!(summary.map(|event| event.token_id.clone()).collect::<Vec<_>>(), vec![sessions[0].to_string(); 2]);
     let contents = tracker.contents().await.join("\n");
-    for typed in ["guessed", "ssword-as-a-name", PASSWORD] {
-        assert!(!contents.contains(typed), "{typed} is in the database");
+    for secret in ["guessed", "ssword-as-a-name", PASSWORD] {
+        assert!(!contents.contains(secret), "{secret} is in the database");
     }
 }
 
 #[tokio::test]
-async fn a_disabled_user_who_tries_to_sign_in_is_told_of() {
+async fn failed_login_of_a_disabled_user_is_logged() {
     let tracker = Tracker::start().await;
     let user = make_user(&tracker, "ada", Role::Viewer, true).await;
     assert!(log_in(&tracker, "ada", PASSWORD).await.is_err());
@@ -129,7 +129,7 @@ async fn a_disabled_user_who_tries_to_sign_in_is_told_of() {
 }
 
 #[tokio::test]
-async fn changes_of_users_are_told_with_what_was_before() {
+async fn user_changes_are_logged_with_old_and_new_values() {
     let tracker = Tracker::start().await;
     let events = events_of(&tracker, async {
         make_user(&tracker, "ada", Role::Unspecified, false).await;
@@ -138,7 +138,7 @@ async fn changes_of_users_are_told_with_what_was_before() {
         let sessions = [log_in(&tracker, "member", PASSWORD).await, log_in(&tracker, "member", PASSWORD).await];
         sessions[0].as_ref().unwrap().auth().logout(LogoutRequest::default()).await.unwrap();
         update(&tracker, set(member, Role::Viewer, true)).await;
-        // Nothing changes.
+        // The same values again: no change, no event.
         update(&tracker, set(member, Role::Viewer, true)).await;
         update(&tracker, set(member, Role::Viewer, false)).await;
         update(&tracker, set(member, Role::Member, false)).await;
@@ -162,19 +162,19 @@ async fn changes_of_users_are_told_with_what_was_before() {
 }
 
 #[tokio::test]
-async fn tokens_that_are_made_and_revoked_are_told_once() {
+async fn each_token_creation_and_revocation_is_logged_once() {
     let tracker = Tracker::start().await;
     let events = events_of(&tracker, async {
         let own = make_token(&tracker.member, "", "own").await;
         let made = make_token(&tracker.admin, &tracker.member.user.id, "of a robot").await.api_token.unwrap();
         let revoke = |id: &str| RevokeApiTokenRequest { id: id.to_owned(), ..Default::default() };
-        // All at once, and once more.
+        // Concurrently, and once more by another caller.
         let calls = (0..8).map(|_| {
             let (mut auth, request) = (tracker.admin.auth(), revoke(&made.id));
             async move { auth.revoke_api_token(request).await.unwrap().into_inner() }
         });
-        let answers = join_all(calls).await;
-        assert!(answers.iter().all(|answer| answer.revoke_time.is_some() && *answer == answers[0]));
+        let responses = join_all(calls).await;
+        assert!(responses.iter().all(|response| response.revoke_time.is_some() && *response == responses[0]));
         tracker.member.auth().revoke_api_token(revoke(&made.id)).await.unwrap();
         let robot = tracker.client_with_token(Some(&own.access_token));
         robot.auth().logout(LogoutRequest::default()).await.unwrap();
@@ -191,7 +191,7 @@ async fn tokens_that_are_made_and_revoked_are_told_once() {
 }
 
 #[tokio::test]
-async fn a_new_password_is_told_with_each_session_that_it_ends() {
+async fn password_change_is_logged_with_every_session_that_it_ends() {
     let tracker = Tracker::start().await;
     let here = log_in(&tracker, "member", PASSWORD).await.unwrap();
     for _ in 0..2 {
@@ -215,7 +215,7 @@ async fn a_new_password_is_told_with_each_session_that_it_ends() {
 }
 
 #[tokio::test]
-async fn users_and_tokens_of_the_command_line_are_nobodys() {
+async fn events_from_the_command_line_have_no_actor_and_no_address() {
     let tracker = Tracker::start().await;
     let events = all_events(&tracker).await;
     let made: Vec<_> = events.iter().filter(|event| event.user_id == tracker.admin.user.id).collect();
@@ -227,7 +227,7 @@ async fn users_and_tokens_of_the_command_line_are_nobodys() {
 }
 
 #[tokio::test]
-async fn neither_replays_nor_trials_nor_refused_tries_are_told() {
+async fn replays_dry_runs_and_throttled_logins_are_not_logged() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "1"])).await;
     let (member, viewer) = (&tracker.member.user, &tracker.viewer.user);
     let request_id = || Uuid::now_v7().to_string();
@@ -240,19 +240,19 @@ async fn neither_replays_nor_trials_nor_refused_tries_are_told() {
     let password = ChangePasswordRequest { request_id: request_id(), ..change_password("another password") };
     let (mut users, mut admin, mut auth) = (tracker.admin.users(), tracker.admin.auth(), tracker.member.auth());
 
-    let trials = events_of(&tracker, async {
+    let dry_runs = events_of(&tracker, async {
         users.create_user(CreateUserRequest { validate_only: true, ..create.clone() }).await.unwrap();
         users.update_user(UpdateUserRequest { validate_only: true, ..change.clone() }).await.unwrap();
         admin.revoke_api_token(RevokeApiTokenRequest { validate_only: true, ..revoke.clone() }).await.unwrap();
         auth.change_password(ChangePasswordRequest { validate_only: true, ..password.clone() }).await.unwrap();
         auth.logout(LogoutRequest { validate_only: true, ..Default::default() }).await.unwrap();
-        let api_token = Some(ApiToken { name: "tried".into(), ..ApiToken::default() });
+        let api_token = Some(ApiToken { name: "dry run".into(), ..ApiToken::default() });
         auth.create_api_token(CreateApiTokenRequest { api_token, validate_only: true }).await.unwrap();
         let login = LoginRequest { username: "member".into(), password: PASSWORD.into(), validate_only: true };
         auth.login(login).await.unwrap();
     });
-    assert_eq!(trials.await, [""; 0]);
-    // Whoever guesses is told of, also if he only tries.
+    assert_eq!(dry_runs.await, [""; 0]);
+    // A wrong password is logged in a dry run too.
     let guesses = events_of(&tracker, async {
         let login = LoginRequest { username: "member".into(), password: "wrong".into(), validate_only: true };
         tracker.viewer.auth().login(login).await.unwrap_err();
@@ -280,23 +280,23 @@ async fn neither_replays_nor_trials_nor_refused_tries_are_told() {
         auth.change_password(password).await.unwrap();
     });
     assert_eq!(replays.await, [""; 0]);
-    // Unless the machine was very slow, the try that came right behind the failure was refused.
-    let was_taken = refused.is_ok();
-    if !was_taken {
+    // The login right after the failure is throttled, unless the machine was so slow that the delay had passed.
+    let was_accepted = refused.is_ok();
+    if !was_accepted {
         assert_error(refused, Code::ResourceExhausted, "TOO_MANY_TRIES");
     }
     let of_member = ListAuditEventsRequest { user_id: member.id.clone(), ..Default::default() };
-    let told = list(&tracker.admin, of_member).await.unwrap().audit_events;
-    let count = |action| told.iter().filter(|event| event.action() == action).count();
-    assert_eq!((count(AuditAction::Login), count(AuditAction::LoginFailed)), (usize::from(was_taken), 1));
+    let logged = list(&tracker.admin, of_member).await.unwrap().audit_events;
+    let count = |action| logged.iter().filter(|event| event.action() == action).count();
+    assert_eq!((count(AuditAction::Login), count(AuditAction::LoginFailed)), (usize::from(was_accepted), 1));
 }
 
 #[tokio::test]
-async fn there_is_no_change_without_its_event() {
+async fn call_whose_event_cannot_be_written_fails_and_changes_nothing() {
     let tracker = Tracker::start().await;
     let session = log_in(&tracker, "member", PASSWORD).await.unwrap();
     let token = make_token(&tracker.member, "", "own").await.api_token.unwrap();
-    tracker.sql("ALTER TABLE audit_events ADD CONSTRAINT nothing_goes_in CHECK (false) NOT VALID", &[]).await;
+    tracker.sql("ALTER TABLE audit_events ADD CONSTRAINT no_inserts CHECK (false) NOT VALID", &[]).await;
     let before = tracker.contents().await;
     let (mut users, mut auth) = (tracker.admin.users(), session.auth());
     let user = Some(User { username: "ada".into(), ..User::default() });
@@ -321,7 +321,7 @@ async fn there_is_no_change_without_its_event() {
 }
 
 #[tokio::test]
-async fn of_changes_at_once_each_is_told_with_what_was_before_it() {
+async fn concurrent_changes_are_logged_each_with_the_value_before_it() {
     let tracker = Tracker::start().await;
     let roles = [Role::Viewer, Role::Member, Role::Admin];
     let user = make_user(&tracker, "ada", Role::Viewer, false).await;
@@ -340,9 +340,9 @@ async fn of_changes_at_once_each_is_told_with_what_was_before_it() {
 }
 
 #[tokio::test]
-async fn events_stay_as_they_are_for_400_days_and_are_then_forgotten() {
+async fn events_are_immutable_for_400_days_and_then_pruned() {
     let mut tracker = Tracker::start().await;
-    // A service forgets them by itself soon after its start.
+    // A running service prunes soon after its start, which would race with this test.
     tracker.stop();
     tracker.wait_until_stopped().await;
     let session = tracker.session().await;
@@ -368,11 +368,11 @@ async fn events_stay_as_they_are_for_400_days_and_are_then_forgotten() {
 }
 
 #[tokio::test]
-async fn events_are_listed_newest_first_in_pages_of_all_or_of_one_user() {
+async fn events_are_listed_newest_first_in_pages_for_all_or_one_user() {
     let tracker = Tracker::start().await;
     for nth in 0..5 {
         make_token(&tracker.member, "", &format!("token {nth}")).await;
-        make_token(&tracker.viewer, "", "of somebody else").await;
+        make_token(&tracker.viewer, "", "of another user").await;
     }
     let of_member = |page_size, page_token| ListAuditEventsRequest {
         user_id: tracker.member.user.id.clone(),
@@ -382,8 +382,8 @@ async fn events_are_listed_newest_first_in_pages_of_all_or_of_one_user() {
     let (mut names, mut sizes, mut page_token) = (Vec::new(), Vec::new(), String::new());
     loop {
         let page = list(&tracker.admin, of_member(3, page_token)).await.unwrap();
-        // Made meanwhile, it is on none of the pages behind.
-        make_token(&tracker.member, "", "meanwhile").await;
+        // Newer than the first page, so it appears on none of the following pages.
+        make_token(&tracker.member, "", "newer").await;
         sizes.push(page.audit_events.len());
         names.extend(page.audit_events.into_iter().map(|event| event.new_value));
         page_token = page.next_page_token;
@@ -398,10 +398,10 @@ async fn events_are_listed_newest_first_in_pages_of_all_or_of_one_user() {
     assert_eq!(all.audit_events.len(), 2);
     assert_invalid(list(&tracker.admin, of_member(2, all.next_page_token)).await, &["page_token"]);
     assert_invalid(list(&tracker.admin, of_member(-1, "x".into())).await, &["page_size", "page_token"]);
-    let nobody = ListAuditEventsRequest { user_id: Uuid::now_v7().to_string(), ..Default::default() };
-    assert_eq!(list(&tracker.admin, nobody).await.unwrap(), ListAuditEventsResponse::default());
-    let no_uuid = ListAuditEventsRequest { user_id: "member".into(), ..Default::default() };
-    assert_invalid(list(&tracker.admin, no_uuid).await, &["user_id"]);
+    let unknown_user = ListAuditEventsRequest { user_id: Uuid::now_v7().to_string(), ..Default::default() };
+    assert_eq!(list(&tracker.admin, unknown_user).await.unwrap(), ListAuditEventsResponse::default());
+    let malformed = ListAuditEventsRequest { user_id: "member".into(), ..Default::default() };
+    assert_invalid(list(&tracker.admin, malformed).await, &["user_id"]);
     for client in [&tracker.member, &tracker.viewer] {
         let refused = list(client, of_member(0, String::new())).await;
         assert_error(refused, Code::PermissionDenied, "PERMISSION_DENIED");

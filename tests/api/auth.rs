@@ -1,4 +1,4 @@
-//! `AuthService`, and what a token is worth.
+//! `AuthService`: logins, sessions, API tokens, passwords.
 
 mod expiry;
 mod floods;
@@ -29,7 +29,7 @@ async fn log_in(tracker: &Tracker, username: &str, password: &str) -> Result<Log
     Ok(tracker.client_with_token(None).auth().login(request).await?.into_inner())
 }
 
-/// A client with a session of its own.
+/// Logs in and returns a client with the new session.
 async fn session(tracker: &Tracker, username: &str) -> Client {
     tracker.client_with_token(Some(&log_in(tracker, username, PASSWORD).await.unwrap().access_token))
 }
@@ -72,23 +72,24 @@ async fn change_password(client: &Client, request: ChangePasswordRequest) -> Res
 }
 
 #[tokio::test]
-async fn login_gives_a_token_that_works_until_it_expires() {
+async fn login_returns_a_token_that_works_until_it_expires() {
     let tracker = Tracker::start_with(limits(&["--session-hours", "2"])).await;
-    let reply = log_in(&tracker, "member", PASSWORD).await.unwrap();
-    assert_eq!(reply.user.as_ref(), Some(&tracker.member.user));
-    assert_eq!(who_am_i(&tracker.client_with_token(Some(&reply.access_token))).await.unwrap(), tracker.member.user);
-    let kept = "SELECT floor(extract(epoch FROM expire_time))::int8, expire_time - create_time = interval '2 hours'
+    let response = log_in(&tracker, "member", PASSWORD).await.unwrap();
+    assert_eq!(response.user.as_ref(), Some(&tracker.member.user));
+    assert_eq!(who_am_i(&tracker.client_with_token(Some(&response.access_token))).await.unwrap(), tracker.member.user);
+    let stored = "SELECT floor(extract(epoch FROM expire_time))::int8, expire_time - create_time = interval '2 hours'
         FROM tokens WHERE expire_time IS NOT NULL";
-    let kept = &tracker.sql(kept, &[]).await[0];
-    assert_eq!((kept.get(0), kept.get(1)), (reply.expire_time.unwrap().seconds, true));
+    let stored = &tracker.sql(stored, &[]).await[0];
+    assert_eq!((stored.get(0), stored.get(1)), (response.expire_time.unwrap().seconds, true));
 
+    // A session whose token is not cached.
     let unused = session(&tracker, "member").await;
     tracker.sql("UPDATE tokens SET expire_time = now() - interval '1 second' WHERE name IS NULL", &[]).await;
     assert_unauthenticated(who_am_i(&unused).await);
 }
 
 #[tokio::test]
-async fn whatever_is_wrong_with_credentials_is_told_in_the_same_bytes() {
+async fn all_wrong_credentials_return_the_same_error_byte_for_byte() {
     let tracker = Tracker::start().await;
     disable(&tracker, &tracker.viewer.user).await;
     let long = "x".repeat(10_000);
@@ -109,18 +110,18 @@ async fn whatever_is_wrong_with_credentials_is_told_in_the_same_bytes() {
         ("%", PASSWORD),
         ("' OR true --", PASSWORD),
     ];
-    let mut told = Vec::new();
+    let mut errors = Vec::new();
     for (username, password) in wrong {
         let status = assert_unauthenticated(log_in(&tracker, username, password).await);
-        told.push((status.message().to_owned(), status.details().to_vec()));
+        errors.push((status.message().to_owned(), status.details().to_vec()));
     }
-    told.dedup();
-    assert_eq!(told.len(), 1, "{told:?}");
+    errors.dedup();
+    assert_eq!(errors.len(), 1, "{errors:?}");
     assert_eq!(tracker.count("SELECT count(*) FROM tokens WHERE expire_time IS NOT NULL").await, 0);
 }
 
 #[tokio::test]
-async fn only_the_whole_password_is_the_password() {
+async fn login_requires_the_exact_password() {
     let tracker = Tracker::start().await;
     let longest = "x".repeat(72);
     for (name, password) in [("long", &*longest), ("short", "eight888")] {
@@ -129,7 +130,7 @@ async fn only_the_whole_password_is_the_password() {
         tracker.admin.users().create_user(request).await.unwrap();
         log_in(&tracker, name, password).await.unwrap();
     }
-    // bcrypt stops reading at 72 bytes, and reads a shorter password again and again with a NUL between.
+    // bcrypt ignores bytes after the 72nd, and repeats a shorter password with a NUL between.
     assert_unauthenticated(log_in(&tracker, "long", &format!("{longest}y")).await);
     assert_unauthenticated(log_in(&tracker, "long", &longest[1..]).await);
     assert_unauthenticated(log_in(&tracker, "short", "eight888\0eight888").await);
@@ -139,15 +140,15 @@ async fn only_the_whole_password_is_the_password() {
 }
 
 #[tokio::test]
-async fn a_username_is_the_same_in_whatever_case() {
+async fn usernames_are_case_insensitive_and_passwords_are_not() {
     let tracker = Tracker::start().await;
-    let reply = log_in(&tracker, "mEmBeR", PASSWORD).await.unwrap();
-    assert_eq!(reply.user, Some(tracker.member.user.clone()));
+    let response = log_in(&tracker, "mEmBeR", PASSWORD).await.unwrap();
+    assert_eq!(response.user, Some(tracker.member.user.clone()));
     assert_unauthenticated(log_in(&tracker, "member", &PASSWORD.to_uppercase()).await);
 }
 
 #[tokio::test]
-async fn a_client_that_still_sends_its_old_token_can_sign_in() {
+async fn login_with_a_revoked_token_in_the_metadata_succeeds() {
     let tracker = Tracker::start().await;
     tracker.member.auth().logout(LogoutRequest::default()).await.unwrap();
     let request = LoginRequest { username: "member".into(), password: PASSWORD.into(), validate_only: false };
@@ -155,16 +156,16 @@ async fn a_client_that_still_sends_its_old_token_can_sign_in() {
 }
 
 #[tokio::test]
-async fn who_is_disabled_while_he_signs_in_gets_no_session() {
+async fn user_disabled_during_login_gets_no_session() {
     let tracker = Tracker::start().await;
-    // The password is right when it is checked; then keeping the session has to wait.
+    // The lock blocks the login between the check of the password and the creation of the session.
     let (locker, connection) = tracker.config.connect(NoTls).await.unwrap();
     tokio::spawn(connection);
     locker.batch_execute("BEGIN; LOCK TABLE tokens IN SHARE ROW EXCLUSIVE MODE").await.unwrap();
-    let anybody = tracker.client_with_token(None);
+    let client = tracker.client_with_token(None);
     let login = tokio::spawn(async move {
         let request = LoginRequest { username: "member".into(), password: PASSWORD.into(), validate_only: false };
-        anybody.auth().login(request).await
+        client.auth().login(request).await
     });
     tracker
         .wait_until(
@@ -174,15 +175,15 @@ async fn who_is_disabled_while_he_signs_in_gets_no_session() {
         .await;
     locker.batch_execute("UPDATE users SET disabled = true WHERE username = 'member'; COMMIT").await.unwrap();
 
-    let late = assert_unauthenticated(login.await.unwrap());
+    let during_login = assert_unauthenticated(login.await.unwrap());
 
-    let usual = assert_unauthenticated(log_in(&tracker, "member", PASSWORD).await);
-    assert_eq!((late.message(), late.details()), (usual.message(), usual.details()));
+    let before_login = assert_unauthenticated(log_in(&tracker, "member", PASSWORD).await);
+    assert_eq!((during_login.message(), during_login.details()), (before_login.message(), before_login.details()));
     assert_eq!(tracker.count("SELECT count(*) FROM tokens WHERE expire_time IS NOT NULL").await, 0);
 }
 
 #[tokio::test]
-async fn logout_ends_this_session_at_once_and_no_other() {
+async fn logout_ends_only_its_own_session_immediately() {
     let tracker = Tracker::start().await;
     let (here, elsewhere) = (session(&tracker, "member").await, session(&tracker, "member").await);
     who_am_i(&here).await.unwrap();
@@ -207,9 +208,9 @@ async fn logout_with_an_api_token_revokes_it() {
     );
 }
 
-/// Calls that find the token valid just before it ends must not make it believed for longer.
+/// A look-up that starts before the logout must not put the token back into the cache after it.
 #[tokio::test]
-async fn calls_under_way_do_not_keep_an_ended_session_alive() {
+async fn concurrent_calls_do_not_keep_an_ended_session_alive() {
     let tracker = Tracker::start().await;
     for _ in 0..60 {
         let session = session(&tracker, "member").await;
@@ -222,7 +223,7 @@ async fn calls_under_way_do_not_keep_an_ended_session_alive() {
 }
 
 #[tokio::test]
-async fn a_token_that_is_revoked_here_ends_on_other_replicas_too() {
+async fn token_revoked_on_one_replica_ends_on_the_others() {
     let tracker = Tracker::start().await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let replica = Endpoint::try_from(format!("http://{}", listener.local_addr().unwrap())).unwrap().connect_lazy();
@@ -241,7 +242,7 @@ async fn a_token_that_is_revoked_here_ends_on_other_replicas_too() {
 }
 
 #[tokio::test]
-async fn credentials_that_are_no_token_of_ours_are_refused() {
+async fn malformed_and_unknown_credentials_are_unauthenticated() {
     let tracker = Tracker::start().await;
     let token = &tracker.member.token;
     let values = [
@@ -266,16 +267,16 @@ async fn credentials_that_are_no_token_of_ours_are_refused() {
     }
     let mut request = Request::new(WhoAmIRequest {});
     request.metadata_mut().insert("authorization", format!("bearer {token}").parse().unwrap());
-    AuthServiceClient::new(tracker.channel.clone()).who_am_i(request).await.expect("the scheme has no case");
+    AuthServiceClient::new(tracker.channel.clone()).who_am_i(request).await.expect("the scheme is case-insensitive");
 }
 
 #[tokio::test]
-async fn api_tokens_are_listed_newest_first_in_pages_until_they_are_revoked() {
+async fn valid_api_tokens_are_listed_newest_first_in_pages() {
     let tracker = Tracker::start().await;
     for name in ["one", "two", "three"] {
         create_token(&tracker.member, "", name).await.unwrap();
     }
-    create_token(&tracker.viewer, "", "of somebody else").await.unwrap();
+    create_token(&tracker.viewer, "", "of another user").await.unwrap();
     session(&tracker, "member").await;
     let page = |page_size, page_token| ListApiTokensRequest { page_size, page_token, ..Default::default() };
     let mut auth = tracker.member.auth();
@@ -287,18 +288,18 @@ async fn api_tokens_are_listed_newest_first_in_pages_until_they_are_revoked() {
     assert_eq!(names(&first.api_tokens), ["three", "two", "one"]);
     assert_eq!((names(&second.api_tokens), &*second.next_page_token), (vec!["test".to_owned()], ""));
     revoke(&tracker.member, &first.api_tokens[1].id).await.unwrap();
-    let left = auth.list_api_tokens(page(0, String::new())).await.unwrap().into_inner();
-    assert_eq!(names(&left.api_tokens), ["three", "one", "test"]);
-    // A page token is of one user's list.
+    let remaining = auth.list_api_tokens(page(0, String::new())).await.unwrap().into_inner();
+    assert_eq!(names(&remaining.api_tokens), ["three", "one", "test"]);
+    // A page token is bound to the user whose tokens are listed.
     let request = ListApiTokensRequest { user_id: tracker.viewer.user.id.clone(), ..page(3, first.next_page_token) };
     assert_invalid(tracker.admin.auth().list_api_tokens(request).await, &["page_token"]);
 }
 
 #[tokio::test]
-async fn a_revoked_api_token_stops_at_once_and_can_be_revoked_again() {
+async fn api_token_revocation_takes_effect_immediately_and_is_idempotent() {
     let tracker = Tracker::start().await;
-    let made = create_token(&tracker.member, "", "of a robot").await.unwrap();
-    let (robot, api_token) = (tracker.client_with_token(Some(&made.access_token)), made.api_token.unwrap());
+    let created = create_token(&tracker.member, "", "of a robot").await.unwrap();
+    let (robot, api_token) = (tracker.client_with_token(Some(&created.access_token)), created.api_token.unwrap());
     assert_eq!((&*api_token.user_id, api_token.revoke_time), (&*tracker.member.user.id, None));
     who_am_i(&robot).await.unwrap();
 
@@ -312,17 +313,17 @@ async fn a_revoked_api_token_stops_at_once_and_can_be_revoked_again() {
 }
 
 #[tokio::test]
-async fn only_administrators_revoke_tokens_of_others() {
+async fn only_administrators_may_revoke_tokens_of_others() {
     let tracker = Tracker::start().await;
-    let made = create_token(&tracker.viewer, "", "of a robot").await.unwrap();
-    let (robot, id) = (tracker.client_with_token(Some(&made.access_token)), made.api_token.unwrap().id);
+    let created = create_token(&tracker.viewer, "", "of a robot").await.unwrap();
+    let (robot, id) = (tracker.client_with_token(Some(&created.access_token)), created.api_token.unwrap().id);
 
     assert_error(revoke(&tracker.member, &id).await, Code::NotFound, "NOT_FOUND");
     who_am_i(&robot).await.unwrap();
     revoke(&tracker.admin, &id).await.unwrap();
     assert_unauthenticated(who_am_i(&robot).await);
 
-    // A session is no API token.
+    // A session's token is not an API token.
     session(&tracker, "member").await;
     let session_id: Uuid = tracker.sql("SELECT id FROM tokens WHERE name IS NULL", &[]).await[0].get(0);
     assert_error(revoke(&tracker.admin, &session_id.to_string()).await, Code::NotFound, "NOT_FOUND");
@@ -331,25 +332,25 @@ async fn only_administrators_revoke_tokens_of_others() {
 }
 
 #[tokio::test]
-async fn only_administrators_make_and_list_tokens_of_others() {
+async fn only_administrators_may_create_and_list_tokens_of_others() {
     let tracker = Tracker::start().await;
     let viewer = &tracker.viewer.user;
     let before = tracker.contents().await;
     let list = ListApiTokensRequest { user_id: viewer.id.clone(), ..Default::default() };
     let denied = (Code::PermissionDenied, "PERMISSION_DENIED");
-    // Denied, not invalid, though the name is.
+    // The name is invalid too: authorization is checked before validation.
     assert_error(create_token(&tracker.member, &viewer.id, "").await, denied.0, denied.1);
     assert_error(tracker.member.auth().list_api_tokens(list.clone()).await, denied.0, denied.1);
     assert_eq!(tracker.contents().await, before);
 
-    let made = create_token(&tracker.admin, &viewer.id, "made by the admin").await.unwrap();
-    assert_eq!(who_am_i(&tracker.client_with_token(Some(&made.access_token))).await.unwrap(), *viewer);
+    let created = create_token(&tracker.admin, &viewer.id, "created by the admin").await.unwrap();
+    assert_eq!(who_am_i(&tracker.client_with_token(Some(&created.access_token))).await.unwrap(), *viewer);
     let listed = tracker.admin.auth().list_api_tokens(list).await.unwrap().into_inner();
-    assert_eq!(listed.api_tokens.first(), made.api_token.as_ref());
+    assert_eq!(listed.api_tokens.first(), created.api_token.as_ref());
 }
 
 #[tokio::test]
-async fn tokens_are_made_for_users_who_exist_and_are_enabled() {
+async fn api_token_requires_an_existing_enabled_user() {
     let tracker = Tracker::start().await;
     disable(&tracker, &tracker.viewer.user).await;
     let before = tracker.contents().await;
@@ -362,7 +363,7 @@ async fn tokens_are_made_for_users_who_exist_and_are_enabled() {
 }
 
 #[tokio::test]
-async fn a_tokens_name_has_1_to_100_characters() {
+async fn api_token_name_has_1_to_100_characters() {
     let tracker = Tracker::start().await;
     for name in ["", " ", "a\0b", &"é".repeat(101)] {
         assert_invalid(create_token(&tracker.member, "", name).await, &["api_token.name"]);
@@ -372,10 +373,10 @@ async fn a_tokens_name_has_1_to_100_characters() {
 }
 
 #[tokio::test]
-async fn no_secret_is_in_the_database() {
+async fn no_secret_is_stored_in_plain_text() {
     let tracker = Tracker::start().await;
     let login = log_in(&tracker, "member", PASSWORD).await.unwrap();
-    let made = create_token(&tracker.member, "", "named in clear").await.unwrap();
+    let created = create_token(&tracker.member, "", "named in clear").await.unwrap();
     let user = Some(User { username: "another".into(), ..User::default() });
     let create = CreateUserRequest {
         user,
@@ -396,23 +397,23 @@ async fn no_secret_is_in_the_database() {
         let decoded = BASE64_URL_SAFE_NO_PAD.decode(key).unwrap_or(key.into());
         [key.to_lowercase(), hex(key.as_bytes()), hex(&decoded)].iter().any(|form| contents.contains(form))
     };
-    assert!(contains("named in clear") && contains("another"), "the search finds what is there");
-    for secret in [&*login.access_token, &*made.access_token, PASSWORD, OTHER_PASSWORD, "the first password"] {
+    assert!(contains("named in clear") && contains("another"), "the search does not find what is stored in clear");
+    for secret in [&*login.access_token, &*created.access_token, PASSWORD, OTHER_PASSWORD, "the first password"] {
         assert!(!contains(secret), "{secret} is in the database");
     }
 }
 
 #[tokio::test]
-async fn a_new_password_ends_the_other_sessions_and_nothing_else() {
+async fn password_change_ends_only_the_other_sessions_of_the_user() {
     let tracker = Tracker::start().await;
     let (here, elsewhere) = (session(&tracker, "member").await, session(&tracker, "member").await);
-    let somebody = session(&tracker, "viewer").await;
+    let other_user = session(&tracker, "viewer").await;
     who_am_i(&elsewhere).await.unwrap();
 
     change_password(&here, change(PASSWORD, OTHER_PASSWORD)).await.unwrap();
 
     assert_unauthenticated(who_am_i(&elsewhere).await);
-    for client in [&here, &tracker.member, &somebody] {
+    for client in [&here, &tracker.member, &other_user] {
         who_am_i(client).await.unwrap();
     }
     assert_unauthenticated(log_in(&tracker, "member", PASSWORD).await);
@@ -420,10 +421,10 @@ async fn a_new_password_ends_the_other_sessions_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn the_current_password_must_be_right() {
+async fn password_change_with_a_wrong_current_password_is_invalid() {
     let tracker = Tracker::start().await;
     let contents = async || {
-        // Wrong ones are told in the audit trail.
+        // The failures are in the audit log.
         let rows = tracker.contents().await.into_iter();
         rows.filter(|row| !row.starts_with("audit_events")).collect::<Vec<_>>()
     };
@@ -435,7 +436,7 @@ async fn the_current_password_must_be_right() {
 }
 
 #[tokio::test]
-async fn a_new_password_has_8_to_72_bytes_and_no_nul() {
+async fn new_password_has_8_to_72_bytes_and_no_nul() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     for bad in ["", "7 bytes", "ééé7", &"x".repeat(73), &("é".repeat(36) + "x"), "with a \0 in it"] {
@@ -452,7 +453,7 @@ async fn a_new_password_has_8_to_72_bytes_and_no_nul() {
 }
 
 #[tokio::test]
-async fn a_repeated_change_of_password_succeeds_and_writes_nothing() {
+async fn repeated_password_change_succeeds_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..change(PASSWORD, OTHER_PASSWORD) };
     change_password(&tracker.member, request.clone()).await.unwrap();
@@ -461,12 +462,12 @@ async fn a_repeated_change_of_password_succeeds_and_writes_nothing() {
     change_password(&tracker.member, request.clone()).await.unwrap();
 
     assert_eq!(tracker.contents().await, before);
-    let anew = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..request };
-    assert_invalid(change_password(&tracker.member, anew).await, &["current_password"]);
+    let new_request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..request };
+    assert_invalid(change_password(&tracker.member, new_request).await, &["current_password"]);
 }
 
 #[tokio::test]
-async fn a_change_of_password_that_is_repeated_while_it_is_under_way_succeeds() {
+async fn password_change_retried_while_in_flight_succeeds() {
     let tracker = Tracker::start().await;
     for round in 0..20 {
         let words = [format!("the password {round}"), format!("the password {}", round + 1)];
@@ -480,7 +481,7 @@ async fn a_change_of_password_that_is_repeated_while_it_is_under_way_succeeds() 
 }
 
 #[tokio::test]
-async fn of_two_changes_of_one_password_at_once_one_is_made() {
+async fn one_of_two_concurrent_password_changes_succeeds() {
     let tracker = Tracker::start().await;
     let mut current = PASSWORD.to_owned();
     for round in 0..20 {
@@ -489,40 +490,40 @@ async fn of_two_changes_of_one_password_at_once_one_is_made() {
             change_password(&tracker.member, change(&current, &new[0])),
             change_password(&tracker.member, change(&current, &new[1]))
         );
-        let (made, refused) = if left.is_ok() { (&new[0], right) } else { (&new[1], left) };
+        let (stored, refused) = if left.is_ok() { (&new[0], right) } else { (&new[1], left) };
         assert_invalid(refused, &["current_password"]);
-        log_in(&tracker, "member", made).await.unwrap();
-        current = made.clone();
+        log_in(&tracker, "member", stored).await.unwrap();
+        current = stored.clone();
     }
 }
 
 #[tokio::test]
-async fn a_trial_of_any_mutation_writes_nothing_and_shows_no_token() {
+async fn dry_runs_write_nothing_and_return_no_token() {
     let tracker = Tracker::start().await;
     let session = session(&tracker, "member").await;
-    let made = create_token(&tracker.member, "", "stays").await.unwrap().api_token.unwrap();
+    let created = create_token(&tracker.member, "", "stays").await.unwrap().api_token.unwrap();
     let before = tracker.contents().await;
     let mut auth = session.auth();
 
     let login = LoginRequest { username: "member".into(), password: PASSWORD.into(), validate_only: true };
     let login = auth.login(login).await.unwrap().into_inner();
     assert_eq!(login, LoginResponse { user: Some(tracker.member.user.clone()), ..LoginResponse::default() });
-    let api_token = Some(ApiToken { name: "tried".into(), ..ApiToken::default() });
+    let api_token = Some(ApiToken { name: "dry run".into(), ..ApiToken::default() });
     let create = CreateApiTokenRequest { api_token, validate_only: true };
     let create = auth.create_api_token(create).await.unwrap().into_inner();
-    assert_eq!((&*create.api_token.unwrap().name, &*create.access_token), ("tried", ""));
-    let request = RevokeApiTokenRequest { id: made.id, validate_only: true, ..Default::default() };
+    assert_eq!((&*create.api_token.unwrap().name, &*create.access_token), ("dry run", ""));
+    let request = RevokeApiTokenRequest { id: created.id, validate_only: true, ..Default::default() };
     assert!(auth.revoke_api_token(request).await.unwrap().into_inner().revoke_time.is_some());
     let request = ChangePasswordRequest { validate_only: true, ..change(PASSWORD, OTHER_PASSWORD) };
     change_password(&session, request).await.unwrap();
     auth.logout(LogoutRequest { validate_only: true, ..Default::default() }).await.unwrap();
 
     assert_eq!(tracker.contents().await, before);
-    who_am_i(&session).await.expect("the session goes on");
+    who_am_i(&session).await.expect("the session is still valid");
 }
 
 #[tokio::test]
-async fn a_trial_fails_as_the_real_call_would() {
+async fn dry_run_fails_as_the_real_call_would() {
     let tracker = Tracker::start().await;
     let request = LoginRequest { username: "member".into(), password: "wrong".into(), validate_only: true };
     assert_unauthenticated(tracker.client_with_token(None).auth().login(request).await);

@@ -1,4 +1,4 @@
-//! `BatchCreateIssues` and `BatchGetIssues`: all or none, in order, with every bad item named.
+//! `BatchCreateIssues` and `BatchGetIssues`: atomic, in request order, errors that name every bad item.
 
 mod bulk_status;
 
@@ -37,7 +37,7 @@ fn ids(issues: &[Issue]) -> Vec<String> {
     issues.iter().map(|issue| issue.id.clone()).collect()
 }
 
-/// What the ranges of `ErrorInfo.metadata["indices"]` stand for.
+/// Expands the ranges of `ErrorInfo.metadata["indices"]`, such as `0-3,7`.
 fn indices(status: &tonic::Status) -> Vec<usize> {
     let text = error_metadata(status, "indices").unwrap_or_default();
     let range = |range: &str| {
@@ -48,7 +48,7 @@ fn indices(status: &tonic::Status) -> Vec<usize> {
 }
 
 #[tokio::test]
-async fn a_batch_is_filed_in_the_order_of_the_request() {
+async fn batch_create_returns_issues_in_request_order() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("bug").await;
     let mut issues = numbered(1_000);
@@ -74,7 +74,7 @@ async fn a_batch_is_filed_in_the_order_of_the_request() {
 }
 
 #[tokio::test]
-async fn a_batch_has_one_to_a_thousand_issues() {
+async fn batch_create_takes_1_to_1000_issues() {
     let tracker = Tracker::start().await;
     for count in [0, 1_001] {
         assert_invalid(create(&tracker.member, numbered(count)).await, &["issues"]);
@@ -83,7 +83,7 @@ async fn a_batch_has_one_to_a_thousand_issues() {
 }
 
 #[tokio::test]
-async fn one_bad_issue_keeps_out_the_whole_batch_and_all_bad_ones_are_named() {
+async fn batch_with_invalid_issues_names_all_of_them_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let mut issues = numbered(6);
     issues[1].title.clear();
@@ -100,7 +100,7 @@ async fn one_bad_issue_keeps_out_the_whole_batch_and_all_bad_ones_are_named() {
 }
 
 #[tokio::test]
-async fn missing_assignees_and_labels_of_a_batch_are_all_named() {
+async fn missing_assignees_and_labels_are_all_named() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("bug").await.id;
     let mut issues = numbered(4);
@@ -125,25 +125,25 @@ async fn missing_assignees_and_labels_of_a_batch_are_all_named() {
 }
 
 #[tokio::test]
-async fn external_ids_that_are_taken_or_twice_in_a_batch_are_all_named() {
+async fn taken_and_repeated_external_ids_are_all_named() {
     let tracker = Tracker::start().await;
     let keyed = |external_id: &str| Issue { external_id: external_id.to_owned(), ..titled("crash") };
     tracker.member.file_as(keyed("taken")).await;
 
-    let batch = ["new", "taken", "twice", "", "twice", "taken", ""].map(keyed).to_vec();
+    let batch = ["new", "taken", "repeated", "", "repeated", "taken", ""].map(keyed).to_vec();
     let status = assert_error(create(&tracker.member, batch).await, Code::AlreadyExists, "ALREADY_EXISTS");
 
     let fields = ["issues[1].external_id", "issues[4].external_id", "issues[5].external_id"];
     assert_eq!(bad_fields(&status), fields);
     let names: Vec<String> = resources(&status).into_iter().map(|(_, name)| name).collect();
-    assert_eq!(names, ["taken", "twice", "taken"]);
+    assert_eq!(names, ["taken", "repeated", "taken"]);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
 }
 
 #[tokio::test]
-async fn an_error_that_quotes_much_still_arrives_and_has_all_indices() {
+async fn error_about_a_thousand_items_fits_in_the_trailers_and_has_all_indices() {
     let tracker = Tracker::start().await;
-    // Four bytes a character, and three times that in a header.
+    // Each character takes 4 bytes, and 12 when percent-encoded in a header.
     let keyed = |n: usize| Issue { external_id: format!("{n} {}", "😀".repeat(200)), ..titled("crash") };
     create(&tracker.member, (0..300).map(keyed).collect()).await.unwrap();
 
@@ -159,7 +159,7 @@ async fn an_error_that_quotes_much_still_arrives_and_has_all_indices() {
 }
 
 #[tokio::test]
-async fn a_batch_whose_answer_would_be_too_large_is_refused_and_not_filed() {
+async fn batch_create_whose_response_is_too_large_is_rejected_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let mut label_ids = Vec::new();
     for n in 0..100 {
@@ -167,7 +167,7 @@ async fn a_batch_whose_answer_would_be_too_large_is_refused_and_not_filed() {
         let request = issue_tracker::pb::CreateLabelRequest { label: Some(label), ..Default::default() };
         label_ids.push(tracker.member.labels().create_label(request).await.unwrap().into_inner().id);
     }
-    // Small as a request: labels are ids there, and whole in the answer.
+    // The request is small, as it has label ids; the response has whole labels.
     let labelled = |n: usize| Issue { label_ids: label_ids.clone(), ..titled(format!("issue {n}")) };
 
     let too_large = create(&tracker.member, (0..200).map(labelled).collect()).await;
@@ -179,15 +179,15 @@ async fn a_batch_whose_answer_would_be_too_large_is_refused_and_not_filed() {
 }
 
 #[tokio::test]
-async fn a_repeated_request_id_answers_the_batch_that_was_filed() {
+async fn repeated_batch_create_returns_the_stored_response() {
     let tracker = Tracker::start().await;
     let request = BatchCreateIssuesRequest { issues: numbered(3), request_id: new_id(), ..Default::default() };
     let mut issues = tracker.member.issues();
     let first = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
 
-    let again: BatchCreateIssuesResponse = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
+    let replayed: BatchCreateIssuesResponse = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
 
-    assert_eq!(again, first);
+    assert_eq!(replayed, first);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 3);
     let other = BatchCreateIssuesRequest { issues: numbered(2), ..request };
     let status = assert_error(issues.batch_create_issues(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
@@ -196,24 +196,24 @@ async fn a_repeated_request_id_answers_the_batch_that_was_filed() {
 }
 
 #[tokio::test]
-async fn a_dry_run_of_a_batch_answers_as_the_real_call_and_files_nothing() {
+async fn batch_create_dry_run_responds_as_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let keyed = |external_id: &str| Issue { external_id: external_id.to_owned(), ..titled("crash") };
     tracker.member.file_as(keyed("taken")).await;
-    let dry = |issues: Vec<Issue>| {
+    let dry_run = |issues: Vec<Issue>| {
         let mut client = tracker.member.issues();
         let request = BatchCreateIssuesRequest { issues, validate_only: true, ..Default::default() };
         async move { client.batch_create_issues(request).await }
     };
 
-    let tried = dry(numbered(2)).await.unwrap().into_inner().issues;
-    assert_eq!(tried.iter().map(|issue| &*issue.title).collect::<Vec<_>>(), ["issue 0", "issue 1"]);
-    assert_error(dry(vec![keyed("taken")]).await, Code::AlreadyExists, "ALREADY_EXISTS");
+    let issues = dry_run(numbered(2)).await.unwrap().into_inner().issues;
+    assert_eq!(issues.iter().map(|issue| &*issue.title).collect::<Vec<_>>(), ["issue 0", "issue 1"]);
+    assert_error(dry_run(vec![keyed("taken")]).await, Code::AlreadyExists, "ALREADY_EXISTS");
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
 }
 
 #[tokio::test]
-async fn issues_are_got_in_the_order_of_the_ids_deleted_ones_included() {
+async fn batch_get_returns_issues_in_the_order_of_the_ids_including_deleted_ones() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(5)).await.unwrap();
     let delete = DeleteIssueRequest { id: filed[4].id.clone(), ..Default::default() };
@@ -224,37 +224,37 @@ async fn issues_are_got_in_the_order_of_the_ids_deleted_ones_included() {
 }
 
 #[tokio::test]
-async fn a_batch_get_takes_one_to_a_thousand_well_formed_ids_each_once() {
+async fn batch_get_takes_1_to_1000_distinct_valid_ids() {
     let tracker = Tracker::start().await;
     let ids = ids(&create(&tracker.member, numbered(2)).await.unwrap());
-    let invalid = async |ids: Vec<String>, fields: &[&str]| {
+    let assert_fields = async |ids: Vec<String>, fields: &[&str]| {
         assert_invalid(get(&tracker.viewer, &ids, IssueView::Basic).await, fields);
     };
-    invalid(vec![], &["ids"]).await;
-    invalid((0..1_001).map(|_| new_id()).collect(), &["ids"]).await;
-    let twice = vec![ids[0].clone(), ids[1].clone(), ids[0].to_uppercase(), ids[1].clone()];
-    invalid(twice, &["ids[2]", "ids[3]"]).await;
-    invalid(vec!["42".to_owned(), ids[0].clone(), String::new(), "42".to_owned()], &["ids[0]", "ids[2]", "ids[3]"])
-        .await;
+    assert_fields(vec![], &["ids"]).await;
+    assert_fields((0..1_001).map(|_| new_id()).collect(), &["ids"]).await;
+    let repeated = vec![ids[0].clone(), ids[1].clone(), ids[0].to_uppercase(), ids[1].clone()];
+    assert_fields(repeated, &["ids[2]", "ids[3]"]).await;
+    let malformed = vec!["42".to_owned(), ids[0].clone(), String::new(), "42".to_owned()];
+    assert_fields(malformed, &["ids[0]", "ids[2]", "ids[3]"]).await;
     let request = BatchGetIssuesRequest { ids, view: 7 };
     assert_invalid(tracker.viewer.issues().batch_get_issues(request).await, &["view"]);
 }
 
 #[tokio::test]
-async fn all_missing_ids_of_a_batch_get_are_named() {
+async fn batch_get_names_all_missing_ids() {
     let tracker = Tracker::start().await;
-    let mut wanted = ids(&create(&tracker.member, numbered(3)).await.unwrap());
-    wanted.insert(1, new_id());
-    wanted.push(new_id());
+    let mut requested = ids(&create(&tracker.member, numbered(3)).await.unwrap());
+    requested.insert(1, new_id());
+    requested.push(new_id());
     for view in [IssueView::Basic, IssueView::Full] {
-        let status = assert_error(get(&tracker.viewer, &wanted, view).await, Code::NotFound, "NOT_FOUND");
+        let status = assert_error(get(&tracker.viewer, &requested, view).await, Code::NotFound, "NOT_FOUND");
         assert_eq!(bad_fields(&status), ["ids[1]", "ids[4]"]);
-        assert_eq!(resources(&status), [&wanted[1], &wanted[4]].map(|id| ("issue".to_owned(), id.clone())));
+        assert_eq!(resources(&status), [&requested[1], &requested[4]].map(|id| ("issue".to_owned(), id.clone())));
     }
 }
 
 #[tokio::test]
-async fn a_batch_get_in_full_has_the_comments_of_each_issue() {
+async fn full_view_of_batch_get_includes_comments() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(3)).await.unwrap();
     let first = tracker.admin.comment(&filed[2].id, "first").await;
@@ -270,26 +270,26 @@ async fn a_batch_get_in_full_has_the_comments_of_each_issue() {
 }
 
 #[tokio::test]
-async fn a_batch_get_over_three_mebibytes_is_refused() {
+async fn batch_get_whose_response_exceeds_3_mib_is_rejected() {
     let tracker = Tracker::start().await;
     let mut large = Vec::new();
     for _ in 0..2 {
         let batch = (0..7).map(|_| Issue { description: "😀".repeat(65_536), ..titled("large") });
         large.extend(create(&tracker.member, batch.collect()).await.unwrap());
     }
-    let too_large = |answer| {
-        let status = assert_error(answer, Code::InvalidArgument, "RESPONSE_TOO_LARGE");
+    let assert_too_large = |result| {
+        let status = assert_error(result, Code::InvalidArgument, "RESPONSE_TOO_LARGE");
         assert_eq!(bad_fields(&status), ["ids"]);
     };
     let ids = ids(&large);
 
-    too_large(get(&tracker.viewer, &ids, IssueView::Basic).await);
+    assert_too_large(get(&tracker.viewer, &ids, IssueView::Basic).await);
     assert_eq!(get(&tracker.viewer, &ids[..11], IssueView::Basic).await.unwrap(), large[..11]);
 
-    // With the comments it is too much again: 64 KiB each.
+    // Five comments of 64 KiB each exceed the bound again.
     for _ in 0..5 {
         tracker.member.comment(&ids[0], &"😀".repeat(16_384)).await;
     }
     get(&tracker.viewer, &ids[1..12], IssueView::Full).await.unwrap();
-    too_large(get(&tracker.viewer, &ids[..11], IssueView::Full).await);
+    assert_too_large(get(&tracker.viewer, &ids[..11], IssueView::Full).await);
 }

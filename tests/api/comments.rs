@@ -14,10 +14,10 @@ use uuid::Uuid;
 
 use crate::harness::{Client, Tracker, assert_error, assert_invalid, eventually};
 
-/// What clients take by default.
+/// The largest response that gRPC clients accept by default, in bytes.
 const CLIENT_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// A comment that begins a thread.
+/// Builds a top-level comment.
 fn on(issue_id: &str, content: &str) -> Comment {
     Comment { issue_id: issue_id.to_owned(), content: content.to_owned(), ..Comment::default() }
 }
@@ -31,7 +31,7 @@ async fn add(client: &Client, comment: Comment) -> Result<Comment, Status> {
     client.comments().create_comment(request).await.map(tonic::Response::into_inner)
 }
 
-/// Sets the text of a comment; no mask.
+/// Builds an update of a comment's content, without a mask.
 fn edit(id: &str, content: &str) -> UpdateCommentRequest {
     let comment = Comment { id: id.to_owned(), content: content.to_owned(), ..Comment::default() };
     UpdateCommentRequest { comment: Some(comment), ..Default::default() }
@@ -57,7 +57,7 @@ async fn list_all(client: &Client, issue_id: &str, size: i32) -> Vec<Comment> {
     let mut token = String::new();
     loop {
         let page = list(client, issue_id, size, &token).await.unwrap();
-        assert!(!page.comments.is_empty() || token.is_empty(), "a token leads to an empty page");
+        assert!(!page.comments.is_empty() || token.is_empty(), "the page of a token is empty");
         all.extend(page.comments);
         token = page.next_page_token;
         if token.is_empty() {
@@ -75,17 +75,17 @@ fn contents(comments: &[Comment]) -> Vec<&str> {
     comments.iter().map(|comment| &*comment.content).collect()
 }
 
-/// What the table has of a comment.
+/// Reads the content of a comment from the table.
 async fn stored_content(tracker: &Tracker, id: &str) -> String {
     let id: Uuid = id.parse().unwrap();
     tracker.sql("SELECT content FROM comments WHERE id = $1", &[&id]).await[0].get(0)
 }
 
 #[tokio::test]
-async fn a_comment_is_its_callers_whatever_the_request_says() {
+async fn output_only_fields_of_a_new_comment_are_ignored() {
     let tracker = Tracker::start().await;
     let issue = tracker.admin.file("crash").await;
-    let pretended = Comment {
+    let forged = Comment {
         id: Uuid::now_v7().to_string(),
         author_id: tracker.admin.user.id.clone(),
         author_username: "admin".to_owned(),
@@ -93,17 +93,17 @@ async fn a_comment_is_its_callers_whatever_the_request_says() {
         ..on(&issue.id, "me too")
     };
 
-    let comment = add(&tracker.member, pretended.clone()).await.unwrap();
+    let comment = add(&tracker.member, forged.clone()).await.unwrap();
 
     assert_eq!((&*comment.author_username, &comment.author_id), ("member", &tracker.member.user.id));
     assert_eq!((&*comment.content, &comment.issue_id, &*comment.parent_id), ("me too", &issue.id, ""));
-    assert_ne!(comment.id, pretended.id);
+    assert_ne!(comment.id, forged.id);
     assert_eq!((comment.update_time, comment.delete_time), (comment.create_time, None));
     assert_eq!(tracker.viewer.get(&issue.id).await.comments, [comment]);
 }
 
 #[tokio::test]
-async fn comments_are_counted_but_leave_the_issue_as_it_was() {
+async fn comments_change_only_the_comment_count_of_an_issue() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let first = tracker.member.comment(&issue.id, "one").await;
@@ -121,7 +121,7 @@ async fn comments_are_counted_but_leave_the_issue_as_it_was() {
 }
 
 #[tokio::test]
-async fn replies_name_their_parents_at_any_depth() {
+async fn replies_have_parents_at_any_depth() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let thread = tracker.member.comment(&issue.id, "why?").await;
@@ -135,48 +135,48 @@ async fn replies_name_their_parents_at_any_depth() {
 }
 
 #[tokio::test]
-async fn a_parent_on_another_issue_is_invalid() {
+async fn parent_on_another_issue_is_invalid() {
     let tracker = Tracker::start().await;
     let (here, there) = (tracker.member.file("here").await, tracker.member.file("there").await);
     let parent = tracker.member.comment(&there.id, "over there").await;
 
-    let astray = add(&tracker.member, Comment { issue_id: here.id, ..reply_to(&parent, "hello?") }).await;
+    let misplaced = add(&tracker.member, Comment { issue_id: here.id, ..reply_to(&parent, "hello?") }).await;
 
-    let status = assert_invalid(astray, &["comment.parent_id"]);
+    let status = assert_invalid(misplaced, &["comment.parent_id"]);
     assert!(status.message().contains(&parent.id), "{status:?}");
     assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 1);
 }
 
 #[tokio::test]
-async fn a_missing_issue_or_parent_is_not_found() {
+async fn missing_issue_or_parent_is_not_found() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
-    let nowhere = Uuid::now_v7().to_string();
+    let missing_id = Uuid::now_v7().to_string();
 
-    let no_issue = add(&tracker.member, on(&nowhere, "hello?")).await;
+    let no_issue = add(&tracker.member, on(&missing_id, "hello?")).await;
     assert_error(no_issue, Code::NotFound, "NOT_FOUND");
-    let no_parent = add(&tracker.member, Comment { parent_id: nowhere, ..on(&issue.id, "hello?") }).await;
+    let no_parent = add(&tracker.member, Comment { parent_id: missing_id, ..on(&issue.id, "hello?") }).await;
     let status = assert_error(no_parent, Code::NotFound, "NOT_FOUND");
     assert!(status.message().starts_with("comment.parent_id"), "{status:?}");
-    // An issue's id is not a comment's.
+    // The id of an issue, where the id of a comment is expected.
     let not_a_comment = add(&tracker.member, Comment { parent_id: issue.id.clone(), ..on(&issue.id, "hello?") }).await;
     assert_error(not_a_comment, Code::NotFound, "NOT_FOUND");
     assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 0);
 }
 
 #[tokio::test]
-async fn all_that_is_wrong_with_a_comment_is_told_at_once() {
+async fn all_invalid_fields_of_a_comment_are_named() {
     let tracker = Tracker::start().await;
     let comment = Comment { issue_id: "7".into(), parent_id: "8".into(), ..Comment::default() };
 
     let all = ["comment.issue_id", "comment.parent_id", "comment.content"];
     assert_invalid(add(&tracker.member, comment).await, &all);
-    let nothing = tracker.member.comments().create_comment(CreateCommentRequest::default()).await;
-    assert_eq!(crate::harness::bad_fields(&nothing.unwrap_err())[0], "comment");
+    let empty = tracker.member.comments().create_comment(CreateCommentRequest::default()).await;
+    assert_eq!(crate::harness::bad_fields(&empty.unwrap_err())[0], "comment");
 }
 
 #[tokio::test]
-async fn a_deleted_parent_and_a_deleted_issue_take_no_comments() {
+async fn comment_on_a_deleted_parent_or_issue_is_rejected() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let parent = tracker.member.comment(&issue.id, "why?").await;
@@ -208,7 +208,7 @@ async fn content_is_1_to_16384_characters_kept_as_written() {
 }
 
 #[tokio::test]
-async fn pages_are_oldest_first_whatever_is_written_meanwhile() {
+async fn pages_are_oldest_first_despite_concurrent_writes() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let other = tracker.member.file("other").await;
@@ -220,19 +220,19 @@ async fn pages_are_oldest_first_whatever_is_written_meanwhile() {
 
     let first = list(&tracker.viewer, &issue.id, 3, "").await.unwrap();
     assert_eq!(first.comments, comments[..3]);
-    // Before the page's end, behind it, at the end.
+    // The last comment of the first page, and the first of the second page.
     for index in [2, 3] {
         delete(&tracker.member, &comments[index].id).await.unwrap();
     }
     let second = list(&tracker.viewer, &issue.id, 3, &first.next_page_token).await.unwrap();
     assert_eq!(contents(&second.comments), ["", "4", "5"]);
-    assert_eq!(second.next_page_token, "", "there is nothing behind the last full page");
+    assert_eq!(second.next_page_token, "", "a full last page has no token");
     tracker.member.comment(&issue.id, "6").await;
     assert_eq!(contents(&list_all(&tracker.viewer, &issue.id, 3).await), ["0", "1", "", "", "4", "5", "6"]);
 }
 
 #[tokio::test]
-async fn a_deleted_comment_keeps_its_place_and_its_text_is_gone() {
+async fn deleted_comment_keeps_its_place_and_loses_its_content() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let secret = tracker.member.comment(&issue.id, "my password is hunter2").await;
@@ -241,21 +241,21 @@ async fn a_deleted_comment_keeps_its_place_and_its_text_is_gone() {
     let deleted = delete(&tracker.member, &secret.id).await.unwrap();
 
     assert!(deleted.delete_time.is_some());
-    let kept = Comment {
+    let expected = Comment {
         content: String::new(),
         update_time: deleted.update_time,
         delete_time: deleted.delete_time,
         ..secret.clone()
     };
-    assert_eq!(deleted, kept);
+    assert_eq!(deleted, expected);
     assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [deleted.clone(), reply.clone()]);
     assert_eq!(tracker.viewer.get(&issue.id).await.comments, [deleted, reply]);
-    let kept = "SELECT count(*) FROM comments c WHERE c::text LIKE '%hunter2%'";
-    assert_eq!(tracker.count(kept).await, 0);
+    let stored = "SELECT count(*) FROM comments c WHERE c::text LIKE '%hunter2%'";
+    assert_eq!(tracker.count(stored).await, 0);
 }
 
 #[tokio::test]
-async fn a_page_token_serves_its_own_issue_alone() {
+async fn page_token_is_bound_to_its_issue() {
     let tracker = Tracker::start().await;
     let (one, other) = (tracker.member.file("one").await, tracker.member.file("other").await);
     for issue in [&one, &other, &one, &other] {
@@ -270,7 +270,7 @@ async fn a_page_token_serves_its_own_issue_alone() {
 }
 
 #[tokio::test]
-async fn an_issue_without_comments_is_empty_and_a_missing_one_not_found() {
+async fn list_of_an_issue_without_comments_is_empty_and_of_a_missing_issue_not_found() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("quiet").await;
 
@@ -281,7 +281,7 @@ async fn an_issue_without_comments_is_empty_and_a_missing_one_not_found() {
 }
 
 #[tokio::test]
-async fn comments_of_a_deleted_issue_are_read_but_not_changed() {
+async fn comments_of_a_deleted_issue_are_read_only() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let comment = tracker.member.comment(&issue.id, "text").await;
@@ -294,7 +294,7 @@ async fn comments_of_a_deleted_issue_are_read_but_not_changed() {
 }
 
 #[tokio::test]
-async fn author_and_administrator_change_a_comment() {
+async fn author_and_administrator_may_change_a_comment() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let written = tracker.member.comment(&issue.id, "teh").await;
@@ -304,7 +304,7 @@ async fn author_and_administrator_change_a_comment() {
     assert_eq!(by_author, expected);
     assert_ne!(by_author.update_time, written.update_time);
     let unchanged = update(&tracker.member, edit(&written.id, "the")).await.unwrap();
-    assert_eq!(unchanged, by_author, "the same text is no change");
+    assert_eq!(unchanged, by_author, "an update with the same content changes nothing");
     let by_admin = update(&tracker.admin, edit(&written.id, "[moderated]")).await.unwrap();
     assert_eq!((&*by_admin.author_username, &*by_admin.content), ("member", "[moderated]"));
     assert_eq!(stored_content(&tracker, &written.id).await, "[moderated]");
@@ -326,7 +326,7 @@ async fn another_member_may_not_change_or_delete_a_comment() {
 }
 
 #[tokio::test]
-async fn a_deleted_comment_is_not_changed_again() {
+async fn deleted_comment_cannot_be_changed_or_deleted() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let comment = tracker.member.comment(&issue.id, "text").await;
@@ -336,13 +336,13 @@ async fn a_deleted_comment_is_not_changed_again() {
     assert_error(edited, Code::FailedPrecondition, "COMMENT_DELETED");
     assert_error(delete(&tracker.member, &comment.id).await, Code::FailedPrecondition, "COMMENT_DELETED");
     assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [deleted]);
-    let nowhere = Uuid::now_v7().to_string();
-    assert_error(update(&tracker.member, edit(&nowhere, "x")).await, Code::NotFound, "NOT_FOUND");
-    assert_error(delete(&tracker.member, &nowhere).await, Code::NotFound, "NOT_FOUND");
+    let missing_id = Uuid::now_v7().to_string();
+    assert_error(update(&tracker.member, edit(&missing_id, "x")).await, Code::NotFound, "NOT_FOUND");
+    assert_error(delete(&tracker.member, &missing_id).await, Code::NotFound, "NOT_FOUND");
 }
 
 #[tokio::test]
-async fn content_is_the_only_path_of_an_update() {
+async fn update_mask_accepts_only_content() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let comment = tracker.member.comment(&issue.id, "text").await;
@@ -362,8 +362,8 @@ async fn content_is_the_only_path_of_an_update() {
     }
 }
 
-/// Puts comments on an issue, many at once, as `member`.
-async fn flood(tracker: &Tracker, issue_id: &str, count: i64, content: &str) {
+/// Inserts many comments by `member`; their content is a number from 1, then `content`.
+async fn insert_comments(tracker: &Tracker, issue_id: &str, count: i64, content: &str) {
     let (issue, author): (Uuid, Uuid) = (issue_id.parse().unwrap(), tracker.member.user.id.parse().unwrap());
     let sql = "INSERT INTO comments (id, issue_id, author_id, content)
         SELECT ('01980a3e-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, $1, $2, n || $4::text
@@ -372,10 +372,10 @@ async fn flood(tracker: &Tracker, issue_id: &str, count: i64, content: &str) {
 }
 
 #[tokio::test]
-async fn a_full_view_has_the_first_thousand_comments_and_lists_have_all() {
+async fn full_view_has_the_first_1000_comments_and_lists_have_all() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("flame war").await;
-    flood(&tracker, &issue.id, 1_003, "!").await;
+    insert_comments(&tracker, &issue.id, 1_003, "!").await;
 
     let issue = tracker.viewer.get(&issue.id).await;
     let all = list_all(&tracker.viewer, &issue.id, 5_000).await;
@@ -388,10 +388,10 @@ async fn a_full_view_has_the_first_thousand_comments_and_lists_have_all() {
 }
 
 #[tokio::test]
-async fn long_comments_make_short_pages_that_clients_can_take() {
+async fn pages_of_long_comments_fit_in_a_default_client_response() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("essays").await;
-    flood(&tracker, &issue.id, 70, &"😀".repeat(16_380)).await;
+    insert_comments(&tracker, &issue.id, 70, &"😀".repeat(16_380)).await;
 
     let page = list(&tracker.viewer, &issue.id, 1_000, "").await.unwrap();
     assert!(page.encoded_len() < CLIENT_BYTES_MAX && page.comments.len() > 40, "{}", page.comments.len());
@@ -404,7 +404,7 @@ async fn long_comments_make_short_pages_that_clients_can_take() {
 }
 
 #[tokio::test]
-async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
+async fn dry_run_responds_as_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let comment = tracker.member.comment(&issue.id, "text").await;
@@ -412,10 +412,10 @@ async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
 
     let create =
         CreateCommentRequest { comment: Some(reply_to(&comment, "re")), validate_only: true, ..Default::default() };
-    let tried = client.create_comment(create.clone()).await.unwrap().into_inner();
-    assert_eq!((&*tried.content, &tried.parent_id), ("re", &comment.id));
-    let tried = update(&tracker.member, UpdateCommentRequest { validate_only: true, ..edit(&comment.id, "new") }).await;
-    assert_eq!(tried.unwrap().content, "new");
+    let created = client.create_comment(create.clone()).await.unwrap().into_inner();
+    assert_eq!((&*created.content, &created.parent_id), ("re", &comment.id));
+    let dry_run = UpdateCommentRequest { validate_only: true, ..edit(&comment.id, "new") };
+    assert_eq!(update(&tracker.member, dry_run).await.unwrap().content, "new");
     let delete = DeleteCommentRequest { id: comment.id.clone(), validate_only: true, ..Default::default() };
     assert!(client.delete_comment(delete).await.unwrap().into_inner().delete_time.is_some());
     assert_eq!(list_all(&tracker.viewer, &issue.id, 0).await, [comment]);
@@ -425,7 +425,7 @@ async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
 }
 
 #[tokio::test]
-async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
+async fn retry_with_a_request_id_returns_the_stored_response_and_writes_once() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let id = || Uuid::new_v4().to_string();
@@ -447,7 +447,7 @@ async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
 }
 
 #[tokio::test]
-async fn an_edit_that_meets_a_deletion_never_brings_text_back() {
+async fn update_concurrent_with_a_deletion_never_restores_content() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     for round in 0..25 {
@@ -469,10 +469,10 @@ async fn an_edit_that_meets_a_deletion_never_brings_text_back() {
 }
 
 #[tokio::test]
-async fn a_connection_whose_statement_has_more_than_was_wanted_is_not_used_again() {
+async fn connection_with_unread_rows_is_not_reused() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("long thread").await;
-    // 13 MiB: more than there is room for on the way.
+    // 13 MiB: more than the socket buffers hold.
     let sql = "INSERT INTO comments (id, issue_id, author_id, content)
         SELECT gen_random_uuid(), i.id, i.reporter_id, repeat('😀', 16384) FROM issues i, generate_series(1, 200)";
     tracker.sql(sql, &[]).await;
@@ -484,13 +484,13 @@ async fn a_connection_whose_statement_has_more_than_was_wanted_is_not_used_again
         assert!(page.more && !page.items.is_empty());
         pid
     };
-    let is_there = async |pid: i32| {
+    let is_open = async |pid: i32| {
         let found = tracker.sql("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await;
         !found.is_empty()
     };
 
     let by_bytes = pid_after(PageBounds { rows_max: 199, bytes_max: 100_000 }).await;
-    eventually("its connection is closed", async || !is_there(by_bytes).await).await;
+    eventually("its connection is closed", async || !is_open(by_bytes).await).await;
     let by_rows = pid_after(PageBounds { rows_max: 2, bytes_max: 1_000_000 }).await;
-    assert!(is_there(by_rows).await);
+    assert!(is_open(by_rows).await);
 }

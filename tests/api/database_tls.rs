@@ -1,4 +1,4 @@
-//! TLS to the database: what each sslmode asks of the server, and that nothing goes beside it.
+//! TLS to the database: what each `sslmode` verifies, and that no connection bypasses TLS.
 
 use std::{
     fs::{self, File},
@@ -35,14 +35,14 @@ use crate::{
 
 const PASSWORD: &str = "sesame-open-17";
 
-/// Who gets in how.
+/// `pg_hba.conf`: how each role authenticates.
 const HBA: &str = "local all postgres trust
     host all postgres 127.0.0.1/32 trust
     hostssl all certified 127.0.0.1/32 cert
     hostssl all protected 127.0.0.1/32 scram-sha-256
     ";
 
-/// A server on the network of this machine, with or without TLS.
+/// A PostgreSQL server on 127.0.0.1, with or without TLS.
 struct Server {
     process: Child,
     dir: PathBuf,
@@ -51,19 +51,19 @@ struct Server {
 }
 
 impl Server {
-    /// With a certificate, which can be changed; TLS is on unless `settings` say otherwise.
+    /// Starts a server that presents `pair`. TLS is on unless `settings` turn it off.
     async fn start(pair: &Pair, authority: &Authority, settings: &[&str]) -> Self {
         let dir = std::env::temp_dir().join(format!("database-tls-{}", Uuid::new_v4()));
-        // The service's own cluster listens on no network, so it is only made by it, and then run by hand.
+        // The embedded cluster does not listen on TCP: create it here, then run its server with other settings.
         let (cluster, bin_dir) = {
             let dir = dir.clone();
-            let made = tokio::task::spawn_blocking(move || {
-                let made = Cluster::start(&dir, Durability::Throwaway).unwrap();
-                let bin_dir = made.bin_dir().to_owned();
-                made.stop().unwrap();
+            let create = tokio::task::spawn_blocking(move || {
+                let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
+                let bin_dir = cluster.bin_dir().to_owned();
+                cluster.stop().unwrap();
                 (dir.join("cluster").canonicalize().unwrap(), bin_dir)
             });
-            made.await.unwrap()
+            create.await.unwrap()
         };
         let port = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut server = Self { process: Command::new("true").spawn().unwrap(), dir, cluster, port };
@@ -94,7 +94,7 @@ impl Server {
         let log = File::create(server.path("log")).unwrap();
         server.process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
         let plain = server.url("sslmode=disable").parse::<Target>().unwrap().config;
-        eventually("the server is up", async || plain.connect(NoTls).await.is_ok()).await;
+        eventually("the server accepts connections", async || plain.connect(NoTls).await.is_ok()).await;
         server
     }
 
@@ -102,7 +102,7 @@ impl Server {
         self.cluster.join(name)
     }
 
-    /// A file that the server takes: its own, and for nobody else to read.
+    /// Writes a file that the server's user owns and only that user can read, as PostgreSQL requires of keys.
     fn write(&self, name: &str, text: &str) {
         let path = self.path(name);
         fs::write(&path, text).unwrap();
@@ -140,41 +140,41 @@ impl Drop for Server {
     }
 }
 
-/// Whether the connection has TLS, or why there is none.
+/// Connects, and returns whether the connection uses TLS, or the error.
 async fn connect(url: &str) -> Result<bool, String> {
-    let told = |error: anyhow::Error| {
-        let told = format!("{error:#}");
-        assert!(!told.contains(PASSWORD), "{told}");
-        told
+    let message = |error: anyhow::Error| {
+        let message = format!("{error:#}");
+        assert!(!message.contains(PASSWORD), "{message}");
+        message
     };
-    let Target { config, connector } = url.parse::<Target>().map_err(told)?;
-    let (client, connection) = config.connect(connector).await.map_err(|error| told(error.into()))?;
+    let Target { config, connector } = url.parse::<Target>().map_err(message)?;
+    let (client, connection) = config.connect(connector).await.map_err(|error| message(error.into()))?;
     tokio::spawn(connection);
     let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
     Ok(client.query_one(sql, &[]).await.unwrap().get(0))
 }
 
-fn is_as_wanted(outcome: &Result<bool, String>, wanted: &Result<bool, &str>) -> bool {
-    match (outcome, wanted) {
-        (Ok(tls), Ok(wanted)) => tls == wanted,
+fn matches_expected(outcome: &Result<bool, String>, expected: &Result<bool, &str>) -> bool {
+    match (outcome, expected) {
+        (Ok(tls), Ok(expected)) => tls == expected,
         (Err(error), Err(why)) => error.contains(why),
         _ => false,
     }
 }
 
 #[track_caller]
-fn assert_outcome(outcome: &Result<bool, String>, wanted: &Result<bool, &str>, what: &str) {
-    assert!(is_as_wanted(outcome, wanted), "{what}: {outcome:?}, not {wanted:?}");
+fn assert_outcome(outcome: &Result<bool, String>, expected: &Result<bool, &str>, what: &str) {
+    assert!(matches_expected(outcome, expected), "{what}: {outcome:?}, expected {expected:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_sslmode_has_the_server_verified_as_far_as_it_says() {
+async fn each_sslmode_verifies_the_server_as_libpq_does() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
     let dir = tempfile::tempdir().unwrap();
     let (our_ca, their_ca) = (ours.write(dir.path(), "ours.crt"), theirs.write(dir.path(), "theirs.crt"));
     let (unknown, name) = (Err("UnknownIssuer"), Err("not valid for name"));
-    for (host, parameters, wanted) in [
+    for (host, parameters, expected) in [
         ("127.0.0.1", "sslmode=disable".to_owned(), Ok(false)),
         ("127.0.0.1", String::new(), Ok(true)),
         ("127.0.0.1", "sslmode=prefer".to_owned(), Ok(true)),
@@ -191,11 +191,11 @@ async fn each_sslmode_has_the_server_verified_as_far_as_it_says() {
         ("localhost", "sslrootcert=system".to_owned(), unknown),
     ] {
         let outcome = connect(&server.url_of("postgres", host, &parameters)).await;
-        assert_outcome(&outcome, &wanted, &format!("{host} {parameters}"));
+        assert_outcome(&outcome, &expected, &format!("{host} {parameters}"));
     }
 }
 
-/// As `openssl req -x509` makes it.
+/// Returns a self-signed certificate that is its own authority, as `openssl req -x509` creates.
 fn self_signed(name: &str, last_year: i32) -> Pair {
     let mut params = CertificateParams::new([name.to_owned()]).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -205,16 +205,16 @@ fn self_signed(name: &str, last_year: i32) -> Pair {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_certificate_that_is_its_own_authority_is_verified_too() {
+async fn self_signed_certificate_is_verified() {
     let ours = Authority::new("ours");
     let dir = tempfile::tempdir().unwrap();
     let (good, other) = (self_signed("localhost", 2100), self_signed("localhost", 2100));
     let expired = self_signed("localhost", 2020);
     let server = Server::start(&good, &ours, &[]).await;
-    for (presented, trusted, host, wanted) in [
+    for (presented, trusted, host, expected) in [
         (&good, &good, "localhost", Ok(true)),
         (&good, &good, "127.0.0.1", Err("not valid for name")),
-        // Of the same name, and still another's.
+        // The same name, but another key.
         (&good, &other, "localhost", Err("invalid peer certificate")),
         (&expired, &expired, "localhost", Err("expired")),
     ] {
@@ -222,24 +222,24 @@ async fn a_certificate_that_is_its_own_authority_is_verified_too() {
         server.execute("SELECT pg_reload_conf()").await;
         let [file, _] = trusted.write(dir.path(), "trusted");
         let url = server.url_of("postgres", host, &format!("sslmode=verify-full&sslrootcert={file}"));
-        // The server takes a moment to see it.
-        eventually(&format!("{host}: {wanted:?}"), async || is_as_wanted(&connect(&url).await, &wanted)).await;
+        // The server reloads asynchronously.
+        eventually(&format!("{host}: {expected:?}"), async || matches_expected(&connect(&url).await, &expected)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_without_tls_is_refused_where_tls_is_required() {
+async fn server_without_tls_is_rejected_if_tls_is_required() {
     let ours = Authority::new("ours");
     let server = Server::start(&ours.server(&["localhost"]), &ours, &["ssl=off"]).await;
     let dir = tempfile::tempdir().unwrap();
     let ca = ours.write(dir.path(), "ours.crt");
-    for (parameters, wanted) in [
+    for (parameters, expected) in [
         (String::new(), Ok(false)),
         ("sslmode=require".to_owned(), Err("server does not support TLS")),
         (format!("sslmode=verify-ca&sslrootcert={ca}"), Err("server does not support TLS")),
         (format!("sslmode=verify-full&sslrootcert={ca}"), Err("server does not support TLS")),
     ] {
-        assert_outcome(&connect(&server.url(&parameters)).await, &wanted, &parameters);
+        assert_outcome(&connect(&server.url(&parameters)).await, &expected, &parameters);
     }
     let error = migrate(server.url("sslmode=require").parse::<Target>().unwrap()).await.unwrap_err();
     let error = format!("{error:#}");
@@ -247,7 +247,7 @@ async fn a_server_without_tls_is_refused_where_tls_is_required() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_shows_its_certificate_and_binds_its_password_to_the_servers() {
+async fn client_certificate_and_channel_binding_are_supported() {
     let ours = Authority::new("ours");
     let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
     server.execute(&format!("CREATE ROLE certified LOGIN; CREATE ROLE protected LOGIN PASSWORD '{PASSWORD}'")).await;
@@ -256,8 +256,8 @@ async fn a_client_shows_its_certificate_and_binds_its_password_to_the_servers() 
     let [_, other_key] = ours.client("other").write(dir.path(), "other");
 
     let url = |parameters: &str| server.url_of("certified", "127.0.0.1", &format!("sslmode=require&{parameters}"));
-    let shown = connect(&url(&format!("sslcert={certificate}&sslkey={key}"))).await;
-    assert_outcome(&shown, &Ok(true), "with its certificate");
+    let with_certificate = connect(&url(&format!("sslcert={certificate}&sslkey={key}"))).await;
+    assert_outcome(&with_certificate, &Ok(true), "with its certificate");
     assert!(connect(&url("")).await.is_err(), "without a certificate");
     let mixed = connect(&url(&format!("sslcert={certificate}&sslkey={other_key}"))).await;
     assert_outcome(&mixed, &Err("cannot be used together"), "with another's key");
@@ -266,52 +266,52 @@ async fn a_client_shows_its_certificate_and_binds_its_password_to_the_servers() 
     assert_outcome(&connect(&bound).await, &Ok(true), "channel binding");
 }
 
-/// In front of a server: passes everything on, and writes down how each connection begins.
-struct Listening {
+/// A proxy in front of a server that records the first bytes of each connection.
+struct RecordingProxy {
     address: SocketAddr,
-    beginnings: Arc<Mutex<Vec<[u8; 9]>>>,
+    prefixes: Arc<Mutex<Vec<[u8; 9]>>>,
 }
 
-impl Listening {
+impl RecordingProxy {
     async fn start(server: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let beginnings = Arc::new(Mutex::new(Vec::new()));
-        let noted = beginnings.clone();
+        let prefixes = Arc::new(Mutex::new(Vec::new()));
+        let recorded = prefixes.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass_on(client, server, noted.clone()));
+                tokio::spawn(forward(client, server, recorded.clone()));
             }
         });
-        Self { address, beginnings }
+        Self { address, prefixes }
     }
 }
 
-async fn pass_on(mut client: TcpStream, server: u16, noted: Arc<Mutex<Vec<[u8; 9]>>>) {
+async fn forward(mut client: TcpStream, server: u16, recorded: Arc<Mutex<Vec<[u8; 9]>>>) {
     let mut server = TcpStream::connect(("127.0.0.1", server)).await.unwrap();
-    let mut beginning = [0; 9];
-    client.read_exact(&mut beginning[..8]).await.unwrap();
-    server.write_all(&beginning[..8]).await.unwrap();
+    let mut prefix = [0; 9];
+    client.read_exact(&mut prefix[..8]).await.unwrap();
+    server.write_all(&prefix[..8]).await.unwrap();
     client.write_all(&[server.read_u8().await.unwrap()]).await.unwrap();
-    client.read_exact(&mut beginning[8..]).await.unwrap();
-    noted.lock().unwrap().push(beginning);
-    server.write_all(&beginning[8..]).await.unwrap();
+    client.read_exact(&mut prefix[8..]).await.unwrap();
+    recorded.lock().unwrap().push(prefix);
+    server.write_all(&prefix[8..]).await.unwrap();
     let _ = copy_bidirectional(&mut client, &mut server).await;
 }
 
-/// PostgreSQL's SSLRequest, and what a TLS handshake begins with.
+/// PostgreSQL's SSLRequest message, and the first byte of a TLS handshake.
 const SSL_REQUEST_AND_HANDSHAKE: [u8; 9] = [0, 0, 0, 8, 4, 210, 22, 47, 22];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_statement_whose_deadline_has_passed_is_cancelled_over_tls() {
+async fn abandoned_statement_is_cancelled_over_tls() {
     let ours = Authority::new("ours");
     let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
-    let wire = Listening::start(server.port).await;
+    let proxy = RecordingProxy::start(server.port).await;
     let dir = tempfile::tempdir().unwrap();
     let ca = ours.write(dir.path(), "ours.crt");
     let url = format!(
         "postgresql://postgres@localhost:{}/postgres?sslmode=verify-full&sslrootcert={ca}",
-        wire.address.port()
+        proxy.address.port()
     );
     let db = Db::new(url.parse::<Target>().unwrap(), limits(&[]).pool());
     let running = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(100)' AND state = 'active'";
@@ -322,16 +322,16 @@ async fn a_statement_whose_deadline_has_passed_is_cancelled_over_tls() {
     let sleep = async {
         let _ = conn.query("SELECT pg_sleep(100)", &[]).await;
     };
-    let seen = eventually("the statement runs", async || count().await > 0);
+    let started = eventually("the statement runs", async || count().await > 0);
     tokio::select! {
-        () = sleep => panic!("it ended by itself"),
-        () = seen => {}
+        () = sleep => panic!("the statement ended by itself"),
+        () = started => {}
     }
-    let before = wire.beginnings.lock().unwrap().len();
+    let before = proxy.prefixes.lock().unwrap().len();
     drop(conn);
 
     eventually("the statement has ended", async || count().await == 0).await;
-    let beginnings = wire.beginnings.lock().unwrap().clone();
-    assert!(beginnings.len() > before, "nothing was sent to cancel it");
-    assert!(beginnings.iter().all(|beginning| *beginning == SSL_REQUEST_AND_HANDSHAKE), "{beginnings:?}");
+    let prefixes = proxy.prefixes.lock().unwrap().clone();
+    assert!(prefixes.len() > before, "no cancel request was sent");
+    assert!(prefixes.iter().all(|prefix| *prefix == SSL_REQUEST_AND_HANDSHAKE), "{prefixes:?}");
 }

@@ -1,4 +1,4 @@
-//! `BulkUpdateStatus`: all or none, only what really changes, and every bad id named by its index.
+//! `BulkUpdateStatus`: atomic, writes only real changes, errors that name every bad id by its index.
 
 use issue_tracker::pb::{
     BulkUpdateStatusRequest, BulkUpdateStatusResponse, DeleteIssueRequest, Issue, IssueView, Status,
@@ -22,33 +22,33 @@ async fn delete(tracker: &Tracker, id: &str) {
     tracker.member.issues().delete_issue(request).await.unwrap();
 }
 
-/// The issues are as when they were filed, and nothing was written beside them.
+/// Asserts that the issues are unchanged, and that there are no status events and no comments.
 async fn assert_untouched(tracker: &Tracker, filed: &[Issue]) {
     assert_eq!(get(&tracker.viewer, &ids(filed), IssueView::Basic).await.unwrap(), filed);
-    let others = "SELECT (SELECT count(*) FROM issue_events WHERE field = 'status') + (SELECT count(*) FROM comments)";
-    assert_eq!(tracker.count(others).await, 0);
+    let related = "SELECT (SELECT count(*) FROM issue_events WHERE field = 'status') + (SELECT count(*) FROM comments)";
+    assert_eq!(tracker.count(related).await, 0);
 }
 
 #[tokio::test]
-async fn only_what_really_changes_gets_a_version_a_comment_and_history() {
+async fn only_changed_issues_get_a_version_a_comment_and_an_event() {
     let tracker = Tracker::start().await;
     let mut issues = numbered(4);
     issues[1].status = Status::Closed.into();
     issues[3].status = Status::InProgress.into();
     let filed = create(&tracker.member, issues).await.unwrap();
-    let wanted: Vec<String> = [2, 1, 3, 0].map(|n: usize| filed[n].id.clone()).to_vec();
+    let requested: Vec<String> = [2, 1, 3, 0].map(|n: usize| filed[n].id.clone()).to_vec();
 
-    let close = BulkUpdateStatusRequest { comment: "done".into(), ..set(&wanted, Status::Closed) };
+    let close = BulkUpdateStatusRequest { comment: "done".into(), ..set(&requested, Status::Closed) };
     let response = send(&tracker.admin, close).await.unwrap();
 
     assert_eq!(response.changed_count, 3);
-    let expected = wanted.iter().zip([true, false, true, true]);
+    let expected = requested.iter().zip([true, false, true, true]);
     let expected = expected.map(|(id, changed)| Changed { id: id.clone(), version: 1 + i64::from(changed), changed });
     assert_eq!(response.results, expected.collect::<Vec<_>>());
-    let kept = get(&tracker.viewer, &ids(&filed), IssueView::Full).await.unwrap();
-    assert_eq!(kept.iter().map(|issue| issue.version).collect::<Vec<_>>(), [2, 1, 2, 2]);
-    assert_eq!(kept[1], filed[1], "what was closed already is as it was");
-    for issue in [&kept[0], &kept[2], &kept[3]] {
+    let stored = get(&tracker.viewer, &ids(&filed), IssueView::Full).await.unwrap();
+    assert_eq!(stored.iter().map(|issue| issue.version).collect::<Vec<_>>(), [2, 1, 2, 2]);
+    assert_eq!(stored[1], filed[1], "an issue that was closed before is unchanged");
+    for issue in [&stored[0], &stored[2], &stored[3]] {
         assert_eq!((issue.status(), issue.close_time), (Status::Closed, issue.update_time));
         let comments: Vec<_> = issue.comments.iter().map(|c| (&*c.content, &*c.author_username)).collect();
         assert_eq!(comments, [("done", "admin")]);
@@ -62,7 +62,7 @@ async fn only_what_really_changes_gets_a_version_a_comment_and_history() {
 }
 
 #[tokio::test]
-async fn setting_the_status_that_all_have_changes_nothing() {
+async fn setting_the_current_status_changes_nothing() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(3)).await.unwrap();
     let open = BulkUpdateStatusRequest { comment: "open".into(), ..set(&ids(&filed), Status::Open) };
@@ -73,7 +73,7 @@ async fn setting_the_status_that_all_have_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_thousand_issues_change_at_once() {
+async fn one_call_changes_up_to_1000_issues() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(1_000)).await.unwrap();
     let close = BulkUpdateStatusRequest {
@@ -89,7 +89,7 @@ async fn a_thousand_issues_change_at_once() {
 }
 
 #[tokio::test]
-async fn a_request_out_of_bounds_is_invalid_and_changes_nothing() {
+async fn invalid_request_names_its_fields_and_changes_nothing() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(2)).await.unwrap();
     let ids = ids(&filed);
@@ -99,11 +99,11 @@ async fn a_request_out_of_bounds_is_invalid_and_changes_nothing() {
     let with_versions =
         |versions: &[i64]| BulkUpdateStatusRequest { expected_versions: versions.to_vec(), ..good.clone() };
     let with_comment = |comment: &str| BulkUpdateStatusRequest { comment: comment.to_owned(), ..good.clone() };
-    let twice = ids[0].to_uppercase();
+    let repeated = ids[0].to_uppercase();
     for (request, fields) in [
         (with_ids(vec![]), &["ids"][..]),
         (with_ids((0..1_001).map(|_| new_id()).collect()), &["ids"]),
-        (with_ids(vec![ids[0].clone(), ids[1].clone(), twice]), &["ids[2]"]),
+        (with_ids(vec![ids[0].clone(), ids[1].clone(), repeated]), &["ids[2]"]),
         (with_ids(vec!["42".to_owned(), ids[1].clone(), String::new()]), &["ids[0]", "ids[2]"]),
         (with_status(0), &["status"]),
         (with_status(4), &["status"]),
@@ -121,7 +121,7 @@ async fn a_request_out_of_bounds_is_invalid_and_changes_nothing() {
         status: 9,
         expected_versions: vec![-1, -2],
         comment: "\0".to_owned(),
-        request_id: "again".to_owned(),
+        request_id: "not a UUID".to_owned(),
         validate_only: true,
     };
     let status = assert_error(send(&tracker.member, all).await, Code::InvalidArgument, "INVALID");
@@ -133,25 +133,25 @@ async fn a_request_out_of_bounds_is_invalid_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn missing_ids_are_told_before_stale_versions_before_deleted_issues() {
+async fn missing_ids_take_precedence_over_stale_versions_and_these_over_deleted_issues() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(6)).await.unwrap();
     delete(&tracker, &filed[0].id).await;
     delete(&tracker, &filed[5].id).await;
-    let mut wanted = ids(&filed);
-    // One that is there between two that are missing.
-    wanted.insert(2, new_id());
-    wanted.insert(4, new_id());
+    let mut requested = ids(&filed);
+    // An existing issue between two missing ones.
+    requested.insert(2, new_id());
+    requested.insert(4, new_id());
     let close = |ids: &[String], expected_versions: &[i64]| BulkUpdateStatusRequest {
         expected_versions: expected_versions.to_vec(),
         comment: "done".to_owned(),
         ..set(ids, Status::Closed)
     };
 
-    let missing = send(&tracker.member, close(&wanted, &[0, 9, 0, 0, 0, 1, 7, 0])).await;
+    let missing = send(&tracker.member, close(&requested, &[0, 9, 0, 0, 0, 1, 7, 0])).await;
     let status = assert_error(missing, Code::NotFound, "NOT_FOUND");
     assert_eq!(bad_fields(&status), ["ids[2]", "ids[4]"]);
-    assert_eq!(resources(&status), [&wanted[2], &wanted[4]].map(|id| ("issue".to_owned(), id.clone())));
+    assert_eq!(resources(&status), [&requested[2], &requested[4]].map(|id| ("issue".to_owned(), id.clone())));
 
     let stale = send(&tracker.member, close(&ids(&filed), &[0, 9, 0, 1, 7, 1])).await;
     let status = assert_error(stale, Code::Aborted, "VERSION_MISMATCH");
@@ -169,18 +169,18 @@ async fn missing_ids_are_told_before_stale_versions_before_deleted_issues() {
 }
 
 #[tokio::test]
-async fn five_hundred_missing_ids_are_all_told_to_a_default_client() {
+async fn error_about_500_missing_ids_fits_in_the_trailers_and_has_all_indices() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(500)).await.unwrap();
-    // In no pattern that would make the ranges short.
-    let wanted: Vec<String> = filed.iter().flat_map(|issue| [issue.id.clone(), new_id()]).collect();
+    // Every second id is missing, so no range is longer than one index.
+    let requested: Vec<String> = filed.iter().flat_map(|issue| [issue.id.clone(), new_id()]).collect();
     let missing: Vec<usize> = (0..1_000).filter(|n| n % 2 == 1).collect();
 
-    let bulk = send(&tracker.member, set(&wanted, Status::Closed)).await;
+    let bulk = send(&tracker.member, set(&requested, Status::Closed)).await;
     let status = assert_error(bulk, Code::NotFound, "NOT_FOUND");
     assert_eq!(indices(&status), missing);
     assert!(!resources(&status).is_empty());
-    let status = assert_error(get(&tracker.viewer, &wanted, IssueView::Basic).await, Code::NotFound, "NOT_FOUND");
+    let status = assert_error(get(&tracker.viewer, &requested, IssueView::Basic).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(indices(&status), missing);
     let stale = BulkUpdateStatusRequest { expected_versions: [7, 0].repeat(250), ..set(&ids(&filed), Status::Closed) };
     let status = assert_error(send(&tracker.member, stale).await, Code::Aborted, "VERSION_MISMATCH");
@@ -189,12 +189,11 @@ async fn five_hundred_missing_ids_are_all_told_to_a_default_client() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bulk_updates_in_opposite_order_do_not_get_in_each_others_way() {
+async fn concurrent_updates_in_opposite_order_do_not_deadlock() {
     let tracker = Tracker::start().await;
     let ids = ids(&create(&tracker.member, numbered(200)).await.unwrap());
     let reversed: Vec<String> = ids.iter().rev().cloned().collect();
-    let rounds = 15;
-    for _ in 0..rounds {
+    for _ in 0..15 {
         let close = BulkUpdateStatusRequest { comment: "done".into(), ..set(&ids, Status::Closed) };
         let (first, second, third) = tokio::join!(
             send(&tracker.member, close),
@@ -202,20 +201,20 @@ async fn bulk_updates_in_opposite_order_do_not_get_in_each_others_way() {
             send(&tracker.admin, set(&ids, Status::Open)),
         );
         for response in [first, second, third] {
-            // The versions of one call are those of one moment.
+            // Each call sees one snapshot: it changes all issues or none.
             let changed = response.unwrap().changed_count;
             assert!(changed == 0 || changed == 200, "{changed}");
         }
     }
     let distinct = "SELECT count(DISTINCT (status, version, reopen_count)) FROM issues";
     assert_eq!(tracker.count(distinct).await, 1);
-    let unaccounted = "SELECT count(*) FROM issues i
+    let without_event = "SELECT count(*) FROM issues i
         WHERE version <> 1 + (SELECT count(*) FROM issue_events e WHERE e.issue_id = i.id)";
-    assert_eq!(tracker.count(unaccounted).await, 0);
+    assert_eq!(tracker.count(without_event).await, 0);
 }
 
 #[tokio::test]
-async fn a_repeated_request_id_answers_what_was_changed_the_first_time() {
+async fn repeated_update_returns_the_stored_response() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(2)).await.unwrap();
     let close = BulkUpdateStatusRequest {
@@ -235,20 +234,20 @@ async fn a_repeated_request_id_answers_what_was_changed_the_first_time() {
 }
 
 #[tokio::test]
-async fn a_dry_run_answers_as_the_real_call_and_changes_nothing() {
+async fn dry_run_responds_as_the_real_call_and_changes_nothing() {
     let tracker = Tracker::start().await;
     let filed = create(&tracker.member, numbered(2)).await.unwrap();
-    let dry = BulkUpdateStatusRequest {
+    let dry_run = BulkUpdateStatusRequest {
         comment: "done".to_owned(),
         validate_only: true,
         ..set(&ids(&filed), Status::Closed)
     };
-    let tried = send(&tracker.member, dry.clone()).await.unwrap();
-    assert_eq!((tried.changed_count, tried.results[1].version), (2, 2));
-    let stale = BulkUpdateStatusRequest { expected_versions: vec![1, 2], ..dry.clone() };
+    let response = send(&tracker.member, dry_run.clone()).await.unwrap();
+    assert_eq!((response.changed_count, response.results[1].version), (2, 2));
+    let stale = BulkUpdateStatusRequest { expected_versions: vec![1, 2], ..dry_run.clone() };
     let status = assert_error(send(&tracker.member, stale).await, Code::Aborted, "VERSION_MISMATCH");
     assert_eq!(bad_fields(&status), ["ids[1]"]);
     assert_untouched(&tracker, &filed).await;
-    let real = BulkUpdateStatusRequest { validate_only: false, ..dry };
-    assert_eq!(send(&tracker.member, real).await.unwrap(), tried);
+    let real = BulkUpdateStatusRequest { validate_only: false, ..dry_run };
+    assert_eq!(send(&tracker.member, real).await.unwrap(), response);
 }
