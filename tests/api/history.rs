@@ -1,4 +1,4 @@
-//! What the database keeps of changes, and the migrations.
+//! The history in `issue_events`, and the migrations.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,7 +32,7 @@ struct Event {
     new: Option<String>,
 }
 
-/// An issue's history, oldest first.
+/// Returns the events of an issue, oldest first.
 async fn history(tracker: &Tracker, issue_id: &str) -> Vec<Event> {
     let sql = "SELECT version, actor_id, field, old_value, new_value FROM issue_events WHERE issue_id = $1 ORDER BY id";
     let rows = tracker.sql(sql, &[&issue_id.parse::<Uuid>().unwrap()]).await;
@@ -47,7 +47,7 @@ async fn history(tracker: &Tracker, issue_id: &str) -> Vec<Event> {
         .collect()
 }
 
-/// By `member`.
+/// An event whose actor is `member`; `values` are the old and the new one.
 fn event(tracker: &Tracker, version: i64, field: &str, values: [Option<&str>; 2]) -> Event {
     let [old, new] = values.map(|value| value.map(str::to_owned));
     Event { version, actor: tracker.member.user.id.clone(), field: field.to_owned(), old, new }
@@ -61,15 +61,15 @@ async fn update(client: &Client, issue: Issue, paths: &[&str]) -> Result<Issue, 
 
 async fn set_deleted(client: &Client, issue: &Issue, deleted: bool) -> Result<Issue, Status> {
     let id = issue.id.clone();
-    let reply = match deleted {
+    let response = match deleted {
         true => client.issues().delete_issue(DeleteIssueRequest { id, ..Default::default() }).await,
         false => client.issues().undelete_issue(UndeleteIssueRequest { id, ..Default::default() }).await,
     };
-    reply.map(tonic::Response::into_inner)
+    response.map(tonic::Response::into_inner)
 }
 
 #[tokio::test]
-async fn filing_writes_no_event() {
+async fn creating_an_issue_writes_no_event() {
     let tracker = Tracker::start().await;
     let label = tracker.member.label("bug").await;
     let full = Issue {
@@ -87,7 +87,7 @@ async fn filing_writes_no_event() {
 }
 
 #[tokio::test]
-async fn every_field_that_changes_is_an_event_of_the_new_version_by_the_caller() {
+async fn each_changed_field_is_one_event_with_the_new_version_and_the_caller() {
     let tracker = Tracker::start().await;
     let issue = tracker.admin.file("crash").await;
     let admin = tracker.admin.user.id.clone();
@@ -105,9 +105,9 @@ async fn every_field_that_changes_is_an_event_of_the_new_version_by_the_caller()
     for path in paths {
         update(&tracker.member, full.clone(), &[path]).await.unwrap();
     }
-    // All cleared or set back at once; the title stays.
-    let bare = Issue { status: IssueStatus::Open.into(), title: full.title.clone(), ..issue.clone() };
-    assert_eq!(update(&tracker.member, bare, &["*"]).await.unwrap().version, 8);
+    // One update clears or resets every field but the title.
+    let reset = Issue { status: IssueStatus::Open.into(), title: full.title.clone(), ..issue.clone() };
+    assert_eq!(update(&tracker.member, reset, &["*"]).await.unwrap().version, 8);
 
     let mut events = history(&tracker, &issue.id).await;
     events[6..].sort_by_key(|event| paths.iter().position(|path| *path == event.field));
@@ -129,7 +129,7 @@ async fn every_field_that_changes_is_an_event_of_the_new_version_by_the_caller()
 }
 
 #[tokio::test]
-async fn bulk_changes_deletion_and_labels_are_events_too() {
+async fn bulk_updates_deletions_and_label_changes_write_events() {
     let tracker = Tracker::start().await;
     let (issue, done) = (tracker.admin.file("crash").await, tracker.admin.file("done").await);
     let (bug, ui) = (tracker.admin.label("bug").await, tracker.admin.label("ui").await);
@@ -163,26 +163,26 @@ async fn bulk_changes_deletion_and_labels_are_events_too() {
         event(7, "label", Some(&ui.id), None),
     ];
     assert_eq!(history(&tracker, &issue.id).await, expected);
-    assert_eq!(history(&tracker, &done.id).await, before, "it had the status already");
+    assert_eq!(history(&tracker, &done.id).await, before, "its status did not change");
 }
 
 #[tokio::test]
-async fn what_is_rolled_back_or_no_change_leaves_no_event() {
+async fn dry_runs_failed_calls_and_updates_without_a_change_write_no_event() {
     let tracker = Tracker::start().await;
-    let (issue, gone) = (tracker.member.file("crash").await, tracker.member.file("gone").await);
-    set_deleted(&tracker.member, &gone, true).await.unwrap();
+    let (issue, deleted) = (tracker.member.file("crash").await, tracker.member.file("deleted").await);
+    set_deleted(&tracker.member, &deleted, true).await.unwrap();
     let renamed = Issue { title: "renamed".into(), ..issue.clone() };
     let request = UpdateIssueRequest { issue: Some(renamed), comment: "why".into(), ..Default::default() };
     let mut client = tracker.member.issues();
 
-    let trial = UpdateIssueRequest { validate_only: true, ..request.clone() };
-    assert_eq!(client.update_issue(trial).await.unwrap().into_inner().version, 2);
+    let dry_run = UpdateIssueRequest { validate_only: true, ..request.clone() };
+    assert_eq!(client.update_issue(dry_run).await.unwrap().into_inner().version, 2);
     let stale = UpdateIssueRequest { expected_version: 9, ..request.clone() };
     assert_error(client.update_issue(stale).await, Code::Aborted, "VERSION_MISMATCH");
-    let nobody = Issue { assignee_id: Uuid::now_v7().to_string(), ..request.issue.clone().unwrap() };
-    let nobody = UpdateIssueRequest { issue: Some(nobody), ..request };
-    assert_error(client.update_issue(nobody).await, Code::NotFound, "NOT_FOUND");
-    let ids = vec![issue.id.clone(), gone.id.clone()];
+    let unassignable = Issue { assignee_id: Uuid::now_v7().to_string(), ..request.issue.clone().unwrap() };
+    let missing_assignee = UpdateIssueRequest { issue: Some(unassignable), ..request };
+    assert_error(client.update_issue(missing_assignee).await, Code::NotFound, "NOT_FOUND");
+    let ids = vec![issue.id.clone(), deleted.id.clone()];
     let bulk = BulkUpdateStatusRequest { ids, status: IssueStatus::Closed.into(), ..Default::default() };
     assert_error(client.bulk_update_status(bulk).await, Code::FailedPrecondition, "ISSUE_STATE");
     let same = update(&tracker.member, issue.clone(), &["title", "status", "assignee_id", "external_id"]).await;
@@ -193,7 +193,7 @@ async fn what_is_rolled_back_or_no_change_leaves_no_event() {
 }
 
 #[tokio::test]
-async fn an_update_by_hand_that_names_nobody_is_refused() {
+async fn sql_update_without_an_actor_is_rejected() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     update(&tracker.member, Issue { title: "burn".into(), ..issue.clone() }, &["title"]).await.unwrap();
@@ -207,17 +207,17 @@ async fn an_update_by_hand_that_names_nobody_is_refused() {
         .unwrap();
 
     let now = tracker.member.get(&issue.id).await;
-    assert_eq!((&*now.title, now.version), ("fixed", 3), "the version is not the statement's to set");
+    assert_eq!((&*now.title, now.version), ("fixed", 3), "the trigger overrides the version");
     let title = |version, old, new| event(&tracker, version, "title", [Some(old), Some(new)]);
     assert_eq!(history(&tracker, &issue.id).await, [title(2, "crash", "burn"), title(3, "burn", "fixed")]);
-    assert_eq!(tracker.count("SELECT count(change_actor_id) FROM issues").await, 0, "null at rest");
+    assert_eq!(tracker.count("SELECT count(change_actor_id) FROM issues").await, 0, "the trigger resets the column");
 }
 
 #[tokio::test]
-async fn update_time_never_goes_back() {
+async fn update_time_never_decreases() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
-    // As after a correction of the clock.
+    // The clock was set back by an hour.
     let client = tracker.session().await;
     let ahead = "ALTER TABLE issues DISABLE TRIGGER USER;
         UPDATE issues SET create_time = now() + interval '1 h', update_time = now() + interval '1 h';
@@ -233,7 +233,7 @@ async fn update_time_never_goes_back() {
     assert_eq!(deleted.update_time, before.update_time);
 }
 
-/// One of the ways of changing an issue; numbers choose among few values, so that some change nothing.
+/// A change of an issue. Each number selects one of a few values, so that some operations change nothing.
 #[derive(Clone, Debug)]
 enum Operation {
     Title(u8),
@@ -242,7 +242,7 @@ enum Operation {
     Priority(u8),
     Assignee(u8),
     ExternalId(bool),
-    /// All fields from one number.
+    /// All fields, with values that one number selects.
     Everything(u8),
     BulkStatus(u8),
     Deleted(bool),
@@ -250,8 +250,8 @@ enum Operation {
     RemoveLabels(u8),
     ReplaceLabels(u8),
     DeleteLabel(u8),
-    Trial,
-    Stale,
+    DryRun,
+    StaleVersion,
 }
 
 fn operation() -> impl Strategy<Value = (bool, Operation)> {
@@ -270,20 +270,20 @@ fn operation() -> impl Strategy<Value = (bool, Operation)> {
         (1..8u8).prop_map(RemoveLabels),
         (0..8u8).prop_map(ReplaceLabels),
         (0..3u8).prop_map(DeleteLabel),
-        Just(Trial),
-        Just(Stale),
+        Just(DryRun),
+        Just(StaleVersion),
     ];
     (any::<bool>(), operation)
 }
 
-/// An issue, and the labels of its case.
-struct Story<'a> {
+/// The issue of a case, and the labels that the case may use.
+struct Subject<'a> {
     tracker: &'a Tracker,
     id: String,
     labels: Vec<String>,
 }
 
-impl Story<'_> {
+impl Subject<'_> {
     fn values(&self, n: u8) -> Issue {
         let clients = [&self.tracker.admin, &self.tracker.member, &self.tracker.viewer];
         Issue {
@@ -298,13 +298,13 @@ impl Story<'_> {
         }
     }
 
-    /// Those whose bit is set.
+    /// Returns the labels whose bit is set.
     fn labels(&self, bits: u8) -> Vec<String> {
         let chosen = self.labels.iter().enumerate().filter(|(index, _)| bits & 1 << index != 0);
         chosen.map(|(_, id)| id.clone()).collect()
     }
 
-    /// Fails as the issue's state or a deleted label may make it fail, or not at all.
+    /// Runs the operation. It may fail because of the issue's state or a deleted label.
     async fn run(&self, client: &Client, operation: &Operation) -> Result<(), Status> {
         use Operation::*;
         let issue_id = self.id.clone();
@@ -342,12 +342,12 @@ impl Story<'_> {
                     DeleteLabelRequest { id: self.labels[usize::from(n)].clone(), force: true, ..Default::default() };
                 labels.delete_label(request).await.map(drop)
             }
-            Trial => {
+            DryRun => {
                 let (issue, validate_only) = (Some(self.values(99)), true);
                 let request = UpdateIssueRequest { issue, validate_only, ..Default::default() };
                 issues.update_issue(request).await.map(drop)
             }
-            Stale => {
+            StaleVersion => {
                 let (issue, expected_version) = (Some(self.values(99)), 1_000);
                 let request = UpdateIssueRequest { issue, expected_version, ..Default::default() };
                 issues.update_issue(request).await.map(drop)
@@ -356,10 +356,10 @@ impl Story<'_> {
     }
 }
 
-/// An issue's values as events name them.
+/// The values of an issue by the field name in events.
 type Values = BTreeMap<String, Option<String>>;
 
-/// The values of what can be changed, and the ids of the labels.
+/// Returns the values of the fields that have events, and the label ids.
 fn values(issue: &Issue) -> (Values, BTreeSet<String>) {
     let status = IssueStatus::try_from(issue.status).unwrap().as_str_name().trim_start_matches("STATUS_");
     let priority = Priority::try_from(issue.priority).unwrap().as_str_name().trim_start_matches("PRIORITY_");
@@ -378,39 +378,39 @@ fn values(issue: &Issue) -> (Values, BTreeSet<String>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn events_undone_one_by_one_lead_back_to_the_issue_as_it_was_filed() {
+async fn undoing_all_events_restores_the_created_issue() {
     let tracker = Tracker::start().await;
     let mut runner = TestRunner::new(ProptestConfig { cases: 24, failure_persistence: None, ..Default::default() });
     let runtime = tokio::runtime::Handle::current();
-    let stories = (any::<u8>(), proptest::collection::vec(operation(), 1..16));
-    let tell = |(n, operations): (u8, Vec<(bool, Operation)>)| {
-        tokio::task::block_in_place(|| runtime.block_on(undo(&tracker, n, &operations)))
+    let cases = (any::<u8>(), proptest::collection::vec(operation(), 1..16));
+    let check = |(n, operations): (u8, Vec<(bool, Operation)>)| {
+        tokio::task::block_in_place(|| runtime.block_on(undo_all_events(&tracker, n, &operations)))
     };
-    runner.run(&stories, tell).unwrap();
+    runner.run(&cases, check).unwrap();
 }
 
-async fn undo(tracker: &Tracker, n: u8, operations: &[(bool, Operation)]) -> Result<(), TestCaseError> {
-    let mut story = Story { tracker, id: String::new(), labels: Vec::new() };
+async fn undo_all_events(tracker: &Tracker, n: u8, operations: &[(bool, Operation)]) -> Result<(), TestCaseError> {
+    let mut subject = Subject { tracker, id: String::new(), labels: Vec::new() };
     for _ in 0..3 {
-        story.labels.push(tracker.member.label(&Uuid::new_v4().to_string()).await.id);
+        subject.labels.push(tracker.member.label(&Uuid::new_v4().to_string()).await.id);
     }
-    let filed = Issue { external_id: String::new(), label_ids: story.labels(n), ..story.values(n) };
-    let filed = tracker.admin.file_as(filed).await;
-    story.id = filed.id.clone();
+    let created = Issue { external_id: String::new(), label_ids: subject.labels(n), ..subject.values(n) };
+    let created = tracker.admin.file_as(created).await;
+    subject.id = created.id.clone();
 
-    let mut last = filed.clone();
+    let mut last = created.clone();
     let mut actors = BTreeMap::new();
     for (by_admin, operation) in operations {
         let client = if *by_admin { &tracker.admin } else { &tracker.member };
-        if let Err(status) = story.run(client, operation).await {
+        if let Err(status) = subject.run(client, operation).await {
             let allowed = [Code::FailedPrecondition, Code::NotFound, Code::Aborted];
             prop_assert!(allowed.contains(&status.code()), "{:?}: {:?}", operation, status);
         }
-        let now = tracker.viewer.get(&filed.id).await;
+        let now = tracker.viewer.get(&created.id).await;
         let bump = i64::from(values(&now) != values(&last));
         prop_assert_eq!(now.version, last.version + bump, "after {:?}", operation);
-        let back = |issue: &Issue| issue.update_time.map(|time| (time.seconds, time.nanos));
-        prop_assert!(back(&now) >= back(&last));
+        let update_time = |issue: &Issue| issue.update_time.map(|time| (time.seconds, time.nanos));
+        prop_assert!(update_time(&now) >= update_time(&last));
         if bump == 1 {
             actors.insert(now.version, client.user.id.clone());
         }
@@ -418,9 +418,9 @@ async fn undo(tracker: &Tracker, n: u8, operations: &[(bool, Operation)]) -> Res
     }
 
     let (mut current, mut labels) = values(&last);
-    let events = history(tracker, &filed.id).await;
-    let told: BTreeMap<i64, String> = events.iter().map(|event| (event.version, event.actor.clone())).collect();
-    prop_assert_eq!(told, actors);
+    let events = history(tracker, &created.id).await;
+    let recorded: BTreeMap<i64, String> = events.iter().map(|event| (event.version, event.actor.clone())).collect();
+    prop_assert_eq!(recorded, actors);
     let reopened = events.iter().filter(|event| event.field == "status" && event.old.as_deref() == Some("CLOSED"));
     prop_assert_eq!(reopened.count() as i32, last.reopen_count);
     for Event { field, old, new, .. } in events.into_iter().rev() {
@@ -430,11 +430,11 @@ async fn undo(tracker: &Tracker, n: u8, operations: &[(bool, Operation)]) -> Res
         }
         prop_assert_eq!(current.insert(field.clone(), old), Some(new), "{}", field);
     }
-    prop_assert_eq!((current, labels), values(&filed));
+    prop_assert_eq!((current, labels), values(&created));
     Ok(())
 }
 
-/// A database without the schema.
+/// Creates a database without the schema.
 async fn empty_database() -> Config {
     let config = new_database().await;
     let name = format!("{}_empty", config.get_dbname().unwrap());
@@ -446,7 +446,7 @@ async fn empty_database() -> Config {
 
 const APPLIED: &str = "SELECT version, name, applied_on, checksum FROM refinery_schema_history ORDER BY version";
 
-/// The migrations that were applied, with time and checksum.
+/// Returns version, name, time and checksum of the applied migrations.
 async fn applied(config: &Config) -> Vec<[String; 4]> {
     let client = session(config).await;
     let rows = client.query(APPLIED, &[]).await.unwrap();
@@ -454,7 +454,7 @@ async fn applied(config: &Config) -> Vec<[String; 4]> {
 }
 
 #[tokio::test]
-async fn migrating_again_changes_nothing() {
+async fn repeated_migration_changes_nothing() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let before = applied(&tracker.config).await;
@@ -466,9 +466,9 @@ async fn migrating_again_changes_nothing() {
     assert_eq!(tracker.member.get(&issue.id).await, issue);
 }
 
-/// As the version before V3 has left it, with a user who has a session and an API token.
+/// Starts from the schema of V2, with a user who has a session and an API token.
 #[tokio::test]
-async fn sessions_and_api_tokens_outlive_the_migration_that_lets_tokens_expire() {
+async fn sessions_and_api_tokens_survive_the_migration_to_expiring_tokens() {
     let config = empty_database().await;
     execute(&config, include_str!("../../migrations/V1__issue_tracker.sql")).await;
     execute(&config, include_str!("../../migrations/V2__imports_resumed_and_reverted.sql")).await;
@@ -485,7 +485,7 @@ async fn sessions_and_api_tokens_outlive_the_migration_that_lets_tokens_expire()
         "INSERT INTO users (id, username, password_hash, role) VALUES (gen_random_uuid(), 'ada', '', 2);
         INSERT INTO tokens (id, user_id, sha256, name, expire_time)
         SELECT gen_random_uuid(), id, '\\x{}'::bytea, NULL, now() + interval '1 hour' FROM users
-        UNION ALL SELECT gen_random_uuid(), id, '\\x{}'::bytea, 'of a robot', NULL FROM users",
+        UNION ALL SELECT gen_random_uuid(), id, '\\x{}'::bytea, 'ci', NULL FROM users",
         hex(session.1),
         hex(api.1)
     );
@@ -500,7 +500,7 @@ async fn sessions_and_api_tokens_outlive_the_migration_that_lets_tokens_expire()
 }
 
 #[tokio::test]
-async fn replicas_that_migrate_an_empty_database_at_once_take_turns() {
+async fn concurrent_migrations_of_an_empty_database_all_succeed() {
     let config = empty_database().await;
 
     let all = futures_util::future::join_all((0..4).map(|_| migrate(&config))).await;
@@ -514,7 +514,7 @@ async fn replicas_that_migrate_an_empty_database_at_once_take_turns() {
 }
 
 #[tokio::test]
-async fn a_newer_schema_and_other_contents_of_a_migration_are_refused() {
+async fn newer_schema_and_changed_migration_are_rejected() {
     let newer = new_database().await;
     let row = "INSERT INTO refinery_schema_history VALUES (999, 'from_the_future', '2026-01-01T00:00:00Z', '1')";
     execute(&newer, row).await;

@@ -1,4 +1,4 @@
-//! `IssueService`: filing, reading and deleting issues one by one.
+//! `IssueService`: creating, reading, deleting and undeleting single issues.
 
 mod update;
 
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, resources};
 
-/// Text that would do harm if it were ever taken as SQL.
+/// Texts that would change or break a statement if they were interpolated into SQL.
 const SQL_TEXTS: [&str; 5] = [
     "'; DROP TABLE issues; --",
     "x' OR '1'='1",
@@ -43,7 +43,7 @@ async fn assert_no_issues(tracker: &Tracker) {
 }
 
 #[tokio::test]
-async fn a_title_is_enough_and_the_rest_has_defaults() {
+async fn only_the_title_is_required_and_other_fields_have_defaults() {
     let tracker = Tracker::start().await;
 
     let issue = tracker.member.file("crash on start").await;
@@ -66,7 +66,7 @@ async fn a_title_is_enough_and_the_rest_has_defaults() {
 }
 
 #[tokio::test]
-async fn every_field_of_a_new_issue_is_kept_and_its_labels_are_sorted_by_name() {
+async fn every_field_of_a_new_issue_is_stored_and_its_labels_are_sorted_by_name() {
     let tracker = Tracker::start().await;
     let mut label_ids = Vec::new();
     for name in ["cherry", "Banana", "apple"] {
@@ -131,14 +131,14 @@ async fn output_only_fields_of_a_new_issue_are_ignored() {
 }
 
 #[tokio::test]
-async fn an_issue_filed_as_closed_was_closed_at_once_and_never_reopened() {
+async fn issue_created_closed_has_its_create_time_as_close_time() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file_as(Issue { status: Status::Closed.into(), ..titled("done before") }).await;
     assert_eq!((issue.close_time, issue.reopen_count), (issue.create_time, 0));
 }
 
 #[tokio::test]
-async fn a_missing_assignee_and_missing_labels_are_all_named() {
+async fn missing_assignee_and_labels_are_all_named() {
     let tracker = Tracker::start().await;
     let known = tracker.member.label("bug").await.id;
     let [user, first, second] = [(); 3].map(|()| Uuid::now_v7().to_string());
@@ -157,7 +157,7 @@ async fn a_missing_assignee_and_missing_labels_are_all_named() {
 }
 
 #[tokio::test]
-async fn a_label_given_twice_is_invalid() {
+async fn duplicate_label_ids_are_invalid() {
     let tracker = Tracker::start().await;
     let known = tracker.member.label("bug").await.id;
     for (first, second) in [
@@ -172,30 +172,30 @@ async fn a_label_given_twice_is_invalid() {
 }
 
 #[tokio::test]
-async fn a_taken_external_id_is_refused_even_when_a_deleted_issue_has_it() {
+async fn taken_external_id_is_rejected_even_when_its_issue_is_deleted() {
     let tracker = Tracker::start().await;
-    let keyed = |title: &str| Issue { external_id: "JIRA-1".to_owned(), ..titled(title) };
-    let issue = tracker.member.file_as(keyed("first")).await;
-    let refused = |created| {
+    let with_external_id = |title: &str| Issue { external_id: "JIRA-1".to_owned(), ..titled(title) };
+    let issue = tracker.member.file_as(with_external_id("first")).await;
+    let assert_taken = |created| {
         let status = assert_error(created, Code::AlreadyExists, "ALREADY_EXISTS");
         assert_eq!(bad_fields(&status), ["issue.external_id"]);
         assert_eq!(resources(&status), [("issue".to_owned(), "JIRA-1".to_owned())]);
     };
 
-    refused(try_create(&tracker.member, keyed("second")).await);
+    assert_taken(try_create(&tracker.member, with_external_id("second")).await);
     let delete = DeleteIssueRequest { id: issue.id, ..Default::default() };
     tracker.member.issues().delete_issue(delete).await.unwrap();
-    refused(try_create(&tracker.member, keyed("third")).await);
+    assert_taken(try_create(&tracker.member, with_external_id("third")).await);
 
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
-    // Case matters, and so do spaces: it is another system's key.
+    // Another system assigns external ids, so case and spaces are significant.
     for external_id in ["jira-1", "JIRA-1 "] {
         tracker.member.file_as(Issue { external_id: external_id.to_owned(), ..titled("other") }).await;
     }
 }
 
 #[tokio::test]
-async fn an_external_id_of_whitespace_alone_is_invalid() {
+async fn blank_external_id_is_invalid() {
     let tracker = Tracker::start().await;
     for blank in [" ", "\t\n", "\u{a0}"] {
         let issue = Issue { external_id: blank.to_owned(), ..titled("crash") };
@@ -211,7 +211,7 @@ async fn an_external_id_of_whitespace_alone_is_invalid() {
 }
 
 #[tokio::test]
-async fn a_title_out_of_bounds_is_invalid() {
+async fn blank_overlong_and_nul_titles_are_invalid() {
     let tracker = Tracker::start().await;
     for title in ["", " ", "\t\r\n", "\u{a0}\u{2003}", "nul\0inside", &"x".repeat(256), &"é".repeat(10_000)] {
         assert_invalid(try_create(&tracker.member, titled(title)).await, &["issue.title"]);
@@ -220,7 +220,7 @@ async fn a_title_out_of_bounds_is_invalid() {
 }
 
 #[tokio::test]
-async fn bounds_of_text_count_characters_and_not_bytes() {
+async fn text_bounds_count_characters_not_bytes() {
     let tracker = Tracker::start().await;
     let filled = |title: usize, description: usize, external_id: usize| Issue {
         description: "é".repeat(description),
@@ -257,7 +257,7 @@ async fn unknown_enum_numbers_are_invalid() {
 }
 
 #[tokio::test]
-async fn all_violations_are_told_at_once() {
+async fn all_violations_are_reported() {
     let tracker = Tracker::start().await;
     let request = CreateIssueRequest {
         issue: Some(Issue {
@@ -288,17 +288,17 @@ async fn all_violations_are_told_at_once() {
         "request_id",
     ];
     assert_eq!(fields, all);
-    for what in all.iter().chain(&["\"alice\"", "\"bug\"", "256 characters"]) {
-        assert!(status.message().contains(what), "{what} in {}", status.message());
+    for part in all.iter().chain(&["\"alice\"", "\"bug\"", "256 characters"]) {
+        assert!(status.message().contains(part), "{part} in {}", status.message());
     }
-    let nothing = tracker.member.issues().create_issue(CreateIssueRequest::default()).await;
-    let status = assert_error(nothing, Code::InvalidArgument, "INVALID");
+    let empty = tracker.member.issues().create_issue(CreateIssueRequest::default()).await;
+    let status = assert_error(empty, Code::InvalidArgument, "INVALID");
     assert!(bad_fields(&status).contains(&"issue".to_owned()), "{status:?}");
     assert_no_issues(&tracker).await;
 }
 
 #[tokio::test]
-async fn more_than_a_hundred_labels_are_invalid() {
+async fn more_than_100_labels_are_invalid() {
     let tracker = Tracker::start().await;
     let label_ids = (0..101).map(|_| Uuid::now_v7().to_string()).collect();
     let created = try_create(&tracker.member, Issue { label_ids, ..titled("crash") }).await;
@@ -307,7 +307,7 @@ async fn more_than_a_hundred_labels_are_invalid() {
 }
 
 #[tokio::test]
-async fn sql_in_text_is_text_and_is_found_again() {
+async fn sql_in_text_is_stored_and_matched_literally() {
     let tracker = Tracker::start().await;
     for text in SQL_TEXTS {
         let issue = tracker
@@ -321,8 +321,11 @@ async fn sql_in_text_is_text_and_is_found_again() {
         };
         tracker.member.issues().update_issue(comment).await.unwrap();
 
-        let kept = tracker.member.get(&issue.id).await;
-        assert_eq!([&*kept.title, &*kept.description, &*kept.external_id, &*kept.comments[0].content], [text; 4]);
+        let stored = tracker.member.get(&issue.id).await;
+        assert_eq!(
+            [&*stored.title, &*stored.description, &*stored.external_id, &*stored.comments[0].content],
+            [text; 4]
+        );
         let quoted = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
         assert_eq!(titles(&tracker.member, &quoted, false).await, [text]);
         for field in ["assignee", "reporter", "label"] {
@@ -334,7 +337,7 @@ async fn sql_in_text_is_text_and_is_found_again() {
 }
 
 #[tokio::test]
-async fn text_is_kept_byte_for_byte() {
+async fn text_is_stored_byte_for_byte() {
     let tracker = Tracker::start().await;
     for text in [
         "  spaces around  ",
@@ -350,13 +353,13 @@ async fn text_is_kept_byte_for_byte() {
             .member
             .file_as(Issue { description: text.to_owned(), external_id: text.to_owned(), ..titled(text) })
             .await;
-        let kept = tracker.member.get(&issue.id).await;
-        assert_eq!([&*kept.title, &*kept.description, &*kept.external_id], [text; 3]);
+        let stored = tracker.member.get(&issue.id).await;
+        assert_eq!([&*stored.title, &*stored.description, &*stored.external_id], [text; 3]);
     }
 }
 
 #[tokio::test]
-async fn an_id_that_is_not_a_uuid_with_hyphens_is_invalid() {
+async fn id_must_be_a_hyphenated_uuid() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let get = |id: &str| {
@@ -384,29 +387,32 @@ async fn an_id_that_is_not_a_uuid_with_hyphens_is_invalid() {
 }
 
 #[tokio::test]
-async fn a_missing_issue_is_not_found_by_any_rpc() {
+async fn missing_issue_is_not_found_by_any_rpc() {
     let tracker = Tracker::start().await;
     let id = Uuid::now_v7().to_string();
-    let missing = |status: tonic::Status, field: &str| {
+    let assert_missing = |status: tonic::Status, field: &str| {
         let status = assert_error::<()>(Err(status), Code::NotFound, "NOT_FOUND");
         assert_eq!(bad_fields(&status), [field]);
         assert_eq!(resources(&status), [("issue".to_owned(), id.clone())]);
     };
     let mut issues = tracker.member.issues();
     for view in [IssueView::Basic, IssueView::Full] {
-        missing(issues.get_issue(GetIssueRequest { id: id.clone(), view: view.into() }).await.unwrap_err(), "id");
+        assert_missing(
+            issues.get_issue(GetIssueRequest { id: id.clone(), view: view.into() }).await.unwrap_err(),
+            "id",
+        );
     }
     let update = UpdateIssueRequest { issue: Some(Issue { id: id.clone(), ..titled("crash") }), ..Default::default() };
-    missing(issues.update_issue(update).await.unwrap_err(), "issue.id");
+    assert_missing(issues.update_issue(update).await.unwrap_err(), "issue.id");
     let delete = DeleteIssueRequest { id: id.clone(), ..Default::default() };
-    missing(issues.delete_issue(delete).await.unwrap_err(), "id");
+    assert_missing(issues.delete_issue(delete).await.unwrap_err(), "id");
     let undelete = UndeleteIssueRequest { id: id.clone(), expected_version: 3, ..Default::default() };
-    missing(issues.undelete_issue(undelete).await.unwrap_err(), "id");
+    assert_missing(issues.undelete_issue(undelete).await.unwrap_err(), "id");
     assert_no_issues(&tracker).await;
 }
 
 #[tokio::test]
-async fn only_the_full_view_has_the_comments_oldest_first_with_their_authors() {
+async fn only_the_full_view_has_comments_oldest_first_with_their_authors() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let first = tracker.admin.comment(&issue.id, "first").await;
@@ -432,7 +438,7 @@ async fn only_the_full_view_has_the_comments_oldest_first_with_their_authors() {
 }
 
 #[tokio::test]
-async fn a_deleted_issue_leaves_lists_can_be_read_and_comes_back() {
+async fn deleted_issue_is_unlisted_readable_and_can_be_undeleted() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let mut issues = tracker.member.issues();
@@ -446,15 +452,15 @@ async fn a_deleted_issue_leaves_lists_can_be_read_and_comes_back() {
     assert_eq!(titles(&tracker.viewer, "", true).await, ["crash"]);
 
     let undelete = UndeleteIssueRequest { id: issue.id.clone(), expected_version: 2, ..Default::default() };
-    let back = issues.undelete_issue(undelete).await.unwrap().into_inner();
-    assert_eq!(back, Issue { version: 3, update_time: back.update_time, ..issue.clone() });
-    assert_eq!(tracker.viewer.get(&issue.id).await, back);
+    let undeleted = issues.undelete_issue(undelete).await.unwrap().into_inner();
+    assert_eq!(undeleted, Issue { version: 3, update_time: undeleted.update_time, ..issue.clone() });
+    assert_eq!(tracker.viewer.get(&issue.id).await, undeleted);
     assert_eq!(titles(&tracker.viewer, "", false).await, ["crash"]);
     assert_eq!(tracker.count("SELECT count(*) FROM issue_events WHERE field = 'deleted'").await, 2);
 }
 
 #[tokio::test]
-async fn deletion_is_refused_when_state_or_version_do_not_fit_and_writes_nothing() {
+async fn deletion_with_a_wrong_state_or_version_fails_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let mut issues = tracker.member.issues();
@@ -482,29 +488,29 @@ async fn deletion_is_refused_when_state_or_version_do_not_fit_and_writes_nothing
 }
 
 #[tokio::test]
-async fn a_dry_run_answers_as_the_real_call_and_writes_nothing() {
+async fn dry_run_has_the_outcome_of_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let mut issues = tracker.member.issues();
-    let keyed = Issue { external_id: "JIRA-1".to_owned(), ..titled("crash") };
-    let dry = CreateIssueRequest { validate_only: true, ..create(keyed.clone()) };
-    let tried = issues.create_issue(dry.clone()).await.unwrap().into_inner();
-    assert_eq!((&*tried.title, tried.version), ("crash", 1));
+    let issue = Issue { external_id: "JIRA-1".to_owned(), ..titled("crash") };
+    let dry = CreateIssueRequest { validate_only: true, ..create(issue.clone()) };
+    let validated = issues.create_issue(dry.clone()).await.unwrap().into_inner();
+    assert_eq!((&*validated.title, validated.version), ("crash", 1));
     assert_no_issues(&tracker).await;
 
-    let issue = tracker.member.file_as(keyed).await;
+    let issue = tracker.member.file_as(issue).await;
     assert_error(issues.create_issue(dry).await, Code::AlreadyExists, "ALREADY_EXISTS");
 
     let dry_delete = DeleteIssueRequest { id: issue.id.clone(), validate_only: true, ..Default::default() };
-    let tried = issues.delete_issue(dry_delete).await.unwrap().into_inner();
-    assert!(tried.version == 2 && tried.delete_time.is_some(), "{tried:?}");
+    let validated = issues.delete_issue(dry_delete).await.unwrap().into_inner();
+    assert!(validated.version == 2 && validated.delete_time.is_some(), "{validated:?}");
     let dry_undelete = UndeleteIssueRequest { id: issue.id.clone(), validate_only: true, ..Default::default() };
-    let still_there = issues.undelete_issue(dry_undelete.clone()).await;
-    assert_error(still_there, Code::FailedPrecondition, "ISSUE_STATE");
+    let not_deleted = issues.undelete_issue(dry_undelete.clone()).await;
+    assert_error(not_deleted, Code::FailedPrecondition, "ISSUE_STATE");
     assert_eq!(tracker.member.get(&issue.id).await, issue);
 
     let delete = DeleteIssueRequest { id: issue.id.clone(), ..Default::default() };
     let deleted = issues.delete_issue(delete).await.unwrap().into_inner();
-    let tried = issues.undelete_issue(dry_undelete).await.unwrap().into_inner();
-    assert_eq!((tried.version, tried.delete_time), (3, None));
+    let validated = issues.undelete_issue(dry_undelete).await.unwrap().into_inner();
+    assert_eq!((validated.version, validated.delete_time), (3, None));
     assert_eq!(tracker.member.get(&issue.id).await, deleted);
 }

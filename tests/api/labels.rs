@@ -57,8 +57,8 @@ fn names(labels: &[Label]) -> Vec<&str> {
     labels.iter().map(|label| &*label.name).collect()
 }
 
-/// Makes labels with these names.
-async fn labels<const N: usize>(client: &Client, names: [&str; N]) -> [Label; N] {
+/// Creates labels with these names.
+async fn create_labels<const N: usize>(client: &Client, names: [&str; N]) -> [Label; N] {
     let mut labels = Vec::new();
     for name in names {
         labels.push(client.label(name).await);
@@ -66,11 +66,11 @@ async fn labels<const N: usize>(client: &Client, names: [&str; N]) -> [Label; N]
     labels.try_into().unwrap()
 }
 
-const LINKS: &str = "SELECT count(*) FROM issue_labels";
-const EVENTS: &str = "SELECT count(*) FROM issue_events";
+const COUNT_ISSUE_LABELS: &str = "SELECT count(*) FROM issue_labels";
+const COUNT_EVENTS: &str = "SELECT count(*) FROM issue_events";
 
 #[tokio::test]
-async fn a_name_is_1_to_50_characters_without_semicolon_or_space_at_its_ends() {
+async fn name_has_1_to_50_characters_no_semicolon_and_no_surrounding_space() {
     let tracker = Tracker::start().await;
     for bad in ["", "  ", "a;b", ";", " bug", "bug\n", "\u{3000}bug", "nul\0", &"é".repeat(51)] {
         assert_invalid(create(&tracker.member, bad, "").await, &["label.name"]);
@@ -85,9 +85,9 @@ async fn a_name_is_1_to_50_characters_without_semicolon_or_space_at_its_ends() {
 }
 
 #[tokio::test]
-async fn a_name_is_taken_in_whatever_case() {
+async fn names_are_unique_case_insensitively() {
     let tracker = Tracker::start().await;
-    let [_, summer] = labels(&tracker.member, ["Bug", "été"]).await;
+    let [_, summer] = create_labels(&tracker.member, ["Bug", "été"]).await;
     for taken in ["Bug", "bUG", "ÉTÉ"] {
         let status = assert_error(create(&tracker.member, taken, "").await, Code::AlreadyExists, "ALREADY_EXISTS");
         let details = status.get_error_details();
@@ -96,14 +96,14 @@ async fn a_name_is_taken_in_whatever_case() {
     let renamed = update(&tracker.member, Label { name: "BUG".into(), ..summer.clone() }, &["name"]).await;
     assert_error(renamed, Code::AlreadyExists, "ALREADY_EXISTS");
 
-    // Its own name in another case is free for it.
+    // A label may take its own name in another case.
     let label = update(&tracker.member, Label { name: "Été".into(), ..summer }, &["name"]).await.unwrap();
     assert_eq!(label.name, "Été");
     assert_eq!(names(&list(&tracker.viewer, 0, "").await.unwrap().labels), ["Bug", "Été"]);
 }
 
 #[tokio::test]
-async fn an_update_sets_what_the_mask_names_and_no_issue_changes() {
+async fn update_sets_the_masked_fields_and_changes_no_issue() {
     let tracker = Tracker::start().await;
     let label = create(&tracker.member, "bug", "a fault").await.unwrap();
     let issue = tracker.member.file_as(Issue { title: "crash".into(), label_ids: ids(&[&label]), ..Issue::default() });
@@ -118,21 +118,21 @@ async fn an_update_sets_what_the_mask_names_and_no_issue_changes() {
     assert_invalid(update(&tracker.member, to("", ""), &["name"]).await, &["label.name"]);
     assert_invalid(update(&tracker.member, to("", ""), &[]).await, &["update_mask"]);
     assert_invalid(update(&tracker.member, to("x", ""), &["id", "name"]).await, &["update_mask.paths[0]"]);
-    let nowhere = Label { id: Uuid::now_v7().to_string(), ..to("x", "") };
-    assert_error(update(&tracker.member, nowhere, &["name"]).await, Code::NotFound, "NOT_FOUND");
+    let missing = Label { id: Uuid::now_v7().to_string(), ..to("x", "") };
+    assert_error(update(&tracker.member, missing, &["name"]).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(tracker.member.get(&issue.id).await, Issue { labels: vec![to("bug", "z")], ..issue });
 }
 
 #[tokio::test]
-async fn pages_are_by_name_in_whatever_case_and_whatever_is_written_meanwhile() {
+async fn pages_are_ordered_by_name_case_insensitively_and_stable_under_writes() {
     let tracker = Tracker::start().await;
-    let [banana, ..] = labels(&tracker.member, ["banana", "Cherry", "apple", "Date", "éclair"]).await;
+    let [banana, ..] = create_labels(&tracker.member, ["banana", "Cherry", "apple", "Date", "éclair"]).await;
 
     let first = list(&tracker.viewer, 2, "").await.unwrap();
     assert_eq!(names(&first.labels), ["apple", "banana"]);
-    // The row that the page ended with goes away, and others come on both sides of it.
+    // The last label of the page is deleted, and labels are created on both sides of it.
     delete(&tracker.member, &banana.id, false).await.unwrap();
-    labels(&tracker.member, ["Aardvark", "BANANAS"]).await;
+    create_labels(&tracker.member, ["Aardvark", "BANANAS"]).await;
     let second = list(&tracker.viewer, 3, &first.next_page_token).await.unwrap();
     assert_eq!(names(&second.labels), ["BANANAS", "Cherry", "Date"]);
     let last = list(&tracker.viewer, 1, &second.next_page_token).await.unwrap();
@@ -142,38 +142,38 @@ async fn pages_are_by_name_in_whatever_case_and_whatever_is_written_meanwhile() 
 }
 
 #[tokio::test]
-async fn only_a_label_that_no_issue_carries_is_deleted_without_force() {
+async fn label_in_use_is_deleted_only_with_force() {
     let tracker = Tracker::start().await;
-    let [used, unused] = labels(&tracker.member, ["used", "unused"]).await;
+    let [used, unused] = create_labels(&tracker.member, ["used", "unused"]).await;
     for title in ["one", "two"] {
         let issue = tracker.member.file(title).await;
         add(&tracker.member, &issue, &[&used]).await.unwrap();
     }
-    let events = tracker.count(EVENTS).await;
+    let events = tracker.count(COUNT_EVENTS).await;
 
     let status = assert_error(delete(&tracker.member, &used.id, false).await, Code::FailedPrecondition, "LABEL_IN_USE");
     assert!(status.message().contains("2 issues") && status.message().contains("force"), "{status:?}");
-    assert_eq!((tracker.count(LINKS).await, tracker.count(EVENTS).await), (2, events));
+    assert_eq!((tracker.count(COUNT_ISSUE_LABELS).await, tracker.count(COUNT_EVENTS).await), (2, events));
     assert_eq!(delete(&tracker.member, &unused.id, false).await.unwrap(), 0);
     assert_error(delete(&tracker.member, &unused.id, true).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, [used]);
 }
 
 #[tokio::test]
-async fn force_takes_the_label_off_every_issue_deleted_ones_too() {
+async fn forced_deletion_removes_the_label_from_every_issue_including_deleted_ones() {
     let tracker = Tracker::start().await;
-    let [bug, ui] = labels(&tracker.member, ["bug", "ui"]).await;
-    let (one, gone) = (tracker.member.file("one").await, tracker.member.file("gone").await);
-    let bystander = tracker.member.file("bystander").await;
-    for issue in [&one, &gone] {
+    let [bug, ui] = create_labels(&tracker.member, ["bug", "ui"]).await;
+    let (one, deleted) = (tracker.member.file("one").await, tracker.member.file("deleted").await);
+    let unlabeled = tracker.member.file("unlabeled").await;
+    for issue in [&one, &deleted] {
         add(&tracker.member, issue, &[&bug, &ui]).await.unwrap();
     }
-    let request = DeleteIssueRequest { id: gone.id.clone(), ..Default::default() };
+    let request = DeleteIssueRequest { id: deleted.id.clone(), ..Default::default() };
     tracker.member.issues().delete_issue(request).await.unwrap();
 
     assert_eq!(delete(&tracker.admin, &bug.id, true).await.unwrap(), 2);
 
-    for (issue, version) in [(&one, 3), (&gone, 4)] {
+    for (issue, version) in [(&one, 3), (&deleted, 4)] {
         let now = tracker.member.get(&issue.id).await;
         assert_eq!((names(&now.labels), now.version), (vec!["ui"], version));
         let (id, actor): (Uuid, Uuid) = (issue.id.parse().unwrap(), tracker.admin.user.id.parse().unwrap());
@@ -184,40 +184,40 @@ async fn force_takes_the_label_off_every_issue_deleted_ones_too() {
         let event: (&str, Option<&str>, Option<&str>) = (event.get(0), event.get(1), event.get(2));
         assert_eq!(event, ("label", Some(&*bug.id), None));
     }
-    assert_eq!(tracker.member.get(&bystander.id).await, bystander);
+    assert_eq!(tracker.member.get(&unlabeled.id).await, unlabeled);
 }
 
 #[tokio::test]
-async fn a_set_of_labels_is_one_change_and_none_if_nothing_differs() {
+async fn label_change_is_one_version_and_an_equal_set_is_none() {
     let tracker = Tracker::start().await;
-    let [a, b, c] = labels(&tracker.member, ["a", "B", "c"]).await;
+    let [a, b, c] = create_labels(&tracker.member, ["a", "B", "c"]).await;
     let issue = tracker.member.file("crash").await;
     let member = &tracker.member;
-    let seen = |issue: Issue| (issue.labels.iter().map(|l| l.name.clone()).collect::<String>(), issue.version);
+    let summary = |issue: Issue| (issue.labels.iter().map(|l| l.name.clone()).collect::<String>(), issue.version);
 
-    assert_eq!(seen(add(member, &issue, &[&c, &a, &b]).await.unwrap()), ("aBc".into(), 2));
+    assert_eq!(summary(add(member, &issue, &[&c, &a, &b]).await.unwrap()), ("aBc".into(), 2));
     let again = add(member, &issue, &[&b, &a]).await.unwrap();
-    assert_eq!(seen(again.clone()), ("aBc".into(), 2));
-    assert_eq!(seen(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
-    assert_eq!(seen(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
-    assert_eq!(seen(add(member, &issue, &[&a, &b]).await.unwrap()), ("aB".into(), 4));
-    assert_eq!(seen(replace(member, &issue, &[&c, &b]).await.unwrap()), ("Bc".into(), 5));
-    assert_eq!(seen(replace(member, &issue, &[&b, &c]).await.unwrap()), ("Bc".into(), 5));
-    assert_eq!(seen(replace(member, &issue, &[]).await.unwrap()), (String::new(), 6));
+    assert_eq!(summary(again.clone()), ("aBc".into(), 2));
+    assert_eq!(summary(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
+    assert_eq!(summary(remove(member, &issue, &[&b, &c]).await.unwrap()), ("a".into(), 3));
+    assert_eq!(summary(add(member, &issue, &[&a, &b]).await.unwrap()), ("aB".into(), 4));
+    assert_eq!(summary(replace(member, &issue, &[&c, &b]).await.unwrap()), ("Bc".into(), 5));
+    assert_eq!(summary(replace(member, &issue, &[&b, &c]).await.unwrap()), ("Bc".into(), 5));
+    assert_eq!(summary(replace(member, &issue, &[]).await.unwrap()), (String::new(), 6));
     let bare = replace(member, &issue, &[]).await.unwrap();
-    assert_eq!(seen(bare.clone()), (String::new(), 6));
+    assert_eq!(summary(bare.clone()), (String::new(), 6));
     assert_eq!(tracker.member.get(&issue.id).await, bare);
-    assert_eq!(tracker.count(LINKS).await, 0);
+    assert_eq!(tracker.count(COUNT_ISSUE_LABELS).await, 0);
 }
 
 #[tokio::test]
 async fn missing_labels_are_named_by_index_and_nothing_is_written() {
     let tracker = Tracker::start().await;
-    let [known, carried] = labels(&tracker.member, ["known", "carried"]).await;
+    let [known, carried] = create_labels(&tracker.member, ["known", "carried"]).await;
     let issue = tracker.member.file("crash").await;
     let issue = add(&tracker.member, &issue, &[&carried]).await.unwrap();
-    let lost = || Label { id: Uuid::now_v7().to_string(), ..Label::default() };
-    let (x, y) = (lost(), lost());
+    let missing = || Label { id: Uuid::now_v7().to_string(), ..Label::default() };
+    let (x, y) = (missing(), missing());
 
     let wanted = [&x, &known, &carried, &y];
     for result in [
@@ -228,26 +228,26 @@ async fn missing_labels_are_named_by_index_and_nothing_is_written() {
         let status = assert_error(result, Code::NotFound, "NOT_FOUND");
         assert_eq!(bad_fields(&status), ["label_ids[0]", "label_ids[3]"]);
     }
-    let nowhere = Issue { id: lost().id, ..Issue::default() };
-    let status = assert_error(add(&tracker.member, &nowhere, &[&x]).await, Code::NotFound, "NOT_FOUND");
+    let missing_issue = Issue { id: missing().id, ..Issue::default() };
+    let status = assert_error(add(&tracker.member, &missing_issue, &[&x]).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(bad_fields(&status), ["issue_id"]);
     assert_eq!(tracker.member.get(&issue.id).await, issue);
-    assert_eq!(tracker.count(EVENTS).await, 1);
+    assert_eq!(tracker.count(COUNT_EVENTS).await, 1);
 }
 
 #[tokio::test]
-async fn malformed_doubled_and_too_many_label_ids_are_invalid() {
+async fn malformed_duplicate_and_too_many_label_ids_are_invalid() {
     let tracker = Tracker::start().await;
-    let [bug] = labels(&tracker.member, ["bug"]).await;
-    let shouted = Label { id: bug.id.to_uppercase(), ..bug.clone() };
+    let [bug] = create_labels(&tracker.member, ["bug"]).await;
+    let upper_case = Label { id: bug.id.to_uppercase(), ..bug.clone() };
     let issue = tracker.member.file("crash").await;
-    let garbage = Label { id: "bug".into(), ..Label::default() };
+    let malformed = Label { id: "bug".into(), ..Label::default() };
     let many: Vec<Label> = (0..101).map(|_| Label { id: Uuid::now_v7().to_string(), ..Label::default() }).collect();
     let many: Vec<&Label> = many.iter().collect();
     let member = &tracker.member;
 
     for (wanted, field) in
-        [(&[&bug, &shouted][..], "label_ids[1]"), (&[&garbage], "label_ids[0]"), (&many, "label_ids")]
+        [(&[&bug, &upper_case][..], "label_ids[1]"), (&[&malformed], "label_ids[0]"), (&many, "label_ids")]
     {
         assert_invalid(add(member, &issue, wanted).await, &[field]);
         assert_invalid(remove(member, &issue, wanted).await, &[field]);
@@ -262,9 +262,9 @@ async fn malformed_doubled_and_too_many_label_ids_are_invalid() {
 }
 
 #[tokio::test]
-async fn stale_versions_and_deleted_issues_take_no_labels() {
+async fn label_changes_with_a_stale_version_or_on_a_deleted_issue_fail() {
     let tracker = Tracker::start().await;
-    let [bug] = labels(&tracker.member, ["bug"]).await;
+    let [bug] = create_labels(&tracker.member, ["bug"]).await;
     let issue = tracker.member.file("crash").await;
     let issue = add(&tracker.member, &issue, &[&bug]).await.unwrap();
     let request = |expected_version| ReplaceIssueLabelsRequest {
@@ -290,11 +290,11 @@ async fn stale_versions_and_deleted_issues_take_no_labels() {
     ] {
         assert_error(result, Code::FailedPrecondition, "ISSUE_STATE");
     }
-    assert_eq!(tracker.count(LINKS).await, 0);
+    assert_eq!(tracker.count(COUNT_ISSUE_LABELS).await, 0);
 }
 
 #[tokio::test]
-async fn an_issue_carries_a_hundred_labels_at_most() {
+async fn issue_has_at_most_100_labels() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let sql = "INSERT INTO labels (id, name) SELECT gen_random_uuid(), 'label ' || n FROM generate_series(1, 101) n
@@ -309,7 +309,7 @@ async fn an_issue_carries_a_hundred_labels_at_most() {
     let over = add(&tracker.member, &issue, &all[100..]).await;
     assert_error(over, Code::FailedPrecondition, "TOO_MANY_LABELS");
     assert_eq!(tracker.member.get(&issue.id).await, full);
-    // Those it carries already don't count twice, and a replacement counts what is left.
+    // Labels that the issue already has do not count twice, and a replacement counts only the new set.
     assert_eq!(add(&tracker.member, &issue, &all[..1]).await.unwrap(), full);
     assert_eq!(replace(&tracker.member, &issue, &all[1..]).await.unwrap().labels.len(), 100);
 }
@@ -317,7 +317,7 @@ async fn an_issue_carries_a_hundred_labels_at_most() {
 #[tokio::test]
 async fn concurrent_replacements_leave_exactly_one_of_the_sets() {
     let tracker = Tracker::start().await;
-    let [a, b, c, d] = labels(&tracker.member, ["a", "b", "c", "d"]).await;
+    let [a, b, c, d] = create_labels(&tracker.member, ["a", "b", "c", "d"]).await;
     let issue = tracker.member.file("crash").await;
     let (one_set, other_set) = ([&a, &b], [&b, &c, &d]);
     let mut changes = 0;
@@ -335,9 +335,9 @@ async fn concurrent_replacements_leave_exactly_one_of_the_sets() {
 }
 
 #[tokio::test]
-async fn concurrent_additions_lose_none() {
+async fn concurrent_additions_are_all_applied() {
     let tracker = Tracker::start().await;
-    let wanted = labels(&tracker.member, ["a", "b", "c", "d", "e", "f"]).await;
+    let wanted = create_labels(&tracker.member, ["a", "b", "c", "d", "e", "f"]).await;
     for _ in 0..10 {
         let issue = tracker.member.file("crash").await;
         let additions = wanted.iter().map(|label| {
@@ -353,21 +353,21 @@ async fn concurrent_additions_lose_none() {
 }
 
 #[tokio::test]
-async fn a_deletion_that_meets_additions_wins_or_waits_and_leaves_no_dangling_label() {
+async fn label_deletion_concurrent_with_additions_leaves_no_dangling_reference() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let kept = tracker.member.label("kept").await;
     for _ in 0..15 {
-        let doomed = tracker.member.label("doomed").await;
-        let (both, alone) = ([&kept, &doomed], [&doomed]);
-        let filed = Issue { title: "with label".into(), label_ids: ids(&[&doomed]), ..Issue::default() };
-        let file = issue_tracker::pb::CreateIssueRequest { issue: Some(filed), ..Default::default() };
+        let to_delete = tracker.member.label("to_delete").await;
+        let (both, only_deleted) = ([&kept, &to_delete], [&to_delete]);
+        let issue_with_label = Issue { title: "with label".into(), label_ids: ids(&[&to_delete]), ..Issue::default() };
+        let create = issue_tracker::pb::CreateIssueRequest { issue: Some(issue_with_label), ..Default::default() };
         let mut issues = tracker.member.issues();
         let (deleted, added, replaced, created) = tokio::join!(
-            delete(&tracker.admin, &doomed.id, true),
+            delete(&tracker.admin, &to_delete.id, true),
             add(&tracker.member, &issue, &both),
-            replace(&tracker.admin, &issue, &alone),
-            issues.create_issue(file)
+            replace(&tracker.admin, &issue, &only_deleted),
+            issues.create_issue(create)
         );
         assert!((0..=2).contains(&deleted.unwrap()));
         for outcome in [added.map(drop), replaced.map(drop), created.map(drop)] {
@@ -375,7 +375,7 @@ async fn a_deletion_that_meets_additions_wins_or_waits_and_leaves_no_dangling_la
                 assert_error(Err::<(), _>(status), Code::NotFound, "NOT_FOUND");
             }
         }
-        let id: Uuid = doomed.id.parse().unwrap();
+        let id: Uuid = to_delete.id.parse().unwrap();
         assert!(tracker.sql("SELECT FROM issue_labels WHERE label_id = $1", &[&id]).await.is_empty());
     }
     let versions = "SELECT count(*) FROM issues i WHERE version - 1 <>
@@ -384,12 +384,12 @@ async fn a_deletion_that_meets_additions_wins_or_waits_and_leaves_no_dangling_la
 }
 
 #[tokio::test]
-async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
+async fn blocked_update_returns_the_labels_as_of_its_version() {
     let tracker = Tracker::start().await;
-    let [bug] = labels(&tracker.member, ["bug"]).await;
+    let [bug] = create_labels(&tracker.member, ["bug"]).await;
     let issue = tracker.member.file("crash").await;
     let (id, label): (Uuid, Uuid) = (issue.id.parse().unwrap(), bug.id.parse().unwrap());
-    // What AddIssueLabels does, stopped in front of its commit.
+    // The statements of AddIssueLabels, before the commit.
     let mut other = tracker.session().await;
     let addition = other.transaction().await.unwrap();
     addition.execute("UPDATE issues SET change_actor_id = reporter_id WHERE id = $1", &[&id]).await.unwrap();
@@ -407,9 +407,9 @@ async fn an_update_that_has_waited_answers_the_labels_of_its_version() {
 }
 
 #[tokio::test]
-async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
+async fn dry_run_has_the_outcome_of_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
-    let [bug, ui] = labels(&tracker.member, ["bug", "ui"]).await;
+    let [bug, ui] = create_labels(&tracker.member, ["bug", "ui"]).await;
     let issue = tracker.member.file("crash").await;
     let issue = add(&tracker.member, &issue, &[&bug]).await.unwrap();
     let mut client = tracker.member.labels();
@@ -424,8 +424,8 @@ async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
     let delete = DeleteLabelRequest { id: bug.id.clone(), force: true, validate_only, ..Default::default() };
     assert_eq!(client.delete_label(delete).await.unwrap().into_inner().issue_count, 1);
     let add = AddIssueLabelsRequest { issue_id: id(), label_ids: ids(&[&ui]), validate_only, ..Default::default() };
-    let tried = client.add_issue_labels(add).await.unwrap().into_inner();
-    assert_eq!((names(&tried.labels), tried.version), (vec!["bug", "ui"], 3));
+    let validated = client.add_issue_labels(add).await.unwrap().into_inner();
+    assert_eq!((names(&validated.labels), validated.version), (vec!["bug", "ui"], 3));
     let remove =
         RemoveIssueLabelsRequest { issue_id: id(), label_ids: ids(&[&bug]), validate_only, ..Default::default() };
     assert_eq!(client.remove_issue_labels(remove).await.unwrap().into_inner().labels, []);
@@ -434,11 +434,11 @@ async fn a_trial_answers_as_the_real_call_and_writes_nothing() {
 
     assert_eq!(tracker.member.get(&issue.id).await, issue);
     assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, [bug, ui]);
-    assert_eq!(tracker.count(EVENTS).await, 1);
+    assert_eq!(tracker.count(COUNT_EVENTS).await, 1);
 }
 
 #[tokio::test]
-async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
+async fn retry_with_the_request_id_returns_the_stored_response_and_writes_once() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let mut client = tracker.member.labels();
@@ -447,7 +447,11 @@ async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
     let label = Some(Label { name: "bug".into(), ..Label::default() });
     let create = CreateLabelRequest { label, request_id: request_id(), ..Default::default() };
     let label = client.create_label(create.clone()).await.unwrap().into_inner();
-    assert_eq!(client.create_label(create).await.unwrap().into_inner(), label, "not: the name is taken");
+    assert_eq!(
+        client.create_label(create).await.unwrap().into_inner(),
+        label,
+        "must not fail because the name is taken"
+    );
     let (issue_id, label_ids) = (issue.id.clone(), ids(&[&label]));
     let add = AddIssueLabelsRequest { issue_id, label_ids, request_id: request_id(), ..Default::default() };
     let added = client.add_issue_labels(add.clone()).await.unwrap().into_inner();
@@ -455,7 +459,11 @@ async fn a_retry_with_its_request_id_writes_once_and_answers_the_same() {
         DeleteLabelRequest { id: label.id.clone(), force: true, request_id: request_id(), ..Default::default() };
     assert_eq!(client.delete_label(delete.clone()).await.unwrap().into_inner().issue_count, 1);
 
-    assert_eq!(client.delete_label(delete).await.unwrap().into_inner().issue_count, 1, "not: there is no such label");
+    assert_eq!(
+        client.delete_label(delete).await.unwrap().into_inner().issue_count,
+        1,
+        "must not fail because the label is deleted"
+    );
     assert_eq!(client.add_issue_labels(add.clone()).await.unwrap().into_inner(), added);
     let other = AddIssueLabelsRequest { expected_version: 2, ..add };
     assert_error(client.add_issue_labels(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");

@@ -1,4 +1,4 @@
-//! The role that the service runs as, which the README makes: it serves with it in every test, and can do no more.
+//! The privileges of the PostgreSQL role that the server runs as. Every test uses it; these show what it cannot do.
 
 use issue_tracker::db::migrate::{grant_rights, migrate};
 use tokio_postgres::{Client, error::SqlState};
@@ -14,8 +14,8 @@ async fn tables(client: &Client) -> Vec<String> {
     client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
-/// What the role needs, as it is written down: tables and their rights.
-fn needs() -> Vec<(String, String)> {
+/// Returns the tables and privileges that `rights.sql` grants to the role.
+fn documented_privileges() -> Vec<(String, String)> {
     let rows = include_str!("../../src/db/rights.sql").lines().filter_map(|line| line.trim().strip_prefix("('"));
     let rows = rows.map(|row| {
         let mut quoted = row.split('\'');
@@ -24,20 +24,20 @@ fn needs() -> Vec<(String, String)> {
     rows.collect()
 }
 
-async fn assert_refused(client: &Client, statement: &str) {
+async fn assert_insufficient_privilege(client: &Client, statement: &str) {
     let error = client.batch_execute(statement).await.expect_err(statement);
     assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{statement}: {error:?}");
 }
 
 #[tokio::test]
-async fn the_services_role_has_on_each_table_what_it_needs_and_nothing_else() {
+async fn server_role_has_exactly_the_documented_table_privileges() {
     let tracker = Tracker::start().await;
-    let needs = needs();
+    let documented = documented_privileges();
     let client = tracker.session().await;
     let tables = tables(&client).await;
     assert!(tables.len() > 10, "{tables:?}");
     for table in tables {
-        let (_, rights) = needs.iter().find(|(name, _)| *name == table).expect(&table);
+        let (_, rights) = documented.iter().find(|(name, _)| *name == table).expect(&table);
         for right in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"] {
             let sql = "SELECT has_table_privilege('tracker', $1::text, $2)";
             let has: bool = client.query_one(sql, &[&table, &right]).await.unwrap().get(0);
@@ -47,7 +47,7 @@ async fn the_services_role_has_on_each_table_what_it_needs_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
+async fn server_role_cannot_change_the_schema_or_truncate_a_table() {
     let tracker = Tracker::start().await;
     let service = session(&service_config(&tracker.config).await).await;
     for table in tables(&service).await {
@@ -59,7 +59,7 @@ async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
             "DROP TABLE % CASCADE",
             "TRUNCATE % CASCADE",
         ] {
-            assert_refused(&service, &statement.replace('%', &table)).await;
+            assert_insufficient_privilege(&service, &statement.replace('%', &table)).await;
         }
     }
     for statement in [
@@ -76,12 +76,12 @@ async fn the_services_role_cannot_change_the_schema_or_empty_a_table() {
         "COPY labels TO PROGRAM 'cat'",
         "SELECT pg_read_file('/etc/passwd')",
     ] {
-        assert_refused(&service, statement).await;
+        assert_insufficient_privilege(&service, statement).await;
     }
 }
 
 #[tokio::test]
-async fn the_services_role_cannot_rewrite_what_was() {
+async fn server_role_cannot_rewrite_history() {
     let tracker = Tracker::start().await;
     let service = session(&service_config(&tracker.config).await).await;
     for statement in [
@@ -95,12 +95,12 @@ async fn the_services_role_cannot_rewrite_what_was() {
         "DELETE FROM users",
         "DELETE FROM imports",
     ] {
-        assert_refused(&service, statement).await;
+        assert_insufficient_privilege(&service, statement).await;
     }
 }
 
 #[tokio::test]
-async fn the_services_role_works_with_a_later_versions_tables_at_once() {
+async fn default_privileges_cover_tables_of_later_migrations() {
     let config = new_database().await;
     session(&owner_config(&config)).await.batch_execute("CREATE TABLE later (x int)").await.unwrap();
 
@@ -108,11 +108,11 @@ async fn the_services_role_works_with_a_later_versions_tables_at_once() {
 
     let use_all = "INSERT INTO later VALUES (1); UPDATE later SET x = 2; DELETE FROM later; SELECT x FROM later";
     service.batch_execute(use_all).await.unwrap();
-    assert_refused(&service, "DROP TABLE later").await;
+    assert_insufficient_privilege(&service, "DROP TABLE later").await;
 }
 
 #[tokio::test]
-async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_harm() {
+async fn owner_grants_privileges_to_any_existing_role_repeatedly() {
     let config = new_database().await;
     let owner = owner_config(&config);
     let rights = async |role: &str| {
@@ -121,7 +121,7 @@ async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_
             WHERE schemaname = 'public' AND has_table_privilege($1, tablename, may)";
         session(&config).await.query_one(sql, &[&role]).await.unwrap().get::<_, i64>(0)
     };
-    // Quotes and capitals are part of a name as any.
+    // The name has to be quoted.
     let other = "an \"Other' role";
     session(&config).await.batch_execute(&format!("CREATE ROLE \"{}\"", other.replace('"', "\"\""))).await.unwrap();
     assert_eq!(rights(other).await, 0);
@@ -140,23 +140,23 @@ async fn rights_are_granted_by_the_owner_to_any_role_there_is_and_again_without_
 }
 
 #[tokio::test]
-async fn rights_on_tables_that_are_not_there_are_refused_and_none_is_granted() {
+async fn missing_table_fails_the_grant_and_grants_nothing() {
     let config = new_database().await;
     let superuser = session(&config).await;
-    // Where the migrations have put them, if the database's URL says so.
+    // The migrations create tables in another schema if the connection string sets a search_path.
     superuser.batch_execute("CREATE SCHEMA elsewhere; ALTER TABLE comments SET SCHEMA elsewhere").await.unwrap();
-    superuser.batch_execute("CREATE ROLE nobody_yet").await.unwrap();
+    superuser.batch_execute("CREATE ROLE ungranted").await.unwrap();
 
-    let error = format!("{:#}", grant_rights(&owner_config(&config), "nobody_yet").await.unwrap_err());
+    let error = format!("{:#}", grant_rights(&owner_config(&config), "ungranted").await.unwrap_err());
 
     assert!(error.contains("no table comments in the schema public"), "{error}");
     let granted = "SELECT count(*) FROM pg_tables
-        WHERE has_table_privilege('nobody_yet', schemaname || '.' || tablename, 'INSERT')";
+        WHERE has_table_privilege('ungranted', schemaname || '.' || tablename, 'INSERT')";
     assert_eq!(superuser.query_one(granted, &[]).await.unwrap().get::<_, i64>(0), 0);
 }
 
 #[tokio::test]
-async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it() {
+async fn migrate_accepts_a_current_schema_without_ddl_privileges() {
     let config = new_database().await;
     let service = service_config(&config).await;
     migrate(&service).await.unwrap();
@@ -175,7 +175,7 @@ async fn a_schema_that_is_whole_is_taken_as_it_is_without_the_right_to_change_it
 }
 
 #[tokio::test]
-async fn a_missing_migration_is_named_to_whom_may_not_apply_it() {
+async fn missing_migration_is_named_to_a_role_that_cannot_apply_it() {
     let config = new_database().await;
     let service = service_config(&config).await;
     session(&config).await.batch_execute("DELETE FROM refinery_schema_history WHERE version > 1").await.unwrap();
@@ -190,17 +190,17 @@ async fn a_missing_migration_is_named_to_whom_may_not_apply_it() {
 }
 
 #[tokio::test]
-async fn a_service_that_starts_while_the_owner_migrates_waits_for_it() {
+async fn server_that_starts_during_a_migration_waits_for_it() {
     let tracker = Tracker::start().await;
     let mut empty = tracker.config.clone();
     empty.dbname(format!("{}_empty", tracker.config.get_dbname().unwrap()));
     let create = format!("CREATE DATABASE {} TEMPLATE template0 OWNER tracker_owner", empty.get_dbname().unwrap());
     session(&tracker.config).await.batch_execute(&create).await.unwrap();
     let owner = owner_config(&empty);
-    // So that it may read what is not there yet.
+    // The server's role must be able to read tables that do not exist yet.
     let grant = "ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO tracker";
     session(&owner).await.batch_execute(grant).await.unwrap();
-    // "issuetra" in ASCII, which migrations hold.
+    // The key of the advisory lock that migrations hold: "issuetra" in ASCII.
     let lock = session(&empty).await;
     lock.execute("SELECT pg_advisory_lock(x'6973737565747261'::bigint)", &[]).await.unwrap();
     let waiting = async |sql: &str| eventually(sql, async || lock.query_one(sql, &[]).await.unwrap().get(0)).await;

@@ -41,13 +41,13 @@ fn disabled(user: &User, disabled: bool) -> UpdateUserRequest {
     change(User { id: user.id.clone(), disabled, ..User::default() }, &["disabled"])
 }
 
-async fn session(tracker: &Tracker, username: &str) -> Result<Client, Status> {
+async fn log_in(tracker: &Tracker, username: &str) -> Result<Client, Status> {
     let request = LoginRequest { username: username.to_owned(), password: PASSWORD.to_owned(), validate_only: false };
-    let reply = tracker.client_with_token(None).auth().login(request).await?.into_inner();
-    Ok(tracker.client_with_token(Some(&reply.access_token)))
+    let response = tracker.client_with_token(None).auth().login(request).await?.into_inner();
+    Ok(tracker.client_with_token(Some(&response.access_token)))
 }
 
-async fn is_in(client: &Client) -> bool {
+async fn is_authenticated(client: &Client) -> bool {
     match client.auth().who_am_i(WhoAmIRequest {}).await {
         Ok(_) => true,
         Err(status) if status.code() == Code::Unauthenticated => false,
@@ -56,7 +56,7 @@ async fn is_in(client: &Client) -> bool {
 }
 
 #[tokio::test]
-async fn a_new_user_has_the_role_that_was_given_or_is_a_member() {
+async fn new_user_has_the_given_role_or_is_a_member() {
     let tracker = Tracker::start().await;
     let cases = [
         (Role::Unspecified, Role::Member),
@@ -70,23 +70,23 @@ async fn a_new_user_has_the_role_that_was_given_or_is_a_member() {
         assert_eq!((&*user.username, user.role(), user.disabled), (&*name, expected, false));
         assert!(user.create_time.is_some() && user.create_time == user.update_time);
         assert_eq!(get(&tracker.viewer, &user.id, "").await.unwrap(), user);
-        assert!(session(&tracker, &name).await.is_ok());
+        assert!(log_in(&tracker, &name).await.is_ok());
     }
 }
 
 #[tokio::test]
-async fn a_user_can_be_made_disabled() {
+async fn user_can_be_created_disabled() {
     let tracker = Tracker::start().await;
     let user = Some(User { username: "ada".into(), disabled: true, ..User::default() });
-    let made = create(&tracker.admin, CreateUserRequest { user, ..new_user("", Role::Member) }).await.unwrap();
-    assert!(made.disabled);
-    assert!(session(&tracker, "ada").await.is_err());
-    assert!(!update(&tracker.admin, disabled(&made, false)).await.unwrap().disabled);
-    assert!(session(&tracker, "ada").await.is_ok());
+    let created = create(&tracker.admin, CreateUserRequest { user, ..new_user("", Role::Member) }).await.unwrap();
+    assert!(created.disabled);
+    assert!(log_in(&tracker, "ada").await.is_err());
+    assert!(!update(&tracker.admin, disabled(&created, false)).await.unwrap().disabled);
+    assert!(log_in(&tracker, "ada").await.is_ok());
 }
 
 #[tokio::test]
-async fn a_taken_username_is_taken_in_whatever_case() {
+async fn usernames_are_unique_case_insensitively() {
     let tracker = Tracker::start().await;
     create(&tracker.admin, new_user("Grace.Hopper", Role::Member)).await.unwrap();
     let before = tracker.contents().await;
@@ -102,7 +102,7 @@ async fn a_taken_username_is_taken_in_whatever_case() {
 }
 
 #[tokio::test]
-async fn usernames_have_1_to_50_known_characters() {
+async fn usernames_have_1_to_50_allowed_characters() {
     let tracker = Tracker::start().await;
     let long = "x".repeat(51);
     for bad in ["", " ", "a b", ".a", "-a", "_a", "@a", "é", "aé", "a\0", "a\n", "a/b", "a;b", "\u{212a}elvin", &long]
@@ -115,7 +115,7 @@ async fn usernames_have_1_to_50_known_characters() {
 }
 
 #[tokio::test]
-async fn passwords_of_new_users_have_8_to_72_bytes_and_no_nul() {
+async fn passwords_have_8_to_72_bytes_and_no_nul() {
     let tracker = Tracker::start().await;
     for bad in ["", "7 bytes", "ééé7", &"x".repeat(73), &("é".repeat(36) + "x"), "with a \0 in it"] {
         let request = CreateUserRequest { password: bad.to_owned(), ..new_user("ada", Role::Member) };
@@ -127,7 +127,7 @@ async fn passwords_of_new_users_have_8_to_72_bytes_and_no_nul() {
 }
 
 #[tokio::test]
-async fn everything_wrong_with_a_new_user_is_told_at_once() {
+async fn all_violations_of_a_new_user_are_reported() {
     let tracker = Tracker::start().await;
     let user = Some(User { username: "a b".into(), role: 9, ..User::default() });
     let request =
@@ -138,12 +138,12 @@ async fn everything_wrong_with_a_new_user_is_told_at_once() {
 }
 
 #[tokio::test]
-async fn only_administrators_make_and_change_users() {
+async fn only_administrators_create_and_update_users() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     for client in [&tracker.member, &tracker.viewer] {
-        let made = create(client, new_user("", Role::Admin)).await;
-        assert_error(made, Code::PermissionDenied, "PERMISSION_DENIED");
+        let created = create(client, new_user("", Role::Admin)).await;
+        assert_error(created, Code::PermissionDenied, "PERMISSION_DENIED");
         let promoted = update(client, role(&client.user, Role::Admin)).await;
         assert_error(promoted, Code::PermissionDenied, "PERMISSION_DENIED");
     }
@@ -151,7 +151,7 @@ async fn only_administrators_make_and_change_users() {
 }
 
 #[tokio::test]
-async fn a_user_is_found_by_id_or_by_username() {
+async fn get_user_takes_an_id_or_a_username() {
     let tracker = Tracker::start().await;
     let member = &tracker.member.user;
     assert_eq!(get(&tracker.viewer, &member.id, "").await.as_ref().unwrap(), member);
@@ -193,7 +193,7 @@ async fn users_are_listed_by_username_in_pages() {
 }
 
 #[tokio::test]
-async fn an_update_sets_what_its_mask_names() {
+async fn update_sets_the_masked_fields() {
     let tracker = Tracker::start().await;
     let id = tracker.viewer.user.id.clone();
     let all = User { id: id.clone(), role: Role::Member.into(), disabled: true, ..User::default() };
@@ -209,17 +209,17 @@ async fn an_update_sets_what_its_mask_names() {
     let updated = update(&tracker.admin, change(enabled, &["*"])).await.unwrap();
     assert_eq!((updated.role(), updated.disabled), (Role::Viewer, false));
 
-    // Without a mask, or with an empty one: what is populated.
+    // Without a mask, or with an empty one, the populated fields are set.
     let request = UpdateUserRequest { user: Some(all.clone()), ..Default::default() };
     let updated = update(&tracker.admin, request).await.unwrap();
     assert_eq!((updated.role(), updated.disabled), (Role::Member, true));
     let updated = update(&tracker.admin, change(User { disabled: false, ..all }, &[])).await.unwrap();
     assert_eq!((updated.role(), updated.disabled), (Role::Member, true));
-    assert_eq!(get(&tracker.admin, &id, "").await.unwrap(), updated, "nothing changed, the time neither");
+    assert_eq!(get(&tracker.admin, &id, "").await.unwrap(), updated, "update_time did not change either");
 }
 
 #[tokio::test]
-async fn what_an_update_cannot_set_is_named() {
+async fn unknown_and_read_only_mask_paths_are_named() {
     let tracker = Tracker::start().await;
     let user = User { id: tracker.viewer.user.id.clone(), role: Role::Member.into(), ..User::default() };
     let before = tracker.contents().await;
@@ -231,9 +231,9 @@ async fn what_an_update_cannot_set_is_named() {
         assert!(status.message().contains(&format!("\"{path}\"")), "{status:?}");
         assert_invalid(update(&tracker.admin, change(user.clone(), &[path])).await, &["update_mask.paths[0]"]);
     }
-    let nothing = User { role: 0, ..user.clone() };
-    assert_invalid(update(&tracker.admin, change(nothing.clone(), &[])).await, &["update_mask"]);
-    assert_invalid(update(&tracker.admin, change(nothing, &["role"])).await, &["user.role"]);
+    let empty = User { role: 0, ..user.clone() };
+    assert_invalid(update(&tracker.admin, change(empty.clone(), &[])).await, &["update_mask"]);
+    assert_invalid(update(&tracker.admin, change(empty, &["role"])).await, &["user.role"]);
     assert_invalid(update(&tracker.admin, change(User { role: 9, ..user.clone() }, &["*"])).await, &["user.role"]);
     let bad_id = User { id: "viewer".into(), ..user };
     assert_invalid(update(&tracker.admin, change(bad_id, &["role"])).await, &["user.id"]);
@@ -241,19 +241,19 @@ async fn what_an_update_cannot_set_is_named() {
 }
 
 #[tokio::test]
-async fn an_unknown_user_is_not_found() {
+async fn updating_a_missing_user_is_not_found() {
     let tracker = Tracker::start().await;
-    let nobody = User { id: Uuid::now_v7().to_string(), ..User::default() };
-    let status = assert_error(update(&tracker.admin, role(&nobody, Role::Member)).await, Code::NotFound, "NOT_FOUND");
+    let missing = User { id: Uuid::now_v7().to_string(), ..User::default() };
+    let status = assert_error(update(&tracker.admin, role(&missing, Role::Member)).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(bad_fields(&status), ["user.id"]);
 }
 
 #[tokio::test]
-async fn a_new_role_counts_from_the_next_call() {
+async fn changed_role_applies_to_the_next_call() {
     let tracker = Tracker::start().await;
-    assert!(is_in(&tracker.viewer).await);
+    assert!(is_authenticated(&tracker.viewer).await);
     update(&tracker.admin, role(&tracker.viewer.user, Role::Member)).await.unwrap();
-    tracker.viewer.file("filed by a viewer no longer").await;
+    tracker.viewer.file("created as a member").await;
 
     update(&tracker.admin, role(&tracker.viewer.user, Role::Viewer)).await.unwrap();
     let denied = tracker.viewer.issues().create_issue(issue_tracker::pb::CreateIssueRequest::default()).await;
@@ -261,31 +261,31 @@ async fn a_new_role_counts_from_the_next_call() {
 }
 
 #[tokio::test]
-async fn a_disabled_user_is_out_at_once_and_comes_back_without_his_sessions() {
+async fn disabling_a_user_ends_sessions_and_suspends_api_tokens() {
     let tracker = Tracker::start().await;
-    let ended = session(&tracker, "member").await.unwrap();
-    assert!(is_in(&ended).await && is_in(&tracker.member).await);
+    let session = log_in(&tracker, "member").await.unwrap();
+    assert!(is_authenticated(&session).await && is_authenticated(&tracker.member).await);
 
     update(&tracker.admin, disabled(&tracker.member.user, true)).await.unwrap();
-    assert!(!is_in(&ended).await && !is_in(&tracker.member).await);
-    assert!(session(&tracker, "member").await.is_err());
-    assert!(is_in(&tracker.viewer).await);
+    assert!(!is_authenticated(&session).await && !is_authenticated(&tracker.member).await);
+    assert!(log_in(&tracker, "member").await.is_err());
+    assert!(is_authenticated(&tracker.viewer).await);
 
     let enabled = update(&tracker.admin, disabled(&tracker.member.user, false)).await.unwrap();
     assert!(!enabled.disabled);
-    assert!(is_in(&tracker.member).await, "his API token works again");
-    assert!(!is_in(&ended).await, "his session has ended");
-    assert!(is_in(&session(&tracker, "member").await.unwrap()).await);
+    assert!(is_authenticated(&tracker.member).await, "the API token is valid again");
+    assert!(!is_authenticated(&session).await, "the session is over");
+    assert!(is_authenticated(&log_in(&tracker, "member").await.unwrap()).await);
 }
 
 #[tokio::test]
-async fn the_last_administrator_stays() {
+async fn last_enabled_administrator_cannot_be_demoted_or_disabled() {
     let tracker = Tracker::start().await;
     let other = tracker.user("other", Role::Admin).await;
     update(&tracker.admin, disabled(&other.user, true)).await.unwrap();
     let before = tracker.contents().await;
     let last = &tracker.admin.user;
-    // Another administrator who is disabled does not count.
+    // The other administrator is disabled and does not count.
     for request in [
         role(last, Role::Member),
         disabled(last, true),
@@ -297,44 +297,44 @@ async fn the_last_administrator_stays() {
     assert_eq!(tracker.contents().await, before);
 
     update(&tracker.admin, disabled(&other.user, false)).await.unwrap();
-    update(&tracker.admin, role(last, Role::Viewer)).await.expect("another one is left");
+    update(&tracker.admin, role(last, Role::Viewer)).await.expect("another administrator is enabled");
     let own = update(&tracker.admin, role(last, Role::Admin)).await;
     assert_error(own, Code::PermissionDenied, "PERMISSION_DENIED");
 }
 
 #[tokio::test]
-async fn two_administrators_cannot_demote_each_other_at_once() {
+async fn concurrent_demotions_leave_one_administrator() {
     let tracker = Tracker::start().await;
     let other = tracker.user("other", Role::Admin).await;
-    for round in 0..40 {
-        let lower = |user: &User| if round % 2 == 0 { role(user, Role::Member) } else { disabled(user, true) };
-        // Each lowers the other, or both themselves.
+    for iteration in 0..40 {
+        let demote = |user: &User| if iteration % 2 == 0 { role(user, Role::Member) } else { disabled(user, true) };
+        // Each demotes or disables the other, or each itself.
         let (by_admin, by_other) =
-            if round % 4 < 2 { (&other.user, &tracker.admin.user) } else { (&tracker.admin.user, &other.user) };
-        let (left, right) = tokio::join!(update(&tracker.admin, lower(by_admin)), update(&other, lower(by_other)));
+            if iteration % 4 < 2 { (&other.user, &tracker.admin.user) } else { (&tracker.admin.user, &other.user) };
+        let (left, right) = tokio::join!(update(&tracker.admin, demote(by_admin)), update(&other, demote(by_other)));
         assert_eq!(u8::from(left.is_ok()) + u8::from(right.is_ok()), 1, "{left:?} {right:?}");
         let refused = left.err().or(right.err()).unwrap();
-        // The slower one finds himself the last one, or no administrator any more.
+        // The later call comes from the last administrator, or from a caller who no longer is one.
         let codes = [Code::FailedPrecondition, Code::PermissionDenied, Code::Unauthenticated];
         assert!(codes.contains(&refused.code()), "{refused:?}");
         assert_eq!(tracker.count("SELECT count(*) FROM users WHERE role = 3 AND NOT disabled").await, 1);
 
-        let stayed = if is_in(&tracker.admin).await
+        let remaining = if is_authenticated(&tracker.admin).await
             && get(&tracker.admin, &tracker.admin.user.id, "").await.unwrap().role() == Role::Admin
         {
             (&tracker.admin, &other)
         } else {
             (&other, &tracker.admin)
         };
-        let restored = User { id: stayed.1.user.id.clone(), role: Role::Admin.into(), ..User::default() };
-        update(stayed.0, change(restored, &["*"])).await.unwrap();
+        let restored = User { id: remaining.1.user.id.clone(), role: Role::Admin.into(), ..User::default() };
+        update(remaining.0, change(restored, &["*"])).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_trial_answers_like_the_real_call_and_writes_nothing() {
+async fn dry_run_has_the_outcome_of_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
-    assert!(is_in(&tracker.member).await);
+    assert!(is_authenticated(&tracker.member).await);
     let before = tracker.contents().await;
     let user = create(&tracker.admin, CreateUserRequest { validate_only: true, ..new_user("ada", Role::Viewer) }).await;
     assert_eq!(user.unwrap().username, "ada");
@@ -344,28 +344,28 @@ async fn a_trial_answers_like_the_real_call_and_writes_nothing() {
     let request = UpdateUserRequest { validate_only: true, ..disabled(&tracker.member.user, true) };
     assert!(update(&tracker.admin, request).await.unwrap().disabled);
     assert_eq!(tracker.contents().await, before);
-    assert!(is_in(&tracker.member).await);
+    assert!(is_authenticated(&tracker.member).await);
 }
 
 #[tokio::test]
-async fn repeated_calls_answer_the_same_and_write_nothing() {
+async fn retry_with_the_request_id_returns_the_stored_response_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let request_id = || Uuid::now_v7().to_string();
-    let make = CreateUserRequest { request_id: request_id(), ..new_user("ada", Role::Viewer) };
-    let shut_out = UpdateUserRequest { request_id: request_id(), ..disabled(&tracker.member.user, true) };
-    let made = create(&tracker.admin, make.clone()).await.unwrap();
-    let out = update(&tracker.admin, shut_out.clone()).await.unwrap();
+    let create_ada = CreateUserRequest { request_id: request_id(), ..new_user("ada", Role::Viewer) };
+    let disable_member = UpdateUserRequest { request_id: request_id(), ..disabled(&tracker.member.user, true) };
+    let created = create(&tracker.admin, create_ada.clone()).await.unwrap();
+    let disabled_member = update(&tracker.admin, disable_member.clone()).await.unwrap();
     update(&tracker.admin, disabled(&tracker.member.user, false)).await.unwrap();
     let before = tracker.contents().await;
 
-    assert_eq!(create(&tracker.admin, make.clone()).await.unwrap(), made);
-    assert_eq!(update(&tracker.admin, shut_out).await.unwrap(), out);
+    assert_eq!(create(&tracker.admin, create_ada.clone()).await.unwrap(), created);
+    assert_eq!(update(&tracker.admin, disable_member).await.unwrap(), disabled_member);
 
-    // The password is not part of the comparison, the role is.
-    let other_password = CreateUserRequest { password: "another password".into(), ..make.clone() };
-    assert_eq!(create(&tracker.admin, other_password).await.unwrap(), made);
-    let other_role = CreateUserRequest { request_id: make.request_id, ..new_user("ada", Role::Admin) };
+    // The password is not part of the compared payload; the role is.
+    let other_password = CreateUserRequest { password: "another password".into(), ..create_ada.clone() };
+    assert_eq!(create(&tracker.admin, other_password).await.unwrap(), created);
+    let other_role = CreateUserRequest { request_id: create_ada.request_id, ..new_user("ada", Role::Admin) };
     assert_error(create(&tracker.admin, other_role).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(tracker.contents().await, before);
-    assert!(is_in(&tracker.member).await, "a replay disables nobody");
+    assert!(is_authenticated(&tracker.member).await, "the replay disabled no user");
 }

@@ -1,4 +1,4 @@
-//! `UpdateIssue`: the mask, versions, comments that go with a change, and callers who get in each other's way.
+//! `UpdateIssue`: field masks, versions, comments of an update, and concurrent updates.
 
 use issue_tracker::pb::{
     AddIssueLabelsRequest, BulkUpdateStatusRequest, DeleteIssueRequest, Issue, Priority, Status, UpdateIssueRequest,
@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::titled;
 use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, resources};
 
-/// A change of this issue to these values; with no paths there is no mask.
+/// Returns a request that sets these values; without paths it has no mask.
 fn change(id: &str, values: Issue, paths: &[&str]) -> UpdateIssueRequest {
     let paths: Vec<String> = paths.iter().map(|path| (*path).to_owned()).collect();
     UpdateIssueRequest {
@@ -25,7 +25,7 @@ async fn send(client: &Client, request: UpdateIssueRequest) -> Result<Issue, ton
     Ok(client.issues().update_issue(request).await?.into_inner())
 }
 
-/// An issue that has all that can be cleared.
+/// Creates an issue in which every clearable field is set.
 async fn full_issue(tracker: &Tracker) -> Issue {
     let issue = Issue {
         description: "it crashes".to_owned(),
@@ -37,8 +37,8 @@ async fn full_issue(tracker: &Tracker) -> Issue {
     tracker.member.file_as(issue).await
 }
 
-/// The issue and its history are as before.
-async fn assert_untouched(tracker: &Tracker, issue: &Issue) {
+/// Asserts that the issue and its history are unchanged.
+async fn assert_unchanged(tracker: &Tracker, issue: &Issue) {
     assert_eq!(tracker.member.get(&issue.id).await, *issue);
     let events = tracker.sql("SELECT FROM issue_events WHERE version > $1", &[&issue.version]).await;
     assert!(events.is_empty());
@@ -80,15 +80,15 @@ async fn without_a_mask_only_populated_fields_are_set() {
     request.issue.as_mut().unwrap().title = "crash".to_owned();
     request.update_mask = Some(FieldMask::default());
     let updated = send(&tracker.member, request).await.unwrap();
-    assert_eq!((&*updated.title, &*updated.description), ("crash", "it crashes"), "a mask without paths is none");
+    assert_eq!((&*updated.title, &*updated.description), ("crash", "it crashes"), "an empty mask equals no mask");
 }
 
 #[tokio::test]
-async fn a_masked_field_that_is_unset_is_cleared_and_no_other() {
+async fn masked_unset_field_is_cleared_and_others_are_unchanged() {
     let tracker = Tracker::start().await;
     let mut expected = full_issue(&tracker).await;
     for path in ["description", "priority", "assignee_id", "external_id"] {
-        // What is populated outside of the mask is left alone, even when it is out of bounds.
+        // Populated fields outside the mask are ignored, even when they are invalid.
         let values = Issue { status: Status::Closed.into(), ..titled(&"x".repeat(300)) };
         let updated = send(&tracker.member, change(&expected.id, values, &[path])).await.unwrap();
         match path {
@@ -108,7 +108,7 @@ async fn a_masked_field_that_is_unset_is_cleared_and_no_other() {
 }
 
 #[tokio::test]
-async fn a_star_sets_every_field_and_clears_those_that_are_unset() {
+async fn star_mask_sets_every_field_and_clears_unset_ones() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let values = Issue { status: Status::InProgress.into(), ..titled("crash on stop") };
@@ -138,7 +138,7 @@ async fn title_and_status_cannot_be_cleared() {
         let cleared = send(&tracker.member, change(&issue.id, Issue::default(), paths)).await;
         assert_invalid(cleared, fields);
     }
-    assert_untouched(&tracker, &issue).await;
+    assert_unchanged(&tracker, &issue).await;
 }
 
 #[tokio::test]
@@ -168,11 +168,11 @@ async fn unknown_and_read_only_paths_are_all_named() {
     let expected: Vec<String> = bad.map(|(index, _)| format!("update_mask.paths[{index}]")).collect();
     assert_eq!(bad_fields(&status), expected);
     assert!(status.message().contains("\"titel\"") && status.message().contains("assignee_id"), "{status:?}");
-    assert_untouched(&tracker, &issue).await;
+    assert_unchanged(&tracker, &issue).await;
 }
 
 #[tokio::test]
-async fn a_path_given_twice_counts_once() {
+async fn duplicate_mask_path_is_one_change() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let update = change(&issue.id, titled("crash on stop"), &["title", "title"]);
@@ -181,7 +181,7 @@ async fn a_path_given_twice_counts_once() {
 }
 
 #[tokio::test]
-async fn an_update_out_of_bounds_tells_all_violations_at_once() {
+async fn all_violations_of_an_update_are_reported() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let update = UpdateIssueRequest {
@@ -217,22 +217,22 @@ async fn an_update_out_of_bounds_tells_all_violations_at_once() {
         "request_id",
     ];
     assert_eq!(fields, expected);
-    let nothing = send(&tracker.member, change(&issue.id, Issue::default(), &[])).await;
-    assert_invalid(nothing, &["update_mask"]);
-    assert_untouched(&tracker, &issue).await;
+    let empty = send(&tracker.member, change(&issue.id, Issue::default(), &[])).await;
+    assert_invalid(empty, &["update_mask"]);
+    assert_unchanged(&tracker, &issue).await;
 }
 
 #[tokio::test]
-async fn an_update_to_what_already_is_changes_nothing() {
+async fn update_to_equal_values_changes_nothing() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
-    let answered = send(&tracker.member, change(&issue.id, issue.clone(), &["*"])).await.unwrap();
-    assert_eq!(answered, issue);
-    assert_untouched(&tracker, &issue).await;
+    let updated = send(&tracker.member, change(&issue.id, issue.clone(), &["*"])).await.unwrap();
+    assert_eq!(updated, issue);
+    assert_unchanged(&tracker, &issue).await;
 }
 
 #[tokio::test]
-async fn the_version_grows_by_one_however_many_fields_change() {
+async fn version_grows_by_one_however_many_fields_change() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let values = Issue { status: Status::InProgress.into(), priority: 1, ..titled("crash on stop") };
@@ -242,25 +242,25 @@ async fn the_version_grows_by_one_however_many_fields_change() {
 }
 
 #[tokio::test]
-async fn a_comment_goes_in_with_the_change_or_alone_without_a_new_version() {
+async fn comment_is_added_with_a_change_or_alone_without_a_new_version() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let update = change(&issue.id, titled("crash on stop"), &[]);
     let updated = send(&tracker.member, UpdateIssueRequest { comment: "seen".into(), ..update }).await.unwrap();
     assert_eq!((updated.version, updated.comment_count), (2, 1));
 
-    let only = UpdateIssueRequest { comment: "again".into(), ..change(&issue.id, Issue::default(), &[]) };
-    let commented = send(&tracker.admin, only).await.unwrap();
+    let comment_only = UpdateIssueRequest { comment: "again".into(), ..change(&issue.id, Issue::default(), &[]) };
+    let commented = send(&tracker.admin, comment_only).await.unwrap();
 
     assert_eq!((commented.version, commented.comment_count, commented.update_time), (2, 2, updated.update_time));
-    let kept = tracker.member.get(&issue.id).await;
-    let comments: Vec<_> = kept.comments.iter().map(|c| (&*c.content, &*c.author_username)).collect();
+    let stored = tracker.member.get(&issue.id).await;
+    let comments: Vec<_> = stored.comments.iter().map(|c| (&*c.content, &*c.author_username)).collect();
     assert_eq!(comments, [("seen", "member"), ("again", "admin")]);
-    assert_eq!(Issue { comments: Vec::new(), ..kept }, commented);
+    assert_eq!(Issue { comments: Vec::new(), ..stored }, commented);
 }
 
 #[tokio::test]
-async fn a_comment_does_not_go_in_without_its_change_nor_a_change_without_its_comment() {
+async fn change_and_comment_are_written_together_or_not_at_all() {
     let tracker = Tracker::start().await;
     tracker.member.file_as(Issue { external_id: "JIRA-2".to_owned(), ..titled("other") }).await;
     let issue = full_issue(&tracker).await;
@@ -280,42 +280,42 @@ async fn a_comment_does_not_go_in_without_its_change_nor_a_change_without_its_co
     }
 
     assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 0);
-    assert_untouched(&tracker, &issue).await;
+    assert_unchanged(&tracker, &issue).await;
     send(&tracker.member, with(titled("x"), &"é".repeat(16_384))).await.unwrap();
 }
 
 #[tokio::test]
-async fn an_unknown_assignee_is_not_found_and_named() {
+async fn missing_assignee_is_not_found_and_named() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
-    let nobody = Uuid::now_v7().to_string();
-    let update = change(&issue.id, Issue { assignee_id: nobody.clone(), ..titled("x") }, &[]);
+    let missing_id = Uuid::now_v7().to_string();
+    let update = change(&issue.id, Issue { assignee_id: missing_id.clone(), ..titled("x") }, &[]);
     let status = assert_error(send(&tracker.member, update).await, Code::NotFound, "NOT_FOUND");
     assert_eq!(bad_fields(&status), ["issue.assignee_id"]);
-    assert_eq!(resources(&status), [("user".to_owned(), nobody)]);
-    assert_untouched(&tracker, &issue).await;
+    assert_eq!(resources(&status), [("user".to_owned(), missing_id)]);
+    assert_unchanged(&tracker, &issue).await;
 }
 
 #[tokio::test]
-async fn an_external_id_of_another_issue_is_taken_and_a_free_one_is_not() {
+async fn external_id_of_another_issue_is_taken_until_it_is_cleared() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let other = tracker.member.file("other").await;
-    let key = |external_id: &str| Issue { external_id: external_id.to_owned(), ..Issue::default() };
+    let with_external_id = |external_id: &str| Issue { external_id: external_id.to_owned(), ..Issue::default() };
 
-    let taken = send(&tracker.member, change(&other.id, key("JIRA-1"), &[])).await;
+    let taken = send(&tracker.member, change(&other.id, with_external_id("JIRA-1"), &[])).await;
     let status = assert_error(taken, Code::AlreadyExists, "ALREADY_EXISTS");
     assert_eq!(bad_fields(&status), ["issue.external_id"]);
     assert_eq!(resources(&status), [("issue".to_owned(), "JIRA-1".to_owned())]);
-    assert_untouched(&tracker, &other).await;
+    assert_unchanged(&tracker, &other).await;
 
     send(&tracker.member, change(&issue.id, Issue::default(), &["external_id"])).await.unwrap();
-    let updated = send(&tracker.member, change(&other.id, key("JIRA-1"), &[])).await.unwrap();
+    let updated = send(&tracker.member, change(&other.id, with_external_id("JIRA-1"), &[])).await.unwrap();
     assert_eq!(updated.external_id, "JIRA-1");
 }
 
 #[tokio::test]
-async fn a_deleted_issue_cannot_be_updated_or_commented() {
+async fn deleted_issue_cannot_be_updated_or_commented() {
     let tracker = Tracker::start().await;
     let id = full_issue(&tracker).await.id;
     let delete = DeleteIssueRequest { id: id.clone(), ..Default::default() };
@@ -328,7 +328,7 @@ async fn a_deleted_issue_cannot_be_updated_or_commented() {
     ] {
         assert_error(send(&tracker.member, update).await, Code::FailedPrecondition, "ISSUE_STATE");
     }
-    assert_untouched(&tracker, &deleted).await;
+    assert_unchanged(&tracker, &deleted).await;
 }
 
 #[tokio::test]
@@ -352,50 +352,50 @@ async fn close_time_and_reopen_count_follow_the_status() {
     let closed = send(&tracker.member, close.clone()).await.unwrap();
     send(&tracker.member, change(&issue.id, titled("other"), &[])).await.unwrap();
     let again = send(&tracker.member, close).await.unwrap();
-    assert_eq!(again.close_time, closed.close_time, "closing what is closed is no change");
+    assert_eq!(again.close_time, closed.close_time, "closing a closed issue changes nothing");
 }
 
 #[tokio::test]
-async fn of_updates_that_expect_the_same_version_exactly_one_wins() {
+async fn exactly_one_of_concurrent_updates_with_the_same_expected_version_succeeds() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
-    let (rounds, callers) = (25, 8);
-    for round in 1..=rounds {
+    let (iterations, callers) = (25, 8);
+    for iteration in 1..=iterations {
         let mut calls = JoinSet::new();
         for caller in 0..callers {
             let client = tracker.member.clone();
             let update = UpdateIssueRequest {
-                expected_version: round,
+                expected_version: iteration,
                 comment: if caller % 2 == 0 { "mine".to_owned() } else { String::new() },
-                ..change(&issue.id, titled(&format!("{round} by {caller}")), &[])
+                ..change(&issue.id, titled(&format!("{iteration} by {caller}")), &[])
             };
             calls.spawn(async move { send(&client, update).await });
         }
-        let (won, lost): (Vec<_>, Vec<_>) = calls.join_all().await.into_iter().partition(Result::is_ok);
-        assert_eq!((won.len(), lost.len()), (1, callers - 1));
-        for lost in lost {
-            let status = assert_error(lost, Code::Aborted, "VERSION_MISMATCH");
-            assert_eq!(error_metadata(&status, "current_version"), Some((round + 1).to_string()));
+        let (succeeded, failed): (Vec<_>, Vec<_>) = calls.join_all().await.into_iter().partition(Result::is_ok);
+        assert_eq!((succeeded.len(), failed.len()), (1, callers - 1));
+        for failed in failed {
+            let status = assert_error(failed, Code::Aborted, "VERSION_MISMATCH");
+            assert_eq!(error_metadata(&status, "current_version"), Some((iteration + 1).to_string()));
         }
-        let kept = tracker.member.get(&issue.id).await;
-        assert_eq!((kept.title, kept.version), (won[0].as_ref().unwrap().title.clone(), round + 1));
+        let stored = tracker.member.get(&issue.id).await;
+        assert_eq!((stored.title, stored.version), (succeeded[0].as_ref().unwrap().title.clone(), iteration + 1));
     }
-    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, rounds);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, iterations);
 }
 
 #[tokio::test]
-async fn of_concurrent_updates_of_different_fields_none_is_lost() {
+async fn concurrent_updates_of_different_fields_are_all_applied() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
-    let rounds = 20;
-    for round in 1..=rounds {
-        let text = format!("{round}");
+    let iterations = 20;
+    for iteration in 1..=iterations {
+        let text = format!("{iteration}");
         let values = [
             titled(&text),
             Issue { description: text.clone(), ..Issue::default() },
             Issue { external_id: text.clone(), ..Issue::default() },
-            Issue { status: 1 + round % 3, ..Issue::default() },
-            Issue { priority: 1 + round % 4, ..Issue::default() },
+            Issue { status: 1 + iteration % 3, ..Issue::default() },
+            Issue { priority: 1 + iteration % 4, ..Issue::default() },
         ];
         let mut calls = JoinSet::new();
         for values in values {
@@ -403,20 +403,20 @@ async fn of_concurrent_updates_of_different_fields_none_is_lost() {
             calls.spawn(async move { send(&client, update).await.unwrap() });
         }
         calls.join_all().await;
-        let kept = tracker.member.get(&issue.id).await;
-        assert_eq!([&kept.title, &kept.description, &kept.external_id], [&text; 3]);
-        assert_eq!((kept.status, kept.priority), (1 + round % 3, 1 + round % 4));
+        let stored = tracker.member.get(&issue.id).await;
+        assert_eq!([&stored.title, &stored.description, &stored.external_id], [&text; 3]);
+        assert_eq!((stored.status, stored.priority), (1 + iteration % 3, 1 + iteration % 4));
     }
-    let kept = tracker.member.get(&issue.id).await;
-    // Each change was of one field, so that each event has a version of its own.
+    let stored = tracker.member.get(&issue.id).await;
+    // Each update changes one field, so each event has its own version.
     let changes = tracker.count("SELECT count(DISTINCT version) FROM issue_events").await;
     let events = tracker.count("SELECT count(*) FROM issue_events").await;
-    assert_eq!((kept.version, changes), (1 + events, events));
+    assert_eq!((stored.version, changes), (1 + events, events));
 }
 
-/// Holds the issue's row, as a change to this SQL does that has not yet been committed; then sends the call, waits until it
-/// waits, and lets the change through.
-async fn call_during<T: Send + 'static>(
+/// Updates the issue with `set` in a transaction, starts `call`, and commits the transaction once the call is blocked on
+/// the row lock. Returns the call's result.
+async fn call_during_update<T: Send + 'static>(
     tracker: &Tracker,
     id: &str,
     set: &str,
@@ -433,15 +433,16 @@ async fn call_during<T: Send + 'static>(
 }
 
 #[tokio::test]
-async fn an_update_that_waited_is_judged_by_what_the_issue_has_become() {
+async fn blocked_update_applies_to_the_committed_state() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
-    // The same as before the other change, so it is one only after it.
+    // These values equal the initial ones: the update changes something only after the concurrent update.
     let update = change(&issue.id, Issue { status: Status::Open.into(), ..titled("crash") }, &[]);
     let client = tracker.member.clone();
 
     let set = "status = 3, title = 'closed meanwhile'";
-    let updated = call_during(&tracker, &issue.id, set, async move { send(&client, update).await }).await.unwrap();
+    let updated =
+        call_during_update(&tracker, &issue.id, set, async move { send(&client, update).await }).await.unwrap();
 
     assert_eq!((updated.status(), &*updated.title), (Status::Open, "crash"));
     assert_eq!((updated.version, updated.reopen_count), (3, 1));
@@ -449,7 +450,7 @@ async fn an_update_that_waited_is_judged_by_what_the_issue_has_become() {
 }
 
 #[tokio::test]
-async fn a_bulk_update_that_waited_is_judged_by_what_the_issue_has_become() {
+async fn blocked_bulk_update_applies_to_the_committed_state() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let mut issues = tracker.member.issues();
@@ -457,14 +458,14 @@ async fn a_bulk_update_that_waited_is_judged_by_what_the_issue_has_become() {
         BulkUpdateStatusRequest { ids: vec![issue.id.clone()], status: Status::Open.into(), ..Default::default() };
 
     let bulk = async move { issues.bulk_update_status(reopen).await };
-    let response = call_during(&tracker, &issue.id, "status = 3", bulk).await.unwrap().into_inner();
+    let response = call_during_update(&tracker, &issue.id, "status = 3", bulk).await.unwrap().into_inner();
 
     assert_eq!((response.changed_count, response.results[0].version), (1, 3));
     assert_eq!(tracker.member.get(&issue.id).await.status(), Status::Open);
 }
 
 #[tokio::test]
-async fn an_update_that_waited_answers_the_issue_of_its_version() {
+async fn blocked_update_returns_the_issue_as_of_its_version() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     let bug = tracker.member.label("bug").await;
@@ -475,11 +476,11 @@ async fn an_update_that_waited_answers_the_issue_of_its_version() {
 
     let session = tracker.session().await;
     let (id, actor, bug) = (&issue.id, &tracker.admin.user.id, bug.id);
-    let put_on = format!(
+    let add_label = format!(
         "BEGIN; UPDATE issues SET change_actor_id = '{actor}' WHERE id = '{id}';
          INSERT INTO issue_labels VALUES ('{id}', '{bug}')"
     );
-    session.batch_execute(&put_on).await.unwrap();
+    session.batch_execute(&add_label).await.unwrap();
     let call = tokio::spawn(async move { send(&client, update).await });
     tracker.wait_until_blocked().await;
     session.batch_execute("COMMIT").await.unwrap();
@@ -490,7 +491,7 @@ async fn an_update_that_waited_answers_the_issue_of_its_version() {
 }
 
 #[tokio::test]
-async fn a_dry_run_of_an_update_answers_as_the_real_call_and_writes_nothing() {
+async fn dry_run_of_an_update_has_the_outcome_of_the_real_call_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let dry = UpdateIssueRequest {
@@ -498,9 +499,9 @@ async fn a_dry_run_of_an_update_answers_as_the_real_call_and_writes_nothing() {
         validate_only: true,
         ..change(&issue.id, titled("crash on stop"), &[])
     };
-    let tried = send(&tracker.member, dry.clone()).await.unwrap();
-    assert_eq!((&*tried.title, tried.version, tried.comment_count), ("crash on stop", 2, 1));
+    let validated = send(&tracker.member, dry.clone()).await.unwrap();
+    assert_eq!((&*validated.title, validated.version, validated.comment_count), ("crash on stop", 2, 1));
     let stale = send(&tracker.member, UpdateIssueRequest { expected_version: 7, ..dry }).await;
     assert_error(stale, Code::Aborted, "VERSION_MISMATCH");
-    assert_untouched(&tracker, &issue).await;
+    assert_unchanged(&tracker, &issue).await;
 }

@@ -1,4 +1,4 @@
-//! The filter of `ListIssues` over real rows; `src/filter/tests.rs` has its grammar.
+//! The filter of `ListIssues` applied to stored issues. `src/filter/tests.rs` tests the grammar.
 
 use issue_tracker::pb::{DeleteIssueRequest, Issue, Label, ListIssuesRequest, Priority, Status};
 use proptest::{
@@ -7,14 +7,14 @@ use proptest::{
     test_runner::{Config, TestRunner},
 };
 
-use super::{file_all, ids, list, titled, walk};
+use super::{all_pages, create_all, ids, list, titled};
 use crate::harness::{Client, Tracker, assert_invalid};
 
 fn filtered(filter: &str) -> ListIssuesRequest {
     ListIssuesRequest { filter: filter.to_owned(), ..Default::default() }
 }
 
-/// The filter lists the issues with exactly these titles, newest first.
+/// Asserts that the filter lists exactly the issues with these titles, newest first.
 async fn assert_lists(client: &Client, filter: &str, titles: &[&str]) {
     let page = list(client, filtered(filter)).await.unwrap_or_else(|status| panic!("{filter}: {status:?}"));
     let found: Vec<&str> = page.issues.iter().map(|issue| &*issue.title).collect();
@@ -22,14 +22,14 @@ async fn assert_lists(client: &Client, filter: &str, titles: &[&str]) {
 }
 
 #[tokio::test]
-async fn status_and_priority_select() {
+async fn status_and_priority_filter_by_name() {
     let tracker = Tracker::start().await;
     let issue = |title: &str, status: Status, priority: Priority| Issue {
         status: status.into(),
         priority: priority.into(),
         ..titled(title)
     };
-    file_all(
+    create_all(
         &tracker.member,
         vec![
             issue("a", Status::Open, Priority::Unspecified),
@@ -58,14 +58,14 @@ async fn status_and_priority_select() {
 }
 
 #[tokio::test]
-async fn users_select_by_name_in_whatever_case_or_by_id() {
+async fn assignee_and_reporter_filter_by_case_insensitive_name_or_id() {
     let tracker = Tracker::start().await;
     let [admin, member] = [&tracker.admin, &tracker.member];
     let assigned = |title: &str, id: &str| Issue { assignee_id: id.to_owned(), ..titled(title) };
     member.file_as(assigned("a", &admin.user.id)).await;
     admin.file_as(assigned("b", &member.user.id)).await;
     admin.file_as(assigned("c", "")).await;
-    let (admin_id, nobody) = (&admin.user.id, uuid::Uuid::now_v7());
+    let (admin_id, missing_id) = (&admin.user.id, uuid::Uuid::now_v7());
     for (filter, titles) in [
         ("assignee = admin", &["a"][..]),
         ("assignee = ADMIN", &["a"]),
@@ -79,15 +79,15 @@ async fn users_select_by_name_in_whatever_case_or_by_id() {
         ("assignee = nobody", &[]),
         ("reporter = \"no such name\"", &[]),
         ("assignee = adm%", &[]),
-        (&format!("assignee = {nobody}"), &[]),
-        (&format!("reporter = {nobody}"), &[]),
+        (&format!("assignee = {missing_id}"), &[]),
+        (&format!("reporter = {missing_id}"), &[]),
     ] {
         assert_lists(&tracker.viewer, filter, titles).await;
     }
 }
 
 #[tokio::test]
-async fn several_labels_select_the_issues_that_carry_all_of_them() {
+async fn several_label_terms_select_issues_with_all_of_them() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("bug").await.id;
     let triage = tracker.member.label("Needs Triage").await.id;
@@ -114,7 +114,7 @@ async fn several_labels_select_the_issues_that_carry_all_of_them() {
 }
 
 #[tokio::test]
-async fn words_are_looked_for_in_title_and_description_in_whatever_case() {
+async fn words_match_substrings_of_title_and_description_case_insensitively() {
     let tracker = Tracker::start().await;
     for (title, description) in [
         ("Crash on START", "when the login page opens"),
@@ -143,7 +143,7 @@ async fn words_are_looked_for_in_title_and_description_in_whatever_case() {
 }
 
 #[tokio::test]
-async fn wildcards_and_backslashes_in_words_stand_for_themselves() {
+async fn wildcards_and_backslashes_in_words_match_literally() {
     let tracker = Tracker::start().await;
     for title in ["100% sure", "1000 sure", "snake_case", "snakeXcase", r"C:\dir", "C:dir", "2 * 3", r#"say "hi""#] {
         tracker.member.file(title).await;
@@ -168,7 +168,7 @@ async fn wildcards_and_backslashes_in_words_stand_for_themselves() {
 }
 
 #[tokio::test]
-async fn a_filter_that_cannot_be_read_is_refused_with_the_place() {
+async fn invalid_filter_is_rejected_with_the_position() {
     let tracker = Tracker::start().await;
     for (filter, message) in [
         ("status = OPEN OR status = CLOSED", "at character 15: OR is not supported"),
@@ -190,12 +190,12 @@ async fn a_filter_that_cannot_be_read_is_refused_with_the_place() {
     }
 }
 
-/// A term as text, and the issues for which it holds.
+/// A term of a filter.
 #[derive(Clone, Debug)]
 enum Term {
     Status(Status),
     Priority(Priority),
-    /// Empty is nobody.
+    /// An empty name selects unassigned issues.
     Assignee(&'static str),
     Reporter(&'static str),
     Label(&'static str),
@@ -217,7 +217,7 @@ impl Term {
         }
     }
 
-    fn holds(&self, issue: &Issue, user_id: impl Fn(&str) -> Option<String>) -> bool {
+    fn matches(&self, issue: &Issue, user_id: impl Fn(&str) -> Option<String>) -> bool {
         let contains = |text: &str, word: &str| text.to_lowercase().contains(&word.to_lowercase());
         match self {
             Self::Status(status) => issue.status() == *status,
@@ -242,7 +242,7 @@ fn term() -> impl Strategy<Value = Term> {
     ]
 }
 
-/// Sixty issues of every kind, some of them deleted; newest first.
+/// Creates 60 issues with varied fields, deletes some, and returns them newest first.
 async fn varied_issues(tracker: &Tracker) -> Vec<Issue> {
     let labels: Vec<Label> = vec![tracker.member.label("bug").await, tracker.member.label("ui").await];
     let users = [&tracker.admin, &tracker.member];
@@ -269,7 +269,7 @@ async fn varied_issues(tracker: &Tracker) -> Vec<Issue> {
 }
 
 #[test]
-fn a_list_is_what_a_naive_filter_leaves_of_all_issues() {
+fn list_equals_a_naive_filter_over_all_issues() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let tracker = runtime.block_on(Tracker::start());
     let issues = runtime.block_on(varied_issues(&tracker));
@@ -281,14 +281,15 @@ fn a_list_is_what_a_naive_filter_leaves_of_all_issues() {
     let cases = (proptest::collection::vec(term(), 0..4), select(vec![" ", " AND "]), 1..20, any::<bool>());
     let config = Config { cases: 200, failure_persistence: None, ..Config::default() };
     TestRunner::new(config)
-        .run(&cases, |(terms, joint, page_size, show_deleted)| {
+        .run(&cases, |(terms, separator, page_size, show_deleted)| {
             let texts: Vec<String> = terms.iter().map(Term::text).collect();
-            let request = ListIssuesRequest { page_size, show_deleted, ..filtered(&texts.join(joint)) };
-            let listed = runtime.block_on(walk(&tracker.viewer, request)).concat();
+            let request = ListIssuesRequest { page_size, show_deleted, ..filtered(&texts.join(separator)) };
+            let listed = runtime.block_on(all_pages(&tracker.viewer, request)).concat();
 
             let shown = issues.iter().filter(|issue| show_deleted || issue.delete_time.is_none());
-            let left: Vec<&Issue> = shown.filter(|issue| terms.iter().all(|term| term.holds(issue, user_id))).collect();
-            prop_assert_eq!(ids(&listed), ids(left));
+            let expected: Vec<&Issue> =
+                shown.filter(|issue| terms.iter().all(|term| term.matches(issue, user_id))).collect();
+            prop_assert_eq!(ids(&listed), ids(expected));
             Ok(())
         })
         .unwrap();
