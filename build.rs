@@ -1,8 +1,12 @@
-//! Compiles `proto/` into message types, service traits and the descriptor set that reflection serves.
+//! Compiles `proto/` into message types, service traits, the descriptor set that reflection serves, and the method table.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{env, error::Error, fmt::Write, fs, path::PathBuf};
 
-/// The messages with passwords and tokens: `src/lib.rs` says what is printed of them.
+use protox::prost_reflect::{DescriptorPool, MethodDescriptor};
+
+const PACKAGE: &str = "issuetracker.v1";
+
+/// The messages with passwords and tokens: `src/pb.rs` says what is printed of them.
 const WITH_SECRETS: [&str; 5] =
     ["LoginRequest", "LoginResponse", "CreateUserRequest", "ChangePasswordRequest", "CreateApiTokenResponse"];
 
@@ -19,9 +23,56 @@ fn main() -> Result<(), Box<dyn Error>> {
     compiler.include_source_info(true).include_imports(true).open_files(files)?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("descriptor.bin"), compiler.encode_file_descriptor_set())?;
+    fs::write(out.join("method_table.rs"), method_table(&compiler.descriptor_pool())?)?;
     tonic_prost_build::configure()
         .bytes(".issuetracker.v1.ImportChunk")
-        .skip_debug(WITH_SECRETS.map(|message| format!(".issuetracker.v1.{message}")))
+        .skip_debug(WITH_SECRETS.map(|message| format!(".{PACKAGE}.{message}")))
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
+}
+
+/// Returns the array that `src/middleware/method_table.rs` includes: one `MethodPolicy` per method, ordered by path.
+fn method_table(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
+    let services = pool.services().filter(|service| service.package_name() == PACKAGE);
+    let mut policies = Vec::new();
+    for method in services.flat_map(|service| service.methods().collect::<Vec<_>>()) {
+        let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
+        policies.push((method_policy(pool, &method, &path)?, path));
+    }
+    policies.sort_by(|left, right| left.1.cmp(&right.1));
+
+    let mut table = String::from("[\n");
+    for (policy, _) in policies {
+        writeln!(table, "    {policy},")?;
+    }
+    table.push_str("]\n");
+    Ok(table)
+}
+
+/// Returns the `MethodPolicy` of one method as Rust source.
+///
+/// The options are read from protox's descriptors, as prost's keep no extensions.
+fn method_policy(pool: &DescriptorPool, method: &MethodDescriptor, path: &str) -> Result<String, Box<dyn Error>> {
+    let options = method.options();
+    let idempotency = method.method_descriptor_proto().options.as_ref().map(|options| options.idempotency_level());
+    let only_reads = idempotency.is_some_and(|level| level.as_str_name() == "NO_SIDE_EFFECTS");
+
+    let extension = pool.get_extension_by_name(&format!("{PACKAGE}.required_role")).ok_or("no required_role option")?;
+    let number = options.get_extension(&extension).as_enum_number().unwrap_or_default();
+    let roles = pool.get_enum_by_name(&format!("{PACKAGE}.RequiredRole")).ok_or("no RequiredRole enum")?;
+    let role = match roles.get_value(number).as_ref().map(|value| value.name()) {
+        Some("REQUIRED_ROLE_UNAUTHENTICATED") => "Unauthenticated",
+        Some("REQUIRED_ROLE_VIEWER") => "Viewer",
+        Some("REQUIRED_ROLE_MEMBER") => "Member",
+        Some("REQUIRED_ROLE_ADMIN") => "Admin",
+        _ => return Err(format!("{path}: no required role; declare option ({PACKAGE}.required_role)").into()),
+    };
+    Ok(format!(
+        "MethodPolicy {{ path: {path:?}, service: {:?}, method: {:?}, client_streaming: {}, server_streaming: {}, \
+         only_reads: {only_reads}, required_role: RequiredRole::{role} }}",
+        method.parent_service().full_name(),
+        method.name(),
+        method.is_client_streaming(),
+        method.is_server_streaming(),
+    ))
 }

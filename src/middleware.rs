@@ -2,6 +2,7 @@
 //! bounds on what requests and answers hold in memory.
 
 mod body;
+pub mod method_table;
 mod unauthenticated_streams;
 
 use std::{
@@ -376,10 +377,9 @@ impl Gate {
 /// The flag and the length before each message.
 const MESSAGE_PREFIX_BYTES: usize = 5;
 
-/// Whether a method leaves everything as it is, by its name. What is not known does not.
+/// Whether a method has no side effects. Health checks are the only such methods that are not in the table.
 fn only_reads(path: &str) -> bool {
-    let method = path.rsplit('/').next().unwrap_or_default();
-    ["Get", "BatchGet", "List", "Export", "WhoAmI", "Check"].iter().any(|word| method.starts_with(word))
+    path == HEALTH_CHECK_PATH || method_table::find(path).is_some_and(|policy| policy.only_reads)
 }
 
 /// What is told to a client that does not speak gRPC, as its specification has it.

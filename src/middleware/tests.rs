@@ -1,5 +1,3 @@
-use prost::Message;
-
 use super::*;
 
 #[test]
@@ -104,25 +102,4 @@ fn a_grpc_timeout_is_up_to_eight_digits_and_a_unit() {
     ] {
         assert_eq!(grpc_timeout(value), wanted, "{value}");
     }
-}
-
-#[test]
-fn the_methods_that_only_read_are_those_that_cannot_be_tried_out() {
-    let files = prost_types::FileDescriptorSet::decode(crate::FILE_DESCRIPTOR_SET).unwrap().file;
-    let ours: Vec<_> = files.iter().filter(|file| file.package() == "issuetracker.v1").collect();
-    let fields = |message: &str| {
-        let mut messages = ours.iter().flat_map(|file| &file.message_type);
-        let found = messages.find(|found| message.ends_with(&format!(".{}", found.name()))).unwrap();
-        found.field.iter().map(|field| field.name().to_owned()).collect::<Vec<_>>()
-    };
-    let mut reads = 0;
-    for service in ours.iter().flat_map(|file| &file.service) {
-        for method in &service.method {
-            let path = format!("/issuetracker.v1.{}/{}", service.name(), method.name());
-            let changes = fields(method.input_type()).contains(&"validate_only".to_owned()) || path == IMPORT_PATH;
-            assert_eq!(only_reads(&path), !changes, "{path}");
-            reads += usize::from(!changes);
-        }
-    }
-    assert!(reads > 10);
 }

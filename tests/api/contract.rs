@@ -8,10 +8,15 @@ mod wire;
 use std::collections::{BTreeSet, HashSet};
 
 use bytes::Bytes;
-use issue_tracker::FILE_DESCRIPTOR_SET;
+use issue_tracker::{
+    FILE_DESCRIPTOR_SET,
+    pb::{RequiredRole, Role},
+};
 use prost::Message;
+use prost_reflect::{DescriptorPool, MethodDescriptor};
 use prost_types::{
     DescriptorProto, EnumDescriptorProto, FileDescriptorProto, FileDescriptorSet, field_descriptor_proto::Type,
+    method_options::IdempotencyLevel,
 };
 use tonic::{Code, Request, Status, client::Grpc};
 
@@ -20,24 +25,6 @@ use crate::{
     support::codec::{BytesCodec, unary},
 };
 
-/// The methods that change nothing.
-const READ_ONLY: &[&str] = &[
-    "AuthService/WhoAmI",
-    "AuthService/ListApiTokens",
-    "UserService/GetUser",
-    "UserService/ListUsers",
-    "UserService/ListAuditEvents",
-    "IssueService/GetIssue",
-    "IssueService/BatchGetIssues",
-    "IssueService/ListIssues",
-    "IssueService/ExportIssues",
-    "CommentService/ListComments",
-    "LabelService/ListLabels",
-    "ImportService/GetImport",
-    "ImportService/ListImportErrors",
-    "ReportService/GetTopAssignees",
-    "ReportService/GetResolutionLatency",
-];
 /// The mutations without request id: no secret is kept for a replay; an import has its own id, in its options.
 const WITHOUT_REQUEST_ID: &[&str] = &["AuthService/Login", "AuthService/CreateApiToken", "ImportService/ImportIssues"];
 const LOGIN: &str = "AuthService/Login";
@@ -47,11 +34,14 @@ struct Method {
     /// `Service/Method`.
     name: String,
     request: DescriptorProto,
+    only_reads: bool,
+    /// The declared option `required_role`. None: the method needs no credentials.
+    required_role: Option<Role>,
 }
 
 impl Method {
     fn mutates(&self) -> bool {
-        !READ_ONLY.contains(&&*self.name)
+        !self.only_reads
     }
 
     /// A field of the request that says how the request is to be handled.
@@ -81,19 +71,33 @@ fn our_files() -> Vec<FileDescriptorProto> {
 }
 
 fn our_methods() -> Vec<Method> {
-    let files = our_files();
-    let request = |full_name: &str| {
-        let name = full_name.strip_prefix(".issuetracker.v1.").unwrap();
-        files.iter().flat_map(|file| &file.message_type).find(|message| message.name() == name).unwrap().clone()
-    };
-    let services = files.iter().flat_map(|file| &file.service);
-    let methods = services.flat_map(|service| service.method.iter().map(move |method| (service, method)));
+    let pool = DescriptorPool::decode(FILE_DESCRIPTOR_SET).unwrap();
+    let services = pool.services().filter(|service| service.package_name() == "issuetracker.v1");
+    let methods = services.flat_map(|service| service.methods().collect::<Vec<_>>());
     methods
-        .map(|(service, method)| Method {
-            name: format!("{}/{}", service.name(), method.name()),
-            request: request(method.input_type()),
+        .map(|method| Method {
+            name: format!("{}/{}", method.parent_service().name(), method.name()),
+            request: method.input().descriptor_proto().clone(),
+            only_reads: idempotency_level(&method) == IdempotencyLevel::NoSideEffects,
+            required_role: required_role(&method),
         })
         .collect()
+}
+
+fn idempotency_level(method: &MethodDescriptor) -> IdempotencyLevel {
+    method.method_descriptor_proto().options.as_ref().unwrap().idempotency_level()
+}
+
+fn required_role(method: &MethodDescriptor) -> Option<Role> {
+    let option = method.parent_pool().get_extension_by_name("issuetracker.v1.required_role").unwrap();
+    let number = method.options().get_extension(&option).as_enum_number().unwrap();
+    match RequiredRole::try_from(number).unwrap() {
+        RequiredRole::Unspecified => panic!("{}: no required role", method.full_name()),
+        RequiredRole::Unauthenticated => None,
+        RequiredRole::Viewer => Some(Role::Viewer),
+        RequiredRole::Member => Some(Role::Member),
+        RequiredRole::Admin => Some(Role::Admin),
+    }
 }
 
 /// Calls `Service/Method` of ours with one message, whatever that is.
@@ -122,6 +126,9 @@ fn everything_in_the_contract_has_a_comment() {
         }
         for (index, item) in (0..).zip(&file.enum_type) {
             expect_enum(item, &[5, index], item.name(), &mut expected);
+        }
+        for (index, extension) in (0..).zip(&file.extension) {
+            expected.push((vec![7, index], extension.name().to_owned()));
         }
         for (index, service) in (0..).zip(&file.service) {
             expected.push((vec![6, index], service.name().to_owned()));
@@ -162,7 +169,7 @@ fn expect_enum(item: &EnumDescriptorProto, path: &[i32], name: &str, expected: &
 fn every_mutation_takes_a_request_id_and_can_be_tried() {
     let methods = our_methods();
     let names: BTreeSet<&str> = methods.iter().map(|method| &*method.name).collect();
-    for listed in READ_ONLY.iter().chain(WITHOUT_REQUEST_ID) {
+    for listed in WITHOUT_REQUEST_ID {
         assert!(names.contains(listed), "{listed} is listed here and does not exist");
     }
     for method in &methods {
@@ -176,11 +183,11 @@ fn every_mutation_takes_a_request_id_and_can_be_tried() {
 }
 
 #[tokio::test]
-async fn without_credentials_every_method_but_login_is_unauthenticated_whatever_is_sent() {
+async fn without_credentials_every_method_with_a_required_role_is_unauthenticated_whatever_is_sent() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     let nobody = tracker.client_with_token(None);
-    for method in our_methods().iter().filter(|method| method.name != LOGIN) {
+    for method in our_methods().iter().filter(|method| method.required_role.is_some()) {
         for message in [&b""[..], b"\xff\xff\xff"] {
             let refused = call(&tracker, &nobody, &method.name, message).await;
             let status = assert_error(refused, Code::Unauthenticated, "UNAUTHENTICATED");
