@@ -1,11 +1,11 @@
-//! `ImportService`: what a file becomes.
+//! `ImportService`: the issues that a file creates, and the responses of the import stream.
 
-/// An import holds an advisory lock as long as it is worked on.
-macro_rules! locks {
-    ($is:literal) => {
+/// A query that compares the number of advisory locks. The server holds one for each import in progress.
+macro_rules! import_locks {
+    ($compare:literal) => {
         concat!(
             "SELECT count(*) ",
-            $is,
+            $compare,
             " FROM pg_locks l JOIN pg_database d ON d.oid = l.database
             WHERE locktype = 'advisory' AND datname = current_database()"
         )
@@ -37,21 +37,21 @@ use uuid::Uuid;
 
 use crate::harness::{Client, Tracker, assert_error};
 
-/// An import that a client makes in one go.
+/// A complete import: its options, its file and the chunks it is sent in.
 #[derive(Clone)]
 struct Import {
     options: ImportOptions,
     file: Vec<u8>,
-    /// Where the file is cut into chunks.
-    cuts: Vec<usize>,
+    /// The offsets at which all chunks but the first begin.
+    chunk_offsets: Vec<usize>,
 }
 
-/// Of this file, ATOMIC, in chunks of 1 MiB.
+/// Returns an ATOMIC import of this file in chunks of 1 MiB.
 fn import(file: impl Into<Vec<u8>>) -> Import {
     let file = file.into();
     let options = ImportOptions { total_bytes: file.len() as i64, ..Default::default() };
-    let cuts = (0..file.len()).step_by(1024 * 1024).skip(1).collect();
-    Import { options, file, cuts }
+    let chunk_offsets = (0..file.len()).step_by(1024 * 1024).skip(1).collect();
+    Import { options, file, chunk_offsets }
 }
 
 impl Import {
@@ -75,7 +75,7 @@ impl Import {
         self
     }
 
-    /// With other options.
+    /// Changes the options.
     fn with(mut self, change: impl FnOnce(&mut ImportOptions)) -> Self {
         change(&mut self.options);
         self
@@ -86,15 +86,16 @@ impl Import {
         self
     }
 
-    fn cut_at(mut self, cuts: impl IntoIterator<Item = usize>) -> Self {
-        self.cuts = cuts.into_iter().collect();
+    fn chunks_at(mut self, offsets: impl IntoIterator<Item = usize>) -> Self {
+        self.chunk_offsets = offsets.into_iter().collect();
         self
     }
 
-    async fn by(self, client: &Client) -> Result<Answer, Status> {
+    /// Sends the import in one stream and returns its responses.
+    async fn by(self, client: &Client) -> Result<Responses, Status> {
         let mut messages = vec![options(self.options)];
         let mut begin = 0;
-        for end in self.cuts.into_iter().chain([self.file.len()]) {
+        for end in self.chunk_offsets.into_iter().chain([self.file.len()]) {
             messages.push(chunk(begin as i64, self.file[begin..end].to_vec()));
             begin = end;
         }
@@ -102,27 +103,28 @@ impl Import {
     }
 }
 
-/// What an import has answered.
+/// All responses of an import stream that ended OK.
 #[derive(Debug, Default, PartialEq)]
-struct Answer {
+struct Responses {
     progress: Vec<ImportProgress>,
     errors: Vec<ImportRowError>,
     summary: ImportSummary,
 }
 
-impl Answer {
-    /// State, rows, created, rejected, errors.
+impl Responses {
+    /// Returns the state and the numbers of rows, created issues, rejected rows and errors.
     fn counts(&self) -> (ImportState, i64, i64, i64, i64) {
         let summary = &self.summary;
         (summary.state(), summary.row_count, summary.created_count, summary.rejected_count, summary.error_count)
     }
 
-    /// Created, updated, skipped, rejected.
+    /// Returns the numbers of created, updated, skipped and rejected rows.
     fn outcome(&self) -> (i64, i64, i64, i64) {
         let summary = &self.summary;
         (summary.created_count, summary.updated_count, summary.skipped_count, summary.rejected_count)
     }
 
+    /// Returns row number and code of each error.
     fn codes(&self) -> Vec<(i64, &str)> {
         self.errors.iter().map(|error| (error.row_number, error.code.as_str())).collect()
     }
@@ -137,54 +139,54 @@ fn chunk(offset: i64, data: impl Into<Vec<u8>>) -> ImportIssuesRequest {
     ImportIssuesRequest { message: Some(import_issues_request::Message::Chunk(chunk)) }
 }
 
-/// Sends these messages, half-closes, and reads the answer.
-async fn send(client: &Client, messages: Vec<ImportIssuesRequest>) -> Result<Answer, Status> {
-    let answers = client.imports().import_issues(tokio_stream::iter(messages)).await?.into_inner();
-    read(answers).await
+/// Sends these messages, half-closes the stream, and reads the responses.
+async fn send(client: &Client, messages: Vec<ImportIssuesRequest>) -> Result<Responses, Status> {
+    let stream = client.imports().import_issues(tokio_stream::iter(messages)).await?.into_inner();
+    read(stream).await
 }
 
-async fn read(mut answers: Streaming<ImportIssuesResponse>) -> Result<Answer, Status> {
-    let mut answer = Answer::default();
+async fn read(mut stream: Streaming<ImportIssuesResponse>) -> Result<Responses, Status> {
+    let mut responses = Responses::default();
     let mut summaries = 0;
-    while let Some(ImportIssuesResponse { message }) = answers.message().await? {
-        assert_eq!(summaries, 0, "nothing comes after the summary");
-        match message.expect("a message has something in it") {
-            Message::Progress(progress) => answer.progress.push(progress),
-            Message::RowError(error) => answer.errors.push(error),
+    while let Some(ImportIssuesResponse { message }) = stream.message().await? {
+        assert_eq!(summaries, 0, "the summary is the last message");
+        match message.expect("the message is set") {
+            Message::Progress(progress) => responses.progress.push(progress),
+            Message::RowError(error) => responses.errors.push(error),
             Message::Summary(summary) => {
                 summaries += 1;
-                answer.summary = summary;
+                responses.summary = summary;
             }
         }
     }
-    assert_eq!(summaries, 1, "an import that ends OK ends with its summary");
-    Ok(answer)
+    assert_eq!(summaries, 1, "a stream that ends OK ends with a summary");
+    Ok(responses)
 }
 
-/// An import that the test sends piece by piece; half-closed by dropping `requests`.
-struct Open {
+/// An import stream to which the test sends single messages. Dropping `requests` half-closes it.
+struct OpenImport {
     first: ImportProgress,
     requests: mpsc::Sender<ImportIssuesRequest>,
-    answers: Streaming<ImportIssuesResponse>,
+    responses: Streaming<ImportIssuesResponse>,
 }
 
-/// Returns when the server works on the import.
-async fn open(client: &Client, opts: ImportOptions) -> Open {
+/// Opens an import stream and waits for its first response: the server has then locked the import.
+async fn open(client: &Client, opts: ImportOptions) -> OpenImport {
     let (requests, stream) = mpsc::channel(16);
     requests.send(options(opts)).await.unwrap();
-    let answers = client.imports().import_issues(ReceiverStream::new(stream)).await.unwrap();
-    let mut answers = answers.into_inner();
-    let first = answers.message().await.unwrap().unwrap();
+    let responses = client.imports().import_issues(ReceiverStream::new(stream)).await.unwrap();
+    let mut responses = responses.into_inner();
+    let first = responses.message().await.unwrap().unwrap();
     let Some(Message::Progress(first)) = first.message else { panic!("{first:?}") };
-    Open { first, requests, answers }
+    OpenImport { first, requests, responses }
 }
 
-/// Opens the import's stream once more, and sends what is missing.
-async fn go_on(client: &Client, import: &Import) -> Result<Answer, Status> {
+/// Resumes the import: sends the file from the committed offset on.
+async fn resume(client: &Client, import: &Import) -> Result<Responses, Status> {
     let open = open(client, import.options.clone()).await;
     let offset = open.first.committed_offset;
-    for (nth, piece) in import.file[offset as usize..].chunks(1024 * 1024).enumerate() {
-        open.send(chunk(offset + (nth * 1024 * 1024) as i64, piece)).await;
+    for (nth, data) in import.file[offset as usize..].chunks(1024 * 1024).enumerate() {
+        open.send(chunk(offset + (nth * 1024 * 1024) as i64, data)).await;
     }
     open.finish().await
 }
@@ -193,8 +195,8 @@ async fn get_import(client: &Client, id: &str) -> Result<issue_tracker::pb::Impo
     Ok(client.imports().get_import(GetImportRequest { id: id.to_owned() }).await?.into_inner())
 }
 
-/// All errors that are kept of an import, page by page.
-async fn kept_errors(client: &Client, import_id: &str) -> Vec<ImportRowError> {
+/// Returns all stored errors of an import, page by page.
+async fn stored_errors(client: &Client, import_id: &str) -> Vec<ImportRowError> {
     let mut errors = Vec::new();
     let mut page_token = String::new();
     loop {
@@ -213,8 +215,8 @@ async fn revert(client: &Client, import_id: &str, force: bool) -> Result<RevertI
     Ok(client.imports().revert_import(request).await?.into_inner())
 }
 
-/// All issues as text, without ids and the times that the server has made (those of this year).
-async fn table(tracker: &Tracker) -> Vec<String> {
+/// Returns all issues as text, without ids and without times from 2025 on, which the server set.
+async fn issue_rows(tracker: &Tracker) -> Vec<String> {
     const SQL: &str = "SELECT jsonb_build_array(i.title, i.description, i.status, i.priority, a.username, r.username,
             i.external_id, i.version, i.reopen_count, i.close_time IS NULL, i.delete_time IS NULL,
             CASE WHEN i.create_time < '2025-01-01' THEN i.create_time END,
@@ -229,10 +231,10 @@ async fn table(tracker: &Tracker) -> Vec<String> {
     tracker.sql(SQL, &[]).await.iter().map(|row| row.get(0)).collect()
 }
 
-impl Open {
-    /// Breaks off: the stream is reset.
-    fn cut(self) {
-        drop(self.answers);
+impl OpenImport {
+    /// Cancels the call, which resets the stream.
+    fn cancel(self) {
+        drop(self.responses);
         drop(self.requests);
     }
 
@@ -240,18 +242,18 @@ impl Open {
         self.requests.send(message).await.unwrap();
     }
 
-    async fn finish(self) -> Result<Answer, Status> {
+    async fn finish(self) -> Result<Responses, Status> {
         drop(self.requests);
-        read(self.answers).await
+        read(self.responses).await
     }
 }
 
-/// A file of titles `issue 1`, `issue 2` …
+/// Returns a file with the titles `issue 1`, `issue 2` …
 fn titles(rows: usize) -> String {
     (1..=rows).fold("title\n".to_owned(), |file, row| file + &format!("issue {row}\n"))
 }
 
-/// All issues by title, ids, versions and times of the import aside.
+/// Returns up to 1,000 issues by title.
 async fn issues(tracker: &Tracker) -> BTreeMap<String, Issue> {
     let request = ListIssuesRequest { page_size: 1_000, ..Default::default() };
     let issues = tracker.viewer.issues().list_issues(request).await.unwrap().into_inner().issues;
@@ -262,7 +264,7 @@ async fn issue_count(tracker: &Tracker) -> i64 {
     tracker.count("SELECT count(*) FROM issues").await
 }
 
-/// Files an issue with the external id `X-1`, in a transaction that the test commits.
+/// Inserts an issue with the external id `X-1` and returns the session, whose transaction is open.
 async fn hold_external_id(tracker: &Tracker) -> tokio_postgres::Client {
     let other = tracker.session().await;
     let insert = format!(
@@ -275,17 +277,17 @@ async fn hold_external_id(tracker: &Tracker) -> tokio_postgres::Client {
 }
 
 #[tokio::test]
-async fn four_columns_are_taken_as_they_stand() {
+async fn quoted_fields_and_enum_names_in_any_case_are_imported() {
     let tracker = Tracker::start().await;
     let file = "title,description,priority,status\n\
         crash on start,\"says: \"\"no\"\"\nthen, nothing\",high,open\n\
         typo,,,\n\
         old,gone,LOW,Closed\n";
 
-    let answer = import(file).by(&tracker.member).await.unwrap();
+    let responses = import(file).by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 3, 3, 0, 0));
-    assert_eq!(answer.summary.byte_count, file.len() as i64);
+    assert_eq!(responses.counts(), (ImportState::Committed, 3, 3, 0, 0));
+    assert_eq!(responses.summary.byte_count, file.len() as i64);
     let issues = issues(&tracker).await;
     let shown: Vec<_> = issues.values().map(|i| (&*i.title, &*i.description, i.priority(), i.status())).collect();
     assert_eq!(
@@ -300,15 +302,15 @@ async fn four_columns_are_taken_as_they_stand() {
 }
 
 #[tokio::test]
-async fn every_column_goes_to_its_field_whatever_the_order_and_case_of_the_header() {
+async fn header_names_may_have_any_order_case_and_surrounding_space() {
     let tracker = Tracker::start().await;
     let (bug, ui) = (tracker.member.label("Bug").await, tracker.member.label("ui").await);
     let file = "\u{feff}LABELS, Assignee ,external_id,close_time,create_time,Status,priority,title,description\r\n\
         ui; bug ;UI,VIEWER,JIRA-7,2024-05-18T09:00:00.123456+02:00,2024-05-17T08:30:00Z,STATUS_CLOSED,PRIORITY_critical,crash,why\r\n";
 
-    let answer = import(file).by(&tracker.member).await.unwrap();
+    let responses = import(file).by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 1, 1, 0, 0), "{answer:?}");
+    assert_eq!(responses.counts(), (ImportState::Committed, 1, 1, 0, 0), "{responses:?}");
     let issue = issues(&tracker).await.remove("crash").unwrap();
     assert_eq!(issue.labels, [bug, ui]);
     assert_eq!(issue.assignee_id, tracker.viewer.user.id);
@@ -320,9 +322,9 @@ async fn every_column_goes_to_its_field_whatever_the_order_and_case_of_the_heade
 }
 
 #[tokio::test]
-async fn imported_issues_sort_by_their_create_time_among_all_others() {
+async fn imported_issues_are_listed_by_their_create_time() {
     let tracker = Tracker::start().await;
-    tracker.member.file("filed now").await;
+    tracker.member.file("created now").await;
     let file =
         "title,create_time\nmiddle,2020-06-01T00:00:00Z\noldest,1999-01-01T00:00:00Z\nlate,2021-01-01T00:00:00Z\n";
 
@@ -330,11 +332,11 @@ async fn imported_issues_sort_by_their_create_time_among_all_others() {
 
     let listed = tracker.viewer.issues().list_issues(ListIssuesRequest::default()).await.unwrap().into_inner();
     let listed: Vec<_> = listed.issues.iter().map(|issue| issue.title.as_str()).collect();
-    assert_eq!(listed, ["filed now", "late", "middle", "oldest"]);
+    assert_eq!(listed, ["created now", "late", "middle", "oldest"]);
 }
 
 #[tokio::test]
-async fn an_imported_issue_is_one_of_the_callers_in_its_first_version_without_history() {
+async fn imported_issue_has_the_caller_as_reporter_version_1_and_no_history() {
     let tracker = Tracker::start().await;
 
     import("title\nimported\n").by(&tracker.member).await.unwrap();
@@ -347,7 +349,7 @@ async fn an_imported_issue_is_one_of_the_callers_in_its_first_version_without_hi
 }
 
 #[tokio::test]
-async fn atomic_import_with_a_bad_row_is_rejected_and_the_mended_file_goes_in_under_the_same_id() {
+async fn rejected_atomic_import_can_be_corrected_under_the_same_id() {
     let tracker = Tracker::start().await;
     let id = Uuid::now_v7();
     let file = "title,status\ngood,open\nbad,opne\ngood too,closed\n";
@@ -358,20 +360,20 @@ async fn atomic_import_with_a_bad_row_is_rejected_and_the_mended_file_goes_in_un
     assert_eq!(rejected.codes(), [(2, "INVALID_STATUS")]);
     assert_eq!(issue_count(&tracker).await, 0);
 
-    let mended = import(file.replace("opne", "open")).id(id).by(&tracker.member).await.unwrap();
-    assert_eq!(mended.counts(), (ImportState::Committed, 3, 3, 0, 0));
+    let corrected = import(file.replace("opne", "open")).id(id).by(&tracker.member).await.unwrap();
+    assert_eq!(corrected.counts(), (ImportState::Committed, 3, 3, 0, 0));
     assert_eq!(issue_count(&tracker).await, 3);
 }
 
 #[tokio::test]
-async fn skip_invalid_takes_the_good_rows_and_reports_the_bad_ones_in_order() {
+async fn skip_invalid_imports_valid_rows_and_reports_invalid_ones_in_order() {
     let tracker = Tracker::start().await;
-    // The second kind of error is found by the database, after the others.
+    // The database finds unknown assignees, after the parser has found the other errors.
     let file = "title,status,assignee\na,open,\nb,open,nobody\nc,opne,\n,opne,\ne,closed,member\nf,,nobody\n";
 
-    let answer = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+    let responses = import(file).skip_invalid().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 6, 2, 4, 5));
+    assert_eq!(responses.counts(), (ImportState::Committed, 6, 2, 4, 5));
     let codes = [
         (2, "UNKNOWN_ASSIGNEE"),
         (3, "INVALID_STATUS"),
@@ -379,59 +381,59 @@ async fn skip_invalid_takes_the_good_rows_and_reports_the_bad_ones_in_order() {
         (4, "INVALID_STATUS"),
         (6, "UNKNOWN_ASSIGNEE"),
     ];
-    assert_eq!(answer.codes(), codes);
+    assert_eq!(responses.codes(), codes);
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "e"]);
 }
 
 #[tokio::test]
-async fn validate_only_answers_what_the_real_call_would_and_writes_nothing() {
+async fn dry_run_has_the_responses_of_the_real_import_and_writes_nothing() {
     let tracker = Tracker::start().await;
     tracker.member.label("bug").await;
     let good = "title,labels,external_id\na,bug,1\nb,,2\n";
     let bad = "title,labels,external_id\na,bug,1\nb,feature,2\nc,,1\n,,\n";
     for import in [import(good), import(bad), import(good).skip_invalid(), import(bad).skip_invalid()] {
-        let mut trial = import.clone().validate_only().by(&tracker.member).await.unwrap();
+        let mut dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
         assert_eq!(issue_count(&tracker).await, 0);
         assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 0);
 
         let real = import.by(&tracker.member).await.unwrap();
 
-        if trial.summary.state() == ImportState::Validated {
-            trial.summary.state = ImportState::Committed.into();
+        if dry_run.summary.state() == ImportState::Validated {
+            dry_run.summary.state = ImportState::Committed.into();
         }
-        trial.summary.import_id = real.summary.import_id.clone();
-        for progress in &mut trial.progress {
+        dry_run.summary.import_id = real.summary.import_id.clone();
+        for progress in &mut dry_run.progress {
             progress.import_id = real.summary.import_id.clone();
         }
-        assert_eq!(trial, real);
+        assert_eq!(dry_run, real);
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
     }
 }
 
 #[tokio::test]
-async fn an_import_that_was_tried_can_be_made_under_the_same_id() {
+async fn import_can_follow_its_dry_run_under_the_same_id() {
     let tracker = Tracker::start().await;
     let import = import("title\na\n").id(Uuid::now_v7());
 
-    let trial = import.clone().validate_only().by(&tracker.member).await.unwrap();
+    let dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
     let real = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(trial.counts(), (ImportState::Validated, 1, 1, 0, 0));
+    assert_eq!(dry_run.counts(), (ImportState::Validated, 1, 1, 0, 0));
     assert_eq!(real.counts(), (ImportState::Committed, 1, 1, 0, 0));
     assert_eq!(issue_count(&tracker).await, 1);
 }
 
 #[tokio::test]
-async fn a_thousand_errors_are_sent_and_all_are_counted() {
+async fn first_1000_errors_are_sent_and_all_are_counted() {
     let tracker = Tracker::start().await;
-    // Two errors a row; more rows than a batch has.
+    // Two errors per row, and more rows than one batch of 5,000.
     let file = "title,status,priority\n".to_owned() + &"x,opne,hihg\n".repeat(6_000) + "good,open,high\n";
 
-    let answer = import(file).skip_invalid().by(&tracker.member).await.unwrap();
+    let responses = import(file).skip_invalid().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.errors.len(), 1_000);
-    assert_eq!(answer.errors.last().map(|error| (error.row_number, &*error.code)), Some((500, "INVALID_STATUS")));
-    assert_eq!(answer.counts(), (ImportState::Committed, 6_001, 1, 6_000, 12_000));
+    assert_eq!(responses.errors.len(), 1_000);
+    assert_eq!(responses.errors.last().map(|error| (error.row_number, &*error.code)), Some((500, "INVALID_STATUS")));
+    assert_eq!(responses.counts(), (ImportState::Committed, 6_001, 1, 6_000, 12_000));
     assert_eq!(issue_count(&tracker).await, 1);
 }
 
@@ -440,17 +442,17 @@ async fn progress_grows_to_the_end_of_the_file() {
     let tracker = Tracker::start().await;
     let file = titles(12_000);
 
-    let answer = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
+    let responses = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
 
-    let progress: Vec<_> = answer.progress.iter().map(|p| (p.row_count, p.offset, p.rejected_count)).collect();
+    let progress: Vec<_> = responses.progress.iter().map(|p| (p.row_count, p.offset, p.rejected_count)).collect();
     assert_eq!(progress.iter().map(|p| p.0).collect::<Vec<_>>(), [0, 5_000, 10_000, 12_000]);
     assert!(progress.is_sorted(), "{progress:?}");
     assert_eq!(progress.last(), Some(&(12_000, file.len() as i64, 0)));
-    assert!(answer.progress.iter().all(|p| p.import_id == answer.summary.import_id));
+    assert!(responses.progress.iter().all(|p| p.import_id == responses.summary.import_id));
 }
 
 #[tokio::test]
-async fn where_the_file_is_cut_into_chunks_does_not_matter() {
+async fn chunk_boundaries_do_not_affect_the_import() {
     let tracker = Tracker::start().await;
     let mut file = "\u{feff}title,description,status\r\n".to_owned();
     for row in 0..200 {
@@ -462,26 +464,26 @@ async fn where_the_file_is_cut_into_chunks_does_not_matter() {
             _ => format!("\"t{row}\",,IN_PROGRESS\r\n"),
         };
     }
-    let mut whole = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
-    assert_eq!(whole.counts(), (ImportState::Committed, 200, 120, 80, 80));
-    let of = |issues: BTreeMap<String, Issue>| -> Vec<_> {
+    let mut single_chunk = import(&*file).skip_invalid().by(&tracker.member).await.unwrap();
+    assert_eq!(single_chunk.counts(), (ImportState::Committed, 200, 120, 80, 80));
+    let contents = |issues: BTreeMap<String, Issue>| -> Vec<_> {
         issues.into_values().map(|issue| (issue.title, issue.description, issue.status)).collect()
     };
-    let rows = of(issues(&tracker).await);
+    let rows = contents(issues(&tracker).await);
 
     for seed in 1..=4_usize {
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
-        // Steps from 1 to 40 bytes, another sequence for each seed.
-        let steps = (0_usize..).map(|n| 1 + (n * n * 7 + n * seed * 13) % (seed * 10));
-        let cuts = steps.scan(0, |at, step| {
-            *at += step;
+        // Chunks of 1 to 40 bytes, in a different sequence for each seed.
+        let sizes = (0_usize..).map(|n| 1 + (n * n * 7 + n * seed * 13) % (seed * 10));
+        let offsets = sizes.scan(0, |at, size| {
+            *at += size;
             Some(*at)
         });
-        let import = import(&*file).skip_invalid().cut_at(cuts.take_while(|cut| *cut < file.len()));
-        let cut = import.by(&tracker.member).await.unwrap();
-        whole.summary.import_id = cut.summary.import_id.clone();
-        assert_eq!((&cut.errors, &cut.summary), (&whole.errors, &whole.summary), "seed {seed}");
-        assert_eq!(of(issues(&tracker).await), rows, "seed {seed}");
+        let import = import(&*file).skip_invalid().chunks_at(offsets.take_while(|offset| *offset < file.len()));
+        let chunked = import.by(&tracker.member).await.unwrap();
+        single_chunk.summary.import_id = chunked.summary.import_id.clone();
+        assert_eq!((&chunked.errors, &chunked.summary), (&single_chunk.errors, &single_chunk.summary), "seed {seed}");
+        assert_eq!(contents(issues(&tracker).await), rows, "seed {seed}");
     }
 }
 
@@ -496,7 +498,7 @@ async fn viewers_cannot_import() {
 }
 
 #[tokio::test]
-async fn an_issue_that_an_import_has_made_can_be_changed_like_any_other() {
+async fn imported_issue_can_be_updated() {
     let tracker = Tracker::start().await;
     import("title,status\nimported,closed\n").by(&tracker.member).await.unwrap();
     let issue = issues(&tracker).await.remove("imported").unwrap();
@@ -510,7 +512,7 @@ async fn an_issue_that_an_import_has_made_can_be_changed_like_any_other() {
 }
 
 #[tokio::test]
-async fn names_that_users_and_labels_get_between_two_imports_are_found() {
+async fn users_and_labels_created_between_two_imports_are_found() {
     let tracker = Tracker::start().await;
     let file = "title,assignee,labels\na,alice,new\n";
     let before = import(file).skip_invalid().by(&tracker.member).await.unwrap();

@@ -219,11 +219,11 @@ async fn missing_labels_are_named_by_index_and_nothing_is_written() {
     let missing = || Label { id: Uuid::now_v7().to_string(), ..Label::default() };
     let (x, y) = (missing(), missing());
 
-    let wanted = [&x, &known, &carried, &y];
+    let label_set = [&x, &known, &carried, &y];
     for result in [
-        add(&tracker.member, &issue, &wanted).await,
-        remove(&tracker.member, &issue, &wanted).await,
-        replace(&tracker.member, &issue, &wanted).await,
+        add(&tracker.member, &issue, &label_set).await,
+        remove(&tracker.member, &issue, &label_set).await,
+        replace(&tracker.member, &issue, &label_set).await,
     ] {
         let status = assert_error(result, Code::NotFound, "NOT_FOUND");
         assert_eq!(bad_fields(&status), ["label_ids[0]", "label_ids[3]"]);
@@ -246,12 +246,12 @@ async fn malformed_duplicate_and_too_many_label_ids_are_invalid() {
     let many: Vec<&Label> = many.iter().collect();
     let member = &tracker.member;
 
-    for (wanted, field) in
+    for (label_set, field) in
         [(&[&bug, &upper_case][..], "label_ids[1]"), (&[&malformed], "label_ids[0]"), (&many, "label_ids")]
     {
-        assert_invalid(add(member, &issue, wanted).await, &[field]);
-        assert_invalid(remove(member, &issue, wanted).await, &[field]);
-        assert_invalid(replace(member, &issue, wanted).await, &[field]);
+        assert_invalid(add(member, &issue, label_set).await, &[field]);
+        assert_invalid(remove(member, &issue, label_set).await, &[field]);
+        assert_invalid(replace(member, &issue, label_set).await, &[field]);
     }
     assert_invalid(add(member, &issue, &[]).await, &["label_ids"]);
     assert_invalid(remove(member, &issue, &[]).await, &["label_ids"]);
@@ -337,10 +337,10 @@ async fn concurrent_replacements_leave_exactly_one_of_the_sets() {
 #[tokio::test]
 async fn concurrent_additions_are_all_applied() {
     let tracker = Tracker::start().await;
-    let wanted = create_labels(&tracker.member, ["a", "b", "c", "d", "e", "f"]).await;
+    let label_set = create_labels(&tracker.member, ["a", "b", "c", "d", "e", "f"]).await;
     for _ in 0..10 {
         let issue = tracker.member.file("crash").await;
-        let additions = wanted.iter().map(|label| {
+        let additions = label_set.iter().map(|label| {
             let (client, issue, label) = (tracker.member.clone(), issue.clone(), label.clone());
             async move { add(&client, &issue, &[&label]).await }
         });

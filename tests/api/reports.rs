@@ -169,9 +169,9 @@ async fn limit_is_capped_at_100_and_invalid_when_negative() {
     let assigned = |id: Uuid| PastIssue { assignee: Some(id.to_string()), ..PastIssue::new(Open) };
     insert(&tracker, &users.iter().map(|row| assigned(row.get(0))).collect::<Vec<_>>()).await;
 
-    for (limit, lines) in [(101, 100), (i32::MAX, 100), (99, 99)] {
+    for (limit, count) in [(101, 100), (i32::MAX, 100), (99, 99)] {
         let response = top_assignees(&tracker, GetTopAssigneesRequest { limit, ..Default::default() }).await;
-        assert_eq!(response.assignees.len(), lines);
+        assert_eq!(response.assignees.len(), count);
     }
     let request = GetTopAssigneesRequest { limit: -1, ..Default::default() };
     assert_invalid(tracker.viewer.reports().get_top_assignees(request).await, &["limit"]);

@@ -1,15 +1,15 @@
-//! Rows whose external id an issue has already.
+//! Rows with the external id of an existing issue: `on_existing`.
 
 use super::*;
 use crate::lock_waiters;
 
-/// The issue with this external id.
-async fn by_key(tracker: &Tracker, key: &str) -> Issue {
-    let id: Uuid = tracker.sql("SELECT id FROM issues WHERE external_id = $1", &[&key]).await[0].get(0);
+/// Returns the issue with this external id.
+async fn by_external_id(tracker: &Tracker, external_id: &str) -> Issue {
+    let id: Uuid = tracker.sql("SELECT id FROM issues WHERE external_id = $1", &[&external_id]).await[0].get(0);
     tracker.viewer.get(&id.to_string()).await
 }
 
-/// The history of an issue: version, field, old and new value.
+/// Returns version, field, old and new value of each event of the issue.
 async fn history(tracker: &Tracker, issue: &Issue) -> Vec<(i64, String, Option<String>, Option<String>)> {
     const SQL: &str = "SELECT version, field, old_value, new_value FROM issue_events
         WHERE issue_id = $1::text::uuid ORDER BY version, field, old_value, new_value";
@@ -17,7 +17,7 @@ async fn history(tracker: &Tracker, issue: &Issue) -> Vec<(i64, String, Option<S
     rows.iter().map(|row| (row.get(0), row.get(1), row.get(2), row.get(3))).collect()
 }
 
-/// An issue with the external id `X-1` and something in every field.
+/// Creates an issue with the external id `X-1` in which every field is set.
 async fn full_issue(tracker: &Tracker) -> Issue {
     let (bug, ui) = (tracker.member.label("bug").await, tracker.member.label("ui").await);
     tracker.member.label("docs").await;
@@ -39,37 +39,38 @@ fn label_names(issue: &Issue) -> Vec<&str> {
 }
 
 #[tokio::test]
-async fn existing_issues_are_an_error_unless_something_else_is_wanted() {
+async fn existing_issue_is_a_row_error_by_default() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
 
-    let answer = import("title,external_id\nother,X-1\nnew,X-2\n").skip_invalid().by(&tracker.member).await.unwrap();
+    let responses = import("title,external_id\nother,X-1\nnew,X-2\n").skip_invalid().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(1, "EXTERNAL_ID_TAKEN")]);
-    assert_eq!(answer.outcome(), (1, 0, 0, 1));
-    assert_eq!(by_key(&tracker, "X-1").await, issue);
+    assert_eq!(responses.codes(), [(1, "EXTERNAL_ID_TAKEN")]);
+    assert_eq!(responses.outcome(), (1, 0, 0, 1));
+    assert_eq!(by_external_id(&tracker, "X-1").await, issue);
 }
 
 #[tokio::test]
-async fn skip_leaves_existing_issues_as_they_are_even_deleted_ones() {
+async fn skip_leaves_existing_and_deleted_issues_unchanged() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
-    let gone = Issue { title: "gone".into(), external_id: "X-2".into(), ..Issue::default() };
-    let gone = tracker.member.file_as(gone).await;
-    let delete = issue_tracker::pb::DeleteIssueRequest { id: gone.id.clone(), ..Default::default() };
+    let deleted = Issue { title: "deleted".into(), external_id: "X-2".into(), ..Issue::default() };
+    let deleted = tracker.member.file_as(deleted).await;
+    let delete = issue_tracker::pb::DeleteIssueRequest { id: deleted.id.clone(), ..Default::default() };
     tracker.member.issues().delete_issue(delete).await.unwrap();
 
-    let import = import("title,external_id,labels\nother,X-1,docs\nother,X-2,\nnew,X-3,\nno key,,\n").skip_existing();
-    let answer = import.by(&tracker.member).await.unwrap();
+    let import =
+        import("title,external_id,labels\nother,X-1,docs\nother,X-2,\nnew,X-3,\nno external id,,\n").skip_existing();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.summary.state(), ImportState::Committed);
-    assert_eq!(answer.outcome(), (2, 0, 2, 0));
-    assert_eq!(by_key(&tracker, "X-1").await, issue);
-    assert_eq!(by_key(&tracker, "X-2").await.version, 2);
+    assert_eq!(responses.summary.state(), ImportState::Committed);
+    assert_eq!(responses.outcome(), (2, 0, 2, 0));
+    assert_eq!(by_external_id(&tracker, "X-1").await, issue);
+    assert_eq!(by_external_id(&tracker, "X-2").await.version, 2);
 }
 
 #[tokio::test]
-async fn update_changes_the_columns_that_the_file_has_and_no_others() {
+async fn update_changes_only_the_columns_of_the_file() {
     let tracker = Tracker::start().await;
     type Change = fn(&mut Issue, &Tracker);
     let cases: [(&str, &str, Change); 6] = [
@@ -84,11 +85,12 @@ async fn update_changes_the_columns_that_the_file_has_and_no_others() {
     ];
     let mut expected = full_issue(&tracker).await;
     for (column, value, change) in cases {
-        let answer = import(format!("external_id,{column}\nX-1,{value}\n")).update().by(&tracker.member).await.unwrap();
+        let responses =
+            import(format!("external_id,{column}\nX-1,{value}\n")).update().by(&tracker.member).await.unwrap();
 
-        assert_eq!(answer.outcome(), (0, 1, 0, 0), "{column}: {answer:?}");
+        assert_eq!(responses.outcome(), (0, 1, 0, 0), "{column}: {responses:?}");
         change(&mut expected, &tracker);
-        let mut issue = by_key(&tracker, "X-1").await;
+        let mut issue = by_external_id(&tracker, "X-1").await;
         assert_eq!(issue.version, expected.version + 1, "{column}");
         if column == "labels" {
             assert_eq!(label_names(&issue), ["docs", "ui"]);
@@ -100,54 +102,54 @@ async fn update_changes_the_columns_that_the_file_has_and_no_others() {
 }
 
 #[tokio::test]
-async fn an_empty_field_clears_but_no_issue_is_without_a_status() {
+async fn update_with_an_empty_field_clears_all_but_the_status() {
     let tracker = Tracker::start().await;
     full_issue(&tracker).await;
 
     let file = "external_id,description,priority,status,assignee,labels\nX-1,,,,,\n";
-    let answer = import(file).update().by(&tracker.member).await.unwrap();
+    let responses = import(file).update().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.outcome(), (0, 1, 0, 0));
-    let issue = by_key(&tracker, "X-1").await;
+    assert_eq!(responses.outcome(), (0, 1, 0, 0));
+    let issue = by_external_id(&tracker, "X-1").await;
     assert_eq!((&*issue.title, &*issue.description, issue.priority()), ("title", "", Priority::Unspecified));
     assert_eq!((&*issue.assignee_id, issue.labels.len(), issue.status()), ("", 0, IssueStatus::InProgress));
 }
 
 #[tokio::test]
-async fn a_title_cannot_be_cleared() {
+async fn update_cannot_clear_a_title() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
 
-    let answer = import("external_id,title\nX-1,\n").update().by(&tracker.member).await.unwrap();
+    let responses = import("external_id,title\nX-1,\n").update().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(1, "REQUIRED")]);
-    assert_eq!(by_key(&tracker, "X-1").await, issue);
+    assert_eq!(responses.codes(), [(1, "REQUIRED")]);
+    assert_eq!(by_external_id(&tracker, "X-1").await, issue);
 }
 
 #[tokio::test]
-async fn a_file_without_titles_updates_and_cannot_create() {
+async fn file_without_titles_can_update_but_not_create() {
     let tracker = Tracker::start().await;
     full_issue(&tracker).await;
 
     let file = "external_id,priority\nX-1,low\nX-2,low\n,low\n";
-    let answer = import(file).skip_invalid().update().by(&tracker.member).await.unwrap();
+    let responses = import(file).skip_invalid().update().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(2, "REQUIRED"), (3, "REQUIRED")]);
-    assert!(answer.errors.iter().all(|error| error.column == "title"));
-    assert_eq!(answer.outcome(), (0, 1, 0, 2));
+    assert_eq!(responses.codes(), [(2, "REQUIRED"), (3, "REQUIRED")]);
+    assert!(responses.errors.iter().all(|error| error.column == "title"));
+    assert_eq!(responses.outcome(), (0, 1, 0, 2));
     let refused = import(file).skip_existing().by(&tracker.member).await;
     crate::harness::assert_invalid(refused, &["header.title"]);
 }
 
 #[tokio::test]
-async fn an_update_is_one_version_with_its_history() {
+async fn update_is_one_version_with_events() {
     let tracker = Tracker::start().await;
     let before = full_issue(&tracker).await;
 
     let file = "external_id,title,status,labels\nX-1,other,closed,docs;ui\n";
     import(file).update().by(&tracker.member).await.unwrap();
 
-    let issue = by_key(&tracker, "X-1").await;
+    let issue = by_external_id(&tracker, "X-1").await;
     assert_eq!((issue.version, issue.status()), (2, IssueStatus::Closed));
     assert_eq!(issue.close_time, issue.update_time);
     let label = |issue: &Issue, name: &str| Some(issue.labels.iter().find(|l| l.name == name).unwrap().id.clone());
@@ -164,7 +166,7 @@ async fn an_update_is_one_version_with_its_history() {
 }
 
 #[tokio::test]
-async fn the_same_file_once_more_changes_nothing() {
+async fn repeated_update_changes_nothing() {
     let tracker = Tracker::start().await;
     full_issue(&tracker).await;
     let file = "external_id,title,description,status,priority,assignee,labels,create_time,close_time\n\
@@ -172,95 +174,95 @@ async fn the_same_file_once_more_changes_nothing() {
         X-2,new,text,closed,,,docs; bug,2020-01-01T00:00:00Z,2020-01-02T00:00:00Z\n";
     let first = import(file).update().by(&tracker.member).await.unwrap();
     assert_eq!(first.outcome(), (1, 1, 0, 0));
-    let before = table(&tracker).await;
+    let before = issue_rows(&tracker).await;
     let events = tracker.count("SELECT count(*) FROM issue_events").await;
 
     for import in [import(file).update(), import(file).update().skip_invalid()] {
         let again = import.by(&tracker.member).await.unwrap();
 
         assert_eq!(again.outcome(), (0, 0, 2, 0));
-        assert_eq!(table(&tracker).await, before);
+        assert_eq!(issue_rows(&tracker).await, before);
         assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, events);
     }
 }
 
 #[tokio::test]
-async fn create_time_and_close_time_are_for_new_issues_only() {
+async fn update_ignores_create_time_and_close_time() {
     let tracker = Tracker::start().await;
     let before = full_issue(&tracker).await;
 
     let file = "external_id,status,create_time,close_time\nX-1,closed,2020-01-01T00:00:00Z,2020-01-02T00:00:00Z\n";
     import(file).update().by(&tracker.member).await.unwrap();
 
-    let issue = by_key(&tracker, "X-1").await;
+    let issue = by_external_id(&tracker, "X-1").await;
     assert_eq!((issue.create_time, issue.close_time), (before.create_time, issue.update_time));
 }
 
 #[tokio::test]
-async fn an_issue_that_an_update_opens_again_counts_that() {
+async fn update_that_reopens_an_issue_increments_reopen_count() {
     let tracker = Tracker::start().await;
     import("title,external_id,status\na,X-1,closed\n").by(&tracker.member).await.unwrap();
 
     import("external_id,status\nX-1,open\n").update().by(&tracker.member).await.unwrap();
 
-    let issue = by_key(&tracker, "X-1").await;
+    let issue = by_external_id(&tracker, "X-1").await;
     assert_eq!((issue.version, issue.reopen_count, issue.close_time), (2, 1, None));
 }
 
 #[tokio::test]
-async fn a_deleted_issue_cannot_be_updated() {
+async fn update_of_a_deleted_issue_is_a_row_error() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
     let delete = issue_tracker::pb::DeleteIssueRequest { id: issue.id, ..Default::default() };
     tracker.member.issues().delete_issue(delete).await.unwrap();
 
-    let answer = import("external_id,title\nX-1,other\n").update().by(&tracker.member).await.unwrap();
+    let responses = import("external_id,title\nX-1,other\n").update().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(1, "ISSUE_DELETED")]);
-    assert_eq!(answer.errors[0].column, "external_id");
-    assert_eq!(answer.summary.state(), ImportState::Rejected);
-    assert_eq!(by_key(&tracker, "X-1").await.version, 2);
+    assert_eq!(responses.codes(), [(1, "ISSUE_DELETED")]);
+    assert_eq!(responses.errors[0].column, "external_id");
+    assert_eq!(responses.summary.state(), ImportState::Rejected);
+    assert_eq!(by_external_id(&tracker, "X-1").await.version, 2);
 }
 
 #[tokio::test]
-async fn the_second_row_for_an_issue_is_a_duplicate_in_one_batch_and_across_batches() {
+async fn second_row_for_an_issue_is_a_duplicate_within_and_across_batches() {
     for rows_between in [0, 6_000] {
         let tracker = Tracker::start().await;
         full_issue(&tracker).await;
         let mut file = "title,external_id\nother,X-1\nnew,X-2\n".to_owned();
         file.extend((0..rows_between).map(|n| format!("issue {n},\n")));
         file += "third,X-1\nfourth,X-2\n";
-        let twice = [(rows_between + 3, "DUPLICATE_EXTERNAL_ID"), (rows_between + 4, "DUPLICATE_EXTERNAL_ID")];
+        let duplicates = [(rows_between + 3, "DUPLICATE_EXTERNAL_ID"), (rows_between + 4, "DUPLICATE_EXTERNAL_ID")];
 
         for import in [import(&*file).update(), import(&*file).skip_existing()] {
             let rejected = import.clone().by(&tracker.member).await.unwrap();
-            assert_eq!(rejected.codes(), twice);
+            assert_eq!(rejected.codes(), duplicates);
             assert_eq!((rejected.summary.state(), rejected.outcome()), (ImportState::Rejected, (0, 0, 0, 2)));
-            let trial = import.skip_invalid().validate_only().by(&tracker.member).await.unwrap();
-            assert_eq!(trial.codes(), twice);
+            let dry_run = import.skip_invalid().validate_only().by(&tracker.member).await.unwrap();
+            assert_eq!(dry_run.codes(), duplicates);
         }
-        let answer = import(&*file).skip_invalid().update().by(&tracker.member).await.unwrap();
-        assert_eq!(answer.codes(), twice);
-        assert_eq!(by_key(&tracker, "X-1").await.title, "other");
+        let responses = import(&*file).skip_invalid().update().by(&tracker.member).await.unwrap();
+        assert_eq!(responses.codes(), duplicates);
+        assert_eq!(by_external_id(&tracker, "X-1").await.title, "other");
     }
 }
 
 #[tokio::test]
-async fn a_rejected_update_changes_nothing() {
+async fn rejected_update_changes_nothing() {
     let tracker = Tracker::start().await;
     let issue = full_issue(&tracker).await;
 
-    let answer = import("external_id,title,labels\nX-1,other,docs\nX-2,new,nope\n").update();
-    let answer = answer.by(&tracker.member).await.unwrap();
+    let import = import("external_id,title,labels\nX-1,other,docs\nX-2,new,nope\n").update();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.summary.state(), ImportState::Rejected);
-    assert_eq!(by_key(&tracker, "X-1").await, issue);
+    assert_eq!(responses.summary.state(), ImportState::Rejected);
+    assert_eq!(by_external_id(&tracker, "X-1").await, issue);
     assert_eq!(tracker.count("SELECT count(*) FROM issue_events").await, 0);
     assert_eq!(tracker.count("SELECT count(*) FROM import_issues").await, 0);
 }
 
 #[tokio::test]
-async fn an_issue_that_is_deleted_while_the_update_waits_for_it_is_an_error_of_its_row() {
+async fn issue_deleted_while_the_update_is_blocked_is_a_row_error() {
     let tracker = Tracker::start().await;
     full_issue(&tracker).await;
     let other = tracker.session().await;
@@ -275,15 +277,15 @@ async fn an_issue_that_is_deleted_while_the_update_waits_for_it_is_an_error_of_i
     tracker.wait_until(lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
 
-    let answer = update.await.unwrap().unwrap();
+    let responses = update.await.unwrap().unwrap();
 
-    assert_eq!(answer.codes(), [(1, "ISSUE_DELETED")]);
-    assert_eq!(answer.outcome(), (1, 0, 0, 1));
-    assert_eq!(by_key(&tracker, "X-1").await.title, "title");
+    assert_eq!(responses.codes(), [(1, "ISSUE_DELETED")]);
+    assert_eq!(responses.outcome(), (1, 0, 0, 1));
+    assert_eq!(by_external_id(&tracker, "X-1").await.title, "title");
 }
 
 #[tokio::test]
-async fn a_change_that_is_made_while_the_update_waits_is_not_lost() {
+async fn change_committed_while_the_update_is_blocked_is_kept() {
     let tracker = Tracker::start().await;
     full_issue(&tracker).await;
     let other = tracker.session().await;
@@ -298,6 +300,6 @@ async fn a_change_that_is_made_while_the_update_waits_is_not_lost() {
     other.batch_execute("COMMIT").await.unwrap();
 
     assert_eq!(update.await.unwrap().unwrap().outcome(), (0, 1, 0, 0));
-    let issue = by_key(&tracker, "X-1").await;
+    let issue = by_external_id(&tracker, "X-1").await;
     assert_eq!((&*issue.title, &*issue.description, issue.version), ("ours", "theirs", 3));
 }

@@ -1,4 +1,4 @@
-//! Streams that break off: by a reset of the stream, as a client's cancellation or deadline sends it, or with the connection.
+//! Interrupted import streams: reset, as by a client's cancellation or deadline, or lost with the connection.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::{
     lock_waiters,
 };
 
-/// A stream of the member's that can be broken off.
+/// An import stream of `member` over raw HTTP/2, which a test can interrupt.
 pub(super) struct RawImport {
     stream: SendStream<bytes::Bytes>,
     _response: ResponseFuture,
@@ -32,82 +32,83 @@ impl RawImport {
     }
 }
 
-/// How a stream can break off.
+/// How a stream is interrupted.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Cut {
+pub(super) enum Interruption {
     Reset(Reason),
     Disconnect,
 }
 
-pub(super) const CUTS: [Cut; 3] = [Cut::Reset(Reason::CANCEL), Cut::Reset(Reason::NO_ERROR), Cut::Disconnect];
+pub(super) const INTERRUPTIONS: [Interruption; 3] =
+    [Interruption::Reset(Reason::CANCEL), Interruption::Reset(Reason::NO_ERROR), Interruption::Disconnect];
 
 impl RawImport {
-    /// Returns when the server no longer works on the import.
-    pub(super) async fn cut(mut self, cut: Cut, tracker: &Tracker) {
-        self.break_off(cut);
-        tracker.wait_until(locks!("= 0")).await;
+    /// Interrupts the stream and waits until the server has released the import.
+    pub(super) async fn interrupt_and_wait(mut self, interruption: Interruption, tracker: &Tracker) {
+        self.interrupt(interruption);
+        tracker.wait_until(import_locks!("= 0")).await;
         self.raw.connection.abort();
     }
 
-    fn break_off(&mut self, cut: Cut) {
-        match cut {
-            Cut::Reset(reason) => self.stream.send_reset(reason),
-            Cut::Disconnect => self.raw.connection.abort(),
+    fn interrupt(&mut self, interruption: Interruption) {
+        match interruption {
+            Interruption::Reset(reason) => self.stream.send_reset(reason),
+            Interruption::Disconnect => self.raw.connection.abort(),
         }
     }
 }
 
 #[tokio::test]
-async fn an_atomic_import_that_is_cut_leaves_nothing_and_can_be_sent_again() {
+async fn interrupted_atomic_import_writes_nothing_and_can_be_sent_again() {
     let tracker = Tracker::start().await;
-    for cut in CUTS {
-        // The size of the file is not known, so the end of the stream would be the end of the file.
+    for interruption in INTERRUPTIONS {
+        // Without total_bytes, the end of the stream is the end of the file.
         let opts = ImportOptions { import_id: Uuid::now_v7().to_string(), ..Default::default() };
         let mut raw = RawImport::open(&tracker, opts.clone()).await;
         raw.send(&chunk(0, "title\nwhole\nhal"));
-        // It holds its lock before there is a record of it.
+        // The server takes the lock before it writes the import record.
         tracker.wait_until("SELECT count(*) = 1 FROM imports").await;
 
-        raw.cut(cut, &tracker).await;
+        raw.interrupt_and_wait(interruption, &tracker).await;
 
-        assert_eq!(issue_count(&tracker).await, 0, "{cut:?}");
-        let kept = get_import(&tracker.member, &opts.import_id).await.unwrap();
-        assert_eq!((kept.state(), kept.committed_offset), (ImportState::Interrupted, 0), "{cut:?}");
+        assert_eq!(issue_count(&tracker).await, 0, "{interruption:?}");
+        let record = get_import(&tracker.member, &opts.import_id).await.unwrap();
+        assert_eq!((record.state(), record.committed_offset), (ImportState::Interrupted, 0), "{interruption:?}");
         let again = send(&tracker.member, vec![options(opts), chunk(0, "title\nwhole\nhalf\n")]).await.unwrap();
-        assert_eq!(again.counts(), (ImportState::Committed, 2, 2, 0, 0), "{cut:?}");
+        assert_eq!(again.counts(), (ImportState::Committed, 2, 2, 0, 0), "{interruption:?}");
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
     }
 }
 
 #[tokio::test]
-async fn a_skip_invalid_import_that_is_cut_leaves_whole_batches_and_goes_on_behind_them() {
+async fn interrupted_skip_invalid_import_keeps_whole_batches_and_resumes_after_them() {
     let tracker = Tracker::start().await;
-    for cut in CUTS {
+    for interruption in INTERRUPTIONS {
         let import = import(titles(5_003)).skip_invalid().id(Uuid::now_v7()).with(|options| options.total_bytes = 0);
         let mut raw = RawImport::open(&tracker, import.options.clone()).await;
-        // One batch, two rows, and the beginning of a third that would pass for a whole one.
+        // One batch, two rows, and the beginning of a third row that would be valid by itself.
         raw.send(&chunk(0, titles(5_002) + "issue 50"));
         tracker.wait_until("SELECT count(*) = 5000 FROM issues").await;
 
-        raw.cut(cut, &tracker).await;
+        raw.interrupt_and_wait(interruption, &tracker).await;
 
-        assert_eq!(issue_count(&tracker).await, 5_000, "{cut:?}");
-        let kept = get_import(&tracker.member, &import.options.import_id).await.unwrap();
+        assert_eq!(issue_count(&tracker).await, 5_000, "{interruption:?}");
+        let record = get_import(&tracker.member, &import.options.import_id).await.unwrap();
         let committed = titles(5_000).len() as i64 - 1;
-        assert_eq!((kept.state(), kept.row_count), (ImportState::Interrupted, 5_000), "{cut:?}");
-        assert_eq!((kept.committed_offset, kept.finish_time), (committed, None), "{cut:?}");
-        let again = go_on(&tracker.member, &import).await.unwrap();
+        assert_eq!((record.state(), record.row_count), (ImportState::Interrupted, 5_000), "{interruption:?}");
+        assert_eq!((record.committed_offset, record.finish_time), (committed, None), "{interruption:?}");
+        let again = resume(&tracker.member, &import).await.unwrap();
         let first = &again.progress[0];
-        assert!(first.row_count > 5_000, "{cut:?}: {first:?}");
-        assert_eq!(again.counts(), (ImportState::Committed, 5_003, 5_003, 0, 0), "{cut:?}");
-        assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 5_003, "{cut:?}");
-        assert_eq!(issue_count(&tracker).await, 5_003, "{cut:?}");
+        assert!(first.row_count > 5_000, "{interruption:?}: {first:?}");
+        assert_eq!(again.counts(), (ImportState::Committed, 5_003, 5_003, 0, 0), "{interruption:?}");
+        assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 5_003, "{interruption:?}");
+        assert_eq!(issue_count(&tracker).await, 5_003, "{interruption:?}");
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
     }
 }
 
 #[tokio::test]
-async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
+async fn interrupted_import_that_waits_for_a_lock_is_rolled_back() {
     let tracker = Tracker::start_with(limits(&["--statement-ms", "600000"])).await;
     let other = hold_external_id(&tracker).await;
     let opts = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..Default::default() };
@@ -123,7 +124,8 @@ async fn an_import_that_is_cut_while_it_waits_for_a_lock_lets_go_at_once() {
     assert_eq!(issue_count(&tracker).await, 1);
 }
 
-/// One batch that goes in, one that waits for [`hold_external_id`], and more than is read while a batch is written.
+/// Returns a file of one batch that succeeds, one that is blocked by [`hold_external_id`], and more rows than the server
+/// reads while it writes a batch.
 fn full_pipeline() -> Import {
     let mut file = "title,external_id\n".to_owned();
     file.extend((1..=5_000).map(|n| format!("issue {n},\n")));
@@ -132,43 +134,44 @@ fn full_pipeline() -> Import {
     import(file).id(Uuid::now_v7()).with(|options| options.total_bytes = 0)
 }
 
-/// Nothing ends a statement by itself, so that it is seen who does.
-async fn patient_tracker() -> Tracker {
+/// Starts a tracker whose statement timeout no test reaches.
+async fn tracker_without_statement_timeout() -> Tracker {
     Tracker::start_with(limits(&["--statement-ms", "600000"])).await
 }
 
-/// Waits until a statement has waited for its lock long enough for all that can be read to be read.
+/// Waits until the import is blocked on a lock, and then until the server has read as much as it buffers.
 async fn until_pipeline_is_full(tracker: &Tracker) {
     tracker.wait_until(lock_waiters!("> 0")).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
 }
 
 #[tokio::test]
-async fn an_import_that_is_cut_while_it_reads_no_further_lets_go_at_once_and_goes_on() {
-    let tracker = patient_tracker().await;
-    for cut in CUTS {
+async fn interrupted_import_with_full_buffers_is_rolled_back_and_can_be_resumed() {
+    let tracker = tracker_without_statement_timeout().await;
+    for interruption in INTERRUPTIONS {
         for (import, committed) in [(full_pipeline(), 0), (full_pipeline().skip_invalid(), 5_000)] {
             let other = hold_external_id(&tracker).await;
             let mut raw = RawImport::open(&tracker, import.options.clone()).await;
             raw.send(&chunk(0, &*import.file));
             until_pipeline_is_full(&tracker).await;
 
-            raw.break_off(cut);
+            raw.interrupt(interruption);
             tracker.wait_until_no_locks().await;
 
-            assert_eq!(issue_count(&tracker).await, committed, "{cut:?}");
+            assert_eq!(issue_count(&tracker).await, committed, "{interruption:?}");
             other.batch_execute("ROLLBACK").await.unwrap();
             raw.raw.connection.abort();
-            let again = go_on(&tracker.member, &import).await.unwrap();
-            assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0), "{cut:?}");
-            assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 27_000, "{cut:?}");
+            let again = resume(&tracker.member, &import).await.unwrap();
+            assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0), "{interruption:?}");
+            assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 27_000, "{interruption:?}");
             tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
         }
     }
 }
 
-/// Keeps imports from their end, where they forget the rows that left issues as they were, until the session is closed.
-async fn hold_the_end(tracker: &Tracker) -> tokio_postgres::Client {
+/// Blocks the last statement of imports, which deletes the rows of `import_issues` for unchanged issues, until the returned
+/// session commits.
+async fn block_last_statement(tracker: &Tracker) -> tokio_postgres::Client {
     let other = tracker.session().await;
     let hold = "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
             $$ BEGIN PERFORM FROM held FOR SHARE; RETURN NULL; END $$;
@@ -179,18 +182,18 @@ async fn hold_the_end(tracker: &Tracker) -> tokio_postgres::Client {
 }
 
 #[tokio::test]
-async fn an_import_whose_caller_goes_away_after_the_last_row_is_not_committed() {
+async fn import_interrupted_after_its_last_row_is_not_committed() {
     for import in [import("title,external_id\nours,X-2\n"), import("title,external_id\nours,X-2\n").skip_invalid()] {
-        let tracker = patient_tracker().await;
+        let tracker = tracker_without_statement_timeout().await;
         import.clone().by(&tracker.member).await.unwrap();
         let import = Import { file: b"title,external_id\nours,X-2\nnew,\n".to_vec(), ..import };
         let import = import.skip_existing().id(Uuid::now_v7()).with(|options| options.total_bytes = 0);
-        let other = hold_the_end(&tracker).await;
+        let other = block_last_statement(&tracker).await;
         let mut raw = RawImport::open(&tracker, import.options.clone()).await;
         raw.stream.send_data(framed(&chunk(0, &*import.file)), true).unwrap();
         tracker.wait_until(lock_waiters!("> 0")).await;
 
-        raw.break_off(Cut::Reset(Reason::CANCEL));
+        raw.interrupt(Interruption::Reset(Reason::CANCEL));
         tracker.wait_until_no_locks().await;
 
         other.batch_execute("COMMIT").await.unwrap();
@@ -202,30 +205,30 @@ async fn an_import_whose_caller_goes_away_after_the_last_row_is_not_committed() 
 }
 
 #[tokio::test]
-async fn a_deadline_ends_the_work_of_an_import_and_not_only_its_answer() {
-    let tracker = patient_tracker().await;
+async fn expired_deadline_rolls_back_the_import() {
+    let tracker = tracker_without_statement_timeout().await;
     for (import, committed) in [(full_pipeline(), 0), (full_pipeline().skip_invalid(), 5_000)] {
         let other = hold_external_id(&tracker).await;
         let messages = vec![options(import.options.clone()), chunk(0, &*import.file)];
         let mut request = tonic::Request::new(tokio_stream::iter(messages));
         request.set_timeout(Duration::from_secs(2));
-        let answers = tracker.member.imports().import_issues(request).await.unwrap().into_inner();
+        let responses = tracker.member.imports().import_issues(request).await.unwrap().into_inner();
         tracker.wait_until(lock_waiters!("> 0")).await;
 
-        assert_error(read(answers).await, Code::DeadlineExceeded, "DEADLINE");
+        assert_error(read(responses).await, Code::DeadlineExceeded, "DEADLINE");
         tracker.wait_until_no_locks().await;
 
         assert_eq!(issue_count(&tracker).await, committed);
         other.batch_execute("ROLLBACK").await.unwrap();
-        let again = go_on(&tracker.member, &import).await.unwrap();
+        let again = resume(&tracker.member, &import).await.unwrap();
         assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0));
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
     }
 }
 
 #[tokio::test]
-async fn a_caller_that_has_sent_all_is_not_gone() {
-    let tracker = patient_tracker().await;
+async fn half_closed_stream_is_not_an_interruption() {
+    let tracker = tracker_without_statement_timeout().await;
     let other = hold_external_id(&tracker).await;
     let import = tokio::spawn({
         let client = tracker.member.clone();

@@ -1,16 +1,17 @@
-//! Files that are not written for us: other names, other separators, values that are not there.
+//! Options for files in other formats: column names, separators, defaults, unknown columns and new labels.
 
 use std::collections::HashMap;
 
 use super::*;
 use crate::harness::assert_invalid;
 
+/// Returns `column_names` from pairs of a name in the file and a column.
 fn names(names: &[(&str, &str)]) -> HashMap<String, String> {
-    names.iter().map(|(name, ours)| (name.to_string(), ours.to_string())).collect()
+    names.iter().map(|(name, column)| (name.to_string(), column.to_string())).collect()
 }
 
-/// What the options get wrong, told before the file is read.
-async fn refused(tracker: &Tracker, change: impl FnOnce(&mut ImportOptions)) -> Status {
+/// Sends invalid options alone and returns the error, which must come before any chunk is read.
+async fn options_error(tracker: &Tracker, change: impl FnOnce(&mut ImportOptions)) -> Status {
     let opts = import("title\na\n").with(change).options;
     let status = send(&tracker.member, vec![options(opts)]).await.unwrap_err();
     assert_eq!(issue_count(tracker).await, 0);
@@ -19,20 +20,20 @@ async fn refused(tracker: &Tracker, change: impl FnOnce(&mut ImportOptions)) -> 
 }
 
 #[tokio::test]
-async fn the_files_names_stand_for_ours_whatever_their_case_and_spaces() {
+async fn column_names_match_case_insensitively_and_trimmed() {
     let tracker = Tracker::start().await;
     let file = "SUMMARY , Priority,Status,Ignored\ncrash,closed,high,x\n";
     let mapped = names(&[(" summary", "title"), ("PRIORITY", "status"), ("status", "Priority"), ("ignored", "")]);
 
-    let answer = import(file).with(|options| options.column_names = mapped).by(&tracker.member).await.unwrap();
+    let responses = import(file).with(|options| options.column_names = mapped).by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 1, 1, 0, 0));
+    assert_eq!(responses.counts(), (ImportState::Committed, 1, 1, 0, 0));
     let issue = issues(&tracker).await.remove("crash").unwrap();
     assert_eq!((issue.status(), issue.priority()), (IssueStatus::Closed, Priority::High));
 }
 
 #[tokio::test]
-async fn a_column_that_is_mapped_to_nothing_is_ignored_even_if_it_has_a_name_of_ours() {
+async fn column_mapped_to_an_empty_name_is_ignored() {
     let tracker = Tracker::start().await;
     let mapped = names(&[("labels", "")]);
 
@@ -42,7 +43,7 @@ async fn a_column_that_is_mapped_to_nothing_is_ignored_even_if_it_has_a_name_of_
 }
 
 #[tokio::test]
-async fn errors_of_rows_name_our_columns() {
+async fn row_errors_name_the_mapped_column() {
     let tracker = Tracker::start().await;
     let mapped = names(&[("state", "status")]);
 
@@ -52,7 +53,7 @@ async fn errors_of_rows_name_our_columns() {
 }
 
 #[tokio::test]
-async fn a_mapped_name_that_the_file_does_not_have_is_a_fault_of_the_header() {
+async fn mapped_name_missing_from_the_header_is_invalid() {
     let tracker = Tracker::start().await;
     let mapped = names(&[("Summary", "title"), ("Estimate", "")]);
 
@@ -64,7 +65,7 @@ async fn a_mapped_name_that_the_file_does_not_have_is_a_fault_of_the_header() {
 }
 
 #[tokio::test]
-async fn a_column_under_two_names_is_a_fault_of_the_header() {
+async fn two_header_names_for_one_column_are_invalid() {
     let tracker = Tracker::start().await;
     let mapped = names(&[("Summary", "title")]);
 
@@ -76,7 +77,7 @@ async fn a_column_under_two_names_is_a_fault_of_the_header() {
 }
 
 #[tokio::test]
-async fn a_mapping_to_what_is_no_column_is_invalid() {
+async fn invalid_column_names_are_rejected() {
     let tracker = Tracker::start().await;
     let hundred_and_one: Vec<String> = (0..101).map(|n| format!("c{n}")).collect();
     let too_many = hundred_and_one.iter().map(|name| (&**name, "")).collect::<Vec<_>>();
@@ -90,7 +91,7 @@ async fn a_mapping_to_what_is_no_column_is_invalid() {
         names(&[(&*long, "title")]),
         names(&too_many),
     ] {
-        let status = refused(&tracker, |options| options.column_names = mapped.clone()).await;
+        let status = options_error(&tracker, |options| options.column_names = mapped.clone()).await;
         assert_invalid(Err::<(), _>(status), &["options.column_names"]);
     }
     let longest = "ü".repeat(255);
@@ -100,7 +101,7 @@ async fn a_mapping_to_what_is_no_column_is_invalid() {
 }
 
 #[tokio::test]
-async fn every_character_that_may_separate_does() {
+async fn allowed_separators_are_accepted() {
     let tracker = Tracker::start().await;
     tracker.member.label("bug").await;
     tracker.member.label("ui").await;
@@ -115,9 +116,9 @@ async fn every_character_that_may_separate_does() {
             options.label_separator = label_separator.into();
         });
 
-        let answer = import.by(&tracker.member).await.unwrap();
+        let responses = import.by(&tracker.member).await.unwrap();
 
-        assert_eq!(answer.counts(), (ImportState::Committed, 1, 1, 0, 0), "{separator:?}: {answer:?}");
+        assert_eq!(responses.counts(), (ImportState::Committed, 1, 1, 0, 0), "{separator:?}: {responses:?}");
         let (title, issue) = issues(&tracker).await.pop_first().unwrap();
         assert_eq!((title, issue.labels.len()), (format!("a{fields}b"), 2), "{separator:?}");
         tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
@@ -125,16 +126,16 @@ async fn every_character_that_may_separate_does() {
 }
 
 #[tokio::test]
-async fn what_cannot_separate_is_invalid() {
+async fn letters_quotes_line_ends_and_equal_separators_are_invalid() {
     let tracker = Tracker::start().await;
     for bad in ["\"", "a", "7", "\n", "\r", ",,", "é", "；", "\r\n"] {
-        let status = refused(&tracker, |options| options.separator = bad.into()).await;
+        let status = options_error(&tracker, |options| options.separator = bad.into()).await;
         assert_invalid(Err::<(), _>(status), &["options.separator"]);
-        let status = refused(&tracker, |options| options.label_separator = bad.into()).await;
+        let status = options_error(&tracker, |options| options.label_separator = bad.into()).await;
         assert_invalid(Err::<(), _>(status), &["options.label_separator"]);
     }
     for (separator, label_separator) in [("|", "|"), ("", ","), (";", ";")] {
-        let status = refused(&tracker, |options| {
+        let status = options_error(&tracker, |options| {
             options.separator = separator.into();
             options.label_separator = label_separator.into();
         });
@@ -143,7 +144,7 @@ async fn what_cannot_separate_is_invalid() {
 }
 
 #[tokio::test]
-async fn defaults_are_for_new_issues_whose_row_has_none() {
+async fn defaults_apply_to_empty_fields_of_new_issues() {
     let tracker = Tracker::start().await;
     let existing = Issue { title: "old".into(), external_id: "X-1".into(), ..Issue::default() };
     tracker.member.file_as(existing).await;
@@ -157,9 +158,9 @@ async fn defaults_are_for_new_issues_whose_row_has_none() {
         options.default_assignee = " Viewer ".into();
     });
 
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.outcome(), (2, 0, 1, 0), "{answer:?}");
+    assert_eq!(responses.outcome(), (2, 0, 1, 0), "{responses:?}");
     let issues = issues(&tracker).await;
     let shown = |title: &str| (issues[title].status(), issues[title].priority(), &*issues[title].assignee_id);
     assert_eq!(shown("old"), (IssueStatus::Open, Priority::Unspecified, ""));
@@ -168,27 +169,27 @@ async fn defaults_are_for_new_issues_whose_row_has_none() {
 }
 
 #[tokio::test]
-async fn defaults_are_for_files_without_the_column_too() {
+async fn defaults_apply_to_missing_columns() {
     let tracker = Tracker::start().await;
     let import = import("title,create_time,close_time\na,2020-01-01T00:00:00Z,2020-01-02T00:00:00Z\n");
 
     let import = import.with(|options| options.default_status = IssueStatus::Closed.into());
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 1, 1, 0, 0), "{answer:?}");
+    assert_eq!(responses.counts(), (ImportState::Committed, 1, 1, 0, 0), "{responses:?}");
     let issue = issues(&tracker).await.remove("a").unwrap();
     assert_eq!(issue.close_time.unwrap().to_string(), "2020-01-02T00:00:00Z");
 }
 
 #[tokio::test]
-async fn defaults_that_are_none_are_told_before_the_file_is_read() {
+async fn invalid_defaults_are_rejected_before_the_file_is_read() {
     let tracker = Tracker::start().await;
 
-    let status = refused(&tracker, |options| options.default_assignee = "mallory".into()).await;
+    let status = options_error(&tracker, |options| options.default_assignee = "mallory".into()).await;
     assert_invalid(Err::<(), _>(status.clone()), &["options.default_assignee"]);
     assert!(status.message().contains("no user \"mallory\""), "{status:?}");
 
-    let status = refused(&tracker, |options| {
+    let status = options_error(&tracker, |options| {
         options.on_existing = 9;
         options.default_status = 9;
         options.default_priority = 9;
@@ -200,7 +201,7 @@ async fn defaults_that_are_none_are_told_before_the_file_is_read() {
 }
 
 #[tokio::test]
-async fn unknown_columns_are_left_out_if_that_is_wanted() {
+async fn unknown_columns_are_ignored_only_with_ignore_unknown_columns() {
     let tracker = Tracker::start().await;
     let file = "colour,title,,colour,\nred,a,b,c,d\n";
 
@@ -212,39 +213,42 @@ async fn unknown_columns_are_left_out_if_that_is_wanted() {
 }
 
 #[tokio::test]
-async fn labels_that_there_are_not_are_created_once() {
+async fn create_labels_creates_each_missing_label_once() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("Bug").await;
     let file = "title,labels\na,bug;New\nb,NEW;other\nc,new\n";
 
     let import = import(file).with(|options| options.create_labels = true);
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 3, 3, 0, 0), "{answer:?}");
+    assert_eq!(responses.counts(), (ImportState::Committed, 3, 3, 0, 0), "{responses:?}");
     let issues = issues(&tracker).await;
-    let of = |title: &str| issues[title].labels.iter().map(|label| &*label.name).collect::<Vec<_>>();
-    assert_eq!((of("a"), of("b"), of("c")), (vec!["Bug", "New"], vec!["New", "other"], vec!["New"]));
+    let labels_of = |title: &str| issues[title].labels.iter().map(|label| &*label.name).collect::<Vec<_>>();
+    assert_eq!(
+        (labels_of("a"), labels_of("b"), labels_of("c")),
+        (vec!["Bug", "New"], vec!["New", "other"], vec!["New"])
+    );
     assert_eq!(issues["a"].labels[0], bug);
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 3);
 }
 
 #[tokio::test]
-async fn rows_with_more_labels_than_are_remembered_go_in() {
+async fn import_accepts_more_labels_than_its_cache_holds() {
     let tracker = Tracker::start().await;
     tracker.member.label("0").await;
     let labels = |row: usize| (row * 100..row * 100 + 100).map(|n| n.to_string()).collect::<Vec<_>>().join(";");
     let rows: String = (0..101).map(|row| format!("{row},{}\n", labels(row))).collect();
 
     let import = import(format!("title,labels\n{rows}")).with(|options| options.create_labels = true);
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 101, 101, 0, 0));
+    assert_eq!(responses.counts(), (ImportState::Committed, 101, 101, 0, 0));
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 10_100);
     assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 10_100);
 }
 
 #[tokio::test]
-async fn only_rows_that_go_in_create_labels() {
+async fn only_imported_rows_create_labels() {
     let tracker = Tracker::start().await;
     let existing = Issue { title: "old".into(), external_id: "X-1".into(), ..Issue::default() };
     tracker.member.file_as(existing).await;
@@ -254,15 +258,15 @@ async fn only_rows_that_go_in_create_labels() {
         c,,,from a good row\n";
 
     let import = import(file).skip_invalid().skip_existing().with(|options| options.create_labels = true);
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.outcome(), (1, 0, 1, 1));
+    assert_eq!(responses.outcome(), (1, 0, 1, 1));
     let labels = tracker.sql("SELECT name FROM labels", &[]).await;
     assert_eq!(labels.iter().map(|row| row.get::<_, &str>(0)).collect::<Vec<_>>(), ["from a good row"]);
 }
 
 #[tokio::test]
-async fn a_label_that_cannot_be_is_an_error_of_its_row() {
+async fn invalid_label_name_is_a_row_error() {
     let tracker = Tracker::start().await;
     let long = "ü".repeat(51);
     let file = format!("title|labels\na|{long}\nb|x;y\nc|{}\n", "ü".repeat(50));
@@ -272,25 +276,25 @@ async fn a_label_that_cannot_be_is_an_error_of_its_row() {
         options.label_separator = ",".into();
         options.create_labels = true;
     });
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(1, "TOO_LONG"), (2, "UNKNOWN_LABEL")]);
+    assert_eq!(responses.codes(), [(1, "TOO_LONG"), (2, "UNKNOWN_LABEL")]);
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 1);
 }
 
 #[tokio::test]
-async fn a_trial_creates_no_label_and_takes_them_for_known() {
+async fn dry_run_creates_no_label_and_accepts_missing_ones() {
     let tracker = Tracker::start().await;
     let import = import("title,labels\na,new\nb,new;other\n").with(|options| options.create_labels = true);
     for import in [import.clone(), import.skip_invalid()] {
-        let trial = import.validate_only().by(&tracker.member).await.unwrap();
-        assert_eq!(trial.counts(), (ImportState::Validated, 2, 2, 0, 0));
+        let dry_run = import.validate_only().by(&tracker.member).await.unwrap();
+        assert_eq!(dry_run.counts(), (ImportState::Validated, 2, 2, 0, 0));
         assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 0);
     }
 }
 
 #[tokio::test]
-async fn a_rejected_import_creates_no_label() {
+async fn rejected_import_creates_no_label() {
     let tracker = Tracker::start().await;
 
     let import = import("title,labels\na,new\n,new\n").with(|options| options.create_labels = true);
@@ -300,11 +304,11 @@ async fn a_rejected_import_creates_no_label() {
 }
 
 #[tokio::test]
-async fn two_imports_that_create_the_same_label_both_go_in() {
+async fn concurrent_imports_that_create_the_same_label_both_commit() {
     let tracker = Tracker::start().await;
     let with_labels = |import: Import| import.with(|options| options.create_labels = true);
     let first = open(&tracker.member, with_labels(import("")).with(|options| options.total_bytes = 0).options).await;
-    // A whole batch, so that it is written before the end.
+    // A whole batch, which the server writes before the stream ends.
     let rows = "x,\n".repeat(4_999);
     first.send(chunk(0, format!("title,labels\na,new;b\n{rows}"))).await;
     tracker
@@ -329,7 +333,7 @@ async fn two_imports_that_create_the_same_label_both_go_in() {
 }
 
 #[tokio::test]
-async fn issues_of_one_time_are_in_the_order_of_the_file() {
+async fn issues_with_equal_create_time_keep_the_order_of_the_file() {
     let tracker = Tracker::start().await;
     let times = ["2020-01-01T00:00:00.000001Z", "2020-01-01T00:00:00.000002Z"];
     for create_times in [vec![times[0]; 300], times.iter().flat_map(|time| vec![*time; 150]).collect(), vec![""; 300]] {
@@ -344,7 +348,7 @@ async fn issues_of_one_time_are_in_the_order_of_the_file() {
 }
 
 #[tokio::test]
-async fn issues_without_a_time_are_in_the_order_of_the_file_across_batches() {
+async fn issues_without_create_time_keep_the_order_of_the_file_across_batches() {
     let tracker = Tracker::start().await;
     for import in [import(titles(12_000)), import(titles(12_000)).skip_invalid()] {
         import.by(&tracker.member).await.unwrap();

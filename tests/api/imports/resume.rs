@@ -1,22 +1,22 @@
-//! Imports that are sent again: after a cut, after an end, with other options.
+//! Imports that are sent again: after an interruption, after they finished, and with other options.
 
 use std::collections::HashMap;
 
 use super::{
-    interruptions::{Cut, RawImport},
+    interruptions::{Interruption, RawImport},
     *,
 };
 use crate::harness::error_metadata;
 
-/// Sends the beginning of the file, of which one batch goes in, and breaks off. The last row of the batch is the 5,000th.
-async fn cut_after_a_batch(tracker: &Tracker, import: &Import, bytes: usize) {
+/// Sends the first `bytes` of the file, waits until the first batch of 5,000 rows is committed, and resets the stream.
+async fn interrupt_after_first_batch(tracker: &Tracker, import: &Import, bytes: usize) {
     let mut raw = RawImport::open(tracker, import.options.clone()).await;
     raw.send(&chunk(0, &import.file[..bytes]));
     tracker.wait_until("SELECT count(*) > 0 FROM imports WHERE row_count = 5000").await;
-    raw.cut(Cut::Reset(h2::Reason::CANCEL), tracker).await;
+    raw.interrupt_and_wait(Interruption::Reset(h2::Reason::CANCEL), tracker).await;
 }
 
-/// 5,000 rows with external ids from 1, then these.
+/// Returns a file of one batch, which is 5,000 rows with the external ids 1 to 5000, and then `rest`.
 fn batch_and(header: &str, rest: &str) -> String {
     let columns = header.split(',').count();
     let row = |n: usize| format!("issue {n},{n}{}\n", ",".repeat(columns - 2));
@@ -24,14 +24,14 @@ fn batch_and(header: &str, rest: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_first_answer_tells_where_to_go_on() {
+async fn first_response_has_the_offset_to_resume_from() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).skip_invalid().id(Uuid::now_v7());
     let fresh = open(&tracker.member, import.options.clone()).await;
     assert_eq!((fresh.first.offset, fresh.first.row_count, fresh.first.committed_offset), (0, 0, 0));
-    fresh.cut();
-    tracker.wait_until(locks!("= 0")).await;
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    fresh.cancel();
+    tracker.wait_until(import_locks!("= 0")).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
     let again = open(&tracker.member, import.options.clone()).await;
 
@@ -42,7 +42,7 @@ async fn the_first_answer_tells_where_to_go_on() {
 }
 
 #[tokio::test]
-async fn progress_tells_what_is_committed() {
+async fn progress_has_the_committed_offset() {
     let tracker = Tracker::start().await;
 
     let skipping = import(titles(5_010)).skip_invalid().by(&tracker.member).await.unwrap();
@@ -54,24 +54,24 @@ async fn progress_tells_what_is_committed() {
 }
 
 #[tokio::test]
-async fn what_is_sent_again_from_the_start_is_not_written_again() {
+async fn resending_from_the_start_writes_no_row_twice() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
-    let answer = import.by(&tracker.member).await.unwrap();
+    let responses = import.by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 5_010, 5_010, 0, 0));
-    assert_eq!(answer.summary.byte_count, titles(5_010).len() as i64);
+    assert_eq!(responses.counts(), (ImportState::Committed, 5_010, 5_010, 0, 0));
+    assert_eq!(responses.summary.byte_count, titles(5_010).len() as i64);
     assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 5_010);
     assert_eq!(issue_count(&tracker).await, 5_010);
 }
 
 #[tokio::test]
-async fn a_gap_behind_the_committed_offset_is_told_with_it() {
+async fn gap_after_the_committed_offset_is_out_of_range_with_the_expected_offset() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
     let committed = titles(5_000).len() as i64 - 1;
 
     let refused = send(&tracker.member, vec![options(import.options), chunk(committed + 1, "issue 5001\n")]).await;
@@ -82,27 +82,28 @@ async fn a_gap_behind_the_committed_offset_is_told_with_it() {
 }
 
 #[tokio::test]
-async fn rows_and_lines_go_on_to_be_counted_from_the_start_of_the_file() {
+async fn resumed_import_counts_rows_and_lines_from_the_start_of_the_file() {
     let tracker = Tracker::start().await;
     let mut file = "title,description\r\n".to_owned();
     file.extend((0..5_000).map(|n| format!("issue {n},\"two\r\nlines\"\r\n")));
     let offset = file.len() as i64 + 2;
     file += "\r\n,no title\r\nlast,\r\n";
     let import = import(&*file).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, file.len() - 2).await;
+    interrupt_after_first_batch(&tracker, &import, file.len() - 2).await;
 
-    let answer = go_on(&tracker.member, &import).await.unwrap();
+    let responses = resume(&tracker.member, &import).await.unwrap();
 
-    let places: Vec<_> = answer.errors.iter().map(|e| (e.row_number, e.line_number, e.byte_offset, &*e.code)).collect();
-    assert_eq!(places, [(5_001, 10_003, offset, "REQUIRED")]);
-    assert_eq!(answer.counts(), (ImportState::Committed, 5_002, 5_001, 1, 1));
+    let positions: Vec<_> =
+        responses.errors.iter().map(|e| (e.row_number, e.line_number, e.byte_offset, &*e.code)).collect();
+    assert_eq!(positions, [(5_001, 10_003, offset, "REQUIRED")]);
+    assert_eq!(responses.counts(), (ImportState::Committed, 5_002, 5_001, 1, 1));
 }
 
 #[tokio::test]
-async fn a_row_like_one_before_the_cut_is_a_duplicate_whatever_becomes_of_existing_issues() {
+async fn resumed_import_detects_duplicates_of_rows_before_the_interruption() {
     for on_existing in [OnExisting::Fail, OnExisting::Skip, OnExisting::Update] {
         let tracker = Tracker::start().await;
-        // Of the first rows one is changed, if any are; one is as it was; the others are created.
+        // With SKIP and UPDATE, row 1 differs from an existing issue and row 2 equals one; the others are created.
         let seed = "title,external_id\nother title,1\nissue 2,2\n";
         let is_fail = on_existing == OnExisting::Fail;
         if !is_fail {
@@ -110,25 +111,25 @@ async fn a_row_like_one_before_the_cut_is_a_duplicate_whatever_becomes_of_existi
         }
         let file = batch_and("title,external_id", "again,1\nagain,2\nagain,3\nnew,5001\n");
         let import = import(file).skip_invalid().id(Uuid::now_v7()).with(|o| o.on_existing = on_existing.into());
-        cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+        interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
-        let answer = go_on(&tracker.member, &import).await.unwrap();
+        let responses = resume(&tracker.member, &import).await.unwrap();
 
         let twice = "DUPLICATE_EXTERNAL_ID";
-        assert_eq!(answer.codes(), [(5_001, twice), (5_002, twice), (5_003, twice)], "{on_existing:?}");
+        assert_eq!(responses.codes(), [(5_001, twice), (5_002, twice), (5_003, twice)], "{on_existing:?}");
         let outcome = match on_existing {
             OnExisting::Update => (4_999, 1, 1, 3),
             OnExisting::Skip => (4_999, 0, 2, 3),
             _ => (5_001, 0, 0, 3),
         };
-        assert_eq!(answer.outcome(), outcome, "{on_existing:?}");
+        assert_eq!(responses.outcome(), outcome, "{on_existing:?}");
         assert_eq!(issue_count(&tracker).await, 5_001, "{on_existing:?}");
         assert_eq!(tracker.count("SELECT count(*) FROM import_issues WHERE version IS NULL").await, 0);
     }
 }
 
 #[tokio::test]
-async fn columns_that_the_file_names_otherwise_are_known_after_the_cut() {
+async fn resumed_import_keeps_its_column_names() {
     let tracker = Tracker::start().await;
     let names =
         HashMap::from([("Key".to_owned(), "external_id".to_owned()), ("Summary".to_owned(), "title".to_owned())]);
@@ -137,20 +138,20 @@ async fn columns_that_the_file_names_otherwise_are_known_after_the_cut() {
         options.column_names = names;
         options.ignore_unknown_columns = true;
     });
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
-    let answer = go_on(&tracker.member, &import).await.unwrap();
+    let responses = resume(&tracker.member, &import).await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
+    assert_eq!(responses.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
     let last = tracker.sql("SELECT title, status FROM issues WHERE external_id = '5001'", &[]).await;
     assert_eq!((last[0].get::<_, &str>(0), last[0].get::<_, i16>(1)), ("last", 3));
 }
 
 #[tokio::test]
-async fn an_atomic_import_begins_at_the_start_again() {
+async fn interrupted_atomic_import_restarts_from_the_beginning() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
     let again = open(&tracker.member, import.options.clone()).await;
 
@@ -162,7 +163,7 @@ async fn an_atomic_import_begins_at_the_start_again() {
 
 type Change = fn(&mut ImportOptions);
 
-/// Each other than what [`import`] has, and the name of what is other.
+/// Returns, for each option, a change that makes it differ from a SKIP_INVALID [`import`], with the option's name.
 fn other_options() -> Vec<(&'static str, Change)> {
     vec![
         ("mode", |options| options.mode = ImportMode::Atomic.into()),
@@ -180,10 +181,10 @@ fn other_options() -> Vec<(&'static str, Change)> {
 }
 
 #[tokio::test]
-async fn an_import_that_was_cut_goes_on_only_with_its_options_and_for_its_user() {
+async fn interrupted_import_resumes_only_with_its_options_and_user() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
     for (name, change) in other_options() {
         let other = import.clone().with(change).by(&tracker.member).await;
@@ -194,7 +195,7 @@ async fn an_import_that_was_cut_goes_on_only_with_its_options_and_for_its_user()
     assert_error(other_user, Code::FailedPrecondition, "IMPORT_MISMATCH");
 
     assert_eq!(issue_count(&tracker).await, 5_000);
-    // What stands for the same is the same.
+    // Explicit defaults equal unset options.
     let same = import.with(|options| {
         options.on_existing = OnExisting::Fail.into();
         options.separator = ",".into();
@@ -202,11 +203,11 @@ async fn an_import_that_was_cut_goes_on_only_with_its_options_and_for_its_user()
         options.default_status = IssueStatus::Open.into();
         options.total_bytes = 0;
     });
-    assert_eq!(go_on(&tracker.member, &same).await.unwrap().counts(), (ImportState::Committed, 5_010, 5_010, 0, 0));
+    assert_eq!(resume(&tracker.member, &same).await.unwrap().counts(), (ImportState::Committed, 5_010, 5_010, 0, 0));
 }
 
 #[tokio::test]
-async fn a_finished_import_answers_only_to_its_options() {
+async fn finished_import_returns_its_summary_only_for_its_options() {
     let tracker = Tracker::start().await;
     let import = import("title\na\n").skip_invalid().id(Uuid::now_v7());
     import.clone().by(&tracker.member).await.unwrap();
@@ -219,51 +220,51 @@ async fn a_finished_import_answers_only_to_its_options() {
 }
 
 #[tokio::test]
-async fn the_size_of_the_file_may_be_told_later() {
+async fn total_bytes_may_be_set_when_resuming() {
     let tracker = Tracker::start().await;
     let import = import(titles(5_010)).skip_invalid().id(Uuid::now_v7());
     let unsized_import = import.clone().with(|options| options.total_bytes = 0);
-    cut_after_a_batch(&tracker, &unsized_import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &unsized_import, import.file.len() - 3).await;
 
     let truncated = send(&tracker.member, vec![options(import.options.clone())]).await;
 
     assert_error(truncated, Code::InvalidArgument, "IMPORT_TRUNCATED");
     let other_size = import.clone().with(|options| options.total_bytes += 1).by(&tracker.member).await;
     assert_error(other_size, Code::FailedPrecondition, "IMPORT_MISMATCH");
-    assert_eq!(go_on(&tracker.member, &unsized_import).await.unwrap().counts().1, 5_010);
+    assert_eq!(resume(&tracker.member, &unsized_import).await.unwrap().counts().1, 5_010);
 }
 
 #[tokio::test]
-async fn a_trial_of_the_rest_answers_as_the_rest_and_leaves_it_to_be_sent() {
+async fn dry_run_of_the_rest_has_its_responses_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let import = import(batch_and("title,external_id", "again,1\nnew,5001\n")).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
     let before = tracker.contents().await;
 
-    let mut trial = go_on(&tracker.member, &import.clone().validate_only()).await.unwrap();
+    let mut dry_run = resume(&tracker.member, &import.clone().validate_only()).await.unwrap();
 
     assert_eq!(tracker.contents().await, before);
-    let real = go_on(&tracker.member, &import).await.unwrap();
-    assert_eq!(trial.summary.state(), ImportState::Validated);
-    trial.summary.state = ImportState::Committed.into();
-    assert_eq!(trial, real);
+    let real = resume(&tracker.member, &import).await.unwrap();
+    assert_eq!(dry_run.summary.state(), ImportState::Validated);
+    dry_run.summary.state = ImportState::Committed.into();
+    assert_eq!(dry_run, real);
     assert_eq!(real.codes(), [(5_001, "DUPLICATE_EXTERNAL_ID")]);
 }
 
 #[tokio::test]
-async fn of_a_thousand_errors_those_before_the_cut_are_some() {
+async fn limit_of_1000_sent_errors_includes_those_before_the_interruption() {
     let tracker = Tracker::start().await;
     let mut file = "title,status\n".to_owned();
     file.extend((0..5_000).map(|n| format!("issue {n},{}\n", if n < 900 { "opne" } else { "" })));
     file += &"x,opne\n".repeat(200);
     let import = import(file).skip_invalid().id(Uuid::now_v7());
-    cut_after_a_batch(&tracker, &import, import.file.len() - 3).await;
+    interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
 
-    let answer = go_on(&tracker.member, &import).await.unwrap();
+    let responses = resume(&tracker.member, &import).await.unwrap();
 
-    assert_eq!(answer.errors.len(), 100);
-    assert_eq!(answer.counts(), (ImportState::Committed, 5_200, 4_100, 1_100, 1_100));
-    let kept = kept_errors(&tracker.member, &import.options.import_id).await;
-    assert_eq!(kept.len(), 1_100);
-    assert!(kept.is_sorted_by_key(|error| error.row_number));
+    assert_eq!(responses.errors.len(), 100);
+    assert_eq!(responses.counts(), (ImportState::Committed, 5_200, 4_100, 1_100, 1_100));
+    let stored = stored_errors(&tracker.member, &import.options.import_id).await;
+    assert_eq!(stored.len(), 1_100);
+    assert!(stored.is_sorted_by_key(|error| error.row_number));
 }

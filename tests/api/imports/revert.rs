@@ -1,20 +1,21 @@
-//! Undoing imports.
+//! `RevertImport`.
 
 use issue_tracker::pb::{DeleteLabelRequest, UpdateIssueRequest};
 
 use super::{
-    interruptions::{Cut, RawImport},
+    interruptions::{Interruption, RawImport},
     *,
 };
 use crate::harness::{assert_invalid, error_metadata};
 
-/// Imports this, which must go in, and answers the import's id.
-async fn imported(tracker: &Tracker, import: Import) -> String {
-    let answer = import.by(&tracker.member).await.unwrap();
-    assert_eq!(answer.summary.state(), ImportState::Committed, "{answer:?}");
-    answer.summary.import_id
+/// Runs an import, which must commit, and returns its id.
+async fn commit(tracker: &Tracker, import: Import) -> String {
+    let responses = import.by(&tracker.member).await.unwrap();
+    assert_eq!(responses.summary.state(), ImportState::Committed, "{responses:?}");
+    responses.summary.import_id
 }
 
+/// Returns the numbers of removed, restored and kept issues.
 fn counts(response: &RevertImportResponse) -> (i64, i64, i64) {
     (response.removed_count, response.restored_count, response.kept_count)
 }
@@ -33,7 +34,7 @@ async fn comment_on(tracker: &Tracker, external_id: &str) -> String {
     id.to_string()
 }
 
-/// What the issues are, without versions, history and the time of their last change.
+/// Returns the contents of all issues as text, without version, history and update_time.
 async fn values(tracker: &Tracker) -> Vec<String> {
     const SQL: &str = "SELECT jsonb_build_array(id, title, description, status, priority, assignee_id, reporter_id,
             external_id, create_time, close_time, reopen_count, delete_time,
@@ -43,14 +44,14 @@ async fn values(tracker: &Tracker) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn what_an_import_created_is_gone_with_its_labels_and_the_rest_stays() {
+async fn revert_removes_only_the_issues_that_the_import_created() {
     let tracker = Tracker::start().await;
     tracker.member.label("bug").await;
     let other = tracker.member.file("other").await;
-    let earlier = imported(&tracker, import("title,external_id\nearlier,0\n")).await;
+    let earlier = commit(&tracker, import("title,external_id\nearlier,0\n")).await;
     let before = values(&tracker).await;
     for import in [import("title,external_id,labels\na,1,bug\nb,2,bug\n"), import(titles(6_000)).skip_invalid()] {
-        let id = imported(&tracker, import).await;
+        let id = commit(&tracker, import).await;
         let created = issue_count(&tracker).await - 2;
 
         let reverted = revert(&tracker.member, &id, false).await.unwrap();
@@ -58,23 +59,23 @@ async fn what_an_import_created_is_gone_with_its_labels_and_the_rest_stays() {
         assert_eq!(counts(&reverted), (created, 0, 0));
         assert_eq!(values(&tracker).await, before);
         assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 0);
-        let told = get_import(&tracker.member, &id).await.unwrap();
-        assert_eq!((told.state(), told.created_count), (ImportState::Reverted, created));
-        assert!(told.revert_time.is_some());
+        let record = get_import(&tracker.member, &id).await.unwrap();
+        assert_eq!((record.state(), record.created_count), (ImportState::Reverted, created));
+        assert!(record.revert_time.is_some());
     }
     assert_eq!(tracker.member.get(&other.id).await, other);
     assert_eq!(get_import(&tracker.member, &earlier).await.unwrap().state(), ImportState::Committed);
 }
 
 #[tokio::test]
-async fn what_an_import_updated_gets_back_what_it_had() {
+async fn revert_restores_updated_issues() {
     let tracker = Tracker::start().await;
     let seed = "title,external_id,description,priority,status,assignee,labels,create_time,close_time\n\
         a,1,text,high,open,viewer,bug;ui,2020-01-01T00:00:00Z,\n\
         b,2,text,low,closed,,ui,2020-01-01T00:00:00Z,2020-01-03T00:00:00Z\n\
         c,3,,,closed,member,,2020-01-01T00:00:00Z,2020-01-04T00:00:00Z\n\
         d,4,,,in_progress,,bug,2020-01-01T00:00:00Z,\n";
-    imported(&tracker, import(seed).with(|options| options.create_labels = true)).await;
+    commit(&tracker, import(seed).with(|options| options.create_labels = true)).await;
     let before = values(&tracker).await;
     let file = "title,external_id,description,priority,status,assignee,labels\n\
         A,1,,,closed,,docs\n\
@@ -82,49 +83,49 @@ async fn what_an_import_updated_gets_back_what_it_had() {
         c,3,,,in_progress,,bug\n\
         d,4,,,in_progress,,bug\n\
         new,5,,,,,new\n";
-    let id = imported(&tracker, import(file).update().with(|options| options.create_labels = true)).await;
+    let id = commit(&tracker, import(file).update().with(|options| options.create_labels = true)).await;
 
     let reverted = revert(&tracker.member, &id, false).await.unwrap();
 
     assert_eq!(counts(&reverted), (1, 3, 0));
     assert_eq!(values(&tracker).await, before);
-    // A change like any other; the fourth had none.
+    // The revert is one version; the import did not change the fourth issue.
     let versions = "SELECT array_agg(version ORDER BY external_id) FROM issues";
     assert_eq!(tracker.sql(versions, &[]).await[0].get::<_, Vec<i64>>(0), [3, 3, 3, 1]);
-    let told =
+    let events =
         "SELECT array_agg(field || ':' || coalesce(old_value, '') || '>' || coalesce(new_value, '') ORDER BY e.id)
         FROM issue_events e JOIN issues i ON i.id = e.issue_id
         WHERE i.external_id = '2' AND e.version = 3 AND field NOT IN ('label', 'assignee_id')";
     assert_eq!(
-        tracker.sql(told, &[]).await[0].get::<_, Vec<String>>(0),
+        tracker.sql(events, &[]).await[0].get::<_, Vec<String>>(0),
         ["status:OPEN>CLOSED", "priority:CRITICAL>LOW", "title:B>b", "description:other>text"]
     );
     let relabelled = "SELECT count(*) FROM issue_events WHERE version = 3 AND field = 'label'";
     assert_eq!(tracker.count(relabelled).await, 3 + 1 + 1);
-    // The labels that were created stay.
+    // Labels that the import created are kept.
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 4);
     assert_eq!(tracker.count("SELECT count(*) FROM import_issues").await, 0);
 }
 
 #[tokio::test]
-async fn a_status_that_is_changed_after_an_undoing_is_one_like_any_other() {
+async fn status_can_be_updated_after_a_revert() {
     let tracker = Tracker::start().await;
-    imported(&tracker, import("title,external_id,status\na,1,open\n")).await;
-    let id = imported(&tracker, import("external_id,status\n1,closed\n").update()).await;
+    commit(&tracker, import("title,external_id,status\na,1,open\n")).await;
+    let id = commit(&tracker, import("external_id,status\n1,closed\n").update()).await;
     revert(&tracker.member, &id, false).await.unwrap();
 
-    imported(&tracker, import("external_id,status\n1,closed\n").update()).await;
+    commit(&tracker, import("external_id,status\n1,closed\n").update()).await;
 
     let issue = issues(&tracker).await.remove("a").unwrap();
     assert_eq!((issue.version, issue.close_time), (4, issue.update_time));
 }
 
 #[tokio::test]
-async fn issues_that_were_changed_since_keep_an_import_from_being_undone() {
+async fn later_changes_and_comments_block_a_revert_without_force() {
     let tracker = Tracker::start().await;
-    imported(&tracker, import("title,external_id\nold 1,1\nold 2,2\nold 3,3\n")).await;
+    commit(&tracker, import("title,external_id\nold 1,1\nold 2,2\nold 3,3\n")).await;
     let file = "title,external_id\nnew 1,1\nnew 2,2\nnew 3,3\ncreated 4,4\ncreated 5,5\ncreated 6,6\n";
-    let id = imported(&tracker, import(file).update()).await;
+    let id = commit(&tracker, import(file).update()).await;
     let mut changed = vec![
         retitle(&tracker, "1").await,
         comment_on(&tracker, "2").await,
@@ -145,32 +146,32 @@ async fn issues_that_were_changed_since_keep_an_import_from_being_undone() {
     let forced = revert(&tracker.member, &id, true).await.unwrap();
     assert_eq!(counts(&forced), (1, 1, 4));
     assert_eq!(forced.kept_ids, changed);
-    let left = tracker.sql("SELECT external_id, title FROM issues ORDER BY 1", &[]).await;
-    let left: Vec<(&str, &str)> = left.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let remaining = tracker.sql("SELECT external_id, title FROM issues ORDER BY 1", &[]).await;
+    let remaining: Vec<(&str, &str)> = remaining.iter().map(|row| (row.get(0), row.get(1))).collect();
     let expected = [("1", "changed since"), ("2", "new 2"), ("3", "old 3"), ("4", "changed since"), ("5", "created 5")];
-    assert_eq!(left, expected);
+    assert_eq!(remaining, expected);
 }
 
 #[tokio::test]
-async fn comments_of_before_an_update_are_not_since() {
+async fn comments_before_the_import_do_not_block_a_revert() {
     let tracker = Tracker::start().await;
-    imported(&tracker, import("title,external_id\nold,1\n")).await;
+    commit(&tracker, import("title,external_id\nold,1\n")).await;
     comment_on(&tracker, "1").await;
-    let id = imported(&tracker, import("title,external_id\nnew,1\n").update()).await;
+    let id = commit(&tracker, import("title,external_id\nnew,1\n").update()).await;
 
     assert_eq!(counts(&revert(&tracker.member, &id, false).await.unwrap()), (0, 1, 0));
     assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 1);
 }
 
 #[tokio::test]
-async fn labels_put_on_and_deletions_are_changes_since() {
+async fn added_labels_and_deletions_count_as_later_changes() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("bug").await;
-    let id = imported(&tracker, import("title,external_id\na,1\nb,2\nc,3\n")).await;
+    let id = commit(&tracker, import("title,external_id\na,1\nb,2\nc,3\n")).await;
     let ids = tracker.sql("SELECT id::text FROM issues ORDER BY external_id", &[]).await;
-    let [labelled, deleted]: [String; 2] = [ids[0].get(0), ids[1].get(0)];
+    let [labeled, deleted]: [String; 2] = [ids[0].get(0), ids[1].get(0)];
     let label = issue_tracker::pb::AddIssueLabelsRequest {
-        issue_id: labelled.clone(),
+        issue_id: labeled.clone(),
         label_ids: vec![bug.id],
         ..Default::default()
     };
@@ -180,13 +181,13 @@ async fn labels_put_on_and_deletions_are_changes_since() {
 
     let forced = revert(&tracker.member, &id, true).await.unwrap();
 
-    assert_eq!((counts(&forced), forced.kept_ids), ((1, 0, 2), vec![labelled, deleted]));
+    assert_eq!((counts(&forced), forced.kept_ids), ((1, 0, 2), vec![labeled, deleted]));
 }
 
 #[tokio::test]
-async fn the_first_hundred_that_were_changed_come_over_the_wire() {
+async fn first_100_changed_ids_are_returned() {
     let tracker = Tracker::start().await;
-    let id = imported(&tracker, import(titles(150))).await;
+    let id = commit(&tracker, import(titles(150))).await;
     let actor: Uuid = tracker.admin.user.id.parse().unwrap();
     tracker.sql("UPDATE issues SET priority = 1, change_actor_id = $1", &[&actor]).await;
     let first = tracker.sql("SELECT id::text FROM issues ORDER BY id LIMIT 100", &[]).await;
@@ -202,12 +203,12 @@ async fn the_first_hundred_that_were_changed_come_over_the_wire() {
 }
 
 #[tokio::test]
-async fn an_undoing_that_is_refused_is_not_in_the_way_of_the_next() {
+async fn refused_revert_leaves_no_lock_behind() {
     let tracker = Tracker::start().await;
-    let id = imported(&tracker, import("title,external_id\na,1\n")).await;
+    let id = commit(&tracker, import("title,external_id\na,1\n")).await;
     retitle(&tracker, "1").await;
     for _ in 0..300 {
-        // Another call takes the connection that the refused one gives back.
+        // A concurrent call takes the connection that the refused one returns to the pool.
         let refused = revert(&tracker.member, &id, false);
         let (refused, _) = tokio::join!(refused, get_import(&tracker.member, &id));
         assert_error(refused, Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
@@ -215,9 +216,9 @@ async fn an_undoing_that_is_refused_is_not_in_the_way_of_the_next() {
 }
 
 #[tokio::test]
-async fn an_import_is_undone_once_and_then_answers_the_same() {
+async fn repeated_revert_returns_the_first_response_and_writes_nothing() {
     let tracker = Tracker::start().await;
-    let id = imported(&tracker, import("title,external_id\na,1\nb,2\n")).await;
+    let id = commit(&tracker, import("title,external_id\na,1\nb,2\n")).await;
     retitle(&tracker, "1").await;
     let first = revert(&tracker.member, &id, true).await.unwrap();
     assert_eq!(counts(&first), (1, 0, 1));
@@ -230,26 +231,27 @@ async fn an_import_is_undone_once_and_then_answers_the_same() {
 }
 
 #[tokio::test]
-async fn a_trial_of_an_undoing_answers_the_same_and_changes_nothing() {
+async fn dry_run_of_a_revert_has_its_outcome_and_writes_nothing() {
     let tracker = Tracker::start().await;
-    imported(&tracker, import("title,external_id\nold,1\n")).await;
-    let id = imported(&tracker, import("title,external_id\nnew,1\nb,2\nc,3\n").update()).await;
+    commit(&tracker, import("title,external_id\nold,1\n")).await;
+    let id = commit(&tracker, import("title,external_id\nnew,1\nb,2\nc,3\n").update()).await;
     retitle(&tracker, "3").await;
     let before = tracker.contents().await;
     let mut imports = tracker.member.imports();
-    let trial = |force| RevertImportRequest { import_id: id.clone(), force, validate_only: true, ..Default::default() };
+    let request =
+        |force| RevertImportRequest { import_id: id.clone(), force, validate_only: true, ..Default::default() };
 
-    let refused = imports.revert_import(trial(false)).await;
+    let refused = imports.revert_import(request(false)).await;
     assert_error(refused, Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
-    let tried = imports.revert_import(trial(true)).await.unwrap().into_inner();
+    let validated = imports.revert_import(request(true)).await.unwrap().into_inner();
 
     assert_eq!(tracker.contents().await, before);
-    assert_eq!(counts(&tried), (1, 1, 1));
-    assert_eq!(revert(&tracker.member, &id, true).await.unwrap(), tried);
+    assert_eq!(counts(&validated), (1, 1, 1));
+    assert_eq!(revert(&tracker.member, &id, true).await.unwrap(), validated);
 }
 
 #[tokio::test]
-async fn an_undone_import_answers_its_summary_and_its_rows_can_be_imported_anew() {
+async fn reverted_import_returns_its_summary_and_its_rows_can_be_imported_again() {
     let tracker = Tracker::start().await;
     let import = import("title,external_id\na,1\nb,2\n").id(Uuid::now_v7());
     let first = import.clone().by(&tracker.member).await.unwrap().summary;
@@ -259,14 +261,14 @@ async fn an_undone_import_answers_its_summary_and_its_rows_can_be_imported_anew(
 
     assert_eq!(again.summary, ImportSummary { state: ImportState::Reverted.into(), ..first });
     assert_eq!(issue_count(&tracker).await, 0);
-    let anew = import.id(Uuid::now_v7()).by(&tracker.member).await.unwrap();
-    assert_eq!(anew.counts(), (ImportState::Committed, 2, 2, 0, 0));
+    let second = import.id(Uuid::now_v7()).by(&tracker.member).await.unwrap();
+    assert_eq!(second.counts(), (ImportState::Committed, 2, 2, 0, 0));
 }
 
 #[tokio::test]
-async fn what_a_cut_import_has_committed_can_be_undone_and_it_does_not_go_on() {
+async fn revert_of_an_interrupted_import_removes_its_batches_and_prevents_resuming() {
     let tracker = Tracker::start().await;
-    imported(&tracker, import("title,external_id\nold,1\n")).await;
+    commit(&tracker, import("title,external_id\nold,1\n")).await;
     let rows = (1..=5_010).fold("title,external_id\n".to_owned(), |file, n| file + &format!("issue {n},{n}\n"));
     let import = import(rows).skip_invalid().update().id(Uuid::now_v7());
     let mut raw = RawImport::open(&tracker, import.options.clone()).await;
@@ -274,7 +276,7 @@ async fn what_a_cut_import_has_committed_can_be_undone_and_it_does_not_go_on() {
     tracker.wait_until("SELECT count(*) = 5000 FROM issues").await;
     let id = import.options.import_id.clone();
     assert_error(revert(&tracker.member, &id, false).await, Code::Aborted, "IMPORT_RUNNING");
-    raw.cut(Cut::Reset(h2::Reason::CANCEL), &tracker).await;
+    raw.interrupt_and_wait(Interruption::Reset(h2::Reason::CANCEL), &tracker).await;
 
     let reverted = revert(&tracker.member, &id, false).await.unwrap();
 
@@ -286,26 +288,26 @@ async fn what_a_cut_import_has_committed_can_be_undone_and_it_does_not_go_on() {
 }
 
 #[tokio::test]
-async fn there_is_nothing_to_undo_of_an_atomic_import_that_is_not_finished() {
+async fn revert_of_an_uncommitted_atomic_import_fails() {
     let tracker = Tracker::start().await;
     let rejected = import("title,status\na,opne\n").by(&tracker.member).await.unwrap().summary.import_id;
-    let cut = import("title\na\n").id(Uuid::now_v7());
-    open(&tracker.member, cut.options.clone()).await.cut();
-    tracker.wait_until(locks!("= 0")).await;
+    let interrupted = import("title\na\n").id(Uuid::now_v7());
+    open(&tracker.member, interrupted.options.clone()).await.cancel();
+    tracker.wait_until(import_locks!("= 0")).await;
 
-    for id in [&rejected, &cut.options.import_id] {
+    for id in [&rejected, &interrupted.options.import_id] {
         let refused = revert(&tracker.member, id, true).await;
         assert_error(refused, Code::FailedPrecondition, "IMPORT_NOT_COMMITTED");
     }
-    let again = go_on(&tracker.member, &cut).await.unwrap();
+    let again = resume(&tracker.member, &interrupted).await.unwrap();
     assert_eq!(again.counts(), (ImportState::Committed, 1, 1, 0, 0));
 }
 
 #[tokio::test]
-async fn members_undo_their_own_imports_and_administrators_all() {
+async fn members_revert_their_own_imports_and_administrators_all() {
     let tracker = Tracker::start().await;
     let other = tracker.user("other", Role::Member).await;
-    let id = imported(&tracker, import("title\na\n")).await;
+    let id = commit(&tracker, import("title\na\n")).await;
 
     for client in [&other, &tracker.viewer] {
         assert_error(revert(client, &id, true).await, Code::PermissionDenied, "PERMISSION_DENIED");
@@ -317,10 +319,10 @@ async fn members_undo_their_own_imports_and_administrators_all() {
 }
 
 #[tokio::test]
-async fn an_import_of_an_update_undone_in_turn_leaves_what_the_first_made() {
+async fn reverting_a_later_update_restores_the_result_of_the_earlier_import() {
     let tracker = Tracker::start().await;
-    let first = imported(&tracker, import("title,external_id\nfirst,1\n")).await;
-    let second = imported(&tracker, import("title,external_id\nsecond,1\n").update()).await;
+    let first = commit(&tracker, import("title,external_id\nfirst,1\n")).await;
+    let second = commit(&tracker, import("title,external_id\nsecond,1\n").update()).await;
 
     let refused = revert(&tracker.member, &first, false).await;
     assert_error(refused, Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
@@ -330,12 +332,12 @@ async fn an_import_of_an_update_undone_in_turn_leaves_what_the_first_made() {
 }
 
 #[tokio::test]
-async fn a_label_that_was_deleted_since_is_not_put_on_again() {
+async fn revert_does_not_restore_deleted_labels() {
     let tracker = Tracker::start().await;
     let bug = tracker.member.label("bug").await;
     tracker.member.label("ui").await;
-    imported(&tracker, import("title,external_id,labels\na,1,bug\n")).await;
-    let id = imported(&tracker, import("external_id,labels\n1,ui\n").update()).await;
+    commit(&tracker, import("title,external_id,labels\na,1,bug\n")).await;
+    let id = commit(&tracker, import("external_id,labels\n1,ui\n").update()).await;
     tracker.member.labels().delete_label(DeleteLabelRequest { id: bug.id, ..Default::default() }).await.unwrap();
 
     assert_eq!(counts(&revert(&tracker.member, &id, false).await.unwrap()), (0, 1, 0));
@@ -343,9 +345,9 @@ async fn a_label_that_was_deleted_since_is_not_put_on_again() {
 }
 
 #[tokio::test]
-async fn a_comment_that_is_being_written_keeps_the_undoing_waiting_and_its_issue_there() {
+async fn revert_waits_for_a_concurrent_comment_and_keeps_its_issue() {
     let tracker = Tracker::start().await;
-    let id = imported(&tracker, import("title\na\nb\n")).await;
+    let id = commit(&tracker, import("title\na\nb\n")).await;
     let other = tracker.session().await;
     let comment = format!(
         "BEGIN; INSERT INTO comments (id, issue_id, author_id, content)
@@ -353,13 +355,13 @@ async fn a_comment_that_is_being_written_keeps_the_undoing_waiting_and_its_issue
         tracker.admin.user.id
     );
     other.batch_execute(&comment).await.unwrap();
-    let undoing = tokio::spawn({
+    let call = tokio::spawn({
         let client = tracker.member.clone();
         async move { revert(&client, &id, false).await }
     });
     tracker.wait_until(crate::lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
 
-    assert_error(undoing.await.unwrap(), Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
+    assert_error(call.await.unwrap(), Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
     assert_eq!(issue_count(&tracker).await, 2);
 }

@@ -1,75 +1,75 @@
-//! What can be wrong with a file and its rows.
+//! Errors of the header and of single rows.
 
 use super::*;
 use crate::harness::{assert_invalid, bad_fields};
 
-/// Where the error stands, what it is about, and what it is.
-type Shown<'a> = (i64, i64, i64, &'a str, &'a str, &'a str);
+/// Row number, line number, byte offset, column, value and code of an error.
+type ErrorFields<'a> = (i64, i64, i64, &'a str, &'a str, &'a str);
 
-/// The only error of the file; its good rows stay out of the database.
+/// Runs a dry run of the file and returns its only error.
 async fn only_error(tracker: &Tracker, file: impl Into<Vec<u8>>) -> ImportRowError {
-    let mut answer = import(file).skip_invalid().validate_only().by(&tracker.member).await.unwrap();
-    assert_eq!(answer.errors.len(), 1, "{answer:?}");
-    assert_eq!((answer.summary.rejected_count, answer.summary.error_count), (1, 1));
-    let error = answer.errors.remove(0);
+    let mut responses = import(file).skip_invalid().validate_only().by(&tracker.member).await.unwrap();
+    assert_eq!(responses.errors.len(), 1, "{responses:?}");
+    assert_eq!((responses.summary.rejected_count, responses.summary.error_count), (1, 1));
+    let error = responses.errors.remove(0);
     assert!(!error.message.is_empty());
     error
 }
 
-fn shown(error: &ImportRowError) -> Shown<'_> {
+fn fields(error: &ImportRowError) -> ErrorFields<'_> {
     (error.row_number, error.line_number, error.byte_offset, &error.column, &error.value, &error.code)
 }
 
 #[tokio::test]
-async fn rows_too_short_and_too_long_are_told_with_both_counts() {
+async fn wrong_field_count_is_reported_with_both_counts() {
     let tracker = Tracker::start().await;
 
     let short = only_error(&tracker, "title,status\na,open\n\n\"two\nlines\",open\nb\nc,open\n").await;
     let long = only_error(&tracker, "title,status\na,open,now\n").await;
 
-    assert_eq!(shown(&short), (3, 6, 38, "", "", "WRONG_FIELD_COUNT"));
+    assert_eq!(fields(&short), (3, 6, 38, "", "", "WRONG_FIELD_COUNT"));
     assert!(short.message.contains("has 1 fields where the header has 2"), "{}", short.message);
-    assert_eq!(shown(&long), (1, 2, 13, "", "", "WRONG_FIELD_COUNT"));
+    assert_eq!(fields(&long), (1, 2, 13, "", "", "WRONG_FIELD_COUNT"));
     assert!(long.message.contains("has 3 fields where the header has 2"), "{}", long.message);
 }
 
 #[tokio::test]
-async fn unclosed_quote_is_told_where_its_row_begins() {
+async fn unclosed_quote_is_reported_at_the_start_of_its_row() {
     let tracker = Tracker::start().await;
 
     let error = only_error(&tracker, "title,description\na,b\nc,\"d\ne,f\n").await;
 
-    assert_eq!(shown(&error), (2, 3, 22, "", "d\\ne,f\\n", "UNCLOSED_QUOTE"));
+    assert_eq!(fields(&error), (2, 3, 22, "", "d\\ne,f\\n", "UNCLOSED_QUOTE"));
 }
 
 #[tokio::test]
-async fn a_field_of_50_mb_is_one_bad_row_and_the_rows_around_it_go_in() {
+async fn field_of_50_mb_is_one_invalid_row_and_other_rows_are_imported() {
     let tracker = Tracker::start().await;
     let file = [b"title,description\nbefore,\nhuge,\"".to_vec(), vec![b'x'; 50_000_000], b"\"\nafter,\n".to_vec()];
 
-    let answer = import(file.concat()).skip_invalid().by(&tracker.member).await.unwrap();
+    let responses = import(file.concat()).skip_invalid().by(&tracker.member).await.unwrap();
 
-    assert_eq!(answer.codes(), [(2, "RECORD_TOO_LONG")]);
-    assert_eq!(answer.counts(), (ImportState::Committed, 3, 2, 1, 1));
+    assert_eq!(responses.codes(), [(2, "RECORD_TOO_LONG")]);
+    assert_eq!(responses.counts(), (ImportState::Committed, 3, 2, 1, 1));
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["after", "before"]);
 }
 
 #[tokio::test]
-async fn latin_1_is_told_as_not_utf_8() {
+async fn invalid_utf_8_is_reported() {
     let tracker = Tracker::start().await;
 
     let error = only_error(&tracker, b"title,description\nok,\nGr\xFC\xDFe,x\n".as_slice()).await;
 
-    assert_eq!(shown(&error), (2, 3, 22, "title", "Gr\\xFC\\xDFe", "INVALID_UTF8"));
+    assert_eq!(fields(&error), (2, 3, 22, "title", "Gr\\xFC\\xDFe", "INVALID_UTF8"));
 }
 
 #[tokio::test]
-async fn nul_character_is_told() {
+async fn nul_character_is_reported() {
     let tracker = Tracker::start().await;
 
     let error = only_error(&tracker, "title,description\na,b\0c\n").await;
 
-    assert_eq!(shown(&error), (1, 2, 18, "description", "b\\u{0}c", "NUL_CHARACTER"));
+    assert_eq!(fields(&error), (1, 2, 18, "description", "b\\u{0}c", "NUL_CHARACTER"));
 }
 
 #[tokio::test]
@@ -78,11 +78,11 @@ async fn title_is_required() {
 
     let error = only_error(&tracker, "title,description\n  ,b\n").await;
 
-    assert_eq!(shown(&error), (1, 2, 18, "title", "  ", "REQUIRED"));
+    assert_eq!(fields(&error), (1, 2, 18, "title", "  ", "REQUIRED"));
 }
 
 #[tokio::test]
-async fn values_are_taken_up_to_their_bounds_and_quoted_in_80_characters() {
+async fn overlong_values_are_rejected_and_quoted_with_at_most_80_characters() {
     let tracker = Tracker::start().await;
     let header = "title,description,external_id\n";
     let row = |title: usize, description: usize, id: usize| {
@@ -94,27 +94,27 @@ async fn values_are_taken_up_to_their_bounds_and_quoted_in_80_characters() {
     let external_id = only_error(&tracker, row(255, 65_536, 256)).await;
     let fits = import(row(255, 65_536, 255)).by(&tracker.member).await.unwrap();
 
-    assert_eq!(shown(&title), (1, 2, 30, "title", &*("ü".repeat(79) + "…"), "TOO_LONG"));
+    assert_eq!(fields(&title), (1, 2, 30, "title", &*("ü".repeat(79) + "…"), "TOO_LONG"));
     assert_eq!((&*description.column, &*description.code), ("description", "TOO_LONG"));
     assert_eq!((&*external_id.column, &*external_id.code), ("external_id", "TOO_LONG"));
     assert_eq!(fits.counts(), (ImportState::Committed, 1, 1, 0, 0));
 }
 
 #[tokio::test]
-async fn unknown_status_and_priority_are_told_with_the_known_ones() {
+async fn unknown_status_and_priority_are_reported_with_the_allowed_values() {
     let tracker = Tracker::start().await;
 
     let status = only_error(&tracker, "title,status\na,done\n").await;
     let priority = only_error(&tracker, "title,priority\na,urgent\n").await;
 
-    assert_eq!(shown(&status), (1, 2, 13, "status", "done", "INVALID_STATUS"));
+    assert_eq!(fields(&status), (1, 2, 13, "status", "done", "INVALID_STATUS"));
     assert!(status.message.contains("open, in_progress, closed"), "{}", status.message);
-    assert_eq!(shown(&priority), (1, 2, 15, "priority", "urgent", "INVALID_PRIORITY"));
+    assert_eq!(fields(&priority), (1, 2, 15, "priority", "urgent", "INVALID_PRIORITY"));
     assert!(priority.message.contains("low, medium, high, critical"), "{}", priority.message);
 }
 
 #[tokio::test]
-async fn times_without_offset_and_out_of_range_are_told() {
+async fn times_without_offset_and_out_of_range_are_invalid() {
     let tracker = Tracker::start().await;
     for (time, column) in [
         ("2024-05-17 08:30", "create_time"),
@@ -127,16 +127,16 @@ async fn times_without_offset_and_out_of_range_are_told() {
 }
 
 #[tokio::test]
-async fn close_time_is_only_for_closed_issues() {
+async fn close_time_requires_the_status_closed() {
     let tracker = Tracker::start().await;
 
     let error = only_error(&tracker, "title,close_time\na,2024-05-17T08:30:00Z\n").await;
 
-    assert_eq!(shown(&error), (1, 2, 17, "close_time", "2024-05-17T08:30:00Z", "CLOSE_TIME_WITHOUT_CLOSED"));
+    assert_eq!(fields(&error), (1, 2, 17, "close_time", "2024-05-17T08:30:00Z", "CLOSE_TIME_WITHOUT_CLOSED"));
 }
 
 #[tokio::test]
-async fn close_time_is_not_before_create_time_nor_before_an_import_that_gives_none() {
+async fn close_time_must_not_precede_create_time_or_its_default() {
     let tracker = Tracker::start().await;
     let given = "title,status,create_time,close_time\na,closed,2024-05-17T08:30:00Z,2024-05-17T08:29:59Z\n";
     let absent = "title,status,close_time\na,closed,2024-05-17T08:30:00Z\n";
@@ -144,12 +144,12 @@ async fn close_time_is_not_before_create_time_nor_before_an_import_that_gives_no
     let given = only_error(&tracker, given).await;
     let absent = only_error(&tracker, absent).await;
 
-    assert_eq!(shown(&given), (1, 2, 36, "close_time", "2024-05-17T08:29:59Z", "CLOSE_TIME_BEFORE_CREATE_TIME"));
-    assert_eq!(shown(&absent), (1, 2, 24, "close_time", "2024-05-17T08:30:00Z", "CLOSE_TIME_BEFORE_CREATE_TIME"));
+    assert_eq!(fields(&given), (1, 2, 36, "close_time", "2024-05-17T08:29:59Z", "CLOSE_TIME_BEFORE_CREATE_TIME"));
+    assert_eq!(fields(&absent), (1, 2, 24, "close_time", "2024-05-17T08:30:00Z", "CLOSE_TIME_BEFORE_CREATE_TIME"));
 }
 
 #[tokio::test]
-async fn an_issue_takes_a_hundred_labels() {
+async fn row_has_at_most_100_labels() {
     let tracker = Tracker::start().await;
     let insert = "INSERT INTO labels (id, name) SELECT gen_random_uuid(), 'l' || n FROM generate_series(1, 101) n";
     tracker.sql(insert, &[]).await;
@@ -164,7 +164,7 @@ async fn an_issue_takes_a_hundred_labels() {
 }
 
 #[tokio::test]
-async fn unknown_assignee_and_every_unknown_label_are_told() {
+async fn unknown_assignee_and_every_unknown_label_are_reported() {
     let tracker = Tracker::start().await;
     tracker.member.label("bug").await;
 
@@ -172,14 +172,14 @@ async fn unknown_assignee_and_every_unknown_label_are_told() {
     let file = "title,labels\na,bug;nope;never\n";
     let labels = import(file).by(&tracker.member).await.unwrap();
 
-    assert_eq!(shown(&assignee), (2, 3, 24, "assignee", "mallory", "UNKNOWN_ASSIGNEE"));
+    assert_eq!(fields(&assignee), (2, 3, 24, "assignee", "mallory", "UNKNOWN_ASSIGNEE"));
     let values: Vec<_> = labels.errors.iter().map(|error| (&*error.column, &*error.value, &*error.code)).collect();
     assert_eq!(values, [("labels", "nope", "UNKNOWN_LABEL"), ("labels", "never", "UNKNOWN_LABEL")]);
     assert_eq!(labels.counts(), (ImportState::Rejected, 1, 0, 1, 2));
 }
 
 #[tokio::test]
-async fn external_id_of_another_issue_is_taken_even_if_that_is_deleted() {
+async fn external_id_of_an_existing_or_deleted_issue_is_taken() {
     let tracker = Tracker::start().await;
     let issue = Issue { title: "first".to_owned(), external_id: "X-1".to_owned(), ..Default::default() };
     let issue = tracker.member.file_as(issue).await;
@@ -188,29 +188,29 @@ async fn external_id_of_another_issue_is_taken_even_if_that_is_deleted() {
 
     let error = only_error(&tracker, "title,external_id\na,X-1\n").await;
 
-    assert_eq!(shown(&error), (1, 2, 18, "external_id", "X-1", "EXTERNAL_ID_TAKEN"));
+    assert_eq!(fields(&error), (1, 2, 18, "external_id", "X-1", "EXTERNAL_ID_TAKEN"));
 }
 
 #[tokio::test]
-async fn external_id_twice_in_the_file_is_told_however_far_the_rows_are_apart() {
+async fn duplicate_external_id_is_reported_within_and_across_batches() {
     let tracker = Tracker::start().await;
     let file = |rows: usize| {
         let row = |n: usize| format!("issue {n},{}\n", if n == rows { 1 } else { n });
         (1..=rows).fold("title,external_id\n".to_owned(), |file, n| file + &row(n))
     };
     for import in [import(file(2)), import(file(6_000)), import(file(6_000)).skip_invalid()] {
-        let trial = import.clone().validate_only().by(&tracker.member).await.unwrap();
+        let dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
         let real = import.by(&tracker.member).await.unwrap();
         let rows = real.summary.row_count;
-        assert_eq!(trial.codes(), [(rows, "DUPLICATE_EXTERNAL_ID")]);
-        assert_eq!(trial.errors, real.errors);
+        assert_eq!(dry_run.codes(), [(rows, "DUPLICATE_EXTERNAL_ID")]);
+        assert_eq!(dry_run.errors, real.errors);
         let created = if real.summary.state() == ImportState::Committed { rows - 1 } else { 0 };
         assert_eq!(issue_count(&tracker).await, created);
     }
 }
 
 #[tokio::test]
-async fn the_same_file_under_another_id_is_told_that_its_external_ids_are_taken() {
+async fn same_file_under_another_import_id_has_taken_external_ids() {
     let tracker = Tracker::start().await;
     let import = import("title,external_id\na,1\nb,2\n").skip_invalid();
     import.clone().by(&tracker.member).await.unwrap();
@@ -222,42 +222,42 @@ async fn the_same_file_under_another_id_is_told_that_its_external_ids_are_taken(
 }
 
 #[tokio::test]
-async fn a_file_without_a_header_is_invalid() {
+async fn file_without_a_header_is_invalid() {
     let tracker = Tracker::start().await;
     for file in ["", "\r\n\n", "\u{feff}"] {
         assert_invalid(import(file).by(&tracker.member).await, &["file"]);
     }
-    // Rows without a header: the first of them is taken for one.
+    // Without a header, the first row is parsed as one.
     let status = assert_invalid(import("crash\ntypo\n").by(&tracker.member).await, &["header.crash", "header.title"]);
     assert!(status.message().contains("unknown column \"crash\""), "{status:?}");
     assert_eq!(issue_count(&tracker).await, 0);
 }
 
 #[tokio::test]
-async fn a_header_without_rows_is_an_import_of_nothing() {
+async fn header_without_rows_commits_an_empty_import() {
     let tracker = Tracker::start().await;
     for file in ["title", "title\n", "title,status\r\n\r\n"] {
-        let answer = import(file).by(&tracker.member).await.unwrap();
-        assert_eq!(answer.counts(), (ImportState::Committed, 0, 0, 0, 0));
-        assert_eq!(answer.summary.byte_count, file.len() as i64);
+        let responses = import(file).by(&tracker.member).await.unwrap();
+        assert_eq!(responses.counts(), (ImportState::Committed, 0, 0, 0, 0));
+        assert_eq!(responses.summary.byte_count, file.len() as i64);
     }
 }
 
 #[tokio::test]
-async fn everything_that_is_wrong_with_the_header_is_told_at_once() {
+async fn all_violations_of_the_header_are_reported() {
     let tracker = Tracker::start().await;
 
     let refused = import("status,colour,STATUS\nopen,red,open\n").skip_invalid().by(&tracker.member).await;
 
     let status = assert_invalid(refused, &["header.colour", "header.STATUS", "header.title"]);
-    for told in ["unknown column \"colour\"", "\"status\" more than once", "no column \"title\""] {
-        assert!(status.message().contains(told), "{status:?}");
+    for part in ["unknown column \"colour\"", "\"status\" more than once", "no column \"title\""] {
+        assert!(status.message().contains(part), "{status:?}");
     }
     assert_eq!(issue_count(&tracker).await, 0);
 }
 
 #[tokio::test]
-async fn utf_16_and_semicolons_are_explained() {
+async fn utf_16_and_semicolon_files_are_recognized_in_the_error() {
     let tracker = Tracker::start().await;
     let utf_16: Vec<u8> = "\u{feff}title\na\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
 

@@ -1,4 +1,4 @@
-//! How the stream itself is to be used, and import ids.
+//! The protocol of the import stream, import ids, limits and timeouts.
 
 use std::time::Duration;
 
@@ -11,18 +11,19 @@ use crate::{
 
 const MIB: usize = 1024 * 1024;
 
+/// Returns the options of an ATOMIC import with a new import id.
 fn atomic() -> ImportOptions {
     ImportOptions { import_id: Uuid::now_v7().to_string(), ..Default::default() }
 }
 
-/// No rows; of imports that have begun, there is the record.
+/// Asserts that there is no issue and no finished import. Records of unfinished imports are allowed.
 async fn assert_nothing_written(tracker: &Tracker) {
     assert_eq!(issue_count(tracker).await, 0);
     assert_eq!(tracker.count("SELECT count(*) FROM imports WHERE finish_time IS NOT NULL").await, 0);
 }
 
 #[tokio::test]
-async fn options_come_once_and_first() {
+async fn options_are_required_once_and_first() {
     let tracker = Tracker::start().await;
     let file = || chunk(0, "title\na\n");
     let streams = [
@@ -39,7 +40,7 @@ async fn options_come_once_and_first() {
 }
 
 #[tokio::test]
-async fn all_that_is_wrong_with_the_options_is_told_at_once() {
+async fn all_violations_of_the_options_are_reported() {
     let tracker = Tracker::start().await;
     let bad = ImportOptions { import_id: "42".to_owned(), mode: 9, total_bytes: -1, ..Default::default() };
 
@@ -50,7 +51,7 @@ async fn all_that_is_wrong_with_the_options_is_told_at_once() {
 }
 
 #[tokio::test]
-async fn a_gap_between_chunks_is_told_with_the_offset_to_go_on_from() {
+async fn gap_between_chunks_is_out_of_range_with_the_expected_offset() {
     let tracker = Tracker::start().await;
     for mode in [ImportMode::Atomic, ImportMode::SkipInvalid] {
         let opts = ImportOptions { mode: mode.into(), ..atomic() };
@@ -64,9 +65,9 @@ async fn a_gap_between_chunks_is_told_with_the_offset_to_go_on_from() {
 }
 
 #[tokio::test]
-async fn bytes_that_were_received_before_are_ignored() {
+async fn bytes_received_before_are_ignored() {
     let tracker = Tracker::start().await;
-    // Repeated whole, overlapping, wholly inside, and other than what was there: the first ones count.
+    // A repeated chunk, an overlapping one, and a different one within received bytes: the bytes received first win.
     let messages = vec![
         options(atomic()),
         chunk(0, "title\na\n"),
@@ -77,14 +78,14 @@ async fn bytes_that_were_received_before_are_ignored() {
         chunk(8, "c\nd\n"),
     ];
 
-    let answer = send(&tracker.member, messages).await.unwrap();
+    let responses = send(&tracker.member, messages).await.unwrap();
 
-    assert_eq!(answer.summary.byte_count, 12);
+    assert_eq!(responses.summary.byte_count, 12);
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b", "d"]);
 }
 
 #[tokio::test]
-async fn a_chunk_holds_at_most_one_mebibyte() {
+async fn chunk_has_at_most_1_mib() {
     let tracker = Tracker::start().await;
     let file = |bytes: usize| {
         let mut file = b"title\na\n".to_vec();
@@ -103,7 +104,7 @@ async fn a_chunk_holds_at_most_one_mebibyte() {
 }
 
 #[tokio::test]
-async fn a_negative_offset_is_invalid() {
+async fn negative_offset_is_invalid() {
     let tracker = Tracker::start().await;
 
     let refused = send(&tracker.member, vec![options(atomic()), chunk(-1, "title\na\n")]).await;
@@ -113,7 +114,7 @@ async fn a_negative_offset_is_invalid() {
 }
 
 #[tokio::test]
-async fn a_stream_that_ends_elsewhere_than_the_file_is_truncated_and_nothing_is_in() {
+async fn stream_that_does_not_end_at_total_bytes_fails_and_writes_nothing() {
     let tracker = Tracker::start().await;
     let file = "title\na\nb\n";
     for (mode, total_bytes) in [
@@ -133,7 +134,7 @@ async fn a_stream_that_ends_elsewhere_than_the_file_is_truncated_and_nothing_is_
 }
 
 #[tokio::test]
-async fn a_finished_import_answers_its_summary_again_and_writes_nothing() {
+async fn resent_finished_import_returns_its_summary_and_writes_nothing() {
     let tracker = Tracker::start().await;
     for import in [
         import("title,status\na,open\n").id(Uuid::now_v7()),
@@ -144,9 +145,9 @@ async fn a_finished_import_answers_its_summary_again_and_writes_nothing() {
 
         let again = import.clone().by(&tracker.member).await.unwrap();
         let only_options = send(&tracker.member, vec![options(import.options.clone())]).await.unwrap();
-        let trial = import.validate_only().by(&tracker.member).await.unwrap();
+        let dry_run = import.validate_only().by(&tracker.member).await.unwrap();
 
-        for replayed in [again, only_options, trial] {
+        for replayed in [again, only_options, dry_run] {
             assert_eq!(replayed.summary, first.summary);
         }
         assert_eq!(issue_count(&tracker).await, count);
@@ -154,9 +155,9 @@ async fn a_finished_import_answers_its_summary_again_and_writes_nothing() {
 }
 
 #[tokio::test]
-async fn a_finished_import_is_answered_even_to_a_client_that_goes_on_sending() {
+async fn finished_import_returns_its_summary_while_the_client_still_sends() {
     let tracker = Tracker::start().await;
-    // More than the client may send before the server reads it.
+    // Larger than the flow-control window of the stream.
     let file = "title,description\n".to_owned() + &format!("a,{}\n", "x".repeat(60_000)).repeat(300);
     let import = import(file).id(Uuid::now_v7());
     let first = import.clone().by(&tracker.member).await.unwrap();
@@ -168,17 +169,17 @@ async fn a_finished_import_is_answered_even_to_a_client_that_goes_on_sending() {
 }
 
 #[tokio::test]
-async fn the_last_rows_and_the_end_of_an_import_are_committed_together() {
+async fn last_batch_and_finish_time_are_committed_together() {
     let tracker = Tracker::start().await;
     import(titles(3)).skip_invalid().by(&tracker.member).await.unwrap();
 
-    // Both are the time of their transaction.
+    // Both columns default to the start of the transaction.
     let together = "SELECT finish_time = (SELECT max(create_time) FROM issues) FROM imports";
     assert!(tracker.sql(together, &[]).await[0].get::<_, bool>(0));
 }
 
 #[tokio::test]
-async fn an_import_id_is_of_one_file_as_far_as_its_size_tells() {
+async fn import_id_of_a_file_with_another_size_is_a_mismatch() {
     let tracker = Tracker::start().await;
     let id = Uuid::now_v7();
     import("title\na\n").id(id).by(&tracker.member).await.unwrap();
@@ -190,7 +191,7 @@ async fn an_import_id_is_of_one_file_as_far_as_its_size_tells() {
 }
 
 #[tokio::test]
-async fn an_import_id_belongs_to_its_user_and_its_mode() {
+async fn import_id_of_another_user_or_mode_is_a_mismatch() {
     let tracker = Tracker::start().await;
     let import = import("title\na\n").id(Uuid::now_v7());
     import.clone().by(&tracker.member).await.unwrap();
@@ -204,7 +205,7 @@ async fn an_import_id_belongs_to_its_user_and_its_mode() {
 }
 
 #[tokio::test]
-async fn one_stream_at_a_time_works_on_an_import() {
+async fn second_stream_for_a_running_import_is_aborted() {
     let tracker = Tracker::start().await;
     let opts = atomic();
     let first = open(&tracker.member, opts.clone()).await;
@@ -219,7 +220,7 @@ async fn one_stream_at_a_time_works_on_an_import() {
 }
 
 #[tokio::test]
-async fn imports_beyond_the_bound_are_refused_until_one_ends() {
+async fn imports_beyond_the_limit_fail_until_one_ends() {
     let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
     let first = open(&tracker.member, atomic()).await;
     first.send(chunk(0, "title\na\n")).await;
@@ -228,15 +229,16 @@ async fn imports_beyond_the_bound_are_refused_until_one_ends() {
 
     assert_retriable(second, Code::ResourceExhausted, "OVERLOADED");
     first.finish().await.unwrap();
-    eventually("the place of the first import is free", async || {
+    eventually("the permit of the first import is free", async || {
         import("title\nb\n").by(&tracker.member).await.is_ok()
     })
     .await;
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b"]);
 }
 
-/// Files an issue with an external id that the import has, and commits that once the import waits for it.
-async fn import_into_a_conflict(tracker: &Tracker, import: Import) -> Result<Answer, Status> {
+/// Runs the import while another transaction holds the external id `X-1`, and commits that transaction once the import
+/// is blocked on it.
+async fn import_into_conflict(tracker: &Tracker, import: Import) -> Result<Responses, Status> {
     let other = hold_external_id(tracker).await;
     let import = tokio::spawn({
         let client = tracker.member.clone();
@@ -248,44 +250,44 @@ async fn import_into_a_conflict(tracker: &Tracker, import: Import) -> Result<Ans
 }
 
 #[tokio::test]
-async fn an_external_id_that_is_taken_while_the_row_is_written_is_a_row_error_in_skip_invalid() {
+async fn external_id_taken_concurrently_is_a_row_error_in_skip_invalid() {
     let tracker = Tracker::start().await;
     let import = import("title,external_id\na,1\nours,X-1\nb,2\n").skip_invalid();
 
-    let answer = import_into_a_conflict(&tracker, import).await.unwrap();
+    let responses = import_into_conflict(&tracker, import).await.unwrap();
 
-    assert_eq!(answer.codes(), [(2, "EXTERNAL_ID_TAKEN")]);
-    assert_eq!(answer.counts(), (ImportState::Committed, 3, 2, 1, 1));
+    assert_eq!(responses.codes(), [(2, "EXTERNAL_ID_TAKEN")]);
+    assert_eq!(responses.counts(), (ImportState::Committed, 3, 2, 1, 1));
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b", "theirs"]);
 }
 
 #[tokio::test]
-async fn an_external_id_that_is_taken_while_the_row_is_written_aborts_an_atomic_import() {
+async fn external_id_taken_concurrently_aborts_an_atomic_import() {
     let tracker = Tracker::start().await;
     let import = import("title,external_id\na,1\nours,X-1\nb,2\n").id(Uuid::now_v7());
 
-    let conflict = import_into_a_conflict(&tracker, import.clone()).await;
+    let conflict = import_into_conflict(&tracker, import.clone()).await;
 
     assert_error(conflict, Code::Aborted, "CONFLICT");
     assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["theirs"]);
-    eventually("a second try is told of the row", async || {
+    eventually("a second attempt reports the row", async || {
         import.clone().by(&tracker.member).await.is_ok_and(|a| a.codes() == [(2, "EXTERNAL_ID_TAKEN")])
     })
     .await;
 }
 
 #[tokio::test]
-async fn filing_an_issue_whose_external_id_an_import_holds_waits_for_the_import() {
+async fn create_issue_waits_for_an_import_with_the_same_external_id() {
     let tracker = Tracker::start().await;
     let import = open(&tracker.member, atomic()).await;
-    // A whole batch, so that it is written before the end.
+    // A whole batch, which the server writes before the stream ends.
     let mut file = "title,external_id\nours,X-1\n".to_owned();
     file.extend((0..5_000).map(|n| format!("issue {n},{n}\n")));
     import.send(chunk(0, file)).await;
     let batch_is_written = "SELECT count(*) > 0 FROM pg_stat_activity
         WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL AND datname = current_database()";
     tracker.wait_until(batch_is_written).await;
-    let filed = tokio::spawn({
+    let created = tokio::spawn({
         let mut issues = tracker.member.issues();
         let issue = Issue { title: "theirs".to_owned(), external_id: "X-1".to_owned(), ..Default::default() };
         let request = issue_tracker::pb::CreateIssueRequest { issue: Some(issue), ..Default::default() };
@@ -293,35 +295,35 @@ async fn filing_an_issue_whose_external_id_an_import_holds_waits_for_the_import(
     });
     tracker.wait_until(lock_waiters!("> 0")).await;
 
-    let imported = import.finish().await.unwrap();
+    let responses = import.finish().await.unwrap();
 
-    assert_eq!(imported.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
-    assert_error(filed.await.unwrap(), Code::AlreadyExists, "ALREADY_EXISTS");
+    assert_eq!(responses.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
+    assert_error(created.await.unwrap(), Code::AlreadyExists, "ALREADY_EXISTS");
 }
 
 #[tokio::test]
-async fn a_service_that_stops_tells_the_import_to_go_on_elsewhere_and_it_does() {
+async fn import_interrupted_by_a_shutdown_resumes_on_a_replica() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
-    let wanted = import(titles(12_000)).skip_invalid().id(Uuid::now_v7());
-    let mut first = open(&tracker.member, wanted.options.clone()).await;
-    first.send(chunk(0, &wanted.file[..80_000])).await;
-    let Some(Message::Progress(progress)) = first.answers.message().await.unwrap().unwrap().message else { panic!() };
+    let import = import(titles(12_000)).skip_invalid().id(Uuid::now_v7());
+    let mut first = open(&tracker.member, import.options.clone()).await;
+    first.send(chunk(0, &import.file[..80_000])).await;
+    let Some(Message::Progress(progress)) = first.responses.message().await.unwrap().unwrap().message else { panic!() };
     assert!(progress.committed_offset > 0);
 
     tracker.stop();
 
     assert_error(first.finish().await, Code::Unavailable, "STOPPING");
-    let elsewhere = tracker.start_replica().await;
-    let kept = get_import(&elsewhere.member, &wanted.options.import_id).await.unwrap();
-    assert!(kept.committed_offset >= progress.committed_offset);
-    let answer = go_on(&elsewhere.member, &wanted).await.unwrap();
-    assert_eq!(answer.counts(), (ImportState::Committed, 12_000, 12_000, 0, 0));
-    assert_eq!(issue_count(&elsewhere).await, 12_000);
+    let replica = tracker.start_replica().await;
+    let record = get_import(&replica.member, &import.options.import_id).await.unwrap();
+    assert!(record.committed_offset >= progress.committed_offset);
+    let responses = resume(&replica.member, &import).await.unwrap();
+    assert_eq!(responses.counts(), (ImportState::Committed, 12_000, 12_000, 0, 0));
+    assert_eq!(issue_count(&replica).await, 12_000);
     tracker.wait_until_stopped().await;
 }
 
-/// Lets time pass, for the service too: it runs in the test's own runtime.
-async fn pass(time: Duration) {
+/// Advances the clock of the test and the server, which share one runtime.
+async fn advance_clock(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
     tokio::time::resume();
@@ -329,82 +331,82 @@ async fn pass(time: Duration) {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_nothing_for_a_minute_is_let_go_and_can_go_on() {
+async fn import_that_receives_nothing_for_60_s_times_out_and_can_be_resumed() {
     let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
     let import = import("title\na\nb\n").id(Uuid::now_v7());
     let open = open(&tracker.member, import.options.clone()).await;
     open.send(chunk(0, "title\na\n")).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
 
-    pass(Duration::from_secs(50)).await;
-    tracker.wait_until(locks!("= 1")).await;
-    pass(Duration::from_secs(11)).await;
+    advance_clock(Duration::from_secs(50)).await;
+    tracker.wait_until(import_locks!("= 1")).await;
+    advance_clock(Duration::from_secs(11)).await;
 
-    let status = assert_error(read(open.answers).await, Code::DeadlineExceeded, "IMPORT_IDLE");
+    let status = assert_error(read(open.responses).await, Code::DeadlineExceeded, "IMPORT_IDLE");
     assert!(status.message().contains("nothing was sent for 60 s"), "{status:?}");
-    // The only place is free again.
+    // The only import permit is free again.
     assert_eq!(import.by(&tracker.member).await.unwrap().counts(), (ImportState::Committed, 2, 2, 0, 0));
 }
 
 #[tokio::test]
-async fn a_client_that_only_trickles_is_let_go() {
-    for trickle in ["", "x"] {
+async fn import_below_the_minimum_throughput_times_out() {
+    for data in ["", "x"] {
         let tracker = Tracker::start_with(limits(&["--imports", "1"])).await;
         let import = import("title\na\nb\n").id(Uuid::now_v7());
         let open = open(&tracker.member, import.options.clone()).await;
         open.send(chunk(0, "title\n")).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
         for minute in 0..10 {
-            pass(Duration::from_secs(59)).await;
-            open.send(chunk(6 + minute * trickle.len() as i64, trickle)).await;
+            advance_clock(Duration::from_secs(59)).await;
+            open.send(chunk(6 + minute * data.len() as i64, data)).await;
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        tracker.wait_until(locks!("= 1")).await;
+        tracker.wait_until(import_locks!("= 1")).await;
 
-        pass(Duration::from_secs(11)).await;
+        advance_clock(Duration::from_secs(11)).await;
 
-        let status = assert_error(read(open.answers).await, Code::DeadlineExceeded, "IMPORT_IDLE");
+        let status = assert_error(read(open.responses).await, Code::DeadlineExceeded, "IMPORT_IDLE");
         assert!(status.message().contains("64 KiB"), "{status:?}");
         assert_eq!(import.by(&tracker.member).await.unwrap().counts(), (ImportState::Committed, 2, 2, 0, 0));
     }
 }
 
 #[tokio::test]
-async fn a_client_that_is_slow_is_waited_for() {
+async fn import_at_the_minimum_throughput_succeeds() {
     let tracker = Tracker::start().await;
     let opts = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..atomic() };
     let open = open(&tracker.member, opts).await;
     open.send(chunk(0, "title\n")).await;
     let row = format!("{}\n", "x".repeat(64 * 1024 - 1));
     for minute in 0..12 {
-        pass(Duration::from_secs(59)).await;
+        advance_clock(Duration::from_secs(59)).await;
         open.send(chunk(6 + (minute * row.len()) as i64, &*row)).await;
     }
 
-    let answer = open.finish().await.unwrap();
+    let responses = open.finish().await.unwrap();
 
-    assert_eq!(answer.counts(), (ImportState::Committed, 12, 0, 12, 12));
+    assert_eq!(responses.counts(), (ImportState::Committed, 12, 0, 12, 12));
 }
 
 #[tokio::test]
-async fn a_client_that_reads_nothing_is_let_go_after_a_minute_or_when_it_goes_away() {
+async fn import_with_unread_responses_ends_after_60_s_or_a_reset() {
     let tracker = Tracker::start().await;
-    for goes_away in [false, true] {
+    for resets in [false, true] {
         let mut raw = H2Client::open_with(&tracker, 0).await.unwrap();
         let (_response, mut stream) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
         stream.send_data(framed(&options(atomic())), false).unwrap();
-        // More errors than wait to be read.
+        // More errors than the server buffers.
         stream.send_data(framed(&chunk(0, "title,status\n".to_owned() + &"x,opne\n".repeat(6_000))), false).unwrap();
         let is_written = "SELECT count(*) > 0 FROM imports WHERE row_count = 5000";
         tracker.wait_until(is_written).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
 
-        match goes_away {
+        match resets {
             true => stream.send_reset(h2::Reason::CANCEL),
             false => {
-                pass(Duration::from_secs(55)).await;
-                tracker.wait_until(locks!("= 1")).await;
-                pass(Duration::from_secs(6)).await;
+                advance_clock(Duration::from_secs(55)).await;
+                tracker.wait_until(import_locks!("= 1")).await;
+                advance_clock(Duration::from_secs(6)).await;
             }
         }
 
