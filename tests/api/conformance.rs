@@ -1,5 +1,5 @@
-//! What comes over the wire that no gRPC library would send: it ends in a clean status or a closed connection, others do
-//! not notice, and nothing is left of it.
+//! HTTP/2 and gRPC protocol violations. Each ends in a gRPC status or a closed connection, does not affect other calls,
+//! and leaves no connection, permit or panic behind.
 
 mod connections;
 mod evictions;
@@ -30,26 +30,26 @@ use crate::{
 };
 
 const WHO_AM_I: &str = "/issuetracker.v1.AuthService/WhoAmI";
-/// Far more than what is to happen at once takes, and less than a connection lives whose client answers no pings.
+/// Time allowed for what must happen without delay. Shorter than the keep-alive timeout, which would also close the
+/// connection.
 const SOON: Duration = Duration::from_secs(20);
 
-/// Panics of the service, not of tests.
+/// The number of panics in the service's code. Failed assertions of tests do not count.
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
 fn count_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let usual = std::panic::take_hook();
+        let default_hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let of_test = info.location().is_some_and(|at| at.file().starts_with("tests/"));
             PANICS.fetch_add(usize::from(!of_test), Ordering::SeqCst);
-            usual(info);
+            default_hook(info);
         }));
     });
 }
 
-/// A service that is to survive what a test does to it. It takes one request at once, so that one that is never done
-/// with is noticed.
+/// A service that admits one request at a time, so that a leaked permit blocks the next call.
 struct Target {
     tracker: Tracker,
 }
@@ -70,15 +70,15 @@ impl Target {
     async fn start_with(args: &[&str]) -> Self {
         count_panics();
         let target = Self { tracker: Tracker::start_with(limits(&[&["--requests", "1"], args].concat())).await };
-        target.assert_answers().await;
+        target.assert_serving().await;
         target
     }
 
-    /// A normal call on another connection is answered, as soon as what was under way has ended.
-    async fn assert_answers(&self) {
-        eventually("a normal call is answered", async || {
-            let answer = timeout(HANG, self.member.auth().who_am_i(WhoAmIRequest {})).await;
-            match answer.expect("a normal call hangs") {
+    /// Asserts that a valid call on another connection succeeds as soon as the calls in flight have ended.
+    async fn assert_serving(&self) {
+        eventually("a valid call succeeds", async || {
+            let response = timeout(HANG, self.member.auth().who_am_i(WhoAmIRequest {})).await;
+            match response.expect("a valid call hangs") {
                 Ok(_) => true,
                 Err(status) => {
                     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
@@ -89,10 +89,10 @@ impl Target {
         .await;
     }
 
-    /// It answers, nothing of it has panicked, and of all connections only that of the normal client is left.
+    /// Asserts that the service serves calls, has not panicked, and has at most the test client's connection left.
     async fn assert_unharmed(&self) {
-        self.assert_answers().await;
-        // One after the other, without being refused: the slot is given back each time.
+        self.assert_serving().await;
+        // Consecutive calls are never refused: each returns its permit.
         for _ in 0..5 {
             self.member.auth().who_am_i(WhoAmIRequest {}).await.unwrap();
         }
@@ -102,7 +102,7 @@ impl Target {
     }
 }
 
-/// The sockets of this process that were accepted on a port.
+/// Returns the number of open sockets that this process accepted on a port.
 fn open_connections(port: u16) -> usize {
     let links = fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     let open: HashSet<String> =
@@ -111,7 +111,7 @@ fn open_connections(port: u16) -> usize {
     let local = format!(":{port:04X}");
     let is_accepted = |line: &&str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        // Not the listener itself, whose state is 0A.
+        // State 0A is the listener.
         fields[1].ends_with(&local) && fields[3] != "0A" && open.contains(fields[9])
     };
     sockets.lines().skip(1).filter(is_accepted).count()

@@ -1,4 +1,4 @@
-//! Connections that say nothing, nonsense, or too little.
+//! Connections that are silent, idle or old, or violate HTTP/2.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::harness::{Tracker, limits};
 const MANY: usize = 1_000;
 
 #[tokio::test]
-async fn what_is_not_http2_is_closed() {
+async fn connection_of_another_protocol_is_closed() {
     let target = Target::start().await;
     let random: Vec<u8> = (0..4_096_u32).map(|nth| (nth.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let client_hello = b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\x00\x00\x02\x13\x01\x01\x00\x00\x00";
@@ -27,45 +27,45 @@ async fn what_is_not_http2_is_closed() {
         ("TLS", client_hello),
         ("random bytes", &random),
         ("zeros", &[0; 4_096]),
-        ("half a preface and then another", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n"),
+        ("a malformed preface", b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n"),
         ("no settings", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x04\x08\0\0\0\0\0\0\0\0\x01aaaaaaaaaaaaaaaaaaaaaaaaa"),
     ] {
         let mut raw = RawConnection::connect(&target).await;
         raw.send(bytes).await;
-        let told = raw.until_closed().await;
-        assert!(told.len() < 1_024, "{what} is answered with {} bytes", told.len());
+        let response = raw.until_closed().await;
+        assert!(response.len() < 1_024, "{what}: the response has {} bytes", response.len());
     }
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn frames_that_may_not_be_there_end_their_stream_or_connection() {
+async fn illegal_frame_ends_its_stream_or_connection() {
     let target = Target::start().await;
     let block = call_block(&target, WHO_AM_I);
     for (what, bytes) in [
-        ("data without a stream", frame(0, 1, 1, b"x")),
-        ("a stream of the server's", frame(HEADERS, END_HEADERS, 2, &block)),
-        ("headers on no stream", frame(HEADERS, END_HEADERS, 0, &block)),
-        ("a header block that is none", frame(HEADERS, END_HEADERS, 1, &[0xff; 64])),
+        ("data on an idle stream", frame(0, 1, 1, b"x")),
+        ("headers on a server-initiated stream", frame(HEADERS, END_HEADERS, 2, &block)),
+        ("headers on stream 0", frame(HEADERS, END_HEADERS, 0, &block)),
+        ("a malformed header block", frame(HEADERS, END_HEADERS, 1, &[0xff; 64])),
         ("a frame that is too large", frame(0, 0, 1, &vec![0; 20_000])),
-        ("a continuation of nothing", frame(9, END_HEADERS, 1, &block)),
+        ("a continuation without headers", frame(9, END_HEADERS, 1, &block)),
         ("a ping of five bytes", frame(6, 0, 0, b"short")),
         ("settings on a stream", frame(4, 0, 1, &[])),
         ("settings of five bytes", frame(4, 0, 0, b"short")),
-        ("a promise", frame(5, END_HEADERS, 1, &block)),
+        ("a push promise", frame(5, END_HEADERS, 1, &block)),
         ("half of a frame's headers", frame(HEADERS, END_HEADERS, 1, &block)[..20].to_vec()),
     ] {
         let mut raw = RawConnection::begin(&target, &[]).await;
         raw.send(&bytes).await;
         if what.starts_with("half") {
-            // It is waited for; the client goes away.
+            // The service waits for the rest, and the client disconnects.
             continue;
         }
         loop {
             match raw.next().await {
                 None => break,
                 Some(frame) if [GOAWAY, RST_STREAM].contains(&frame.kind) => break,
-                Some(frame) => assert_ne!(frame.kind, HEADERS, "{what} is answered"),
+                Some(frame) => assert_ne!(frame.kind, HEADERS, "{what} gets a response"),
             }
         }
     }
@@ -73,12 +73,12 @@ async fn frames_that_may_not_be_there_end_their_stream_or_connection() {
 }
 
 #[tokio::test]
-async fn a_connection_that_never_says_a_word_is_closed() {
+async fn connection_without_a_complete_preface_is_closed() {
     let target = Target::start_with(&["--idle-seconds", "1"]).await;
     let mut silent = Vec::new();
-    for begins in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
+    for sent in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
         let mut raw = RawConnection::connect(&target).await;
-        raw.send(begins).await;
+        raw.send(sent).await;
         silent.push(raw);
     }
     for mut raw in silent {
@@ -88,7 +88,7 @@ async fn a_connection_that_never_says_a_word_is_closed() {
 }
 
 #[tokio::test]
-async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
+async fn connection_that_stalls_within_headers_is_closed() {
     let target = Target::start_with(&["--idle-seconds", "1"]).await;
     let mut raw = RawConnection::begin(&target, &[]).await;
     raw.send(&frame(HEADERS, 0, 1, &call_block(&target, WHO_AM_I))).await;
@@ -97,24 +97,24 @@ async fn a_connection_that_stops_in_the_middle_of_headers_is_closed() {
 }
 
 #[tokio::test]
-async fn more_calls_of_a_connection_than_the_bound_are_refused_and_clients_are_told_how_many_they_may_have() {
+async fn streams_above_the_advertised_maximum_are_refused() {
     let target = Target { tracker: Tracker::start_with(limits(&["--streams", "2"])).await };
     let mut raw = RawConnection::begin(&target, &[]).await;
     let settings = raw.next_of(SETTINGS).await.unwrap().payload;
-    let told = settings.chunks(6).find(|setting| setting[..2] == MAX_CONCURRENT_STREAMS.to_be_bytes());
-    assert_eq!(told.expect("they are told")[2..], 2_u32.to_be_bytes());
+    let maximum = settings.chunks(6).find(|setting| setting[..2] == MAX_CONCURRENT_STREAMS.to_be_bytes());
+    assert_eq!(maximum.expect("the maximum is advertised")[2..], 2_u32.to_be_bytes());
     let block = call_block(&target, "/issuetracker.v1.ImportService/ImportIssues");
     for stream in [1, 3, 5] {
         raw.send(&frame(HEADERS, END_HEADERS, stream, &block)).await;
     }
-    let refused = raw.next_of(RST_STREAM).await.expect("the connection is kept");
+    let refused = raw.next_of(RST_STREAM).await.expect("the connection stays open");
     assert_eq!((refused.stream, &refused.payload[..]), (5, &REFUSED_STREAM.to_be_bytes()[..]));
     drop(raw);
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn a_client_that_answers_no_ping_is_let_go_with_its_call() {
+async fn connection_with_a_call_is_closed_if_pings_are_not_acknowledged() {
     let target = Target::start_with(&["--keepalive-seconds", "1"]).await;
     let mut raw = RawConnection::begin(&target, &[]).await;
     raw.send(&frame(HEADERS, END_HEADERS, 1, &call_block(&target, "/issuetracker.v1.ImportService/ImportIssues")))
@@ -124,19 +124,19 @@ async fn a_client_that_answers_no_ping_is_let_go_with_its_call() {
 }
 
 #[tokio::test]
-async fn a_connection_without_a_call_is_told_to_go_and_a_client_just_connects_again() {
+async fn idle_connection_is_closed_and_the_client_reconnects_without_an_error() {
     let target = Target::start_with(&["--idle-seconds", "1"]).await;
     let requests = connect(&target).await;
-    let answer = call_on(requests.clone(), request(&target, WHO_AM_I), framed(b"")).await;
-    answer.assert_grpc(Code::Ok);
-    let gone = async {
+    let outcome = call_on(requests.clone(), request(&target, WHO_AM_I), framed(b"")).await;
+    outcome.assert_grpc(Code::Ok);
+    let closed = async {
         let mut requests = requests;
         while let Ok(ready) = requests.ready().await {
             requests = ready;
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };
-    timeout(HANG, gone).await.expect("it stays");
+    timeout(HANG, closed).await.expect("the connection stays open");
     for _ in 0..3 {
         target.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await.unwrap();
         tokio::time::sleep(Duration::from_millis(1_200)).await;
@@ -145,13 +145,13 @@ async fn a_connection_without_a_call_is_told_to_go_and_a_client_just_connects_ag
 }
 
 #[tokio::test]
-async fn an_old_connection_is_exchanged_without_a_failed_call() {
+async fn connection_at_its_maximum_age_is_replaced_without_a_failed_call() {
     let target = Target::start_with(&["--age-seconds", "1", "--age-grace-seconds", "1"]).await;
     let began = std::time::Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
         let call = || async { target.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await };
         if let Err(status) = call().await {
-            // tonic gives a call back that it has not sent, where other clients send it on the next connection.
+            // tonic returns an error for a call that it has not sent; other clients send it on the next connection.
             let source = std::error::Error::source(&status);
             assert!(source.is_some_and(|source| source.is::<tonic::transport::Error>()), "{status:?}");
             call().await.unwrap();
@@ -162,35 +162,35 @@ async fn an_old_connection_is_exchanged_without_a_failed_call() {
 }
 
 #[tokio::test]
-async fn a_thousand_connections_without_a_call_keep_nobody_from_being_answered() {
+async fn a_thousand_idle_connections_do_not_block_other_calls() {
     let target = Target::start().await;
     let mut idle = Vec::new();
     for _ in 0..MANY {
         idle.push(RawConnection::begin(&target, &[]).await);
     }
-    target.assert_answers().await;
+    target.assert_serving().await;
     drop(idle);
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn where_there_is_no_room_idle_connections_make_it() {
+async fn idle_connections_are_evicted_at_the_connection_limit() {
     let target = Target::start_with(&["--connections", "20"]).await;
     let mut idle = Vec::new();
     for _ in 0..30 {
-        // Not all are taken at once.
+        // More than the limit: the last ones wait until others are evicted.
         idle.push(TcpStream::connect(&target.address).await.unwrap());
     }
     for _ in 0..3 {
-        let answered = async {
+        let served = async {
             loop {
-                let answer = call_on(connect(&target).await, request(&target, WHO_AM_I), framed(b"")).await;
-                if matches!(answer, super::http2::Answer::Status { http: 200, grpc: Some(0) }) {
+                let outcome = call_on(connect(&target).await, request(&target, WHO_AM_I), framed(b"")).await;
+                if matches!(outcome, super::http2::Outcome::Status { http: 200, grpc: Some(0) }) {
                     break;
                 }
             }
         };
-        timeout(HANG, answered).await.expect("nobody gets in");
+        timeout(HANG, served).await.expect("no new connection is served");
     }
     drop(idle);
     target.assert_unharmed().await;

@@ -1,4 +1,5 @@
-//! Connections that are told to go, and begin calls all the same: until a client has acknowledged it, HTTP/2 lets it do so.
+//! Evicted connections on which the client begins calls after GOAWAY. HTTP/2 allows this until the client has acknowledged
+//! the GOAWAY.
 
 use std::time::Duration;
 
@@ -12,22 +13,22 @@ use super::{
 };
 use crate::harness::{Tracker, limits};
 
-/// There is room for one connection.
+/// Starts a service that accepts one connection.
 async fn start() -> Target {
     Target { tracker: Tracker::start_with(limits(&["--connections", "1"])).await }
 }
 
-/// Begins to watch the service's health, which does not end by itself.
+/// Begins a call that does not end by itself and needs no credentials.
 async fn watch(raw: &mut RawConnection, target: &Target, stream: u32) {
     raw.send(&frame(HEADERS, END_HEADERS, stream, &call_block(target, "/grpc.health.v1.Health/Watch"))).await;
     raw.send(&frame(DATA, END_STREAM, stream, &framed(b""))).await;
 }
 
-/// Connects until there is room, and what is there meanwhile is told to go.
+/// Connects until a connection is served, which makes the service evict another one.
 async fn until_served(target: &Target) {
     let served = async {
         loop {
-            // Where there is no room, the connection is closed before anything is said.
+            // At the limit, the service closes a new connection without a response.
             let mut raw = RawConnection::begin(target, &[]).await;
             raw.send(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &call_block(target, WHO_AM_I))).await;
             if raw.next_of(HEADERS).await.is_some() {
@@ -35,43 +36,43 @@ async fn until_served(target: &Target) {
             }
         }
     };
-    timeout(HANG, served).await.expect("nobody gets in");
+    timeout(HANG, served).await.expect("no new connection is served");
 }
 
 #[tokio::test]
-async fn a_connection_that_makes_room_is_not_kept_by_calls_that_nobody_signs_in_for() {
+async fn unauthenticated_call_after_goaway_does_not_keep_an_evicted_connection_open() {
     let target = start().await;
-    let mut leaving = RawConnection::begin(&target, &[]).await;
-    // Idle for long enough to be let go.
+    let mut connection = RawConnection::begin(&target, &[]).await;
+    // An idle connection can be evicted after 1 s.
     sleep(Duration::from_millis(1_200)).await;
-    let leaves = async {
-        leaving.next_of(GOAWAY).await.expect("it is told to go");
-        watch(&mut leaving, &target, 1).await;
-        timeout(SOON, leaving.until_closed()).await.expect("it stays");
+    let evicted = async {
+        connection.next_of(GOAWAY).await.expect("a GOAWAY arrives");
+        watch(&mut connection, &target, 1).await;
+        timeout(SOON, connection.until_closed()).await.expect("the connection stays open");
     };
-    tokio::join!(leaves, until_served(&target));
+    tokio::join!(evicted, until_served(&target));
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn on_a_connection_that_makes_room_a_call_may_finish_that_somebody_has_signed_in_for() {
+async fn authenticated_call_after_goaway_may_finish_on_an_evicted_connection() {
     let target = start().await;
-    let mut leaving = RawConnection::begin(&target, &[]).await;
-    watch(&mut leaving, &target, 1).await;
-    let leaves = async {
-        leaving.next_of(GOAWAY).await.expect("it is told to go");
+    let mut connection = RawConnection::begin(&target, &[]).await;
+    watch(&mut connection, &target, 1).await;
+    let evicted = async {
+        connection.next_of(GOAWAY).await.expect("a GOAWAY arrives");
         let create = call_block(&target, "/issuetracker.v1.IssueService/CreateIssue");
-        leaving.send(&frame(HEADERS, END_HEADERS, 3, &create)).await;
-        // Longer than it is kept without such a call.
+        connection.send(&frame(HEADERS, END_HEADERS, 3, &create)).await;
+        // Longer than an evicted connection stays open without an authenticated call.
         sleep(Duration::from_millis(1_500)).await;
         let issue = Issue { title: "late".into(), ..Issue::default() };
         let message = CreateIssueRequest { issue: Some(issue), ..Default::default() }.encode_to_vec();
-        leaving.send(&frame(DATA, END_STREAM, 3, &framed(&message))).await;
-        let answer = leaving.next_of(DATA).await.expect("it is cut");
-        assert_eq!(answer.stream, 3);
-        timeout(SOON, leaving.until_closed()).await.expect("it stays");
+        connection.send(&frame(DATA, END_STREAM, 3, &framed(&message))).await;
+        let response = connection.next_of(DATA).await.expect("the call gets a response");
+        assert_eq!(response.stream, 3);
+        timeout(SOON, connection.until_closed()).await.expect("the connection stays open");
     };
-    tokio::join!(leaves, until_served(&target));
+    tokio::join!(evicted, until_served(&target));
     assert_eq!(target.count("SELECT count(*) FROM issues").await, 1);
     target.assert_unharmed().await;
 }

@@ -1,4 +1,4 @@
-//! Headers of calls.
+//! Request headers.
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method};
@@ -7,13 +7,13 @@ use tonic::Code;
 use super::{
     Target, WHO_AM_I,
     http2::{
-        Answer, END_HEADERS, END_STREAM, GOAWAY, HEADERS, RST_STREAM, RawConnection, block, call, frame, framed,
+        END_HEADERS, END_STREAM, GOAWAY, HEADERS, Outcome, RST_STREAM, RawConnection, block, call, frame, framed,
         request,
     },
 };
 
 #[tokio::test]
-async fn a_path_that_is_no_method_is_unimplemented_and_no_http_error() {
+async fn unknown_path_is_unimplemented_with_http_status_200() {
     let target = Target::start().await;
     for path in
         ["/issuetracker.v1.IssueService/Nothing", "/issuetracker.v1.Nothing/Get", "/a.b/C", "/", "/a", "//", "/%00"]
@@ -26,7 +26,7 @@ async fn a_path_that_is_no_method_is_unimplemented_and_no_http_error() {
 }
 
 #[tokio::test]
-async fn what_is_not_grpc_by_its_content_type_is_refused_as_http_has_it() {
+async fn content_type_other_than_grpc_is_rejected_with_http_status_415() {
     let target = Target::start().await;
     for content_type in
         [None, Some("application/json"), Some("text/html"), Some(""), Some("application/"), Some("grpc")]
@@ -36,10 +36,10 @@ async fn what_is_not_grpc_by_its_content_type_is_refused_as_http_has_it() {
         if let Some(content_type) = content_type {
             request.headers_mut().insert("content-type", content_type.parse().unwrap());
         }
-        let answer = call(&target, request, framed(b"")).await;
-        assert!(matches!(answer, Answer::Status { http: 415, .. }), "{content_type:?}: {answer:?}");
+        let response = call(&target, request, framed(b"")).await;
+        assert!(matches!(response, Outcome::Status { http: 415, .. }), "{content_type:?}: {response:?}");
     }
-    // What is behind the plus is how messages are made, which the method knows.
+    // The service ignores the message format after the plus.
     for content_type in ["application/grpc", "application/grpc+proto", "application/grpc+json"] {
         let mut request = request(&target, WHO_AM_I);
         request.headers_mut().insert("content-type", content_type.parse().unwrap());
@@ -49,19 +49,19 @@ async fn what_is_not_grpc_by_its_content_type_is_refused_as_http_has_it() {
 }
 
 #[tokio::test]
-async fn another_http_method_than_post_is_refused_as_http_has_it() {
+async fn http_method_other_than_post_is_rejected_with_http_status_405() {
     let target = Target::start().await;
     for method in [Method::GET, Method::HEAD, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH] {
         let mut request = request(&target, WHO_AM_I);
         *request.method_mut() = method.clone();
-        let answer = call(&target, request, Bytes::new()).await;
-        assert!(matches!(answer, Answer::Status { http: 405, .. }), "{method}: {answer:?}");
+        let response = call(&target, request, Bytes::new()).await;
+        assert!(matches!(response, Outcome::Status { http: 405, .. }), "{method}: {response:?}");
     }
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn a_missing_te_is_tolerated() {
+async fn missing_te_header_is_accepted() {
     let target = Target::start().await;
     let mut without = request(&target, WHO_AM_I);
     without.headers_mut().remove("te");
@@ -70,7 +70,7 @@ async fn a_missing_te_is_tolerated() {
 }
 
 #[tokio::test]
-async fn a_timeout_that_cannot_be_read_is_ignored_and_one_of_nothing_has_passed() {
+async fn malformed_grpc_timeout_is_ignored_and_a_zero_one_has_passed() {
     let target = Target::start().await;
     let with_timeout = |timeout: &str| {
         let mut request = request(&target, WHO_AM_I);
@@ -83,7 +83,7 @@ async fn a_timeout_that_cannot_be_read_is_ignored_and_one_of_nothing_has_passed(
     for long in ["99999999H", "99999999M", "99999999S", "10S"] {
         call(&target, with_timeout(long), framed(b"")).await.assert_grpc(Code::Ok);
     }
-    // What needs the database is not done by then.
+    // A call that needs the database cannot finish within 1 ns.
     for passed in ["0H", "0n", "1n"] {
         let mut create = with_timeout(passed);
         *create.uri_mut() = request(&target, "/issuetracker.v1.IssueService/CreateIssue").uri().clone();
@@ -93,10 +93,10 @@ async fn a_timeout_that_cannot_be_read_is_ignored_and_one_of_nothing_has_passed(
 }
 
 #[tokio::test]
-async fn metadata_that_means_nothing_to_the_service_does_nothing() {
+async fn unknown_and_malformed_metadata_is_ignored() {
     let target = Target::start().await;
     for (name, value) in [
-        ("x-trace-bin", &b"this is no base64 !!!"[..]),
+        ("x-trace-bin", &b"not base64 !!!"[..]),
         ("x-trace-bin", b"\xff\xfe\xfd"),
         ("grpc-status-details-bin", b"%%%%"),
         ("grpc-status", b"\x80\x81 99999999999"),
@@ -107,21 +107,21 @@ async fn metadata_that_means_nothing_to_the_service_does_nothing() {
     ] {
         let mut request = request(&target, WHO_AM_I);
         request.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_bytes(value).unwrap());
-        let answer = call(&target, request, framed(b"")).await;
-        assert!(matches!(answer, Answer::Status { http: 200, grpc: Some(0) }), "{name}: {answer:?}");
+        let response = call(&target, request, framed(b"")).await;
+        assert!(matches!(response, Outcome::Status { http: 200, grpc: Some(0) }), "{name}: {response:?}");
     }
     target.assert_unharmed().await;
 }
 
 #[tokio::test]
-async fn credentials_of_other_bytes_than_letters_are_no_credentials() {
+async fn malformed_authorization_header_is_unauthenticated() {
     let target = Target::start().await;
     for value in [&b"Bearer \xff\xfe"[..], b"\x80", b"Bearer \xc3\xa9", b"", b"Bearer", b"Bearer \t", b"\tBearer x"] {
         let mut request = request(&target, WHO_AM_I);
         request.headers_mut().insert("authorization", HeaderValue::from_bytes(value).unwrap());
         call(&target, request, framed(b"")).await.assert_grpc(Code::Unauthenticated);
     }
-    // These are no header at all.
+    // Control characters are not allowed in a header value: the stream or the connection ends.
     for value in [&b"Bearer \x00"[..], b"Bearer \x01", b"Bearer \r\nx: y", b"\x7f"] {
         let mut raw = RawConnection::begin(&target, &[]).await;
         let path = WHO_AM_I.as_bytes();

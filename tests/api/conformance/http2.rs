@@ -1,5 +1,5 @@
-//! HTTP/2 as it is on the wire: calls by the h2 crate, which allows more than a gRPC library, and frames by hand, which
-//! allows everything.
+//! HTTP/2 on the wire: calls by the h2 crate, which permits more than a gRPC library, and hand-made frames, which can
+//! violate the protocol.
 
 use std::time::Duration;
 
@@ -34,16 +34,16 @@ pub const REFUSED_STREAM: u32 = 7;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEADER_BYTES: usize = 9;
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Debug)]
-pub enum Answer {
-    /// The HTTP status and the gRPC status, which is in the headers or in the trailers.
+pub enum Outcome {
+    /// The HTTP status, and the gRPC status from the headers or the trailers.
     Status { http: u16, grpc: Option<i32> },
-    /// The stream or its connection was ended.
-    Cut(h2::Error),
+    /// The stream was reset, or its connection was closed.
+    Reset(h2::Error),
 }
 
-impl Answer {
+impl Outcome {
     #[track_caller]
     pub fn assert_grpc(&self, code: tonic::Code) {
         assert!(matches!(self, Self::Status { http: 200, grpc: Some(grpc) } if *grpc == code as i32), "{self:?}");
@@ -54,36 +54,36 @@ pub async fn connect(target: &Target) -> SendRequest<Bytes> {
     crate::h2_client::H2Client::open(target).await.requests
 }
 
-/// Begins a call on a connection of its own.
+/// Sends the headers of a call on a new connection.
 pub async fn begin(target: &Target, path: &str) -> (ResponseFuture, SendStream<Bytes>) {
     connect(target).await.ready().await.unwrap().send_request(request(target, path), false).unwrap()
 }
 
-/// Makes a call on a connection of its own, with this body, whole and in one piece.
-pub async fn call(target: &Target, request: Request<()>, body: Bytes) -> Answer {
+/// Makes a call on a new connection, with the body in one piece.
+pub async fn call(target: &Target, request: Request<()>, body: Bytes) -> Outcome {
     let requests = connect(target).await;
-    timeout(HANG, call_on(requests, request, body)).await.expect("the call is not answered")
+    timeout(HANG, call_on(requests, request, body)).await.expect("the call hangs")
 }
 
-pub async fn call_on(requests: SendRequest<Bytes>, request: Request<()>, body: Bytes) -> Answer {
-    let answered = async {
-        let (answer, mut stream) = requests.ready().await?.send_request(request, false)?;
-        // Who is refused at once need not take it.
+pub async fn call_on(requests: SendRequest<Bytes>, request: Request<()>, body: Bytes) -> Outcome {
+    let outcome = async {
+        let (response, mut stream) = requests.ready().await?.send_request(request, false)?;
+        // The service may have refused the call already, and then does not accept the body.
         let _ = stream.send_data(body, true);
-        read_answer(answer).await
+        read_response(response).await
     };
-    answered.await.unwrap_or_else(Answer::Cut)
+    outcome.await.unwrap_or_else(Outcome::Reset)
 }
 
-pub async fn read_answer(answer: ResponseFuture) -> Result<Answer, h2::Error> {
-    let (head, mut body) = answer.await?.into_parts();
+pub async fn read_response(response: ResponseFuture) -> Result<Outcome, h2::Error> {
+    let (head, mut body) = response.await?.into_parts();
     while let Some(data) = body.data().await {
         let count = data?.len();
         body.flow_control().release_capacity(count)?;
     }
     let trailers = body.trailers().await?.unwrap_or_default();
     let status = |headers: &HeaderMap| headers.get("grpc-status")?.to_str().ok()?.parse().ok();
-    Ok(Answer::Status { http: head.status.as_u16(), grpc: status(&trailers).or_else(|| status(&head.headers)) })
+    Ok(Outcome::Status { http: head.status.as_u16(), grpc: status(&trailers).or_else(|| status(&head.headers)) })
 }
 
 pub struct Frame {
@@ -101,13 +101,13 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Headers as HPACK has them literally, without any index.
+/// Encodes headers in HPACK, as literals without indexing.
 pub fn block(headers: &[(&str, &[u8])]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in headers {
         block.push(0);
         for part in [name.as_bytes(), value] {
-            assert!(part.len() < 127, "longer ones have another form");
+            assert!(part.len() < 127, "longer strings are encoded differently");
             block.push(part.len() as u8);
             block.extend(part);
         }
@@ -115,7 +115,7 @@ pub fn block(headers: &[(&str, &[u8])]) -> Vec<u8> {
     block
 }
 
-/// The headers of a well-made call.
+/// Encodes the headers of a valid call.
 pub fn call_block(target: &Target, path: &str) -> Vec<u8> {
     block(&[
         (":method", b"POST"),
@@ -128,16 +128,16 @@ pub fn call_block(target: &Target, path: &str) -> Vec<u8> {
     ])
 }
 
-/// A connection whose every byte is the test's.
+/// A TCP connection on which the test writes every byte.
 pub struct RawConnection(pub TcpStream);
 
 impl RawConnection {
-    /// Nothing is said yet.
+    /// Connects without sending anything.
     pub async fn connect(target: &Target) -> Self {
         Self(TcpStream::connect(&target.address).await.unwrap())
     }
 
-    /// With the preface, and these settings.
+    /// Connects, and sends the preface and these settings.
     pub async fn begin(target: &Target, settings: &[u8]) -> Self {
         let mut raw = Self::connect(target).await;
         raw.send(PREFACE).await;
@@ -145,20 +145,20 @@ impl RawConnection {
         raw
     }
 
-    /// Sends, unless the service has closed the connection or takes no more of it; tells whether it is sent.
+    /// Sends bytes. Returns false if the service has closed the connection, or has not read them all within 1 s.
     pub async fn send(&mut self, bytes: &[u8]) -> bool {
         matches!(timeout(Duration::from_secs(1), self.0.write_all(bytes)).await, Ok(Ok(())))
     }
 
-    /// All that comes until the service closes the connection, which it must do.
+    /// Reads until the service closes the connection. Panics if it does not.
     pub async fn until_closed(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        // A reset is as good.
-        let _ = timeout(HANG, self.0.read_to_end(&mut bytes)).await.expect("the connection is never closed");
+        // A TCP reset counts as closed.
+        let _ = timeout(HANG, self.0.read_to_end(&mut bytes)).await.expect("the connection stays open");
         bytes
     }
 
-    /// The next frame; none: the connection is closed.
+    /// Reads the next frame. Returns None if the connection is closed.
     pub async fn next(&mut self) -> Option<Frame> {
         let read = async {
             let mut header = [0; FRAME_HEADER_BYTES];
@@ -168,10 +168,10 @@ impl RawConnection {
             let [_, _, _, kind, flags, stream @ ..] = header;
             Some(Frame { kind, flags, stream: u32::from_be_bytes(stream), payload })
         };
-        timeout(HANG, read).await.expect("nothing comes")
+        timeout(HANG, read).await.expect("no frame arrives")
     }
 
-    /// The next frame of this kind; none: the connection is closed before.
+    /// Reads frames up to the next one of this kind. Returns None if the connection is closed before.
     pub async fn next_of(&mut self, kind: u8) -> Option<Frame> {
         loop {
             let frame = self.next().await?;
