@@ -166,16 +166,16 @@ async fn each_token_creation_and_revocation_is_logged_once() {
     let tracker = Tracker::start().await;
     let events = events_of(&tracker, async {
         let own = make_token(&tracker.member, "", "own").await;
-        let made = make_token(&tracker.admin, &tracker.member.user.id, "of a robot").await.api_token.unwrap();
+        let created = make_token(&tracker.admin, &tracker.member.user.id, "robot").await.api_token.unwrap();
         let revoke = |id: &str| RevokeApiTokenRequest { id: id.to_owned(), ..Default::default() };
         // Concurrently, and once more by another caller.
         let calls = (0..8).map(|_| {
-            let (mut auth, request) = (tracker.admin.auth(), revoke(&made.id));
+            let (mut auth, request) = (tracker.admin.auth(), revoke(&created.id));
             async move { auth.revoke_api_token(request).await.unwrap().into_inner() }
         });
         let responses = join_all(calls).await;
         assert!(responses.iter().all(|response| response.revoke_time.is_some() && *response == responses[0]));
-        tracker.member.auth().revoke_api_token(revoke(&made.id)).await.unwrap();
+        tracker.member.auth().revoke_api_token(revoke(&created.id)).await.unwrap();
         let robot = tracker.client_with_token(Some(&own.access_token));
         robot.auth().logout(LogoutRequest::default()).await.unwrap();
     });
@@ -183,8 +183,8 @@ async fn each_token_creation_and_revocation_is_logged_once() {
         events.await,
         [
             "API_TOKEN_CREATED by member: member >own",
-            "API_TOKEN_CREATED by admin: member >of a robot",
-            "API_TOKEN_REVOKED by admin: member of a robot>",
+            "API_TOKEN_CREATED by admin: member >robot",
+            "API_TOKEN_REVOKED by admin: member robot>",
             "API_TOKEN_REVOKED by member: member own>",
         ]
     );
@@ -218,9 +218,9 @@ async fn password_change_is_logged_with_every_session_that_it_ends() {
 async fn events_from_the_command_line_have_no_actor_and_no_address() {
     let tracker = Tracker::start().await;
     let events = all_events(&tracker).await;
-    let made: Vec<_> = events.iter().filter(|event| event.user_id == tracker.admin.user.id).collect();
-    assert_eq!(made.len(), 2);
-    for event in made {
+    let created: Vec<_> = events.iter().filter(|event| event.user_id == tracker.admin.user.id).collect();
+    assert_eq!(created.len(), 2);
+    for event in created {
         assert!([AuditAction::UserCreated, AuditAction::ApiTokenCreated].contains(&event.action()));
         assert_eq!((&*event.actor_id, &*event.address), ("", ""));
     }

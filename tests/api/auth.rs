@@ -94,7 +94,7 @@ async fn all_wrong_credentials_return_the_same_error_byte_for_byte() {
     disable(&tracker, &tracker.viewer.user).await;
     let long = "x".repeat(10_000);
     let wrong = [
-        ("nobody", PASSWORD),
+        ("no-such-user", PASSWORD),
         ("member", "not the password"),
         ("viewer", PASSWORD),
         ("viewer", "not the password"),

@@ -191,7 +191,7 @@ async fn comment_on_a_deleted_parent_or_issue_is_rejected() {
 }
 
 #[tokio::test]
-async fn content_is_1_to_16384_characters_kept_as_written() {
+async fn content_has_1_to_16384_characters_and_is_stored_unchanged() {
     let tracker = Tracker::start().await;
     let issue = tracker.member.file("crash").await;
     for bad in ["", " \t\r\n\u{a0}\u{3000}", "nul\0", &"é".repeat(16_385)] {

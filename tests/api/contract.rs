@@ -1,4 +1,4 @@
-//! The rules that hold for all RPCs: by the descriptors, so that a new RPC that nobody has thought about fails here.
+//! The rules that hold for all RPCs. The tests read the descriptors, so they also cover RPCs that are added later.
 
 mod authorization;
 mod layers;
@@ -25,7 +25,8 @@ use crate::{
     support::codec::{BytesCodec, unary},
 };
 
-/// The mutations without request id: no secret is kept for a replay; an import has its own id, in its options.
+/// The mutations without a request id. Responses with secrets are not stored for replays, and an import has an id of its
+/// own in its options.
 const WITHOUT_REQUEST_ID: &[&str] = &["AuthService/Login", "AuthService/CreateApiToken", "ImportService/ImportIssues"];
 const LOGIN: &str = "AuthService/Login";
 
@@ -44,20 +45,20 @@ impl Method {
         !self.only_reads
     }
 
-    /// A field of the request that says how the request is to be handled.
+    /// Returns the number and type of a field of the request.
     fn field(&self, name: &str) -> Option<(u32, Type)> {
         let field = self.request.field.iter().find(|field| field.name() == name)?;
         Some((field.number() as u32, field.r#type()))
     }
 
-    /// The message, with a request id in addition.
+    /// Appends a request id to an encoded message.
     fn with_request_id(&self, message: &[u8], id: &str) -> Vec<u8> {
         let mut message = message.to_vec();
         prost::encoding::string::encode(self.field("request_id").unwrap().0, &id.to_owned(), &mut message);
         message
     }
 
-    /// The message, only to be tried.
+    /// Appends `validate_only = true` to an encoded message.
     fn validate_only(&self, message: &[u8]) -> Vec<u8> {
         let mut message = message.to_vec();
         prost::encoding::bool::encode(self.field("validate_only").unwrap().0, &true, &mut message);
@@ -100,7 +101,7 @@ fn required_role(method: &MethodDescriptor) -> Option<Role> {
     }
 }
 
-/// Calls `Service/Method` of ours with one message, whatever that is.
+/// Calls `Service/Method` of this API with one message, valid or not.
 async fn call(tracker: &Tracker, client: &Client, method: &str, message: &[u8]) -> Result<Bytes, Status> {
     let mut request = Request::new(message.to_vec());
     if !client.token.is_empty() {
@@ -114,7 +115,7 @@ async fn call_path(tracker: &Tracker, path: &str, request: Request<Vec<u8>>) -> 
 }
 
 #[test]
-fn everything_in_the_contract_has_a_comment() {
+fn every_element_of_the_proto_files_has_a_comment() {
     let mut missing = Vec::new();
     for file in our_files() {
         let info = file.source_code_info.as_ref().unwrap();
@@ -142,13 +143,13 @@ fn everything_in_the_contract_has_a_comment() {
     assert!(missing.is_empty(), "without a comment: {missing:?}");
 }
 
-/// Places of a message and of all that is in it, as `SourceCodeInfo` has them, with their names.
+/// Collects the `SourceCodeInfo` paths and the names of a message and everything in it.
 fn expect_message(message: &DescriptorProto, path: &[i32], name: &str, expected: &mut Vec<(Vec<i32>, String)>) {
     expected.push((path.to_vec(), name.to_owned()));
     for (index, field) in (0..).zip(&message.field) {
         expected.push(([path, &[2, index]].concat(), format!("{name}.{}", field.name())));
     }
-    // Of a map there is nothing to say but what its field says.
+    // A map's generated entry type cannot have a comment.
     let is_map = |nested: &DescriptorProto| nested.options.as_ref().is_some_and(|options| options.map_entry());
     for (index, nested) in (0..).zip(&message.nested_type).filter(|(_, nested)| !is_map(nested)) {
         expect_message(nested, &[path, &[3, index]].concat(), &format!("{name}.{}", nested.name()), expected);
@@ -166,46 +167,46 @@ fn expect_enum(item: &EnumDescriptorProto, path: &[i32], name: &str, expected: &
 }
 
 #[test]
-fn every_mutation_takes_a_request_id_and_can_be_tried() {
+fn every_mutation_has_request_id_and_validate_only() {
     let methods = our_methods();
     let names: BTreeSet<&str> = methods.iter().map(|method| &*method.name).collect();
     for listed in WITHOUT_REQUEST_ID {
-        assert!(names.contains(listed), "{listed} is listed here and does not exist");
+        assert!(names.contains(listed), "{listed} is listed here but does not exist");
     }
     for method in &methods {
         let name = &method.name;
         let takes_id = method.mutates() && !WITHOUT_REQUEST_ID.contains(&&**name);
         assert_eq!(method.field("request_id").map(|field| field.1), takes_id.then_some(Type::String), "{name}");
-        // An import is tried by its options.
-        let is_tried = method.mutates() && name != "ImportService/ImportIssues";
-        assert_eq!(method.field("validate_only").map(|field| field.1), is_tried.then_some(Type::Bool), "{name}");
+        // An import has validate_only in its options.
+        let has_dry_run = method.mutates() && name != "ImportService/ImportIssues";
+        assert_eq!(method.field("validate_only").map(|field| field.1), has_dry_run.then_some(Type::Bool), "{name}");
     }
 }
 
 #[tokio::test]
-async fn without_credentials_every_method_with_a_required_role_is_unauthenticated_whatever_is_sent() {
+async fn every_method_with_a_required_role_requires_credentials_before_the_request_is_decoded() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
-    let nobody = tracker.client_with_token(None);
+    let unauthenticated = tracker.client_with_token(None);
     for method in our_methods().iter().filter(|method| method.required_role.is_some()) {
         for message in [&b""[..], b"\xff\xff\xff"] {
-            let refused = call(&tracker, &nobody, &method.name, message).await;
+            let refused = call(&tracker, &unauthenticated, &method.name, message).await;
             let status = assert_error(refused, Code::Unauthenticated, "UNAUTHENTICATED");
             assert!(status.message().contains("authorization: Bearer"), "{}: {status:?}", method.name);
         }
     }
-    // Not from somebody without credentials: what there is and what there is not.
-    let unknown = call(&tracker, &nobody, "IssueService/NoSuchMethod", b"").await;
+    // Unauthenticated callers cannot find out which methods exist.
+    let unknown = call(&tracker, &unauthenticated, "IssueService/NoSuchMethod", b"").await;
     assert_error(unknown, Code::Unauthenticated, "UNAUTHENTICATED");
     assert_eq!(tracker.contents().await, before);
 }
 
 #[tokio::test]
-async fn an_empty_mutation_is_invalid_and_names_what_is_missing() {
+async fn empty_mutation_is_invalid_and_names_the_missing_fields() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     for method in our_methods().iter().filter(|method| method.mutates()) {
-        // Login is only told that its credentials are wrong; Logout needs nothing.
+        // Login fails with UNAUTHENTICATED, and Logout has no required field.
         if [LOGIN, "AuthService/Logout"].contains(&&*method.name) {
             continue;
         }
@@ -217,7 +218,7 @@ async fn an_empty_mutation_is_invalid_and_names_what_is_missing() {
 }
 
 #[tokio::test]
-async fn a_message_that_cannot_be_decoded_is_invalid() {
+async fn undecodable_message_is_invalid() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     for method in our_methods() {

@@ -168,7 +168,7 @@ fn assert_outcome(outcome: &Result<bool, String>, expected: &Result<bool, &str>,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_sslmode_verifies_the_server_as_libpq_does() {
+async fn each_sslmode_verifies_the_server_as_documented() {
     let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
     let server = Server::start(&ours.server(&["localhost"]), &ours, &[]).await;
     let dir = tempfile::tempdir().unwrap();

@@ -50,7 +50,7 @@ async fn login_after_too_many_failures_succeeds_after_the_retry_delay() {
     let client = tracker.client_with_token(None);
     // A user who does not exist, a disabled user, and an enabled user.
     disable(&tracker, &tracker.viewer.user).await;
-    for username in ["nobody", "viewer", "member"] {
+    for username in ["no-such-user", "viewer", "member"] {
         let (checked, delay) = fail_until_refused(&client, username).await;
         assert!(checked >= 3, "{username}: {checked}");
         assert!(delay <= Duration::from_secs(1 << (checked - 3)), "{username}: {delay:?} after {checked}");

@@ -1,5 +1,5 @@
-//! Who may call what: a row for every RPC, held against the service for every role, with and without good credentials, on
-//! an object of the caller's own and on one of somebody else's.
+//! The authorization matrix: a row for every RPC, checked against the service for every role, with valid and invalid
+//! credentials, on the caller's own object and on another user's.
 
 use std::collections::BTreeSet;
 
@@ -21,24 +21,23 @@ use uuid::Uuid;
 use super::*;
 use crate::harness::PASSWORD;
 
-/// What a call comes to.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
+enum Outcome {
     Done,
     /// PERMISSION_DENIED.
     Denied,
-    /// As if there were no such object.
+    /// NOT_FOUND, as if the object did not exist.
     Missing,
-    /// The import is another's: FAILED_PRECONDITION.
+    /// FAILED_PRECONDITION: the import belongs to another user.
     Mismatch,
     Unauthenticated,
 }
-use Told::{Denied, Done, Mismatch, Missing};
+use Outcome::{Denied, Done, Mismatch, Missing};
 
-/// What viewers, members and administrators are told.
-type ByRole = [Told; 3];
+/// The outcomes for viewers, members and administrators.
+type ByRole = [Outcome; 3];
 
-/// Everybody who has signed in.
 const ALL: ByRole = [Done, Done, Done];
 const MEMBERS: ByRole = [Denied, Done, Done];
 const ADMINS: ByRole = [Denied, Denied, Done];
@@ -50,24 +49,24 @@ struct Row {
     method: &'static str,
     own: ByRole,
     others: ByRole,
-    /// Makes what a call is about, and a valid request.
+    /// Creates the object of a call, and returns the messages of a valid request.
     request: fn(Object) -> BoxFuture<'static, Vec<Vec<u8>>>,
 }
 
-/// What a request is made from: it is about something of the owner's.
+/// Creates objects that belong to the owner.
 #[derive(Clone)]
 struct Object {
-    world: &'static World,
+    fixture: &'static Fixture,
     owner: User,
 }
 
-struct World {
+struct Fixture {
     tracker: Tracker,
-    /// Whose the objects are that are somebody else's.
-    stranger: User,
+    /// The owner of objects that are not the caller's.
+    other_user: User,
 }
 
-/// A row whose objects are nobody's own, or of everybody's concern.
+/// A row of the matrix. Without `others`, ownership makes no difference.
 macro_rules! row {
     ($method:literal $roles:ident: |$object:ident| $request:expr) => {
         row!($method $roles, others $roles: |$object| $request)
@@ -79,7 +78,7 @@ macro_rules! row {
             others: $others,
             request: |$object| {
                 Box::pin(async move {
-                    #[allow(unused_variables, reason = "some requests are about nothing")]
+                    #[allow(unused_variables, reason = "some requests have no object")]
                     let $object = $object;
                     $request.messages()
                 })
@@ -88,7 +87,7 @@ macro_rules! row {
     };
 }
 
-/// One message or several.
+/// Encodes one or more messages.
 trait Messages {
     fn messages(self) -> Vec<Vec<u8>>;
 }
@@ -111,7 +110,7 @@ fn new_name() -> String {
     format!("n{}", Uuid::now_v7().simple())
 }
 
-/// As a person who has lost this import's answers would send it again.
+/// The messages of an import, which a client that has lost the responses sends again.
 fn import_of(import_id: &str) -> Stream {
     let options = ImportOptions { import_id: import_id.to_owned(), ..Default::default() };
     let file = ImportChunk { offset: 0, data: "title\nimported\n".into() };
@@ -121,18 +120,18 @@ fn import_of(import_id: &str) -> Stream {
 
 impl Object {
     fn admin(&self) -> &Client {
-        &self.world.tracker.admin
+        &self.fixture.tracker.admin
     }
 
     fn owner_id(&self) -> Uuid {
         self.owner.id.parse().unwrap()
     }
 
-    /// An issue that the owner has reported.
+    /// Creates an issue whose reporter and assignee is the owner.
     async fn issue(&self) -> Issue {
         let issue = self.admin().file("an issue").await;
         let reported = "UPDATE issues SET reporter_id = $2, assignee_id = $2, change_actor_id = $2 WHERE id = $1";
-        self.world.tracker.sql(reported, &[&issue.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
+        self.fixture.tracker.sql(reported, &[&issue.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
         issue
     }
 
@@ -146,7 +145,7 @@ impl Object {
     async fn comment(&self) -> Comment {
         let comment = self.admin().comment(&self.issue().await.id, "a comment").await;
         let written = "UPDATE comments SET author_id = $2 WHERE id = $1";
-        self.world.tracker.sql(written, &[&comment.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
+        self.fixture.tracker.sql(written, &[&comment.id.parse::<Uuid>().unwrap(), &self.owner_id()]).await;
         comment
     }
 
@@ -154,26 +153,26 @@ impl Object {
         self.admin().label(&new_name()).await
     }
 
-    /// An import that is done, and its id.
+    /// Completes an import. Returns its id.
     async fn import(&self) -> String {
         let import_id = Uuid::now_v7();
         let messages = import_of(&import_id.to_string());
-        let answers = self.admin().imports().import_issues(stream::iter(messages.0)).await.unwrap().into_inner();
-        answers.try_collect::<Vec<_>>().await.unwrap();
+        let responses = self.admin().imports().import_issues(stream::iter(messages.0)).await.unwrap().into_inner();
+        responses.try_collect::<Vec<_>>().await.unwrap();
         let sql = "UPDATE imports SET caller_id = $2 WHERE id = $1";
-        self.world.tracker.sql(sql, &[&import_id, &self.owner_id()]).await;
+        self.fixture.tracker.sql(sql, &[&import_id, &self.owner_id()]).await;
         import_id.to_string()
     }
 
-    /// The id of an API token of the owner's, who may be disabled.
+    /// Inserts an API token of the owner, who may be disabled. Returns its id.
     async fn api_token(&self) -> String {
         let sql = "INSERT INTO tokens (id, user_id, sha256, name) VALUES ($1, $2, sha256(uuid_send($1)), 'a token')";
         let id = Uuid::now_v7();
-        self.world.tracker.sql(sql, &[&id, &self.owner_id()]).await;
+        self.fixture.tracker.sql(sql, &[&id, &self.owner_id()]).await;
         id.to_string()
     }
 
-    /// The issue, and one label on it and one that is not.
+    /// Creates an issue. Returns its id and two labels: one that it has, and one that it does not have.
     async fn labelled_issue(&self) -> (String, [String; 2]) {
         let (issue, on, off) = (self.issue().await, self.label().await, self.label().await);
         let request =
@@ -334,7 +333,7 @@ fn rows() -> Vec<Row> {
     [rows_of_accounts(), rows_of_issues(), rows_of_labels_imports_and_reports()].into_iter().flatten().collect()
 }
 
-/// Calls with any number of messages, and reads all answers.
+/// Calls a method with any number of messages, and reads all responses.
 async fn call_with(tracker: &Tracker, client: &Client, method: &str, messages: Vec<Vec<u8>>) -> Result<(), Status> {
     let mut request = Request::new(stream::iter(messages));
     if !client.token.is_empty() {
@@ -343,54 +342,54 @@ async fn call_with(tracker: &Tracker, client: &Client, method: &str, messages: V
     let mut grpc = Grpc::new(tracker.channel.clone());
     grpc.ready().await.unwrap();
     let path = format!("/issuetracker.v1.{method}").parse().unwrap();
-    let answers = grpc.streaming(request, path, BytesCodec).await?.into_inner();
-    answers.try_collect::<Vec<Bytes>>().await.map(drop)
+    let responses = grpc.streaming(request, path, BytesCodec).await?.into_inner();
+    responses.try_collect::<Vec<Bytes>>().await.map(drop)
 }
 
-fn told(result: Result<(), Status>) -> Told {
+fn outcome(result: Result<(), Status>) -> Outcome {
     let Err(status) = result else { return Done };
     match status.code() {
         Code::PermissionDenied => Denied,
         Code::NotFound => Missing,
         Code::FailedPrecondition => Mismatch,
-        Code::Unauthenticated => Told::Unauthenticated,
+        Code::Unauthenticated => Outcome::Unauthenticated,
         _ => panic!("{status:?}"),
     }
 }
 
-impl World {
+impl Fixture {
     async fn start() -> &'static Self {
         let tracker = Tracker::start().await;
-        let stranger = tracker.user("stranger", Role::Admin).await.user;
-        Box::leak(Box::new(Self { tracker, stranger }))
+        let other_user = tracker.user("other", Role::Admin).await.user;
+        Box::leak(Box::new(Self { tracker, other_user }))
     }
 
-    /// A user of his own for each call, as some calls end what they are made with.
+    /// Creates a user for one call, because some calls revoke the caller's token or change the password.
     async fn caller(&self, role: Role) -> Client {
         self.tracker.user(&new_name(), role).await
     }
 
-    /// What somebody is told about an object of the owner's.
-    async fn ask(&'static self, row: &Row, client: &Client, owner: &User) -> Told {
-        let messages = (row.request)(Object { world: self, owner: owner.clone() }).await;
-        told(call_with(&self.tracker, client, row.method, messages).await)
+    /// Calls the row's method on an object of the owner.
+    async fn call(&'static self, row: &Row, client: &Client, owner: &User) -> Outcome {
+        let messages = (row.request)(Object { fixture: self, owner: owner.clone() }).await;
+        outcome(call_with(&self.tracker, client, row.method, messages).await)
     }
 
     async fn check_roles(&'static self, row: &Row) {
         for (index, role) in [Role::Viewer, Role::Member, Role::Admin].into_iter().enumerate() {
             let client = self.caller(role).await;
-            let others = self.ask(row, &client, &self.stranger).await;
-            // Whoever may sign out or change his password does it here: with a new token, then.
+            let others = self.call(row, &client, &self.other_user).await;
+            // The first call may have revoked the token, as Logout does.
             let client = self.caller(role).await;
-            let own = self.ask(row, &client, &client.user).await;
+            let own = self.call(row, &client, &client.user).await;
             let name = role.as_str_name();
             assert_eq!((own, others), (row.own[index], row.others[index]), "{} by {name}: own, others", row.method);
         }
     }
 
-    /// Without good credentials nothing is done and nothing is told.
+    /// Asserts that calls without valid credentials fail with UNAUTHENTICATED and write nothing.
     async fn check_credentials(&'static self, row: &Row) {
-        // An administrator could do it.
+        // With valid credentials, these administrators could make the call.
         let disabled = self.caller(Role::Admin).await;
         let user = Some(User { id: disabled.user.id.clone(), disabled: true, ..User::default() });
         self.tracker.admin.users().update_user(UpdateUserRequest { user, ..Default::default() }).await.unwrap();
@@ -400,30 +399,30 @@ impl World {
         let revoked = self.caller(Role::Admin).await;
         revoked.auth().logout(LogoutRequest::default()).await.unwrap();
         let mut callers = vec![("disabled", disabled), ("expired", expired), ("revoked", revoked)];
-        let good = self.caller(Role::Admin).await;
-        for (what, token) in malformed(&good.token) {
-            let mut client = good.clone();
+        let valid = self.caller(Role::Admin).await;
+        for (what, token) in invalid_tokens(&valid.token) {
+            let mut client = valid.clone();
             client.token = token;
             callers.push((what, client));
         }
 
         let mut calls = Vec::new();
         for (what, client) in &callers {
-            for owner in [&client.user, &self.stranger] {
-                calls.push((what, client, (row.request)(Object { world: self, owner: owner.clone() }).await));
+            for owner in [&client.user, &self.other_user] {
+                calls.push((what, client, (row.request)(Object { fixture: self, owner: owner.clone() }).await));
             }
         }
         let before = self.tracker.contents().await;
         for (what, client, messages) in calls {
-            let told = told(call_with(&self.tracker, client, row.method, messages).await);
-            assert_eq!(told, Told::Unauthenticated, "{}: {what}", row.method);
+            let outcome = outcome(call_with(&self.tracker, client, row.method, messages).await);
+            assert_eq!(outcome, Outcome::Unauthenticated, "{}: {what}", row.method);
         }
         assert_eq!(self.tracker.contents().await, before, "{}", row.method);
     }
 }
 
-/// What comes near a good token, and is none.
-fn malformed(token: &str) -> [(&'static str, String); 6] {
+/// Returns tokens that differ a little from a valid one.
+fn invalid_tokens(token: &str) -> [(&'static str, String); 6] {
     let unknown = issue_tracker::auth::new_token().unwrap().0;
     [
         ("none", String::new()),
@@ -441,7 +440,7 @@ fn every_rpc_has_a_row_and_every_row_an_rpc() {
     let methods = our_methods();
     let named: BTreeSet<&str> = rows.iter().map(|row| row.method).collect();
     assert_eq!(named, methods.iter().map(|method| &*method.name).collect());
-    assert_eq!(rows.len(), named.len(), "no row twice");
+    assert_eq!(rows.len(), named.len(), "a method has two rows");
 }
 
 #[test]
@@ -460,44 +459,44 @@ fn every_row_agrees_with_the_required_role_that_the_method_declares() {
 }
 
 #[tokio::test]
-async fn a_role_that_is_too_low_is_denied_before_anything_else_is_told() {
-    let world = World::start().await;
-    let clients = [&world.tracker.viewer, &world.tracker.member, &world.tracker.admin];
-    let before = world.tracker.contents().await;
+async fn insufficient_role_is_denied_before_the_request_is_validated() {
+    let fixture = Fixture::start().await;
+    let clients = [&fixture.tracker.viewer, &fixture.tracker.member, &fixture.tracker.admin];
+    let before = fixture.tracker.contents().await;
     for row in rows() {
-        for (client, _) in clients.iter().zip(row.own).filter(|(_, told)| *told == Denied) {
-            // Nothing that is required is there.
-            let refused = call(&world.tracker, client, row.method, b"").await;
+        for (client, _) in clients.iter().zip(row.own).filter(|(_, outcome)| *outcome == Denied) {
+            // An empty request, which lacks all required fields.
+            let refused = call(&fixture.tracker, client, row.method, b"").await;
             assert_error(refused, Code::PermissionDenied, "PERMISSION_DENIED");
         }
     }
-    assert_eq!(world.tracker.contents().await, before);
+    assert_eq!(fixture.tracker.contents().await, before);
 }
 
 #[tokio::test]
-async fn each_role_may_do_what_its_row_says_with_its_own_objects_and_with_others() {
-    let world = World::start().await;
+async fn each_role_has_the_permissions_of_its_row() {
+    let fixture = Fixture::start().await;
     for row in rows() {
-        world.check_roles(&row).await;
+        fixture.check_roles(&row).await;
     }
 }
 
 #[tokio::test]
-async fn nobody_without_good_credentials_may_do_anything_but_sign_in() {
-    let world = World::start().await;
+async fn invalid_credentials_permit_only_login() {
+    let fixture = Fixture::start().await;
     let unauthenticated: BTreeSet<String> =
         our_methods().into_iter().filter(|method| method.required_role.is_none()).map(|method| method.name).collect();
     for row in rows().iter().filter(|row| !unauthenticated.contains(row.method)) {
-        world.check_credentials(row).await;
+        fixture.check_credentials(row).await;
     }
-    // Signing in needs none, and is refused to who is disabled, whatever he sends along.
-    let disabled = world.caller(Role::Viewer).await;
+    // Login ignores the caller's credentials, and fails for a disabled user.
+    let disabled = fixture.caller(Role::Viewer).await;
     let user = Some(User { id: disabled.user.id.clone(), disabled: true, ..User::default() });
-    world.tracker.admin.users().update_user(UpdateUserRequest { user, ..Default::default() }).await.unwrap();
+    fixture.tracker.admin.users().update_user(UpdateUserRequest { user, ..Default::default() }).await.unwrap();
     let login = rows().into_iter().find(|row| row.method == LOGIN).unwrap();
-    let nobody = world.tracker.client_with_token(None);
-    for client in [&nobody, &disabled] {
-        assert_eq!(world.ask(&login, client, &world.stranger).await, Done);
-        assert_eq!(world.ask(&login, client, &disabled.user).await, Told::Unauthenticated);
+    let unauthenticated = fixture.tracker.client_with_token(None);
+    for client in [&unauthenticated, &disabled] {
+        assert_eq!(fixture.call(&login, client, &fixture.other_user).await, Done);
+        assert_eq!(fixture.call(&login, client, &disabled.user).await, Outcome::Unauthenticated);
     }
 }

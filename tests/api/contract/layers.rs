@@ -1,8 +1,8 @@
-//! The lines between the layers, held against the source.
+//! The dependency rules between layers, checked against the source text.
 
 use std::{fs, path::Path};
 
-/// Each file below `src/`: its path from there, and its text.
+/// Returns the path relative to `src/` and the text of each source file.
 fn sources() -> Vec<(String, String)> {
     fn read(dir: &Path, files: &mut Vec<(String, String)>) {
         for entry in fs::read_dir(dir).unwrap() {
@@ -28,17 +28,17 @@ fn is_db(name: &str) -> bool {
 }
 
 #[test]
-fn the_database_knows_nothing_of_grpc() {
+fn database_code_does_not_depend_on_tonic() {
     let (db, rest): (Vec<_>, Vec<_>) = sources().into_iter().partition(|(name, _)| is_db(name));
-    assert!(db.len() > 5 && rest.iter().any(|(_, text)| text.contains("tonic")), "the files were found");
+    assert!(db.len() > 5 && rest.iter().any(|(_, text)| text.contains("tonic")), "the source files were not found");
     for (name, text) in db {
         assert!(!text.contains("tonic"), "{name} names tonic");
     }
 }
 
 #[test]
-fn only_errors_become_a_status() {
-    // The command line is a client: it is told them.
+fn only_error_rs_constructs_a_status() {
+    // The command line is a client: it receives statuses.
     for (name, text) in sources().into_iter().filter(|(name, _)| !name.starts_with("cli/")) {
         let edge = name == "error.rs" || name.starts_with("gate") || name.starts_with("rpc");
         let imports = text.split("use tonic::").skip(1).filter_map(|rest| rest.split(';').next());
@@ -46,30 +46,31 @@ fn only_errors_become_a_status() {
         let knows = words.into_iter().any(|word| word == "Status") || text.contains("tonic::Status");
         assert!(edge || !knows, "{name} names tonic's Status");
 
-        // A status is made of an error, never by a code and a text.
+        // Other files convert an error into a status; they never construct one from a code and a message.
         let known = ["from", "from_header_map", "as_str_name", "try_from", "default"];
-        for made in text.split("Status::").skip(1).filter(|_| name != "error.rs") {
-            let function = made.split(|char: char| !char.is_alphanumeric() && char != '_').next().unwrap_or_default();
+        for constructor in text.split("Status::").skip(1).filter(|_| name != "error.rs") {
+            let function =
+                constructor.split(|char: char| !char.is_alphanumeric() && char != '_').next().unwrap_or_default();
             let variant = function.starts_with(char::is_uppercase);
             assert!(variant || known.contains(&function), "{name} calls Status::{function}");
         }
     }
 }
 
-/// Rows are read by position: what a statement answers is listed, so that a new column does not move the others.
+/// A statement lists its columns, so that a new column of a table changes no result.
 #[test]
-fn no_statement_answers_all_columns() {
+fn no_statement_returns_all_columns() {
     let mut statements = 0;
     for (name, text) in sources().into_iter().filter(|(name, _)| is_db(name)) {
-        // Each statement begins with its name in a comment; inside parentheses `*` is of a part that has its own names.
+        // Each statement begins with its name in a comment. `*` in a subquery is fine, as the outer query lists columns.
         for statement in text.split("\"-- ").skip(1) {
             statements += 1;
             for (at, _) in statement.match_indices("SELECT *").chain(statement.match_indices("RETURNING *")) {
                 let before = &statement[..at];
                 let depth = before.matches('(').count() as i64 - before.matches(')').count() as i64;
-                assert!(depth > 0, "{name}: {} answers *", statement.lines().next().unwrap_or_default());
+                assert!(depth > 0, "{name}: {} returns *", statement.lines().next().unwrap_or_default());
             }
         }
     }
-    assert!(statements > 30, "the statements were found");
+    assert!(statements > 30, "the statements were not found");
 }

@@ -1,4 +1,4 @@
-//! `request_id` and `validate_only`: the promises that make a retry and a trial safe, for every mutation there is.
+//! `request_id` and `validate_only`: idempotent retries and dry runs of every mutation.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +22,8 @@ use uuid::Uuid;
 use super::{Method, call, our_methods};
 use crate::harness::{Client, PASSWORD, Tracker, assert_error, bad_fields};
 
-/// A method, a request that does something, and one with another payload. In this order they all succeed.
+/// A method, a request that changes something, and a request with another payload. In the order of the cases, the first
+/// requests all succeed.
 type Case = (&'static str, Vec<u8>, Vec<u8>);
 
 fn case<T: Message>(name: &'static str, requests: [T; 2]) -> Case {
@@ -195,14 +196,14 @@ async fn import_cases(tracker: &Tracker) -> Vec<Case> {
     let file = ImportChunk { offset: 0, data: "title\nimported\n".into() };
     let messages = [ImportMessage::Options(options), ImportMessage::Chunk(file)];
     let messages = messages.map(|message| ImportIssuesRequest { message: Some(message) });
-    let mut answers = tracker.admin.imports().import_issues(tokio_stream::iter(messages)).await.unwrap().into_inner();
-    while answers.message().await.unwrap().is_some() {}
+    let mut responses = tracker.admin.imports().import_issues(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    while responses.message().await.unwrap().is_some() {}
     let revert = |force| RevertImportRequest { import_id: import_id.clone(), force, ..Default::default() };
     vec![case("ImportService/RevertImport", [revert(false), revert(true)])]
 }
 
-/// A case of every mutation that takes a request id, but for the two that end or change the credentials of the call
-/// itself: those of `AuthService`'s own tests.
+/// Returns a case for every mutation with a request id, except Logout and ChangePassword: these change the caller's own
+/// credentials, and the tests of `AuthService` cover them.
 async fn all_cases(tracker: &Tracker) -> Vec<(Method, Vec<u8>, Vec<u8>)> {
     let mut cases = issue_cases(tracker).await;
     cases.extend(comment_cases(tracker).await);
@@ -214,13 +215,13 @@ async fn all_cases(tracker: &Tracker) -> Vec<(Method, Vec<u8>, Vec<u8>)> {
     methods.retain(|method| method.field("request_id").is_some());
     methods.retain(|method| !["AuthService/Logout", "AuthService/ChangePassword"].contains(&&*method.name));
     let expected: BTreeSet<_> = methods.iter().map(|method| &*method.name).collect();
-    assert_eq!(cases.iter().map(|case| case.0).collect::<BTreeSet<_>>(), expected, "each mutation has a case");
+    assert_eq!(cases.iter().map(|case| case.0).collect::<BTreeSet<_>>(), expected, "a mutation has no case");
     let mut method = |name: &str| methods.swap_remove(methods.iter().position(|method| method.name == name).unwrap());
     cases.into_iter().map(|(name, request, other)| (method(name), request, other)).collect()
 }
 
 #[tokio::test]
-async fn a_repeated_request_is_answered_byte_for_byte_and_writes_nothing() {
+async fn repeated_request_returns_the_stored_response_byte_for_byte_and_writes_nothing() {
     let tracker = Tracker::start().await;
     for (method, request, other) in all_cases(&tracker).await {
         let (name, id) = (&*method.name, new_id());
@@ -228,12 +229,12 @@ async fn a_repeated_request_is_answered_byte_for_byte_and_writes_nothing() {
         let before = tracker.contents().await;
         let first = call(&tracker, &tracker.admin, name, &request).await.unwrap();
         let after = tracker.contents().await;
-        assert_ne!(after, before, "{name} does something");
+        assert_ne!(after, before, "{name} changes nothing");
 
         assert_eq!(call(&tracker, &tracker.admin, name, &request).await.unwrap(), first, "{name}");
-        // An id has one meaning in whatever case it is written.
-        let shouted = method.with_request_id(&request, &id.to_uppercase());
-        assert_eq!(call(&tracker, &tracker.admin, name, &shouted).await.unwrap(), first, "{name}");
+        // Request ids are case-insensitive, as UUIDs are.
+        let upper_case = method.with_request_id(&request, &id.to_uppercase());
+        assert_eq!(call(&tracker, &tracker.admin, name, &upper_case).await.unwrap(), first, "{name}");
         let other = call(&tracker, &tracker.admin, name, &method.with_request_id(&other, &id)).await;
         let status = assert_error(other, Code::InvalidArgument, "REQUEST_ID_REUSED");
         assert_eq!(bad_fields(&status), ["request_id"], "{name}");
@@ -242,13 +243,13 @@ async fn a_repeated_request_is_answered_byte_for_byte_and_writes_nothing() {
 }
 
 #[tokio::test]
-async fn a_trial_writes_nothing_and_does_not_use_the_request_id_up() {
+async fn dry_run_writes_nothing_and_does_not_use_the_request_id() {
     let tracker = Tracker::start().await;
     for (method, request, _) in all_cases(&tracker).await {
         let (name, id) = (&*method.name, new_id());
         let before = tracker.contents().await;
-        let trial = method.with_request_id(&method.validate_only(&request), &id);
-        call(&tracker, &tracker.admin, name, &trial).await.unwrap();
+        let dry_run = method.with_request_id(&method.validate_only(&request), &id);
+        call(&tracker, &tracker.admin, name, &dry_run).await.unwrap();
         assert_eq!(tracker.contents().await, before, "{name}");
 
         call(&tracker, &tracker.admin, name, &method.with_request_id(&request, &id)).await.unwrap();
@@ -257,14 +258,14 @@ async fn a_trial_writes_nothing_and_does_not_use_the_request_id_up() {
 }
 
 #[tokio::test]
-async fn a_request_id_that_is_no_uuid_is_named() {
+async fn request_id_that_is_not_a_uuid_is_invalid() {
     let tracker = Tracker::start().await;
     let cases = all_cases(&tracker).await;
     let before = tracker.contents().await;
     let uuid = Uuid::now_v7();
-    let odd = [uuid.simple().to_string(), uuid.braced().to_string(), uuid.urn().to_string()];
+    let other_notations = [uuid.simple().to_string(), uuid.braced().to_string(), uuid.urn().to_string()];
     for (method, request, _) in cases {
-        for id in odd.iter().map(|id| &**id).chain(["1", " ", &format!("{uuid} ")]) {
+        for id in other_notations.iter().map(|id| &**id).chain(["1", " ", &format!("{uuid} ")]) {
             let refused = call(&tracker, &tracker.admin, &method.name, &method.with_request_id(&request, id)).await;
             let status = assert_error(refused, Code::InvalidArgument, "INVALID");
             assert_eq!(bad_fields(&status), ["request_id"], "{}", method.name);
@@ -287,18 +288,18 @@ async fn file(tracker: &Tracker, client: &Client, title: &str, id: &str) -> Resu
 }
 
 #[tokio::test]
-async fn request_ids_of_different_callers_have_nothing_to_do_with_each_other() {
+async fn request_ids_of_different_callers_are_independent() {
     let tracker = Tracker::start().await;
     let id = new_id();
     let mine = file(&tracker, &tracker.member, "mine", &id).await.unwrap();
-    let his = file(&tracker, &tracker.admin, "his", &id).await.unwrap();
-    assert_ne!(mine, his);
+    let other = file(&tracker, &tracker.admin, "other", &id).await.unwrap();
+    assert_ne!(mine, other);
     assert_eq!(file(&tracker, &tracker.member, "mine", &id).await.unwrap(), mine);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 2);
 }
 
 #[tokio::test]
-async fn a_request_id_is_the_callers_whatever_token_he_has() {
+async fn request_id_belongs_to_the_user_across_tokens() {
     let tracker = Tracker::start().await;
     let id = new_id();
     let first = file(&tracker, &tracker.member, "mine", &id).await.unwrap();
@@ -309,11 +310,11 @@ async fn a_request_id_is_the_callers_whatever_token_he_has() {
 }
 
 #[tokio::test]
-async fn a_request_id_of_another_method_is_reused() {
+async fn request_id_used_for_another_method_is_rejected() {
     let tracker = Tracker::start().await;
     let id = new_id();
     let issue_id = Issue::decode(file(&tracker, &tracker.member, "one", &id).await.unwrap()).unwrap().id;
-    // The two have the same fields with the same numbers.
+    // Both requests have the same fields with the same numbers.
     let delete = DeleteIssueRequest { id: issue_id.clone(), request_id: new_id(), ..Default::default() };
     let undelete = UndeleteIssueRequest { id: issue_id, request_id: delete.request_id.clone(), ..Default::default() };
     tracker.member.issues().delete_issue(delete).await.unwrap();
@@ -327,7 +328,7 @@ async fn a_request_id_of_another_method_is_reused() {
 }
 
 #[tokio::test]
-async fn a_failed_call_is_not_remembered() {
+async fn failed_call_stores_no_response() {
     let tracker = Tracker::start().await;
     let taken = tracker.member.label("bug").await;
     let label = Some(Label { name: "Bug".into(), ..Label::default() });
@@ -338,26 +339,26 @@ async fn a_failed_call_is_not_remembered() {
 
     labels.delete_label(DeleteLabelRequest { id: taken.id, ..Default::default() }).await.unwrap();
 
-    let made = labels.create_label(request.clone()).await.unwrap().into_inner();
-    assert_eq!(made.name, "Bug");
-    // What succeeded is answered though it is gone by now.
-    labels.delete_label(DeleteLabelRequest { id: made.id.clone(), ..Default::default() }).await.unwrap();
-    assert_eq!(labels.create_label(request).await.unwrap().into_inner(), made);
+    let created = labels.create_label(request.clone()).await.unwrap().into_inner();
+    assert_eq!(created.name, "Bug");
+    // The stored response is returned although the label has been deleted.
+    labels.delete_label(DeleteLabelRequest { id: created.id.clone(), ..Default::default() }).await.unwrap();
+    assert_eq!(labels.create_label(request).await.unwrap().into_inner(), created);
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 0);
 }
 
 #[tokio::test]
-async fn calls_with_one_request_id_at_once_do_it_once_and_answer_the_same() {
+async fn concurrent_calls_with_one_request_id_write_once_and_return_the_same() {
     let tracker = Tracker::start().await;
     for round in 0..30 {
         let (id, title) = (new_id(), format!("issue {round}"));
-        let answers = join_all((0..4).map(|_| file(&tracker, &tracker.member, &title, &id))).await;
-        let answers: Vec<Bytes> = answers.into_iter().map(Result::unwrap).collect();
-        assert!(answers.iter().all(|answer| *answer == answers[0]));
-        let issue = Issue::decode(answers[0].clone()).unwrap();
+        let responses = join_all((0..4).map(|_| file(&tracker, &tracker.member, &title, &id))).await;
+        let responses: Vec<Bytes> = responses.into_iter().map(Result::unwrap).collect();
+        assert!(responses.iter().all(|response| *response == responses[0]));
+        let issue = Issue::decode(responses[0].clone()).unwrap();
         assert_eq!(tracker.count("SELECT count(*) FROM issues").await, round + 1);
 
-        // A change is made once, too: the second one would find a stale version.
+        // A second application of the update would fail, because its expected version is stale.
         let update = UpdateIssueRequest {
             issue: Some(Issue { id: issue.id.clone(), priority: 3, ..Issue::default() }),
             expected_version: 1,
@@ -377,7 +378,7 @@ async fn calls_with_one_request_id_at_once_do_it_once_and_answer_the_same() {
 }
 
 #[tokio::test]
-async fn of_different_requests_with_one_id_at_once_one_is_made() {
+async fn one_of_two_concurrent_requests_with_the_same_id_succeeds() {
     let tracker = Tracker::start().await;
     for round in 0..20 {
         let id = new_id();
@@ -390,7 +391,7 @@ async fn of_different_requests_with_one_id_at_once_one_is_made() {
 }
 
 #[tokio::test]
-async fn request_ids_are_kept_for_a_day_and_then_forgotten() {
+async fn stored_responses_are_pruned_after_24_hours() {
     let tracker = Tracker::start().await;
     let [young, old] = [new_id(), new_id()];
     file(&tracker, &tracker.member, "young", &young).await.unwrap();

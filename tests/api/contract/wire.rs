@@ -1,4 +1,4 @@
-//! What callers meet before and beside the services: reflection, health, and errors of the transport.
+//! Reflection, health checks, and errors that arise before a handler runs.
 
 use futures_util::stream;
 use issue_tracker::pb::{CreateIssueRequest, Issue, WhoAmIRequest};
@@ -17,23 +17,23 @@ fn our_services() -> Vec<String> {
     services.map(|service| format!("issuetracker.v1.{}", service.name())).collect()
 }
 
-/// The answer of reflection to one question, in either version: these have the same messages under different names.
+/// Makes one reflection request. The two versions of the protocol have the same messages under different names.
 macro_rules! reflect {
-    ($version:ident, $tracker:expr, $question:ident($value:expr)) => {{
+    ($version:ident, $tracker:expr, $request:ident($value:expr)) => {{
         use pb::$version::{
             ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
             server_reflection_request::MessageRequest,
         };
-        let message_request = Some(MessageRequest::$question($value.to_owned()));
+        let message_request = Some(MessageRequest::$request($value.to_owned()));
         let request = ServerReflectionRequest { host: String::new(), message_request };
         let mut client = ServerReflectionClient::new($tracker.channel.clone());
-        let answers = client.server_reflection_info(stream::iter([request])).await.unwrap().into_inner();
-        { answers }.message().await.unwrap().unwrap().message_response.unwrap()
+        let responses = client.server_reflection_info(stream::iter([request])).await.unwrap().into_inner();
+        { responses }.message().await.unwrap().unwrap().message_response.unwrap()
     }};
 }
 
 #[tokio::test]
-async fn reflection_lists_all_services_in_both_versions_to_anybody() {
+async fn reflection_lists_all_services_in_both_versions_without_credentials() {
     let tracker = Tracker::start().await;
     use pb::{v1::server_reflection_response as v1, v1alpha::server_reflection_response as v1alpha};
     let v1::MessageResponse::ListServicesResponse(list) = reflect!(v1, tracker, ListServices("")) else { panic!() };
@@ -52,12 +52,12 @@ async fn reflection_lists_all_services_in_both_versions_to_anybody() {
 }
 
 #[tokio::test]
-async fn reflection_shows_the_comments_and_what_errors_carry() {
+async fn reflection_includes_comments_and_error_detail_types() {
     let tracker = Tracker::start().await;
     for symbol in ["issuetracker.v1.IssueService", "google.rpc.ErrorInfo", "google.protobuf.Timestamp"] {
         use pb::v1::server_reflection_response::MessageResponse;
-        let answer = reflect!(v1, tracker, FileContainingSymbol(symbol));
-        let MessageResponse::FileDescriptorResponse(files) = answer else { panic!("{symbol}: {answer:?}") };
+        let response = reflect!(v1, tracker, FileContainingSymbol(symbol));
+        let MessageResponse::FileDescriptorResponse(files) = response else { panic!("{symbol}: {response:?}") };
         let file = FileDescriptorProto::decode(&*files.file_descriptor_proto[0]).unwrap();
         if symbol.starts_with("issuetracker") {
             let comments = file.source_code_info.unwrap().location;
@@ -67,21 +67,21 @@ async fn reflection_shows_the_comments_and_what_errors_carry() {
 }
 
 #[tokio::test]
-async fn health_serves_for_every_service_and_anybody() {
+async fn health_check_reports_every_service_as_serving_without_credentials() {
     let tracker = Tracker::start().await;
     let mut health = HealthClient::new(tracker.channel.clone());
     for service in our_services().into_iter().chain([String::new()]) {
-        let answer = health.check(HealthCheckRequest { service: service.clone() }).await.unwrap().into_inner();
-        assert_eq!(answer.status(), ServingStatus::Serving, "{service}");
+        let response = health.check(HealthCheckRequest { service: service.clone() }).await.unwrap().into_inner();
+        assert_eq!(response.status(), ServingStatus::Serving, "{service}");
     }
     for unknown in ["issuetracker.v1.NoSuchService", "issuetracker.v1", "issues"] {
-        let answer = health.check(HealthCheckRequest { service: unknown.to_owned() }).await;
-        assert_eq!(answer.unwrap_err().code(), Code::NotFound);
+        let response = health.check(HealthCheckRequest { service: unknown.to_owned() }).await;
+        assert_eq!(response.unwrap_err().code(), Code::NotFound);
     }
 }
 
 #[tokio::test]
-async fn an_unknown_method_is_unimplemented() {
+async fn unknown_method_is_unimplemented() {
     let tracker = Tracker::start().await;
     for unknown in ["IssueService/CreateIssues", "IssueService/createIssue", "NoService/Get", "IssueService/"] {
         let status =
@@ -98,7 +98,7 @@ async fn an_unknown_method_is_unimplemented() {
 }
 
 #[tokio::test]
-async fn compression_that_is_not_spoken_is_told_as_that() {
+async fn unsupported_compression_is_unimplemented() {
     let tracker = Tracker::start().await;
     let mut request = Request::new(Vec::new());
     request.metadata_mut().insert("authorization", format!("Bearer {}", tracker.member.token).parse().unwrap());
@@ -110,7 +110,7 @@ async fn compression_that_is_not_spoken_is_told_as_that() {
 }
 
 #[tokio::test]
-async fn a_message_of_more_than_4_mib_is_invalid() {
+async fn message_above_4_mib_is_invalid() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;
     let request = |bytes: usize| {
@@ -120,13 +120,13 @@ async fn a_message_of_more_than_4_mib_is_invalid() {
     let mut issues = tracker.member.issues();
     let status = assert_invalid(issues.create_issue(request(4 * 1024 * 1024)).await, &["request"]);
     assert!(status.message().contains("too large"), "{status:?}");
-    // What fits is read, and judged as what it is.
+    // A message within the limit is decoded and validated.
     assert_invalid(issues.create_issue(request(4 * 1024 * 1024 - 100)).await, &["issue.description"]);
     assert_eq!(tracker.contents().await, before);
 }
 
 #[tokio::test]
-async fn metadata_of_more_than_16_kib_is_refused_and_the_service_goes_on() {
+async fn metadata_above_16_kib_is_rejected_and_later_calls_succeed() {
     let tracker = Tracker::start().await;
     let with_metadata = |bytes: usize| {
         let mut request = Request::new(WhoAmIRequest {});
