@@ -99,7 +99,7 @@ async fn client_of_a_trusted_proxy_does_not_exhaust_the_permits_of_others_on_its
     // Incomplete logins, and streams.
     for path in [LOGIN, WATCH] {
         let open_calls = open_max(&target, &requests, path, "2001:db8::1").await;
-        // One subscriber has a whole IPv6 network of 64 bits.
+        // One client may have all addresses of an IPv6 /64 network.
         for client in ["2001:db8::1", "2001:db8::2", "198.51.100.1, [2001:db8::ffff:1]:4711"] {
             log_in(&target, &requests, client).await.assert_grpc(Code::ResourceExhausted);
         }
@@ -138,7 +138,7 @@ async fn unauthenticated_streams_of_a_client_are_limited_across_connections() {
     let mut open_calls = Vec::new();
     for nth in 0..STREAMS_PER_CLIENT {
         let requests = connect(&target).await;
-        // One subscriber has a whole IPv6 network of 64 bits.
+        // One client may have all addresses of an IPv6 /64 network.
         let (response, stream) = open(&target, &requests, WATCH, &format!("2001:db8::{nth}")).await;
         let head = timeout(HANG, response).await.expect("the watch gets no response").unwrap();
         assert!(!head.headers().contains_key("grpc-status"), "the stream {nth} is refused");
