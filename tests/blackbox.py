@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Drives a running service as a stranger would: by reflection alone, without generated code.
+"""Tests a running service with a Python client that uses gRPC reflection only, without generated code.
 
     python3 tests/blackbox.py ADDRESS TOKEN_FILE
 
-Needs the packages grpcio and grpcio-reflection, and a token of a member or administrator. Makes issues, labels and
-imports under names of its own, so that it can be run again on the same database. Ends with exit code 1 at the first
-step that fails.
+Requires the packages grpcio and grpcio-reflection, and the token of a member or administrator. Creates issues, labels and
+imports under unique names, so it can run repeatedly on the same database. Exits with code 1 at the first step that fails.
 """
 
 import sys
@@ -30,7 +29,7 @@ class Tracker:
         self.metadata = [("authorization", f"Bearer {token}")]
 
     def message(self, name, **fields):
-        """A message by its full name, or by its name in the service's package."""
+        """Returns a message, given its full name or its name in the package of the service."""
         name = name if "." in name else f"{PACKAGE}.{name}"
         return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(name))(**fields)
 
@@ -51,20 +50,20 @@ class Tracker:
         return stub(request, metadata=self.metadata if metadata is None else metadata, timeout=DEADLINE_SECONDS)
 
     def fails(self, code, reason, service, method, **fields):
-        """The error's details by the names of their types, for a call that must fail like this."""
+        """Makes a call that must fail with this code and reason. Returns the error details by type name."""
         try:
-            answer = self.call(service, method, **fields)
+            response = self.call(service, method, **fields)
         except grpc.RpcError as error:
             details = self.details(error)
             assert error.code() == code, f"{error.code()}, not {code}: {error.details()}"
             info = details["google.rpc.ErrorInfo"]
             assert (info.domain, info.reason) == ("issuetracker", reason), info
             return details
-        raise AssertionError(f"{method} must fail, and answered {answer}")
+        raise AssertionError(f"{method} must fail, but returned {response}")
 
     def details(self, error):
         packed = dict(error.trailing_metadata()).get("grpc-status-details-bin", b"")
-        # Reflection describes it and the types of its details too.
+        # Reflection also serves google.rpc.Status and the types of the details.
         status = self.message("google.rpc.Status")
         status.ParseFromString(packed)
         details = {}
@@ -75,7 +74,7 @@ class Tracker:
         return details
 
     def import_csv(self, file, chunk_bytes=10_000, **options):
-        """The messages that an import of the file is answered with."""
+        """Imports a file. Returns its row errors and its summary."""
         described = self.method("ImportService", "ImportIssues")
         request = message_factory.GetMessageClass(described.input_type)
 
@@ -90,15 +89,15 @@ class Tracker:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
         )
-        answers = list(stub(requests(), metadata=self.metadata, timeout=DEADLINE_SECONDS))
-        errors = [answer.row_error for answer in answers if answer.WhichOneof("message") == "row_error"]
-        summaries = [answer.summary for answer in answers if answer.WhichOneof("message") == "summary"]
-        assert len(summaries) == 1 and answers[-1].WhichOneof("message") == "summary", answers[-1]
+        responses = list(stub(requests(), metadata=self.metadata, timeout=DEADLINE_SECONDS))
+        errors = [response.row_error for response in responses if response.WhichOneof("message") == "row_error"]
+        summaries = [response.summary for response in responses if response.WhichOneof("message") == "summary"]
+        assert len(summaries) == 1 and responses[-1].WhichOneof("message") == "summary", responses[-1]
         return errors, summaries[0]
 
 
 class Run:
-    """The steps, in order; each goes on from what those before it have made."""
+    """The test steps, in order. A step uses what earlier steps have created."""
 
     def __init__(self, tracker):
         self.tracker = tracker
@@ -112,79 +111,79 @@ class Run:
         missing = {f"{PACKAGE}.{noun}Service" for noun in nouns} | {"grpc.health.v1.Health"}
         assert missing <= names, missing - names
 
-    def health_is_serving_without_a_token(self):
+    def health_check_needs_no_token(self):
         request = self.tracker.message("grpc.health.v1.HealthCheckRequest")
-        answer = type(self.tracker.message("grpc.health.v1.HealthCheckResponse"))
+        response = type(self.tracker.message("grpc.health.v1.HealthCheckResponse"))
         stub = self.tracker.channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=answer.FromString,
+            response_deserializer=response.FromString,
         )
         assert stub(request, timeout=DEADLINE_SECONDS).status == 1
 
     def calls_without_a_token_are_unauthenticated(self):
         self.fails(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED", "IssueService", "ListIssues", metadata=[])
 
-    def the_token_is_somebodys(self):
+    def who_am_i_returns_the_user_of_the_token(self):
         self.user = self.call("AuthService", "WhoAmI")
         assert self.user.username and self.user.id, self.user
 
-    def an_issue_is_filed(self):
+    def create_issue_returns_the_issue(self):
         self.request_id = str(uuid.uuid4())
-        self.filing = {
+        self.create_request = {
             "issue": {"title": f"crash on start {self.mark}", "description": "why?", "priority": 3},
             "request_id": self.request_id,
         }
-        self.issue = self.call("IssueService", "CreateIssue", **self.filing)
+        self.issue = self.call("IssueService", "CreateIssue", **self.create_request)
         assert (self.issue.version, self.issue.status, self.issue.priority) == (1, 1, 3), self.issue
         assert self.issue.reporter_id == self.user.id
 
-    def filing_it_again_answers_the_same(self):
-        assert self.call("IssueService", "CreateIssue", **self.filing) == self.issue
-        other = {**self.filing, "issue": {"title": "another"}}
+    def retry_with_the_same_request_id_returns_the_same_issue(self):
+        assert self.call("IssueService", "CreateIssue", **self.create_request) == self.issue
+        other = {**self.create_request, "issue": {"title": "another"}}
         self.fails(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED", "IssueService", "CreateIssue", **other)
 
-    def an_issue_without_a_title_is_invalid(self):
+    def all_invalid_fields_of_an_issue_are_reported(self):
         details = self.fails(
             grpc.StatusCode.INVALID_ARGUMENT, "INVALID", "IssueService", "CreateIssue", issue={"priority": 99}
         )
         fields = {violation.field for violation in details["google.rpc.BadRequest"].field_violations}
         assert fields == {"issue.title", "issue.priority"}, fields
 
-    def a_comment_is_added_and_answered(self):
+    def comment_and_reply_are_created(self):
         comment = {"issue_id": self.issue.id, "content": "it does"}
         self.comment = self.call("CommentService", "CreateComment", comment=comment)
         reply = {"issue_id": self.issue.id, "content": "since when?", "parent_id": self.comment.id}
         self.reply = self.call("CommentService", "CreateComment", comment=reply)
         assert self.reply.parent_id == self.comment.id
 
-    def the_issue_is_read_in_both_views(self):
+    def full_view_includes_comments(self):
         basic = self.call("IssueService", "GetIssue", id=self.issue.id)
         assert (basic.comment_count, len(basic.comments)) == (2, 0), basic
         view = self.tracker.number("IssueView", "ISSUE_VIEW_FULL")
         full = self.call("IssueService", "GetIssue", id=self.issue.id, view=view)
         assert [comment.content for comment in full.comments] == ["it does", "since when?"], full
 
-    def a_missing_issue_is_named(self):
+    def not_found_names_the_issue(self):
         missing = str(uuid.uuid4())
         details = self.fails(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "IssueService", "GetIssue", id=missing)
         assert details["google.rpc.ResourceInfo"].resource_name == missing
 
-    def a_masked_update_changes_only_what_it_names(self):
+    def update_changes_only_masked_fields(self):
         changed = {"id": self.issue.id, "title": f"crash on stop {self.mark}", "description": "left out"}
         mask = self.tracker.message("google.protobuf.FieldMask", paths=["title", "priority"])
         updated = self.call("IssueService", "UpdateIssue", issue=changed, update_mask=mask, expected_version=1)
         assert (updated.title, updated.description, updated.priority) == (changed["title"], "why?", 0), updated
         assert updated.version == 2
 
-    def a_stale_update_is_aborted(self):
+    def stale_version_is_aborted(self):
         issue = {"id": self.issue.id, "title": "too late"}
         details = self.fails(
             grpc.StatusCode.ABORTED, "VERSION_MISMATCH", "IssueService", "UpdateIssue", issue=issue, expected_version=1
         )
         assert details["google.rpc.ErrorInfo"].metadata["current_version"] == "2"
 
-    def labels_are_put_on_and_taken_off(self):
+    def labels_are_added_and_removed(self):
         names = [f"{self.mark}-a", f"{self.mark}-b"]
         labels = [self.call("LabelService", "CreateLabel", label={"name": name}) for name in names]
         ids = [label.id for label in labels]
@@ -196,7 +195,7 @@ class Run:
         taken = {"name": names[0].upper()}
         self.fails(grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS", "LabelService", "CreateLabel", label=taken)
 
-    def a_list_is_filtered_and_read_in_pages(self):
+    def list_is_filtered_and_paginated(self):
         issues = [{"title": f"part {n} {self.mark}"} for n in range(5)]
         batch = self.call("IssueService", "BatchCreateIssues", issues=issues)
         self.batch = [issue.id for issue in batch.issues]
@@ -215,15 +214,15 @@ class Run:
         )
         assert details["google.rpc.BadRequest"].field_violations[0].field == "filter"
 
-    def many_are_closed_at_once_or_none(self):
+    def bulk_update_is_atomic(self):
         closed = self.tracker.number("Status", "STATUS_CLOSED")
         missing = [*self.batch, str(uuid.uuid4())]
         details = self.fails(
             grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "IssueService", "BulkUpdateStatus", ids=missing, status=closed
         )
         assert details["google.rpc.BadRequest"].field_violations[0].field == "ids[5]"
-        answer = self.call("IssueService", "BulkUpdateStatus", ids=self.batch, status=closed, comment="done")
-        assert answer.changed_count == 5 and [result.version for result in answer.results] == [2] * 5, answer
+        updated = self.call("IssueService", "BulkUpdateStatus", ids=self.batch, status=closed, comment="done")
+        assert updated.changed_count == 5 and [result.version for result in updated.results] == [2] * 5, updated
         again = self.call("IssueService", "BulkUpdateStatus", ids=self.batch, status=closed)
         assert again.changed_count == 0 and [result.version for result in again.results] == [2] * 5, again
 
@@ -232,7 +231,7 @@ class Run:
         lines += [f'"row {n}, {self.mark}",line one,high,open,{self.mark}-{n}' for n in range(1, rows + 1)]
         return lines
 
-    def a_file_with_bad_rows_is_imported_without_them(self):
+    def import_with_skip_invalid_skips_invalid_rows(self):
         lines = self.csv(1_000)
         lines[10] = "too,short"
         lines[500] = lines[500].replace("high", "hihg")
@@ -250,11 +249,11 @@ class Run:
         found = self.call("IssueService", "ListIssues", filter=f'"row 999, {self.mark}"').issues
         assert len(found) == 1 and found[0].version == 1 and found[0].external_id == f"{self.mark}-999", found
 
-    def an_import_that_is_sent_again_answers_its_summary(self):
+    def finished_import_sent_again_returns_its_summary(self):
         errors, summary = self.tracker.import_csv(**self.imported)
         assert (errors, summary) == ([], self.summary), summary
 
-    def an_atomic_import_with_a_bad_row_is_rejected(self):
+    def atomic_import_with_an_invalid_row_is_rejected(self):
         lines = [line.replace(self.mark, f"{self.mark}-atomic") for line in self.csv(10)]
         lines[5] += ",one too many"
         errors, summary = self.tracker.import_csv("\n".join(lines).encode(), chunk_bytes=7)
@@ -263,7 +262,7 @@ class Run:
         assert (summary.created_count, summary.rejected_count) == (0, 1), summary
         assert not self.call("IssueService", "ListIssues", filter=f'"{self.mark}-atomic"').issues
 
-    def an_import_that_is_given_up_writes_nothing(self):
+    def cancelled_import_writes_nothing(self):
         stub = self.tracker.channel.stream_stream(
             f"/{PACKAGE}.ImportService/ImportIssues", request_serializer=lambda message: message.SerializeToString()
         )
@@ -273,19 +272,19 @@ class Run:
 
         def requests():
             yield request(options=self.tracker.message("ImportOptions", **options))
-            data = f"title\nwhole given-up-{self.mark}\nhalf given-up-{self.mark}".encode()
+            data = f"title\nwhole cancelled-{self.mark}\nhalf cancelled-{self.mark}".encode()
             yield request(chunk=self.tracker.message("ImportChunk", data=data))
             time.sleep(DEADLINE_SECONDS)
 
         call = stub(requests(), metadata=self.tracker.metadata)
         next(call)
         call.cancel()
-        # Had any of it been written, this would be answered as the same import.
-        _, summary = self.once_not_running(lambda: self.tracker.import_csv(b"title\n", **options))
+        # If the cancelled import had committed anything, this retry would report its rows.
+        _, summary = self.retry_while_running(lambda: self.tracker.import_csv(b"title\n", **options))
         assert (summary.row_count, summary.byte_count) == (0, 6), summary
-        assert not self.call("IssueService", "ListIssues", filter=f'"given-up-{self.mark}"').issues
+        assert not self.call("IssueService", "ListIssues", filter=f'"cancelled-{self.mark}"').issues
 
-    def once_not_running(self, attempt):
+    def retry_while_running(self, attempt):
         for _ in range(300):
             try:
                 return attempt()
@@ -293,9 +292,9 @@ class Run:
                 if error.code() != grpc.StatusCode.ABORTED:
                     raise
                 time.sleep(0.1)
-        raise AssertionError("the import that was given up still runs")
+        raise AssertionError("the cancelled import still runs")
 
-    def reports_count_what_was_done(self):
+    def reports_include_the_changes(self):
         issue = {"id": self.issue.id, "assignee_id": self.user.id}
         self.call("IssueService", "UpdateIssue", issue=issue)
         scope = self.tracker.number("IssueScope", "ISSUE_SCOPE_ALL")
@@ -313,7 +312,7 @@ def main():
     with open(sys.argv[2], encoding="ascii") as file:
         tracker = Tracker(sys.argv[1], file.read().strip())
     run = Run(tracker)
-    helpers = {"csv", "once_not_running"}
+    helpers = {"csv", "retry_while_running"}
     steps = [name for name in vars(Run) if not name.startswith("_") and name not in helpers]
     for passed, name in enumerate(steps):
         try:

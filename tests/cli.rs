@@ -1,4 +1,4 @@
-//! Import and export as people start them, against the real server, and against one that cuts streams on purpose.
+//! Tests the import and export commands against the real server, and against a fake server that interrupts streams.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -30,8 +30,8 @@ mod support {
     pub mod service;
 }
 
-use fake_server::{Cut, Fake, Proxy};
-use harness::Ran;
+use fake_server::{FakeServer, Interruption, Proxy};
+use harness::ProgramOutput;
 use support::{
     bounds::HANG,
     calls::titles,
@@ -41,7 +41,7 @@ use support::{
     service::{Service, TOKEN_FILE, finished, lines, program},
 };
 
-fn zipped(bytes: &[u8]) -> Vec<u8> {
+fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
@@ -51,78 +51,79 @@ fn rows(numbers: std::ops::Range<u32>) -> String {
     numbers.map(|n| format!("row {n:06},a description of some length\n")).collect()
 }
 
-fn piped(mut command: Command, bytes: &[u8]) -> Ran {
+fn run_with_stdin(mut command: Command, bytes: &[u8]) -> ProgramOutput {
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let bytes = bytes.to_vec();
-    // One that does not read it has failed, and is asserted on by its output.
+    // The write fails when the program exits without reading; callers assert on its output.
     std::thread::spawn(move || stdin.write_all(&bytes));
-    Ran::of(child)
+    ProgramOutput::of(child)
 }
 
 const GOOD: &str = "title,priority\nSlow search,high\nBroken link,\n";
 const BAD: &str = "title,priority\nfirst,high\n,low\n\"two\nlines\",urgent\nlast,\n";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_exit_code_is_the_outcome_and_only_what_went_in_is_there() {
+async fn import_exit_code_is_the_outcome_and_only_accepted_rows_are_written() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir, "127.0.0.1:0");
     let (good, bad) = (dir.write("good.csv", GOOD), dir.write("bad.csv", BAD));
 
     let checked = service.run(&["import", &good, "--validate-only"]).assert_code(0);
-    checked.assert_says("nothing was written, only checked: 2 rows: 2 would be created");
+    checked.assert_prints("nothing was written, only checked: 2 rows: 2 would be created");
     let checked = service.run(&["import", &bad, "--validate-only"]).assert_code(1);
-    checked.assert_says("nothing was written: 2 of 4 rows rejected");
+    checked.assert_prints("nothing was written: 2 of 4 rows rejected");
     let refused = service.run(&["import", &bad]).assert_code(1);
-    refused.assert_says("nothing was written: 2 of 4 rows rejected");
+    refused.assert_prints("nothing was written: 2 of 4 rows rejected");
     assert_eq!(service.titles().await, [""; 0]);
 
     let unknown = dir.write("unknown.csv", "titel,prio\na,b\n");
     let failed = service.run(&["import", &unknown]).assert_code(2);
     assert!(failed.stderr.contains("issue-tracker: refused (INVALID_ARGUMENT):\n  header.titel: "), "{failed:#?}");
     assert!(failed.stderr.contains("\n  header.prio: "), "{failed:#?}");
-    assert!(!failed.stderr.contains("--import-id"), "nothing is in: {failed:#?}");
-    service.run(&["import", &dir.text("missing.csv")]).assert_code(2).assert_says("cannot read");
-    service.run(&["import", &good, "--mode", "some"]).assert_code(2).assert_says("possible values");
+    assert!(!failed.stderr.contains("--import-id"), "nothing was written, so there is nothing to resume: {failed:#?}");
+    service.run(&["import", &dir.text("missing.csv")]).assert_code(2).assert_prints("cannot read");
+    service.run(&["import", &good, "--mode", "some"]).assert_code(2).assert_prints("possible values");
     let wrong = dir.write("wrong.token", format!("itk_{}\n", "A".repeat(43)));
     let mut denied = program(&["import", "--server", &service.address, "--token-file", &wrong, &good]);
-    Ran::of(denied.spawn().unwrap()).assert_code(2).assert_says("(UNAUTHENTICATED)");
+    ProgramOutput::of(denied.spawn().unwrap()).assert_code(2).assert_prints("(UNAUTHENTICATED)");
     let mut nobody = program(&["import", "--server", &service.address, "--data-dir", &dir.text("none"), &good]);
-    Ran::of(nobody.spawn().unwrap()).assert_code(2).assert_says("no token; give --token-file");
+    ProgramOutput::of(nobody.spawn().unwrap()).assert_code(2).assert_prints("no token; give --token-file");
 
     assert_eq!(service.titles().await, [""; 0]);
 
-    service.run(&["import", &good]).assert_code(0).assert_says(": 2 rows: 2 created");
-    let in_part = service.run(&["import", &bad, "--mode", "skip-invalid"]).assert_code(1);
-    in_part.assert_says(": 4 rows: 2 created, 2 rejected");
+    service.run(&["import", &good]).assert_code(0).assert_prints(": 2 rows: 2 created");
+    let partial = service.run(&["import", &bad, "--mode", "skip-invalid"]).assert_code(1);
+    partial.assert_prints(": 4 rows: 2 created, 2 rejected");
     assert_eq!(service.titles().await, ["Broken link", "Slow search", "first", "last"]);
     assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_come_plain_compressed_and_by_standard_input_and_rejected_rows_can_be_repaired() {
+async fn import_reads_plain_and_gzip_files_and_stdin_and_writes_rejected_rows_for_repair() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir, "127.0.0.1:0");
-    let (bad, again) = (dir.write("bad.csv.gz", zipped(BAD.as_bytes())), dir.text("again.csv"));
+    let (bad, again) = (dir.write("bad.csv.gz", gzip(BAD.as_bytes())), dir.text("again.csv"));
 
-    let ran = service.run(&["import", &bad, "--mode", "skip-invalid", "--rejected", &again]).assert_code(1);
-    ran.assert_says("again.csv has 2 of 2 rejected rows");
+    let output = service.run(&["import", &bad, "--mode", "skip-invalid", "--rejected", &again]).assert_code(1);
+    output.assert_prints("again.csv has 2 of 2 rejected rows");
     let expected = concat!(
         "LINE  COLUMN    VALUE   MESSAGE\n",
         "   3  title             title \"\" is required\n",
         "   4  priority  urgent  priority \"urgent\" is not one of low, medium, high, critical"
     );
-    assert!(ran.stdout.starts_with(expected), "{ran:#?}");
+    assert!(output.stdout.starts_with(expected), "{output:#?}");
     let rejected = fs::read_to_string(&again).unwrap();
     assert_eq!(rejected, "title,priority\n,low\n\"two\nlines\",urgent\n");
     fs::write(&again, rejected.replace(",low", "second,low").replace("urgent", "high")).unwrap();
     service.run(&["import", &again]).assert_code(0);
 
-    let piped_in = |bytes: &[u8]| piped(service.command(&["import", "-"]), bytes);
+    let piped_in = |bytes: &[u8]| run_with_stdin(service.command(&["import", "-"]), bytes);
     piped_in(b"title\nfrom a pipe\n").assert_code(0);
-    piped_in(&zipped(b"title\nfrom a compressed pipe\n")).assert_code(0);
-    let rejected = piped(service.command(&["import", "-", "--rejected", &again, "--errors", "0"]), b"title\nx\n\"\"\n");
-    rejected.assert_code(1).assert_says("and 1 more");
+    piped_in(&gzip(b"title\nfrom a compressed pipe\n")).assert_code(0);
+    let rejected =
+        run_with_stdin(service.command(&["import", "-", "--rejected", &again, "--errors", "0"]), b"title\nx\n\"\"\n");
+    rejected.assert_code(1).assert_prints("and 1 more");
     assert_eq!(fs::read_to_string(&again).unwrap(), "title\n\"\"\n");
     assert_eq!(
         service.titles().await,
@@ -132,94 +133,96 @@ async fn files_come_plain_compressed_and_by_standard_input_and_rejected_rows_can
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn progress_errors_and_summary_are_json_lines_for_programs() {
+async fn json_flag_prints_progress_errors_and_summary_as_json_lines() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir, "127.0.0.1:0");
     let bad = dir.write("bad.csv", BAD);
 
-    let ran = service.run(&["import", &bad, "--mode", "skip-invalid", "--json"]).assert_code(1);
+    let output = service.run(&["import", &bad, "--mode", "skip-invalid", "--json"]).assert_code(1);
 
-    assert_eq!(ran.stderr, "");
-    assert_eq!(ran.json("progress").last().unwrap()["row_count"], 4);
-    let errors = ran.json("row_error");
+    assert_eq!(output.stderr, "");
+    assert_eq!(output.json("progress").last().unwrap()["row_count"], 4);
+    let errors = output.json("row_error");
     assert_eq!(errors.len(), 2);
     assert_eq!(
         (&errors[1]["line_number"], &errors[1]["code"], &errors[1]["value"]),
         (&4.into(), &"INVALID_PRIORITY".into(), &"urgent".into())
     );
-    let summary = &ran.json("summary")[0];
+    let summary = &output.json("summary")[0];
     assert_eq!((&summary["state"], &summary["created_count"]), (&"IMPORT_STATE_COMMITTED".into(), &2.into()));
-    let last = ran.stdout.lines().last().unwrap();
+    let last = output.stdout.lines().last().unwrap();
     assert!(last.starts_with("{\"summary\":"), "{last}");
     assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_cannot_be_read_to_its_end_is_not_taken_for_a_whole_one() {
+async fn truncated_gzip_file_fails_and_writes_nothing() {
     let dir = Dir::new();
     let mut service = Service::embedded(&dir, "127.0.0.1:0");
-    // Wherever it ends, it has rows, and all are good.
+    // Any prefix of this file is a valid CSV file.
     let titles: String = (0..200_000).map(|n| format!("{n}\n")).collect();
-    let whole = zipped(format!("title\n{titles}").as_bytes());
-    let path = dir.write("cut.csv.gz", &whole[..whole.len() - 1_000]);
+    let whole = gzip(format!("title\n{titles}").as_bytes());
+    let path = dir.write("truncated.csv.gz", &whole[..whole.len() - 1_000]);
 
-    let ran = service.run(&["import", &path]).assert_code(2);
+    let output = service.run(&["import", &path]).assert_code(2);
 
-    ran.assert_says(&format!("cannot read {path}: "));
+    output.assert_prints(&format!("cannot read {path}: "));
     let database = session(&dir.database()).await;
-    let at_work = "SELECT FROM pg_stat_activity WHERE application_name = 'issue-tracker' AND state <> 'idle'";
-    eventually("the import has ended", async || database.query(at_work, &[]).await.unwrap().is_empty()).await;
-    assert_eq!(service.titles().await, [""; 0], "the stream was cut, not ended");
+    let active_sql = "SELECT FROM pg_stat_activity WHERE application_name = 'issue-tracker' AND state <> 'idle'";
+    eventually("the import has ended on the server", async || {
+        database.query(active_sql, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    assert_eq!(service.titles().await, [""; 0], "the client must abort the stream, not end it");
     assert_eq!(service.stop().code(), Some(0));
 }
 
-/// Kills the server in the middle of an import, and starts another in its place.
-async fn import_through_a_crash(dir: &Dir, mode: &str) -> (Service, Ran) {
+/// Kills the server during an import, starts another on the same address, and returns that server and the output since.
+async fn import_across_server_crash(dir: &Dir, mode: &str) -> (Service, ProgramOutput) {
     let mut service = Service::embedded(dir, "127.0.0.1:0");
     let mut client = service.command(&["import", "-", "--json", "--mode", mode]).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = client.stdin.take().unwrap();
-    let answers = lines(client.stdout.take().unwrap());
+    let output_lines = lines(client.stdout.take().unwrap());
     stdin.write_all(format!("title,description\n{}", rows(0..12_000)).as_bytes()).unwrap();
     loop {
-        let line = answers.recv_timeout(HANG).unwrap();
-        let answer: Value = serde_json::from_str(&line).unwrap();
-        if answer["progress"]["row_count"].as_i64() >= Some(5_000) {
+        let line = output_lines.recv_timeout(HANG).unwrap();
+        let message: Value = serde_json::from_str(&line).unwrap();
+        if message["progress"]["row_count"].as_i64() >= Some(5_000) {
             break;
         }
     }
     let address = service.address.clone();
     service.kill();
     let service = Service::embedded(dir, &address);
-    // If it does not read on, its exit code and words say why.
+    // The write fails when the client has exited; callers assert on its output.
     let _ = stdin.write_all(rows(12_000..20_000).as_bytes());
     drop(stdin);
-    let mut ran = Ran::of(client);
-    // What it said behind the crash.
-    ran.stdout = answers.iter().map(|line| line + "\n").collect();
-    (service, ran)
+    let mut output = ProgramOutput::of(client);
+    output.stdout = output_lines.iter().map(|line| line + "\n").collect();
+    (service, output)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_atomic_import_goes_through_a_crash_of_the_server() {
+async fn atomic_import_completes_after_a_server_crash() {
     let dir = Dir::new();
-    let (mut service, ran) = import_through_a_crash(&dir, "atomic").await;
-    let ran = ran.assert_code(0);
-    ran.assert_says("trying again in");
-    assert_eq!(ran.json("summary")[0]["created_count"], 20_000);
+    let (mut service, output) = import_across_server_crash(&dir, "atomic").await;
+    let output = output.assert_code(0);
+    output.assert_prints("trying again in");
+    assert_eq!(output.json("summary")[0]["created_count"], 20_000);
     let titles = service.titles().await;
     assert_eq!((titles.len(), titles.iter().collect::<HashSet<_>>().len()), (20_000, 20_000));
     assert_eq!(service.stop().code(), Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_row_goes_in_once_through_a_crash_of_the_server_and_comes_out_again() {
+async fn import_resumed_after_a_server_crash_writes_each_row_once_and_export_returns_all() {
     let dir = Dir::new();
-    let (mut service, ran) = import_through_a_crash(&dir, "skip-invalid").await;
-    let ran = ran.assert_code(0);
-    let summary = &ran.json("summary")[0];
+    let (mut service, output) = import_across_server_crash(&dir, "skip-invalid").await;
+    let output = output.assert_code(0);
+    let summary = &output.json("summary")[0];
     assert_eq!((&summary["row_count"], &summary["created_count"]), (&20_000.into(), &20_000.into()));
-    let resumed = ran.json("progress").iter().all(|progress| progress["committed_offset"].as_i64() > Some(0));
-    assert!(resumed, "the rows that are in are not sent again");
+    let resumed = output.json("progress").iter().all(|progress| progress["committed_offset"].as_i64() > Some(0));
+    assert!(resumed, "committed rows must not be sent again");
     let titles = service.titles().await;
     assert_eq!((titles.len(), titles.iter().collect::<HashSet<_>>().len()), (20_000, 20_000));
 
@@ -230,20 +233,20 @@ async fn each_row_goes_in_once_through_a_crash_of_the_server_and_comes_out_again
     assert_eq!(service.run(&["export"]).assert_code(0).stdout, exported);
     let none = service.run(&["export", "--filter", "status = closed"]).assert_code(0);
     assert_eq!(none.stdout.lines().count(), 1, "{}", none.stdout);
-    service.run(&["export", "--filter", "colour = red"]).assert_code(2).assert_says("(INVALID_ARGUMENT)");
+    service.run(&["export", "--filter", "colour = red"]).assert_code(2).assert_prints("(INVALID_ARGUMENT)");
     assert_eq!(service.stop().code(), Some(0));
 }
 
-/// Against a server that is told how to behave.
-struct Stage {
+/// A fake server, and a directory for the client's files.
+struct Fixture {
     dir: Dir,
-    fake: Fake,
-    /// Where the client is sent.
+    fake: FakeServer,
+    /// The address that the client connects to.
     address: SocketAddr,
 }
 
-impl Stage {
-    async fn set(fake: Fake) -> Self {
+impl Fixture {
+    async fn new(fake: FakeServer) -> Self {
         let address = fake.clone().serve().await;
         Self { dir: Dir::new(), fake, address }
     }
@@ -255,89 +258,92 @@ impl Stage {
         command
     }
 
-    /// Not on a thread of the runtime: the fake server needs them.
-    async fn run(&self, args: &[&str]) -> Ran {
+    /// Runs the program and waits off the runtime, whose threads serve the fake server.
+    async fn run(&self, args: &[&str]) -> ProgramOutput {
         let child = self.command(args).spawn().unwrap();
-        tokio::task::spawn_blocking(|| Ran::of(child)).await.unwrap()
+        tokio::task::spawn_blocking(|| ProgramOutput::of(child)).await.unwrap()
     }
 }
 
-/// Five megabytes, which is enough for seven cuts.
-fn file() -> String {
+/// Returns a CSV file of 5 MB, long enough for seven interruptions.
+fn large_csv() -> String {
     format!("title,description\n{}", rows(0..130_000))
 }
 
-fn our_status(code: Code, reason: &str) -> Status {
+fn status_with_reason(code: Code, reason: &str) -> Status {
     Status::with_error_details(code, reason, ErrorDetails::with_error_info(reason, "issuetracker", []))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_cut_in_whatever_way_goes_on_behind_what_is_committed() {
-    let cuts = || {
+async fn interrupted_import_stream_resumes_from_the_committed_offset() {
+    let interruptions = || {
         vec![
-            Cut::Status(our_status(Code::ResourceExhausted, "OVERLOADED")),
-            Cut::Status(our_status(Code::Aborted, "IMPORT_RUNNING")),
-            Cut::Status(our_status(Code::Unavailable, "DATABASE_UNAVAILABLE")),
-            Cut::Status(our_status(Code::DeadlineExceeded, "IMPORT_IDLE")),
-            Cut::Status(our_status(Code::OutOfRange, "IMPORT_OFFSET_GAP")),
-            Cut::Status(Status::new(Code::Internal, "h2 protocol error")),
-            Cut::End,
+            Interruption::Status(status_with_reason(Code::ResourceExhausted, "OVERLOADED")),
+            Interruption::Status(status_with_reason(Code::Aborted, "IMPORT_RUNNING")),
+            Interruption::Status(status_with_reason(Code::Unavailable, "DATABASE_UNAVAILABLE")),
+            Interruption::Status(status_with_reason(Code::DeadlineExceeded, "IMPORT_IDLE")),
+            Interruption::Status(status_with_reason(Code::OutOfRange, "IMPORT_OFFSET_GAP")),
+            Interruption::Status(Status::new(Code::Internal, "h2 protocol error")),
+            Interruption::End,
         ]
     };
     for (kind, mode) in [("csv", "skip-invalid"), ("csv", "atomic"), ("gz", "skip-invalid"), ("pipe", "skip-invalid")] {
-        let stage = Stage::set(Fake::new().with_cuts(cuts())).await;
+        let fixture = Fixture::new(FakeServer::new().with_interruptions(interruptions())).await;
         let args = ["--mode", mode, "--json", "--create-labels"];
-        let ran = match kind {
+        let output = match kind {
             "pipe" => {
-                let command = stage.command(&[&["import", "-"], &args[..]].concat());
-                tokio::task::spawn_blocking(move || piped(command, file().as_bytes())).await.unwrap()
+                let command = fixture.command(&[&["import", "-"], &args[..]].concat());
+                tokio::task::spawn_blocking(move || run_with_stdin(command, large_csv().as_bytes())).await.unwrap()
             }
             _ => {
-                let bytes = if kind == "gz" { zipped(file().as_bytes()) } else { file().into_bytes() };
-                let path = stage.dir.write("issues", bytes);
-                stage.run(&[&["import", &path], &args[..]].concat()).await
+                let bytes = if kind == "gz" { gzip(large_csv().as_bytes()) } else { large_csv().into_bytes() };
+                let path = fixture.dir.write("issues", bytes);
+                fixture.run(&[&["import", &path], &args[..]].concat()).await
             }
         };
-        let ran = ran.assert_code(0);
-        let state = stage.fake.state();
-        assert!(state.cuts.is_empty(), "{kind} {mode}");
+        let output = output.assert_code(0);
+        let state = fixture.fake.state();
+        assert!(state.interruptions.is_empty(), "{kind} {mode}");
         assert_eq!(state.options.len(), 8, "{kind} {mode}");
-        assert!(state.committed == file().as_bytes(), "{kind} {mode}: each byte once, in order");
-        assert!(state.options.iter().all(|options| *options == state.options[0]), "the same import, the same options");
-        let total_bytes = if kind == "csv" { file().len() as i64 } else { 0 };
+        assert!(state.committed == large_csv().as_bytes(), "{kind} {mode}: each byte must be committed once, in order");
+        assert!(
+            state.options.iter().all(|options| *options == state.options[0]),
+            "every stream must send the same options"
+        );
+        let total_bytes = if kind == "csv" { large_csv().len() as i64 } else { 0 };
         assert_eq!(state.options[0].total_bytes, total_bytes, "{kind}");
-        let begins_at_zero = ran.json("progress").iter().filter(|progress| progress["offset"] == 0).count();
+        let begins_at_zero = output.json("progress").iter().filter(|progress| progress["offset"] == 0).count();
         assert_eq!(begins_at_zero > 5, mode == "atomic", "{kind} {mode}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_breaks_is_made_again() {
-    let mut stage = Stage::set(Fake::new()).await;
-    let proxy = Proxy::start(stage.address, [700_000, 500_000, 100]).await;
-    stage.address = proxy;
-    let path = stage.dir.write("issues.csv", file());
-    let ran = stage.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(0);
-    assert!(stage.fake.state().committed == file().as_bytes());
-    assert_eq!(ran.stderr.matches("trying again in").count(), 3, "{ran:#?}");
+async fn broken_connection_is_reestablished() {
+    let mut fixture = Fixture::new(FakeServer::new()).await;
+    let proxy = Proxy::start(fixture.address, [700_000, 500_000, 100]).await;
+    fixture.address = proxy;
+    let path = fixture.dir.write("issues.csv", large_csv());
+    let output = fixture.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(0);
+    assert!(fixture.fake.state().committed == large_csv().as_bytes());
+    assert_eq!(output.stderr.matches("trying again in").count(), 3, "{output:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn it_gives_up_after_some_time_without_progress() {
-    let mut stage = Stage::set(Fake::new()).await;
-    stage.address = "127.0.0.1:1".parse().unwrap();
-    let path = stage.dir.write("issues.csv", GOOD);
+async fn client_stops_retrying_after_retry_seconds_without_progress() {
+    let mut fixture = Fixture::new(FakeServer::new()).await;
+    fixture.address = "127.0.0.1:1".parse().unwrap();
+    let path = fixture.dir.write("issues.csv", GOOD);
     for args in [&["import", &path, "--retry-seconds", "1"][..], &["export", "--retry-seconds", "1"]] {
-        let ran = stage.run(args).await.assert_code(2);
-        ran.assert_says("127.0.0.1:1 cannot be reached (Connection refused");
-        ran.assert_says("trying again in");
-        ran.assert_says("given up");
-        assert_eq!(ran.stdout, "");
+        let output = fixture.run(args).await.assert_code(2);
+        output.assert_prints("127.0.0.1:1 cannot be reached (Connection refused");
+        output.assert_prints("trying again in");
+        output.assert_prints("given up");
+        assert_eq!(output.stdout, "");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_try_does_not_mend_ends_at_once() {
+async fn permanent_errors_are_not_retried() {
     for code in [
         Code::InvalidArgument,
         Code::PermissionDenied,
@@ -346,61 +352,61 @@ async fn what_another_try_does_not_mend_ends_at_once() {
         Code::NotFound,
         Code::Internal,
     ] {
-        let cut = Cut::Status(our_status(code, "NO"));
-        let stage = Stage::set(Fake::new().with_cuts(vec![cut])).await;
-        let path = stage.dir.write("issues.csv", file());
-        let ran = stage.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(2);
-        assert!(ran.stderr.contains("issue-tracker: NO ("), "{ran:#?}");
-        assert!(!ran.stderr.contains("trying again"), "{ran:#?}");
-        let is_begun = !stage.fake.state().committed.is_empty();
-        assert_eq!(ran.stderr.contains("--import-id"), is_begun, "{ran:#?}");
+        let interruption = Interruption::Status(status_with_reason(code, "NO"));
+        let fixture = Fixture::new(FakeServer::new().with_interruptions(vec![interruption])).await;
+        let path = fixture.dir.write("issues.csv", large_csv());
+        let output = fixture.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(2);
+        assert!(output.stderr.contains("issue-tracker: NO ("), "{output:#?}");
+        assert!(!output.stderr.contains("trying again"), "{output:#?}");
+        let has_committed = !fixture.fake.state().committed.is_empty();
+        assert_eq!(output.stderr.contains("--import-id"), has_committed, "{output:#?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interrupt_says_how_to_go_on() {
+async fn signal_prints_the_command_that_resumes_the_import() {
     for (mode, number, code) in
         [("skip-invalid", libc::SIGINT, 130), ("atomic", libc::SIGINT, 130), ("skip-invalid", libc::SIGTERM, 143)]
     {
-        let stage = Stage::set(Fake::new()).await;
-        let mut command = stage.command(&["import", "-", "--map", "Sum mary=title", "--mode", mode, "--json"]);
+        let fixture = Fixture::new(FakeServer::new()).await;
+        let mut command = fixture.command(&["import", "-", "--map", "Sum mary=title", "--mode", mode, "--json"]);
         let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
-        let bytes = file();
+        let bytes = large_csv();
         stdin.write_all(&bytes.as_bytes()[..1_000_000]).unwrap();
-        let answers = lines(child.stdout.take().unwrap());
+        let output_lines = lines(child.stdout.take().unwrap());
         let has_offset = |line: &String| !line.contains("\"offset\":0,");
-        let answers = tokio::task::spawn_blocking(move || answers.iter().find(has_offset)).await.unwrap();
-        assert!(answers.is_some());
+        let output_lines = tokio::task::spawn_blocking(move || output_lines.iter().find(has_offset)).await.unwrap();
+        assert!(output_lines.is_some());
         assert!(signal(child.id(), number));
-        let ran = tokio::task::spawn_blocking(|| Ran::of(child)).await.unwrap().assert_code(code);
-        let id = stage.fake.state().options[0].import_id.clone();
+        let output = tokio::task::spawn_blocking(|| ProgramOutput::of(child)).await.unwrap().assert_code(code);
+        let id = fixture.fake.state().options[0].import_id.clone();
         if mode == "atomic" {
-            assert_eq!(ran.stderr, "interrupted\nnothing was written; run it again\n");
+            assert_eq!(output.stderr, "interrupted\nnothing was written; run it again\n");
             continue;
         }
         let program = env!("CARGO_BIN_EXE_issue-tracker");
-        let server = stage.address;
+        let server = fixture.address;
         let command = format!(
             "  {program} import --import-id {id} - --map 'Sum mary=title' --mode {mode} --json --server {server}\n"
         );
-        assert!(ran.stderr.starts_with("interrupted\nsome rows may be in;"), "{ran:#?}");
-        assert!(ran.stderr.contains(&command), "{ran:#?}");
-        assert!(ran.stderr.contains("with the same input, from its start"), "{ran:#?}");
-        let before = stage.fake.state().committed.len();
+        assert!(output.stderr.starts_with("interrupted\nsome rows may be in;"), "{output:#?}");
+        assert!(output.stderr.contains(&command), "{output:#?}");
+        assert!(output.stderr.contains("with the same input, from its start"), "{output:#?}");
+        let before = fixture.fake.state().committed.len();
         assert!(before > 0 && before < bytes.len());
 
-        // And so it does.
-        let again = stage.command(&["import", "-", "--import-id", &id, "--mode", mode]);
-        tokio::task::spawn_blocking(|| piped(again, file().as_bytes())).await.unwrap().assert_code(0);
-        assert!(stage.fake.state().committed == bytes.as_bytes());
+        // The printed command resumes the import.
+        let again = fixture.command(&["import", "-", "--import-id", &id, "--mode", mode]);
+        tokio::task::spawn_blocking(|| run_with_stdin(again, large_csv().as_bytes())).await.unwrap().assert_code(0);
+        assert!(fixture.fake.state().committed == bytes.as_bytes());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_option_has_a_flag() {
-    let stage = Stage::set(Fake::new()).await;
-    let path = stage.dir.write("issues.csv", GOOD);
+async fn every_import_option_has_a_flag() {
+    let fixture = Fixture::new(FakeServer::new()).await;
+    let path = fixture.dir.write("issues.csv", GOOD);
     let id = "0198c0de-0000-7000-8000-000000000001";
     #[rustfmt::skip]
     let args = [
@@ -409,7 +415,7 @@ async fn every_option_has_a_flag() {
         "--default-status", "in-progress", "--default-priority", "critical", "--default-assignee", "alice",
         "--ignore-unknown-columns", "--create-labels",
     ];
-    stage.run(&args).await.assert_code(0);
+    fixture.run(&args).await.assert_code(0);
     let expected = pb::ImportOptions {
         import_id: id.to_owned(),
         mode: pb::ImportMode::SkipInvalid.into(),
@@ -425,74 +431,75 @@ async fn every_option_has_a_flag() {
         ignore_unknown_columns: true,
         create_labels: true,
     };
-    assert_eq!(stage.fake.state().options, [expected]);
-    let twice = stage.run(&["import", &path, "--map", "a=title", "--map", "a=labels"]).await.assert_code(2);
-    twice.assert_says("--map has the column \"a\" twice");
+    assert_eq!(fixture.fake.state().options, [expected]);
+    let twice = fixture.run(&["import", &path, "--map", "a=title", "--map", "a=labels"]).await.assert_code(2);
+    twice.assert_prints("--map has the column \"a\" twice");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_that_the_stream_does_not_tell_are_asked_for() {
+async fn row_errors_missing_from_the_stream_are_listed_from_the_server() {
     let lines: Vec<String> = (0..1_500).map(|n| format!("{n:05}\n")).collect();
     let file = format!("title\n{}", lines.concat());
     let errors = (0..1_500).map(|n| fake_server::row_error(6 + 6 * n, n + 2));
     for (listed, expected) in [(1_500, 1_500), (1_200, 1_200), (0, 1_000)] {
-        let fake = Fake::new().with_errors(errors.clone().collect(), 1_000, listed);
-        let stage = Stage::set(fake).await;
-        let (path, rejected) = (stage.dir.write("issues.csv", &file), stage.dir.text("rejected.csv"));
-        let ran = stage.run(&["import", &path, "--mode", "skip-invalid", "--rejected", &rejected]).await.assert_code(1);
+        let fake = FakeServer::new().with_errors(errors.clone().collect(), 1_000, listed);
+        let fixture = Fixture::new(fake).await;
+        let (path, rejected) = (fixture.dir.write("issues.csv", &file), fixture.dir.text("rejected.csv"));
+        let output =
+            fixture.run(&["import", &path, "--mode", "skip-invalid", "--rejected", &rejected]).await.assert_code(1);
         let written = fs::read_to_string(&rejected).unwrap();
         assert!(written == format!("title\n{}", lines[..expected].concat()), "{expected}");
-        ran.assert_says(&format!("rejected.csv has {expected} of 1500 rejected rows"));
-        ran.assert_says("and 500 more");
+        output.assert_prints(&format!("rejected.csv has {expected} of 1500 rejected rows"));
+        output.assert_prints("and 500 more");
         if expected < 1_500 {
-            ran.assert_says("of the others it is not known where they are");
-            ran.assert_says("of 1,500 errors the server tells the first 1,");
+            output.assert_prints("of the others it is not known where they are");
+            output.assert_prints("of 1,500 errors the server tells the first 1,");
         }
-        // The table's head, 1,000 errors, the count of the rest, the outcome.
-        assert_eq!(ran.stdout.lines().count(), 1_003);
-        let none = stage.run(&["import", &path, "--errors", "3"]).await;
+        // The table's heading, 1,000 errors, the count of the remaining errors, the outcome.
+        assert_eq!(output.stdout.lines().count(), 1_003);
+        let none = fixture.run(&["import", &path, "--errors", "3"]).await;
         assert_eq!(none.stdout.lines().count(), 6, "{none:#?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_export_is_a_whole_file_or_none() {
-    let pieces = || vec!["title\n".to_owned() + &rows(0..1_000), rows(1_000..2_000), rows(2_000..3_000)];
-    let whole = pieces().concat();
-    let cut = || Cut::Status(our_status(Code::Unavailable, "DATABASE_UNAVAILABLE"));
-    let stage = Stage::set(Fake::new().with_export(pieces(), vec![cut(), cut()])).await;
-    let path = stage.dir.text("issues.csv");
+async fn export_writes_a_complete_file_or_none() {
+    let chunks = || vec!["title\n".to_owned() + &rows(0..1_000), rows(1_000..2_000), rows(2_000..3_000)];
+    let whole = chunks().concat();
+    let interruption = || Interruption::Status(status_with_reason(Code::Unavailable, "DATABASE_UNAVAILABLE"));
+    let fixture = Fixture::new(FakeServer::new().with_export(chunks(), vec![interruption(), interruption()])).await;
+    let path = fixture.dir.text("issues.csv");
     let flags = ["--filter", "status = open", "--show-deleted", "--escape-formulas"];
-    let ran = stage.run(&[&["export", &path], &flags[..]].concat()).await.assert_code(0);
+    let output = fixture.run(&[&["export", &path], &flags[..]].concat()).await.assert_code(0);
     assert_eq!(fs::read_to_string(&path).unwrap(), whole);
-    assert_eq!(ran.stdout, "");
-    ran.assert_says("3,000 issues, ");
+    assert_eq!(output.stdout, "");
+    output.assert_prints("3,000 issues, ");
     let expected =
         pb::ExportIssuesRequest { filter: "status = open".to_owned(), show_deleted: true, escape_formulas: true };
-    assert!(stage.fake.state().export_requests.iter().all(|request| *request == expected));
+    assert!(fixture.fake.state().export_requests.iter().all(|request| *request == expected));
     for args in [&["export"][..], &["export", "-"]] {
-        assert_eq!(stage.run(args).await.assert_code(0).stdout, whole);
+        assert_eq!(fixture.run(args).await.assert_code(0).stdout, whole);
     }
 
-    for cut in [cut(), Cut::Status(our_status(Code::Internal, "INTERNAL"))] {
-        let stage = Stage::set(Fake::new().with_export(pieces(), vec![cut; 50])).await;
-        let path = stage.dir.write("issues.csv", "before");
-        stage.run(&["export", &path, "--retry-seconds", "1"]).await.assert_code(2);
+    for interruption in [interruption(), Interruption::Status(status_with_reason(Code::Internal, "INTERNAL"))] {
+        let fixture = Fixture::new(FakeServer::new().with_export(chunks(), vec![interruption; 50])).await;
+        let path = fixture.dir.write("issues.csv", "before");
+        fixture.run(&["export", &path, "--retry-seconds", "1"]).await.assert_code(2);
         assert_eq!(fs::read_to_string(&path).unwrap(), "before");
-        assert_eq!(stage.dir.names(), ["issues.csv"], "nothing is left beside it");
-        let ran = stage.run(&["export"]).await.assert_code(2);
-        assert!(ran.stdout.len() < whole.len() && whole.starts_with(&ran.stdout));
+        assert_eq!(fixture.dir.names(), ["issues.csv"], "no temporary file must remain");
+        let output = fixture.run(&["export"]).await.assert_code(2);
+        assert!(output.stdout.len() < whole.len() && whole.starts_with(&output.stdout));
     }
-    stage.run(&["export", "/nonexistent/issues.csv"]).await.assert_code(2).assert_says("cannot write");
+    fixture.run(&["export", "/nonexistent/issues.csv"]).await.assert_code(2).assert_prints("cannot write");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_export_that_nobody_reads_on_ends_quietly() {
-    let pieces = (0..200).map(|_| rows(0..10_000)).collect();
-    let stage = Stage::set(Fake::new().with_export(pieces, vec![])).await;
-    let mut child = stage.command(&["export"]).spawn().unwrap();
+async fn export_to_a_closed_pipe_exits_without_an_error() {
+    let chunks = (0..200).map(|_| rows(0..10_000)).collect();
+    let fixture = Fixture::new(FakeServer::new().with_export(chunks, vec![])).await;
+    let mut child = fixture.command(&["export"]).spawn().unwrap();
     let mut first = [0; 10];
     child.stdout.take().unwrap().read_exact(&mut first).unwrap();
-    let ran = tokio::task::spawn_blocking(|| Ran::of(child)).await.unwrap().assert_code(0);
-    assert!(!ran.stderr.contains("issue-tracker:"), "{ran:#?}");
+    let output = tokio::task::spawn_blocking(|| ProgramOutput::of(child)).await.unwrap().assert_code(0);
+    assert!(!output.stderr.contains("issue-tracker:"), "{output:#?}");
 }

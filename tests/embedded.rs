@@ -1,4 +1,4 @@
-//! The embedded PostgreSQL, with real servers: what it outlives, and whom it leaves alone.
+//! Tests the embedded PostgreSQL with real server processes: restarts, crashes and stale state.
 
 #[path = "support"]
 mod support {
@@ -21,10 +21,10 @@ use support::{
     process::{Dir, signal, wait_until},
 };
 
-/// Set in the process that a test starts to be killed: the data directory to use.
+/// The environment variable that names the data directory to a process started by `spawn_test_process`.
 const CHILD_DATA_DIR: &str = "EMBEDDED_TEST_DATA_DIR";
 
-/// A data directory.
+/// A data directory in a temporary directory.
 struct DataDir {
     path: PathBuf,
     _dir: Dir,
@@ -42,7 +42,7 @@ impl DataDir {
         Cluster::start(&self.path, Durability::Throwaway).unwrap()
     }
 
-    /// For tests that kill the server: a throwaway one may lose its last commits then.
+    /// Starts a durable cluster. Tests that kill the server need it: a throwaway one may lose its last commits.
     fn start_durable(&self) -> Cluster {
         Cluster::start(&self.path, Durability::Durable).unwrap()
     }
@@ -85,12 +85,12 @@ fn kill(pid: u32) {
 }
 
 fn is_root() -> bool {
-    // SAFETY: reads a number.
+    // SAFETY: geteuid has no preconditions.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Runs `test` of this file again, in a process of its own that can be killed.
-fn spawn_again(test: &str, data_dir: &DataDir) -> Child {
+/// Runs `test` of this file in a separate process, which the caller can kill.
+fn spawn_test_process(test: &str, data_dir: &DataDir) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test])
         .env(CHILD_DATA_DIR, &data_dir.path)
@@ -100,8 +100,9 @@ fn spawn_again(test: &str, data_dir: &DataDir) -> Child {
         .unwrap()
 }
 
-/// In the process that `spawn_again` started: a service with a row in its database, until it's killed.
-fn serve_if_child() {
+/// In a process started by `spawn_test_process`: starts a cluster with one row in it and waits to be killed. Elsewhere: does
+/// nothing.
+fn serve_if_test_process() {
     let Some(data_dir) = std::env::var_os(CHILD_DATA_DIR) else {
         return;
     };
@@ -120,12 +121,12 @@ fn server_pid_of_child(data_dir: &DataDir) -> u32 {
     fs::read_to_string(path).unwrap().parse().unwrap()
 }
 
-/// Lets a process no longer run, so that it starts no other server when its own dies.
+/// Stops a process, so that it cannot restart its server.
 fn freeze(pid: u32) {
     assert!(signal(pid, libc::SIGSTOP));
 }
 
-/// The kernel takes a moment to close a killed process's files, and with them its lock.
+/// Retries the start: the kernel takes a moment to release the lock of a killed process.
 fn wait_for_start(data_dir: &DataDir) -> Cluster {
     let mut started = None;
     wait_until("the dead service's lock is free", || {
@@ -143,7 +144,7 @@ fn names_in(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn a_restart_keeps_the_data() {
+fn restart_keeps_the_data() {
     let data_dir = DataDir::new();
     let nested = data_dir.path.join("not/yet/there");
     let cluster = Cluster::start(&nested, Durability::Durable).unwrap();
@@ -157,7 +158,7 @@ fn a_restart_keeps_the_data() {
 }
 
 #[test]
-fn durable_is_durable_and_keeps_statements_out_of_the_log() {
+fn durable_mode_syncs_to_disk_and_logs_no_statements() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start_durable();
     let settings = "SELECT setting FROM pg_settings WHERE name IN \
@@ -173,7 +174,7 @@ fn durable_is_durable_and_keeps_statements_out_of_the_log() {
 }
 
 #[test]
-fn a_data_dir_in_use_is_refused() {
+fn data_dir_in_use_is_rejected() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start();
 
@@ -187,32 +188,32 @@ fn a_data_dir_in_use_is_refused() {
 }
 
 #[test]
-fn a_killed_server_is_started_again() {
+fn killed_server_is_restarted() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start_durable();
     write_row(&cluster);
     for _ in 0..2 {
         let killed = cluster.server_pid();
         kill(killed);
-        wait_until("there is another server", || cluster.server_pid() != killed);
+        wait_until("the server is restarted", || cluster.server_pid() != killed);
         assert_row_kept(&cluster);
     }
 }
 
 #[test]
-fn a_long_query_of_a_killed_server_does_not_hold_up_the_next() {
+fn query_of_a_killed_server_does_not_block_the_restart() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start_durable();
     write_row(&cluster);
     std::thread::scope(|scope| {
-        // A busy backend doesn't notice that the server's main process is dead.
+        // A busy backend does not notice that the postmaster is dead.
         let query = scope.spawn(|| try_sql(&cluster, "DO 'BEGIN LOOP NULL; END LOOP; END'"));
         let running = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'DO %'";
         wait_until("the query runs", || !sql(&cluster, running).is_empty());
 
         let killed = cluster.server_pid();
         kill(killed);
-        wait_until("there is another server", || cluster.server_pid() != killed);
+        wait_until("the server is restarted", || cluster.server_pid() != killed);
 
         query.join().unwrap().unwrap_err();
         assert_row_kept(&cluster);
@@ -220,7 +221,7 @@ fn a_long_query_of_a_killed_server_does_not_hold_up_the_next() {
 }
 
 #[test]
-fn root_uses_a_data_dir_that_the_servers_user_cannot_reach() {
+fn root_can_use_a_data_dir_that_the_postgres_user_cannot_access() {
     let data_dir = DataDir::new();
     fs::set_permissions(&data_dir.path, fs::Permissions::from_mode(0o700)).unwrap();
     let cluster = data_dir.start();
@@ -239,7 +240,7 @@ fn root_uses_a_data_dir_that_the_servers_user_cannot_reach() {
 }
 
 #[test]
-fn a_lost_cluster_is_not_replaced_by_an_empty_one() {
+fn dangling_cluster_symlink_is_not_replaced_by_an_empty_cluster() {
     let data_dir = DataDir::new();
     std::os::unix::fs::symlink("/var/lib/issue-tracker/not-mounted", data_dir.cluster()).unwrap();
 
@@ -250,7 +251,7 @@ fn a_lost_cluster_is_not_replaced_by_an_empty_one() {
 }
 
 #[test]
-fn a_path_too_long_for_a_socket_is_no_obstacle() {
+fn data_dir_path_may_be_longer_than_a_socket_path() {
     let data_dir = DataDir::new();
     let long = data_dir.path.join("long".repeat(30));
     let cluster = Cluster::start(&long, Durability::Throwaway).unwrap();
@@ -264,11 +265,11 @@ fn a_path_too_long_for_a_socket_is_no_obstacle() {
 }
 
 #[test]
-fn a_half_made_cluster_is_replaced() {
+fn incomplete_cluster_is_replaced() {
     let data_dir = DataDir::new();
-    let half_made = data_dir.path.join("cluster.new-0");
-    fs::create_dir(&half_made).unwrap();
-    fs::write(half_made.join("PG_VERSION"), "15\n").unwrap();
+    let incomplete = data_dir.path.join("cluster.new-0");
+    fs::create_dir(&incomplete).unwrap();
+    fs::write(incomplete.join("PG_VERSION"), "15\n").unwrap();
     fs::create_dir(data_dir.cluster()).unwrap();
 
     let cluster = data_dir.start();
@@ -278,11 +279,13 @@ fn a_half_made_cluster_is_replaced() {
 }
 
 #[test]
-fn a_service_killed_during_initdb_is_recovered_from() {
-    serve_if_child();
+fn start_recovers_from_a_service_killed_during_initdb() {
+    serve_if_test_process();
     let data_dir = DataDir::new();
-    let mut child = spawn_again("a_service_killed_during_initdb_is_recovered_from", &data_dir);
-    wait_until("the child makes a cluster", || names_in(&data_dir.path).iter().any(|name| name.starts_with("cluster")));
+    let mut child = spawn_test_process("start_recovers_from_a_service_killed_during_initdb", &data_dir);
+    wait_until("the child creates the cluster", || {
+        names_in(&data_dir.path).iter().any(|name| name.starts_with("cluster"))
+    });
     kill(child.id());
     child.wait().unwrap();
 
@@ -294,24 +297,24 @@ fn a_service_killed_during_initdb_is_recovered_from() {
 }
 
 #[test]
-fn a_killed_service_leaves_its_rows_to_the_next() {
-    serve_if_child();
+fn rows_survive_a_killed_service() {
+    serve_if_test_process();
     let data_dir = DataDir::new();
-    let mut child = spawn_again("a_killed_service_leaves_its_rows_to_the_next", &data_dir);
+    let mut child = spawn_test_process("rows_survive_a_killed_service", &data_dir);
     server_pid_of_child(&data_dir);
     kill(child.id());
-    // Not waited for before the start: neither the child nor its server need be gone by then.
+    // The start must succeed even while the killed child and its server are still exiting.
     let cluster = wait_for_start(&data_dir);
     child.wait().unwrap();
     assert_row_kept(&cluster);
 }
 
 #[test]
-fn a_service_killed_with_its_server_leaves_its_rows_to_the_next() {
-    serve_if_child();
+fn rows_survive_a_service_killed_with_its_server() {
+    serve_if_test_process();
     let data_dir = DataDir::new();
-    let name = "a_service_killed_with_its_server_leaves_its_rows_to_the_next";
-    let mut child = spawn_again(name, &data_dir);
+    let name = "rows_survive_a_service_killed_with_its_server";
+    let mut child = spawn_test_process(name, &data_dir);
     let server = server_pid_of_child(&data_dir);
     freeze(child.id());
     kill(server);
@@ -323,12 +326,12 @@ fn a_service_killed_with_its_server_leaves_its_rows_to_the_next() {
 }
 
 #[test]
-fn a_pid_file_that_names_a_foreign_process_is_replaced_and_the_process_left_alone() {
+fn stale_pid_file_is_replaced_and_the_process_it_names_keeps_running() {
     let data_dir = DataDir::new();
     let cluster = data_dir.start();
     write_row(&cluster);
     cluster.stop().unwrap();
-    // Of the same user as the server, or else PostgreSQL itself would see that it isn't a server.
+    // The process has the user of the server. PostgreSQL itself detects a stale pid file of another user's process.
     let owner = fs::metadata(data_dir.cluster()).unwrap();
     let mut command = Command::new("sleep");
     command.arg("600");
@@ -336,23 +339,23 @@ fn a_pid_file_that_names_a_foreign_process_is_replaced_and_the_process_left_alon
         use std::os::unix::process::CommandExt;
         command.uid(owner.uid()).gid(owner.gid());
     }
-    let mut foreign = command.spawn().unwrap();
+    let mut other = command.spawn().unwrap();
     let path = data_dir.cluster().canonicalize().unwrap();
-    let pid_file = format!("{}\n{}\n1700000000\n5432\n", foreign.id(), path.display());
+    let pid_file = format!("{}\n{}\n1700000000\n5432\n", other.id(), path.display());
     fs::write(path.join("postmaster.pid"), pid_file).unwrap();
 
     let cluster = data_dir.start();
 
     assert_row_kept(&cluster);
-    assert!(foreign.try_wait().unwrap().is_none());
+    assert!(other.try_wait().unwrap().is_none());
     cluster.stop().unwrap();
-    assert!(foreign.try_wait().unwrap().is_none());
-    foreign.kill().unwrap();
-    foreign.wait().unwrap();
+    assert!(other.try_wait().unwrap().is_none());
+    other.kill().unwrap();
+    other.wait().unwrap();
 }
 
 #[test]
-fn a_failing_start_quotes_the_servers_log() {
+fn failed_start_quotes_the_postgres_log() {
     let data_dir = DataDir::new();
     data_dir.start().stop().unwrap();
     fs::write(data_dir.cluster().join("PG_VERSION"), "7\n").unwrap();

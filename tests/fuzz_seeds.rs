@@ -1,4 +1,4 @@
-//! The fuzz targets' seeds, each held to what its target holds everything to.
+//! Runs the check of each fuzz target on its seeds.
 
 use std::{fs, path::Path};
 
@@ -7,7 +7,7 @@ mod checks;
 
 type Check = fn(&[u8]);
 
-/// Each of `fuzz/fuzz_targets/`.
+/// The names of the files in `fuzz/fuzz_targets/`, with their checks.
 const TARGETS: [(&str, Check); 6] = [
     ("filter", checks::filter),
     ("import_file", checks::import_file),
@@ -17,7 +17,7 @@ const TARGETS: [(&str, Check); 6] = [
     ("update_mask", checks::update_mask),
 ];
 
-/// What is in a folder of `fuzz/`, by name.
+/// Returns the sorted names of the files in a folder of `fuzz/`.
 fn names_in(folder: &str) -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(folder);
     let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
@@ -27,13 +27,13 @@ fn names_in(folder: &str) -> Vec<String> {
 }
 
 #[test]
-fn each_seed_holds() {
+fn each_seed_passes_the_check_of_its_target() {
     for (target, check) in TARGETS {
         let folder = format!("seeds/{target}");
         let seeds = names_in(&folder);
         assert!(seeds.len() >= 12, "{target} has {} seeds", seeds.len());
         for seed in seeds {
-            // Shown if this is the one that does not.
+            // The test harness prints this if the check fails.
             println!("{folder}/{seed}");
             check(&fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz").join(&folder).join(&seed)).unwrap());
         }

@@ -1,4 +1,4 @@
-//! A server that takes imports and gives exports as the contract says, cuts them when it is told to, and keeps what came.
+//! A fake server that implements imports and exports, interrupts their streams as configured, and records the requests.
 
 use std::sync::MutexGuard;
 
@@ -11,34 +11,34 @@ use tonic::transport::Server;
 
 use super::*;
 
-/// What is committed at once; more than a chunk, so that a cut loses something.
+/// Bytes per commit. More than a chunk, so that an interruption loses uncommitted bytes.
 const COMMIT_BYTES: usize = 300_000;
-/// After how many new bytes a stream is cut.
-const CUT_AFTER_BYTES: usize = 700_000;
+/// Bytes that a stream receives before it is interrupted.
+const INTERRUPT_AFTER_BYTES: usize = 700_000;
 
 #[derive(Clone)]
-pub enum Cut {
+pub enum Interruption {
     Status(Status),
-    /// Without a summary.
+    /// The server ends the stream with OK, but without a summary.
     End,
 }
 
 #[derive(Clone)]
-pub struct Fake(Arc<Mutex<State>>);
+pub struct FakeServer(Arc<Mutex<State>>);
 
 #[derive(Default)]
 pub struct State {
-    /// One a stream, and used up by it; the streams behind the last are whole.
-    pub cuts: VecDeque<Cut>,
-    /// Of every stream.
+    /// Each stream consumes one; once there are none, streams complete.
+    pub interruptions: VecDeque<Interruption>,
+    /// The options of every stream, in order.
     pub options: Vec<pb::ImportOptions>,
     pub committed: Vec<u8>,
     errors: Vec<pb::ImportRowError>,
     errors_sent: usize,
-    /// 0: the list cannot be asked for.
+    /// The number of errors that ListImportErrors returns. With 0 it fails with NOT_FOUND.
     errors_listed: usize,
     export: Vec<String>,
-    export_cuts: VecDeque<Cut>,
+    export_interruptions: VecDeque<Interruption>,
     pub export_requests: Vec<pb::ExportIssuesRequest>,
 }
 
@@ -46,13 +46,13 @@ pub fn row_error(byte_offset: i64, line_number: i64) -> pb::ImportRowError {
     pb::ImportRowError { byte_offset, line_number, message: "is bad".to_owned(), ..Default::default() }
 }
 
-impl Fake {
+impl FakeServer {
     pub fn new() -> Self {
         Self(Arc::default())
     }
 
-    pub fn with_cuts(self, cuts: Vec<Cut>) -> Self {
-        self.state().cuts = cuts.into();
+    pub fn with_interruptions(self, interruptions: Vec<Interruption>) -> Self {
+        self.state().interruptions = interruptions.into();
         self
     }
 
@@ -63,9 +63,9 @@ impl Fake {
         self
     }
 
-    pub fn with_export(self, pieces: Vec<String>, cuts: Vec<Cut>) -> Self {
+    pub fn with_export(self, chunks: Vec<String>, interruptions: Vec<Interruption>) -> Self {
         let mut state = self.state();
-        (state.export, state.export_cuts) = (pieces, cuts.into());
+        (state.export, state.export_interruptions) = (chunks, interruptions.into());
         drop(state);
         self
     }
@@ -84,47 +84,49 @@ impl Fake {
         address
     }
 
-    /// `None` when the client is gone.
+    /// Serves one import stream. Returns `None` when the stream is interrupted or the client has disconnected.
     async fn import(
         &self,
         mut requests: Streaming<pb::ImportIssuesRequest>,
-        answers: &Sender<Result<pb::ImportIssuesResponse, Status>>,
+        responses: &Sender<Result<pb::ImportIssuesResponse, Status>>,
     ) -> Option<()> {
         use pb::import_issues_request::Message as Sent;
-        let Some(Sent::Options(options)) = requests.message().await.ok()??.message else { panic!("options are first") };
+        let Some(Sent::Options(options)) = requests.message().await.ok()??.message else {
+            panic!("the first message must be the options")
+        };
         let is_atomic = options.mode() == pb::ImportMode::Atomic;
-        let (cut, mut received) = {
+        let (interruption, mut received) = {
             let mut state = self.state();
             state.options.push(options.clone());
             let committed = if is_atomic { Vec::new() } else { state.committed.clone() };
-            (state.cuts.pop_front(), committed)
+            (state.interruptions.pop_front(), committed)
         };
-        let (begin, mut committed) = (received.len(), received.len());
-        let answer = |message| Ok(pb::ImportIssuesResponse { message: Some(message) });
+        let (start_offset, mut committed) = (received.len(), received.len());
+        let response = |message| Ok(pb::ImportIssuesResponse { message: Some(message) });
         let progress = |received: usize, committed: usize| {
-            answer(Message::Progress(pb::ImportProgress {
+            response(Message::Progress(pb::ImportProgress {
                 import_id: options.import_id.clone(),
                 offset: received as i64,
                 committed_offset: if is_atomic { 0 } else { committed as i64 },
                 ..Default::default()
             }))
         };
-        answers.send(progress(begin, committed)).await.ok()?;
+        responses.send(progress(start_offset, committed)).await.ok()?;
         while let Some(request) = requests.message().await.ok()? {
-            let Some(Sent::Chunk(chunk)) = request.message else { panic!("options came twice") };
-            let known = received.len().checked_sub(chunk.offset as usize).expect("no gap");
-            received.extend_from_slice(&chunk.data[known.min(chunk.data.len())..]);
+            let Some(Sent::Chunk(chunk)) = request.message else { panic!("options are sent only once") };
+            let duplicate_bytes = received.len().checked_sub(chunk.offset as usize).expect("no gap");
+            received.extend_from_slice(&chunk.data[duplicate_bytes.min(chunk.data.len())..]);
             if received.len() - committed >= COMMIT_BYTES {
                 committed = received.len();
                 if !is_atomic {
                     self.state().committed = received.clone();
                 }
-                answers.send(progress(received.len(), committed)).await.ok()?;
+                responses.send(progress(received.len(), committed)).await.ok()?;
             }
-            match &cut {
-                Some(cut) if received.len() - begin >= CUT_AFTER_BYTES => {
-                    if let Cut::Status(status) = cut {
-                        answers.send(Err(status.clone())).await.ok()?;
+            match &interruption {
+                Some(interruption) if received.len() - start_offset >= INTERRUPT_AFTER_BYTES => {
+                    if let Interruption::Status(status) = interruption {
+                        responses.send(Err(status.clone())).await.ok()?;
                     }
                     return None;
                 }
@@ -139,7 +141,7 @@ impl Fake {
             (state.errors[..state.errors_sent].to_vec(), state.errors.len() as i64)
         };
         for error in errors {
-            answers.send(answer(Message::RowError(error))).await.ok()?;
+            responses.send(response(Message::RowError(error))).await.ok()?;
         }
         let summary = pb::ImportSummary {
             import_id: options.import_id.clone(),
@@ -148,12 +150,12 @@ impl Fake {
             rejected_count: error_count,
             ..Default::default()
         };
-        answers.send(answer(Message::Summary(summary))).await.ok()
+        responses.send(response(Message::Summary(summary))).await.ok()
     }
 }
 
 #[tonic::async_trait]
-impl pb::import_service_server::ImportService for Fake {
+impl pb::import_service_server::ImportService for FakeServer {
     type ImportIssuesStream = ReceiverStream<Result<pb::ImportIssuesResponse, Status>>;
 
     async fn import_issues(
@@ -161,9 +163,9 @@ impl pb::import_service_server::ImportService for Fake {
         request: Request<Streaming<pb::ImportIssuesRequest>>,
     ) -> Result<Response<Self::ImportIssuesStream>, Status> {
         assert_eq!(request.metadata().get("authorization").unwrap(), "Bearer itk_x");
-        let (answers, stream) = tokio::sync::mpsc::channel(16);
+        let (responses, stream) = tokio::sync::mpsc::channel(16);
         let fake = self.clone();
-        tokio::spawn(async move { fake.import(request.into_inner(), &answers).await });
+        tokio::spawn(async move { fake.import(request.into_inner(), &responses).await });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -174,12 +176,15 @@ impl pb::import_service_server::ImportService for Fake {
         let request = request.into_inner();
         let state = self.state();
         if state.errors_listed == 0 {
-            return Err(our_status(Code::NotFound, "NOT_FOUND"));
+            return Err(status_with_reason(Code::NotFound, "NOT_FOUND"));
         }
-        let begin: usize = request.page_token.parse().unwrap_or(0);
-        let end = (begin + request.page_size as usize).min(state.errors_listed);
+        let start_offset: usize = request.page_token.parse().unwrap_or(0);
+        let end = (start_offset + request.page_size as usize).min(state.errors_listed);
         let next_page_token = if end < state.errors_listed { end.to_string() } else { String::new() };
-        Ok(Response::new(pb::ListImportErrorsResponse { errors: state.errors[begin..end].to_vec(), next_page_token }))
+        Ok(Response::new(pb::ListImportErrorsResponse {
+            errors: state.errors[start_offset..end].to_vec(),
+            next_page_token,
+        }))
     }
 
     async fn get_import(&self, _: Request<pb::GetImportRequest>) -> Result<Response<pb::Import>, Status> {
@@ -195,27 +200,27 @@ impl pb::import_service_server::ImportService for Fake {
 }
 
 #[tonic::async_trait]
-impl pb::issue_service_server::IssueService for Fake {
+impl pb::issue_service_server::IssueService for FakeServer {
     type ExportIssuesStream = ReceiverStream<Result<pb::ExportIssuesResponse, Status>>;
 
     async fn export_issues(
         &self,
         request: Request<pb::ExportIssuesRequest>,
     ) -> Result<Response<Self::ExportIssuesStream>, Status> {
-        let (pieces, cut) = {
+        let (chunks, interruption) = {
             let mut state = self.state();
             state.export_requests.push(request.into_inner());
-            (state.export.clone(), state.export_cuts.pop_front())
+            (state.export.clone(), state.export_interruptions.pop_front())
         };
-        let (answers, stream) = tokio::sync::mpsc::channel(1);
+        let (responses, stream) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
             let mut row_count = 0;
-            for (index, piece) in pieces.into_iter().enumerate() {
-                if let (1, Some(Cut::Status(status))) = (index, &cut) {
-                    return answers.send(Err(status.clone())).await.ok();
+            for (index, chunk) in chunks.into_iter().enumerate() {
+                if let (1, Some(Interruption::Status(status))) = (index, &interruption) {
+                    return responses.send(Err(status.clone())).await.ok();
                 }
-                row_count += piece.lines().filter(|line| line.starts_with("row")).count() as i64;
-                answers.send(Ok(pb::ExportIssuesResponse { data: piece.into(), row_count })).await.ok()?;
+                row_count += chunk.lines().filter(|line| line.starts_with("row")).count() as i64;
+                responses.send(Ok(pb::ExportIssuesResponse { data: chunk.into(), row_count })).await.ok()?;
             }
             Some(())
         });
@@ -268,38 +273,38 @@ impl pb::issue_service_server::IssueService for Fake {
     }
 }
 
-/// Connects a client to a server, and breaks each of the first connections after so many of the client's bytes.
+/// A TCP proxy that closes each of the first connections after a given number of bytes from the client.
 pub struct Proxy;
 
 impl Proxy {
-    pub async fn start(server: SocketAddr, cuts_after_bytes: impl Into<VecDeque<usize>>) -> SocketAddr {
+    pub async fn start(server: SocketAddr, close_after_bytes: impl Into<VecDeque<usize>>) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let mut cuts = cuts_after_bytes.into();
+        let mut interruptions = close_after_bytes.into();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let left = cuts.pop_front().unwrap_or(usize::MAX);
-                tokio::spawn(Self::connect(client, server, left));
+                let remaining_bytes = interruptions.pop_front().unwrap_or(usize::MAX);
+                tokio::spawn(Self::connect(client, server, remaining_bytes));
             }
         });
         address
     }
 
-    async fn connect(client: TcpStream, server: SocketAddr, mut left: usize) -> Option<()> {
+    async fn connect(client: TcpStream, server: SocketAddr, mut remaining_bytes: usize) -> Option<()> {
         let server = TcpStream::connect(server).await.ok()?;
         let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
             (client.into_split(), server.into_split());
-        let back = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+        let responses = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
         let mut buffer = vec![0; 16 * 1024];
-        while left > 0 {
-            let count = from_client.read(&mut buffer).await.ok()?.min(left);
+        while remaining_bytes > 0 {
+            let count = from_client.read(&mut buffer).await.ok()?.min(remaining_bytes);
             if count == 0 {
                 return None;
             }
             to_server.write_all(&buffer[..count]).await.ok()?;
-            left -= count;
+            remaining_bytes -= count;
         }
-        back.abort();
+        responses.abort();
         None
     }
 }

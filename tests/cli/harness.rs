@@ -1,4 +1,4 @@
-//! The program's output, and what the real server has.
+//! Runs the program and reads its output.
 
 use super::*;
 
@@ -16,15 +16,15 @@ impl Dir {
     }
 }
 
-/// What a program did.
+/// The exit code and output of a finished program.
 #[derive(Debug)]
-pub struct Ran {
+pub struct ProgramOutput {
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
-impl Ran {
+impl ProgramOutput {
     pub fn of(child: Child) -> Self {
         let output = finished(child);
         Self {
@@ -41,7 +41,7 @@ impl Ran {
     }
 
     #[track_caller]
-    pub fn assert_says(&self, text: &str) {
+    pub fn assert_prints(&self, text: &str) {
         assert!(self.stdout.contains(text) || self.stderr.contains(text), "{text:?} is not in {self:#?}");
     }
 
@@ -52,7 +52,7 @@ impl Ran {
 }
 
 impl Service {
-    /// With a database of its own.
+    /// Starts the service on its embedded database.
     pub fn embedded(dir: &Dir, listen: &str) -> Self {
         Self::start(dir, program(&["--listen", listen, "--data-dir", &dir.data()]))
     }
@@ -63,11 +63,11 @@ impl Service {
         program(&[&[subcommand, "--server", &self.address, "--token-file", &token_file], args].concat())
     }
 
-    pub fn run(&self, args: &[&str]) -> Ran {
-        Ran::of(self.command(args).spawn().unwrap())
+    pub fn run(&self, args: &[&str]) -> ProgramOutput {
+        ProgramOutput::of(self.command(args).spawn().unwrap())
     }
 
-    /// Of all issues, sorted.
+    /// Returns the titles of all issues, sorted.
     pub async fn titles(&self) -> Vec<String> {
         let mut titles = titles(self, &self.admin_token()).await;
         titles.sort();
