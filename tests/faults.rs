@@ -1,13 +1,13 @@
-//! The service under fire: killed, starved, cut off, on a full disk and with a clock that jumps. The program is driven as
-//! people run it, and what the database holds afterwards is compared with what callers were told.
+//! Injects faults into the running binary: crashes, lost connections, no free connections, a full disk and clock jumps. Then
+//! compares the rows in the database with the responses that the callers received.
 //!
-//! `cargo test --test faults` is the short form. The long one, with every figure that it measures:
+//! `cargo test --test faults` is the short run. The long run prints every figure that it measures:
 //!
 //! ```sh
 //! ISSUE_TRACKER_FAULTS=long cargo test --release --test faults -- --nocapture
 //! ```
 //!
-//! What is random comes from a seed, which each test prints; `ISSUE_TRACKER_FAULTS=short:17` or `long:17` sets it.
+//! Random choices come from a seed, which each test prints. `ISSUE_TRACKER_FAULTS=short:17` or `long:17` repeats a run.
 
 #[path = "faults/clock_jumps.rs"]
 mod clock_jumps;

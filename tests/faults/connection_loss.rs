@@ -1,5 +1,5 @@
-//! The connection to the database breaks in the middle of things: what callers are told is what became of it, and nothing
-//! is ever written twice.
+//! Breaks connections to the database at chosen messages. Asserts that callers learn the outcome of their calls, and that no
+//! write is applied twice.
 
 use std::time::Duration;
 
@@ -17,12 +17,11 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Caller, Form, call, call_within, callers},
+    harness::{Caller, Settings, call, call_within, create_callers},
     load::Load,
     postgres_proxy::{
-        At,
-        Fault::{self, CutAfter, CutAtOnce, CutBefore, Hold},
-        Proxy,
+        Fault::{self, CloseAfterSend, DelayResponse, DropRequest, DropResponse},
+        FaultPoint, Proxy,
     },
     support::{
         database::session,
@@ -33,31 +32,31 @@ use crate::{
     verify::verify,
 };
 
-/// The autocommitted statement of a CreateIssue without a request id.
-const INSERT: At = At::Execute("create_issues");
-/// The statements of an UpdateIssue and of a BulkUpdateStatus.
-const UPDATE: At = At::Execute("update_issues");
-const BULK: At = At::Execute("bulk_update_issues");
-const CREATES_AT_ONCE: usize = 16;
-/// Long enough to get as far as the commit on a busy machine.
-const HELD_DEADLINE: Duration = Duration::from_secs(4);
+/// The statement of CreateIssue, which autocommits without a request id.
+const INSERT: FaultPoint = FaultPoint::Execute("create_issues");
+/// The statements of UpdateIssue and BulkUpdateStatus.
+const UPDATE: FaultPoint = FaultPoint::Execute("update_issues");
+const BULK: FaultPoint = FaultPoint::Execute("bulk_update_issues");
+const CONCURRENT_CREATES: usize = 16;
+/// Long enough to reach the commit on a busy machine.
+const DELAYED_DEADLINE: Duration = Duration::from_secs(4);
 const CLIENTS: usize = 8;
 
-/// A service whose way to the database can be broken.
-struct Broken {
-    // Before the database that it uses.
+/// A service that connects to its database through a proxy that injects faults.
+struct ProxiedService {
+    // Declared before `external`, so that the service stops before its database.
     service: Service,
     proxy: Proxy,
     external: External,
     caller: Caller,
 }
 
-impl Broken {
+impl ProxiedService {
     async fn start() -> Self {
         let external = External::start(Durability::Throwaway);
         let proxy = Proxy::start(external.cluster.socket_dir().join(".s.PGSQL.5432")).await;
         let service = Service::start(&external.dir, program(&["--database-url", &proxy.url()]));
-        let caller = callers(&external.config(), 1).await.remove(0);
+        let caller = create_callers(&external.config(), 1).await.remove(0);
         Self { service, proxy, external, caller }
     }
 
@@ -65,20 +64,20 @@ impl Broken {
         call(&self.service.channel(), &self.caller.token, method, &message.encode_to_vec()).await
     }
 
-    async fn file(&self, title: &str) -> Issue {
-        let filed = self.call("IssueService/CreateIssue", &create(title, false)).await.unwrap();
-        Issue::decode(&*filed).unwrap()
+    async fn create_issue(&self, title: &str) -> Issue {
+        let created = self.call("IssueService/CreateIssue", &create(title, false)).await.unwrap();
+        Issue::decode(&*created).unwrap()
     }
 
     async fn count(&self, sql: &str, value: &str) -> i64 {
         session(&self.external.config()).await.query_one(sql, &[&value]).await.unwrap().get(0)
     }
 
-    async fn issues_titled(&self, title: &str) -> i64 {
+    async fn count_issues_titled(&self, title: &str) -> i64 {
         self.count("SELECT count(*) FROM issues WHERE title = $1", title).await
     }
 
-    async fn comments(&self, content: &str) -> i64 {
+    async fn count_comments(&self, content: &str) -> i64 {
         self.count("SELECT count(*) FROM comments WHERE content = $1", content).await
     }
 
@@ -86,51 +85,52 @@ impl Broken {
         self.count("SELECT version FROM issues WHERE id = $1::text::uuid", &issue.id).await
     }
 
-    /// A call with a request id that is struck: its caller does not notice, it is made once, and has one reply.
-    async fn assert_made_once(
+    /// Makes a call with a request id while a fault is injected. Asserts that it succeeds, is applied once, and that a retry
+    /// returns the same response.
+    async fn assert_applied_once(
         &self,
-        (at, fault): (At, Fault),
+        (at, fault): (FaultPoint, Fault),
         method: &str,
         request: &impl Message,
-        written: impl AsyncFn() -> i64,
+        writes: impl AsyncFn() -> i64,
     ) {
         let what = format!("{method} {at:?} {fault:?}");
-        self.proxy.arm(at, fault);
+        self.proxy.inject(at, fault);
 
-        let reply = self.call(method, request).await;
+        let response = self.call(method, request).await;
 
-        assert_eq!(self.proxy.disarm(), [], "{what}");
-        let reply = reply.unwrap_or_else(|status| panic!("{what}: {status:?}"));
-        assert_eq!(written().await, 1, "{what}");
-        assert!(self.call(method, request).await.unwrap() == reply, "{what}: another reply");
+        assert_eq!(self.proxy.clear_faults(), [], "{what}");
+        let response = response.unwrap_or_else(|status| panic!("{what}: {status:?}"));
+        assert_eq!(writes().await, 1, "{what}");
+        assert!(self.call(method, request).await.unwrap() == response, "{what}: the retry returned another response");
     }
 
-    /// A mutation of an issue that exists, with each fault at its commit: with a request id its caller never notices,
-    /// without one he is told that nobody knows, and in either case `written` tells of one write at most.
-    async fn assert_struck_at_commit<M: Message + Clone>(
+    /// Injects each fault at the commit of a mutation of an existing issue. Asserts that the call succeeds with a request id,
+    /// fails with OUTCOME_UNKNOWN without one, and is applied at most once in both cases. `writes` counts the writes.
+    async fn assert_applied_at_most_once<M: Message + Clone>(
         &self,
         method: &str,
         request: impl Fn(&Issue, &str, String) -> M,
-        written: impl AsyncFn(&Issue, &str) -> i64,
+        writes: impl AsyncFn(&Issue, &str) -> i64,
     ) {
-        for fault in [CutBefore, CutAfter, CutAtOnce] {
-            let mark = Uuid::new_v4().to_string();
-            let issue = self.file("to be changed").await;
-            let with_id = request(&issue, &mark, Uuid::new_v4().to_string());
-            let is_written = async || written(&issue, &mark).await;
-            self.assert_made_once((At::Commit, fault), method, &with_id, is_written).await;
+        for fault in [DropRequest, DropResponse, CloseAfterSend] {
+            let marker = Uuid::new_v4().to_string();
+            let issue = self.create_issue("to be changed").await;
+            let with_id = request(&issue, &marker, Uuid::new_v4().to_string());
+            let count_writes = async || writes(&issue, &marker).await;
+            self.assert_applied_once((FaultPoint::Commit, fault), method, &with_id, count_writes).await;
 
-            let mark = Uuid::new_v4().to_string();
-            let issue = self.file("to be changed").await;
-            self.proxy.arm(At::Commit, fault);
-            let told = self.call(method, &request(&issue, &mark, String::new())).await;
-            assert_eq!(self.proxy.disarm(), [], "{method} {fault:?}");
-            assert_outcome_unknown(told, method, fault);
-            let written = written(&issue, &mark).await;
+            let marker = Uuid::new_v4().to_string();
+            let issue = self.create_issue("to be changed").await;
+            self.proxy.inject(FaultPoint::Commit, fault);
+            let result = self.call(method, &request(&issue, &marker, String::new())).await;
+            assert_eq!(self.proxy.clear_faults(), [], "{method} {fault:?}");
+            assert_outcome_unknown(result, method, fault);
+            let writes = writes(&issue, &marker).await;
             match fault {
-                CutBefore => assert_eq!(written, 0, "{method}"),
-                CutAfter => assert_eq!(written, 1, "{method}"),
-                CutAtOnce | Hold => assert!(written <= 1, "{method}: {written}"),
+                DropRequest => assert_eq!(writes, 0, "{method}"),
+                DropResponse => assert_eq!(writes, 1, "{method}"),
+                CloseAfterSend | DelayResponse => assert!(writes <= 1, "{method}: {writes}"),
             }
         }
     }
@@ -142,280 +142,290 @@ fn create(title: &str, with_id: bool) -> CreateIssueRequest {
     CreateIssueRequest { issue, request_id, ..Default::default() }
 }
 
-/// With a comment, which makes it a transaction without a request id too.
-fn update(issue: &Issue, mark: &str, request_id: String) -> UpdateIssueRequest {
-    let issue = Some(Issue { id: issue.id.clone(), title: mark.to_owned(), ..Issue::default() });
-    UpdateIssueRequest { issue, comment: mark.to_owned(), request_id, ..Default::default() }
+/// Returns an update with a comment. It runs in a transaction with or without a request id.
+fn update(issue: &Issue, marker: &str, request_id: String) -> UpdateIssueRequest {
+    let issue = Some(Issue { id: issue.id.clone(), title: marker.to_owned(), ..Issue::default() });
+    UpdateIssueRequest { issue, comment: marker.to_owned(), request_id, ..Default::default() }
 }
 
-fn bulk(issue: &Issue, mark: &str, request_id: String) -> BulkUpdateStatusRequest {
-    let (ids, comment) = (vec![issue.id.clone()], mark.to_owned());
+fn bulk(issue: &Issue, marker: &str, request_id: String) -> BulkUpdateStatusRequest {
+    let (ids, comment) = (vec![issue.id.clone()], marker.to_owned());
     BulkUpdateStatusRequest { ids, status: IssueStatus::Closed.into(), comment, request_id, ..Default::default() }
 }
 
-fn comment(issue: &Issue, mark: &str, request_id: String) -> CreateCommentRequest {
-    let comment = Comment { issue_id: issue.id.clone(), content: mark.to_owned(), ..Comment::default() };
+fn comment(issue: &Issue, marker: &str, request_id: String) -> CreateCommentRequest {
+    let comment = Comment { issue_id: issue.id.clone(), content: marker.to_owned(), ..Comment::default() };
     CreateCommentRequest { comment: Some(comment), request_id, ..Default::default() }
 }
 
 #[track_caller]
-fn assert_outcome_unknown(told: Result<Vec<u8>, Status>, method: &str, fault: Fault) {
-    let status = told.expect_err("nobody can know what became of it");
+fn assert_outcome_unknown(result: Result<Vec<u8>, Status>, method: &str, fault: Fault) {
+    let status = result.expect_err("the outcome is unknown to the service");
     let reason = status.get_details_error_info().map(|info| info.reason).unwrap_or_default();
     assert_eq!((status.code(), &*reason), (Code::Unavailable, "OUTCOME_UNKNOWN"), "{method} {fault:?}: {status:?}");
-    assert!(!status.message().to_lowercase().contains("connection closed"), "the driver's words: {status:?}");
+    assert!(
+        !status.message().to_lowercase().contains("connection closed"),
+        "the message exposes the text of the driver: {status:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_creation_with_a_request_id_is_made_once_wherever_its_connection_breaks() {
-    let broken = Broken::start().await;
-    for struck in [
-        (At::Commit, CutBefore),
-        (At::Commit, CutAfter),
-        (At::Commit, CutAtOnce),
-        (INSERT, CutBefore),
-        (INSERT, CutAfter),
-        (INSERT, CutAtOnce),
+async fn create_with_request_id_is_applied_once_wherever_the_connection_breaks() {
+    let proxied = ProxiedService::start().await;
+    for fault_point in [
+        (FaultPoint::Commit, DropRequest),
+        (FaultPoint::Commit, DropResponse),
+        (FaultPoint::Commit, CloseAfterSend),
+        (INSERT, DropRequest),
+        (INSERT, DropResponse),
+        (INSERT, CloseAfterSend),
     ] {
         let title = Uuid::new_v4().to_string();
-        let (request, filed) = (create(&title, true), async || broken.issues_titled(&title).await);
-        broken.assert_made_once(struck, "IssueService/CreateIssue", &request, filed).await;
+        let (request, created) = (create(&title, true), async || proxied.count_issues_titled(&title).await);
+        proxied.assert_applied_once(fault_point, "IssueService/CreateIssue", &request, created).await;
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_creation_without_a_request_id_whose_statement_was_sent_is_told_to_be_unknown_and_made_once_at_most() {
-    let broken = Broken::start().await;
-    for fault in [CutBefore, CutAfter, CutAtOnce] {
+async fn create_without_request_id_fails_with_outcome_unknown_once_sent_and_is_applied_at_most_once() {
+    let proxied = ProxiedService::start().await;
+    for fault in [DropRequest, DropResponse, CloseAfterSend] {
         let title = Uuid::new_v4().to_string();
-        broken.proxy.arm(INSERT, fault);
+        proxied.proxy.inject(INSERT, fault);
 
-        let told = broken.call("IssueService/CreateIssue", &create(&title, false)).await;
+        let result = proxied.call("IssueService/CreateIssue", &create(&title, false)).await;
 
-        assert_eq!(broken.proxy.disarm(), []);
-        assert_outcome_unknown(told, "CreateIssue", fault);
-        let made = broken.issues_titled(&title).await;
-        assert!(if fault == CutAfter { made == 1 } else { made <= 1 }, "{fault:?}: {made}");
+        assert_eq!(proxied.proxy.clear_faults(), []);
+        assert_outcome_unknown(result, "CreateIssue", fault);
+        let applied = proxied.count_issues_titled(&title).await;
+        assert!(if fault == DropResponse { applied == 1 } else { applied <= 1 }, "{fault:?}: {applied}");
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_update_a_bulk_change_and_a_comment_are_made_once_at_most_wherever_their_commit_breaks() {
-    let broken = Broken::start().await;
-    broken
-        .assert_struck_at_commit("IssueService/UpdateIssue", update, async |issue: &Issue, mark: &str| {
-            let commented = broken.comments(mark).await;
-            assert_eq!(broken.version(issue).await, 1 + commented, "in part");
-            commented
+async fn update_bulk_update_and_comment_are_applied_at_most_once_when_the_commit_breaks() {
+    let proxied = ProxiedService::start().await;
+    proxied
+        .assert_applied_at_most_once("IssueService/UpdateIssue", update, async |issue: &Issue, marker: &str| {
+            let comment_count = proxied.count_comments(marker).await;
+            assert_eq!(proxied.version(issue).await, 1 + comment_count, "the update was applied in part");
+            comment_count
         })
         .await;
-    broken
-        .assert_struck_at_commit("IssueService/BulkUpdateStatus", bulk, async |issue: &Issue, mark: &str| {
-            let commented = broken.comments(mark).await;
-            assert_eq!(broken.version(issue).await, 1 + commented, "in part");
-            commented
+    proxied
+        .assert_applied_at_most_once("IssueService/BulkUpdateStatus", bulk, async |issue: &Issue, marker: &str| {
+            let comment_count = proxied.count_comments(marker).await;
+            assert_eq!(proxied.version(issue).await, 1 + comment_count, "the update was applied in part");
+            comment_count
         })
         .await;
-    let issue = broken.file("to be commented").await;
-    for fault in [CutBefore, CutAfter, CutAtOnce] {
-        let mark = Uuid::new_v4().to_string();
-        let request = comment(&issue, &mark, Uuid::new_v4().to_string());
-        let made = async || broken.comments(&mark).await;
-        broken.assert_made_once((At::Commit, fault), "CommentService/CreateComment", &request, made).await;
+    let issue = proxied.create_issue("to be commented").await;
+    for fault in [DropRequest, DropResponse, CloseAfterSend] {
+        let marker = Uuid::new_v4().to_string();
+        let request = comment(&issue, &marker, Uuid::new_v4().to_string());
+        let applied = async || proxied.count_comments(&marker).await;
+        proxied
+            .assert_applied_once((FaultPoint::Commit, fault), "CommentService/CreateComment", &request, applied)
+            .await;
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_transaction_that_breaks_before_its_commit_is_made_again_without_the_caller_noticing() {
-    let broken = Broken::start().await;
+async fn transaction_that_breaks_before_its_commit_is_retried_transparently() {
+    let proxied = ProxiedService::start().await;
     for request_id in [String::new(), Uuid::new_v4().to_string()] {
-        for (at, fault) in [(UPDATE, CutBefore), (UPDATE, CutAfter)] {
-            let issue = broken.file("to be changed").await;
-            let mark = Uuid::new_v4().to_string();
+        for (at, fault) in [(UPDATE, DropRequest), (UPDATE, DropResponse)] {
+            let issue = proxied.create_issue("to be changed").await;
+            let marker = Uuid::new_v4().to_string();
             let request_id = if request_id.is_empty() { String::new() } else { Uuid::new_v4().to_string() };
-            broken.proxy.arm(at, fault);
-            let updated = broken.call("IssueService/UpdateIssue", &update(&issue, &mark, request_id)).await;
-            assert_eq!(broken.proxy.disarm(), []);
+            proxied.proxy.inject(at, fault);
+            let updated = proxied.call("IssueService/UpdateIssue", &update(&issue, &marker, request_id)).await;
+            assert_eq!(proxied.proxy.clear_faults(), []);
             assert_eq!(Issue::decode(&*updated.unwrap()).unwrap().version, 2, "{fault:?}");
-            assert_eq!((broken.version(&issue).await, broken.comments(&mark).await), (2, 1), "{fault:?}");
+            assert_eq!((proxied.version(&issue).await, proxied.count_comments(&marker).await), (2, 1), "{fault:?}");
         }
-        for fault in [CutBefore, CutAfter] {
-            let issue = broken.file("to be closed").await;
-            let mark = Uuid::new_v4().to_string();
+        for fault in [DropRequest, DropResponse] {
+            let issue = proxied.create_issue("to be closed").await;
+            let marker = Uuid::new_v4().to_string();
             let request_id = if request_id.is_empty() { String::new() } else { Uuid::new_v4().to_string() };
-            broken.proxy.arm(BULK, fault);
-            broken.call("IssueService/BulkUpdateStatus", &bulk(&issue, &mark, request_id)).await.unwrap();
-            assert_eq!(broken.proxy.disarm(), []);
-            assert_eq!((broken.version(&issue).await, broken.comments(&mark).await), (2, 1), "{fault:?}");
+            proxied.proxy.inject(BULK, fault);
+            proxied.call("IssueService/BulkUpdateStatus", &bulk(&issue, &marker, request_id)).await.unwrap();
+            assert_eq!(proxied.proxy.clear_faults(), []);
+            assert_eq!((proxied.version(&issue).await, proxied.count_comments(&marker).await), (2, 1), "{fault:?}");
         }
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_do_not_notice_a_connection_that_breaks_under_them() {
-    let broken = Broken::start().await;
-    let issue = broken.file("to be read").await;
+async fn reads_are_retried_when_their_connection_breaks() {
+    let proxied = ProxiedService::start().await;
+    let issue = proxied.create_issue("to be read").await;
     let get = GetIssueRequest { id: issue.id.clone(), ..Default::default() };
-    for fault in [CutBefore, CutAfter, CutAtOnce] {
-        broken.proxy.arm(At::Execute("get_issue"), fault);
-        let read = broken.call("IssueService/GetIssue", &get).await;
-        assert_eq!(broken.proxy.disarm(), []);
+    for fault in [DropRequest, DropResponse, CloseAfterSend] {
+        proxied.proxy.inject(FaultPoint::Execute("get_issue"), fault);
+        let read = proxied.call("IssueService/GetIssue", &get).await;
+        assert_eq!(proxied.proxy.clear_faults(), []);
         let read = read.unwrap_or_else(|status| panic!("{fault:?}: {status:?}"));
         assert_eq!(Issue::decode(&*read).unwrap(), issue);
 
-        broken.proxy.arm(At::Execute("list_issues"), fault);
-        let listed = broken.call("IssueService/ListIssues", &ListIssuesRequest::default()).await;
-        assert_eq!(broken.proxy.disarm(), []);
+        proxied.proxy.inject(FaultPoint::Execute("list_issues"), fault);
+        let listed = proxied.call("IssueService/ListIssues", &ListIssuesRequest::default()).await;
+        assert_eq!(proxied.proxy.clear_faults(), []);
         listed.unwrap_or_else(|status| panic!("{fault:?}: {status:?}"));
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_calls_is_found_out_although_the_connection_for_that_breaks() {
-    let broken = Broken::start().await;
-    let issue = broken.file("to be read").await;
+async fn authentication_is_retried_when_its_connection_breaks() {
+    let proxied = ProxiedService::start().await;
+    let issue = proxied.create_issue("to be read").await;
     let get = GetIssueRequest { id: issue.id, ..Default::default() }.encode_to_vec();
-    let others = callers(&broken.external.config(), 3).await;
-    for (other, fault) in others.iter().zip([CutBefore, CutAfter, CutAtOnce]) {
-        broken.proxy.arm(At::Execute("find_callers"), fault);
-        let read = call(&broken.service.channel(), &other.token, "IssueService/GetIssue", &get).await;
-        assert_eq!(broken.proxy.disarm(), []);
+    let others = create_callers(&proxied.external.config(), 3).await;
+    for (other, fault) in others.iter().zip([DropRequest, DropResponse, CloseAfterSend]) {
+        proxied.proxy.inject(FaultPoint::Execute("find_callers"), fault);
+        let read = call(&proxied.service.channel(), &other.token, "IssueService/GetIssue", &get).await;
+        assert_eq!(proxied.proxy.clear_faults(), []);
         read.unwrap_or_else(|status| panic!("{fault:?}: {status:?}"));
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_were_cut_while_idle_cost_no_call() {
-    let broken = Broken::start().await;
-    for round in 0..Form::of_environment().pick(5, 50) {
-        // Several connections are there to be cut.
+async fn connections_closed_while_idle_fail_no_call() {
+    let proxied = ProxiedService::start().await;
+    for iteration in 0..Settings::from_environment().pick(5, 50) {
+        // Concurrent calls open several pooled connections.
         let calls = (0..4).map(|nth| ListIssuesRequest { filter: format!("x{nth}"), ..Default::default() });
         let calls: Vec<_> = calls.collect();
-        let list = |call| broken.call("IssueService/ListIssues", call);
+        let list = |call| proxied.call("IssueService/ListIssues", call);
         for listed in futures_util::future::join_all(calls.iter().map(list)).await {
             listed.unwrap();
         }
-        // Half of the times the service has no time to notice.
-        match round % 2 {
-            0 => broken.proxy.cut_all_noticed().await,
-            _ => broken.proxy.cut_all(),
+        // Every other time the service has no time to notice.
+        match iteration % 2 {
+            0 => proxied.proxy.close_all_and_wait().await,
+            _ => proxied.proxy.close_all(),
         }
-        let title = format!("after cut {round}");
+        let title = format!("after cut {iteration}");
         let lists = futures_util::future::join_all(calls.iter().map(list)).await;
-        let filed = broken.call("IssueService/CreateIssue", &create(&title, true)).await;
+        let created = proxied.call("IssueService/CreateIssue", &create(&title, true)).await;
 
         for listed in lists {
             listed.unwrap_or_else(|status| panic!("{status:?}"));
         }
-        filed.unwrap_or_else(|status| panic!("{status:?}"));
-        assert_eq!(broken.issues_titled(&title).await, 1);
+        created.unwrap_or_else(|status| panic!("{status:?}"));
+        assert_eq!(proxied.count_issues_titled(&title).await, 1);
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_idle_connection_known_to_be_dead_costs_no_write_without_a_request_id() {
-    let broken = Broken::start().await;
-    for round in 0..10 {
-        broken.file("one that uses a connection").await;
-        broken.proxy.cut_all_noticed().await;
-        let title = format!("after cut {round}");
-        let filed = broken.call("IssueService/CreateIssue", &create(&title, false)).await;
-        filed.unwrap_or_else(|status| panic!("{status:?}"));
-        assert_eq!(broken.issues_titled(&title).await, 1);
+async fn idle_connection_known_to_be_closed_fails_no_write_without_request_id() {
+    let proxied = ProxiedService::start().await;
+    for iteration in 0..10 {
+        proxied.create_issue("uses a connection").await;
+        proxied.proxy.close_all_and_wait().await;
+        let title = format!("after cut {iteration}");
+        let created = proxied.call("IssueService/CreateIssue", &create(&title, false)).await;
+        created.unwrap_or_else(|status| panic!("{status:?}"));
+        assert_eq!(proxied.count_issues_titled(&title).await, 1);
     }
-    broken.service.assert_sound();
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_creations_at_once_each_is_made_once_whatever_breaks_under_their_round() {
-    let broken = Broken::start().await;
-    for with_ids in [true, false] {
-        for (at, fault) in [(At::Commit, CutBefore), (At::Commit, CutAfter), (INSERT, CutAfter), (INSERT, CutBefore)] {
+async fn concurrent_creates_are_each_applied_once_when_their_batch_breaks() {
+    let proxied = ProxiedService::start().await;
+    for with_request_ids in [true, false] {
+        for (at, fault) in [
+            (FaultPoint::Commit, DropRequest),
+            (FaultPoint::Commit, DropResponse),
+            (INSERT, DropResponse),
+            (INSERT, DropRequest),
+        ] {
             let requests: Vec<_> =
-                (0..CREATES_AT_ONCE).map(|_| create(&Uuid::new_v4().to_string(), with_ids)).collect();
-            if with_ids || at != At::Commit {
-                (0..3).for_each(|_| broken.proxy.arm(at, fault));
+                (0..CONCURRENT_CREATES).map(|_| create(&Uuid::new_v4().to_string(), with_request_ids)).collect();
+            if with_request_ids || at != FaultPoint::Commit {
+                (0..3).for_each(|_| proxied.proxy.inject(at, fault));
             }
             let mut calls = JoinSet::new();
-            let channel = broken.service.channel();
+            let channel = proxied.service.channel();
             for request in requests {
-                let (channel, token) = (channel.clone(), broken.caller.token.clone());
+                let (channel, token) = (channel.clone(), proxied.caller.token.clone());
                 calls.spawn(async move {
                     let message = request.encode_to_vec();
-                    let answer = call(&channel, &token, "IssueService/CreateIssue", &message).await;
-                    (request.issue.unwrap().title, answer)
+                    let result = call(&channel, &token, "IssueService/CreateIssue", &message).await;
+                    (request.issue.unwrap().title, result)
                 });
             }
             while let Some(called) = calls.join_next().await {
-                let (title, answer) = called.unwrap();
-                let made = broken.issues_titled(&title).await;
-                if with_ids || answer.is_ok() {
-                    assert_eq!(made, 1, "{at:?} {fault:?}: {answer:?}");
-                    answer.unwrap();
+                let (title, result) = called.unwrap();
+                let applied = proxied.count_issues_titled(&title).await;
+                if with_request_ids || result.is_ok() {
+                    assert_eq!(applied, 1, "{at:?} {fault:?}: {result:?}");
+                    result.unwrap();
                 } else {
-                    assert!(made <= 1, "{at:?} {fault:?}");
-                    assert_outcome_unknown(answer, "CreateIssue", fault);
+                    assert!(applied <= 1, "{at:?} {fault:?}");
+                    assert_outcome_unknown(result, "CreateIssue", fault);
                 }
             }
-            broken.proxy.disarm();
+            proxied.proxy.clear_faults();
         }
     }
-    assert!(broken.proxy.struck() >= 6);
-    broken.service.assert_sound();
+    assert!(proxied.proxy.injected_count() >= 6);
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_whose_answer_is_late_ends_at_the_callers_deadline_and_its_retry_gets_the_reply() {
-    let broken = Broken::start().await;
-    let channel = broken.service.channel();
+async fn delayed_commit_ends_at_the_deadline_and_a_retry_returns_the_stored_response() {
+    let proxied = ProxiedService::start().await;
+    let channel = proxied.service.channel();
     let title = "held".to_owned();
     let message = create(&title, true).encode_to_vec();
     let method = "IssueService/CreateIssue";
-    broken.file("so that all is warm").await;
-    broken.proxy.arm(At::Commit, Hold);
+    proxied.create_issue("warm up").await;
+    proxied.proxy.inject(FaultPoint::Commit, DelayResponse);
 
-    let late = tokio::spawn({
-        let (channel, token, message) = (channel.clone(), broken.caller.token.clone(), message.clone());
-        async move { call_within(&channel, &token, method, &message, HELD_DEADLINE).await }
+    let delayed = tokio::spawn({
+        let (channel, token, message) = (channel.clone(), proxied.caller.token.clone(), message.clone());
+        async move { call_within(&channel, &token, method, &message, DELAYED_DEADLINE).await }
     });
-    eventually("the database has done it", async || broken.issues_titled(&title).await == 1).await;
+    eventually("the database has committed", async || proxied.count_issues_titled(&title).await == 1).await;
 
-    // Whose clock is quicker, the service's or the client's own.
-    let code = late.await.unwrap().unwrap_err().code();
+    // Either the service or the client ends the call first.
+    let code = delayed.await.unwrap().unwrap_err().code();
     assert!(matches!(code, Code::DeadlineExceeded | Code::Cancelled), "{code:?}");
-    let retried = call(&channel, &broken.caller.token, method, &message).await.unwrap();
+    let retried = call(&channel, &proxied.caller.token, method, &message).await.unwrap();
     assert_eq!(Issue::decode(&*retried).unwrap().title, title);
-    assert_eq!(broken.issues_titled(&title).await, 1);
-    broken.proxy.release();
-    assert!(call(&channel, &broken.caller.token, method, &message).await.unwrap() == retried);
-    broken.service.assert_sound();
+    assert_eq!(proxied.count_issues_titled(&title).await, 1);
+    proxied.proxy.release();
+    assert!(call(&channel, &proxied.caller.token, method, &message).await.unwrap() == retried);
+    proxied.service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn under_load_on_a_breaking_line_every_acknowledged_write_is_there_once() {
-    let form = Form::of_environment();
-    let mut rng = form.rng();
-    let broken = Broken::start().await;
-    let (_addresses, address) = watch::channel(broken.service.address.clone());
-    broken.proxy.arm_by_chance(rng.fork(), 10);
-    let load = Load::start(&broken.external.config(), address, CLIENTS, &mut rng).await;
-    for _ in 0..form.pick(5, 100) {
-        load.acknowledges(rng.u64(20..100)).await;
+async fn acknowledged_writes_are_stored_once_while_connections_break_under_load() {
+    let settings = Settings::from_environment();
+    let mut rng = settings.rng();
+    let proxied = ProxiedService::start().await;
+    let (_addresses, address) = watch::channel(proxied.service.address.clone());
+    proxied.proxy.inject_randomly(rng.fork(), 10);
+    let load = Load::start(&proxied.external.config(), address, CLIENTS, &mut rng).await;
+    for _ in 0..settings.pick(5, 100) {
+        load.wait_for_acknowledged(rng.u64(20..100)).await;
         if rng.u32(..3) == 0 {
-            broken.proxy.cut_all();
+            proxied.proxy.close_all();
         }
     }
-    let made = load.finish().await;
-    broken.proxy.disarm();
-    println!("{} mutations, {} messages struck", made.len(), broken.proxy.struck());
-    assert!(broken.proxy.struck() > 5);
-    verify(&broken.external.config(), &broken.service.channel(), made).await;
-    broken.service.assert_sound();
+    let applied = load.finish().await;
+    proxied.proxy.clear_faults();
+    println!("{} mutations, {} faults injected", applied.len(), proxied.proxy.injected_count());
+    assert!(proxied.proxy.injected_count() > 5);
+    verify(&proxied.external.config(), &proxied.service.channel(), applied).await;
+    proxied.service.assert_no_internal_errors();
 }

@@ -1,4 +1,4 @@
-//! The service and its private database are killed again and again while many clients write.
+//! Kills the service and its embedded database repeatedly while many clients write.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use tokio_postgres::{Config, NoTls};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
-    harness::{Form, serves},
+    harness::{Settings, serves},
     load::Load,
     support::{
         bounds::{HANG, TICK},
@@ -29,12 +29,12 @@ use crate::{
 };
 
 const CLIENTS: usize = 16;
-/// How long health may say what is no longer so.
-const TRUTH_AFTER: Duration = Duration::from_secs(2);
-/// What a busy machine may add to that.
-const TRUTH_MARGIN: Duration = Duration::from_secs(1);
-/// How long the database is kept from coming back, once, so that health has to tell of it.
-const LONG_OUTAGE: Duration = Duration::from_secs(5);
+/// The longest time that the health check may lag behind the state of the database.
+const HEALTH_LAG_MAX: Duration = Duration::from_secs(2);
+/// Additional lag allowed for scheduling on a busy machine.
+const SCHEDULING_MARGIN: Duration = Duration::from_secs(1);
+/// The length of an outage that the health check must report.
+const OUTAGE: Duration = Duration::from_secs(5);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -42,43 +42,43 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 enum Fault {
     Service,
     Database,
-    /// Killed whenever it comes back, for a while.
-    DatabaseForLong,
+    /// The database is killed each time it restarts, for [`OUTAGE`].
+    DatabaseOutage,
 }
 
-/// Each kind of kill so often, in an order of the seed.
-fn faults(form: Form, rng: &mut fastrand::Rng) -> Vec<Fault> {
-    let services = std::iter::repeat_n(Fault::Service, form.pick(4, 50));
-    let databases = std::iter::repeat_n(Fault::Database, form.pick(1, 18));
-    let long = std::iter::repeat_n(Fault::DatabaseForLong, form.pick(1, 2));
+/// Returns the faults of a run in random order.
+fn faults(settings: Settings, rng: &mut fastrand::Rng) -> Vec<Fault> {
+    let services = std::iter::repeat_n(Fault::Service, settings.pick(4, 50));
+    let databases = std::iter::repeat_n(Fault::Database, settings.pick(1, 18));
+    let long = std::iter::repeat_n(Fault::DatabaseOutage, settings.pick(1, 2));
     let mut faults: Vec<Fault> = services.chain(databases).chain(long).collect();
     rng.shuffle(&mut faults);
     faults
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_is_killed_every_acknowledged_write_is_there_once_and_health_tells_the_truth() {
-    let form = Form::of_environment();
-    let mut rng = form.rng();
+async fn acknowledged_writes_survive_crashes_exactly_once_and_health_is_accurate() {
+    let settings = Settings::from_environment();
+    let mut rng = settings.rng();
     let dir = Dir::new();
     let data = dir.data();
     let command = || program(&["--data-dir", &data, "--bcrypt-cost", "4"]);
     let mut service = Service::start(&dir, command());
     assert_durable(&dir.database()).await;
     let (addresses, address) = watch::channel(service.address.clone());
-    let watched = Watched::start(dir.database(), address.clone());
+    let monitor = HealthMonitor::start(dir.database(), address.clone());
     let load = Load::start(&dir.database(), address, CLIENTS, &mut rng).await;
-    load.acknowledges(100).await;
+    load.wait_for_acknowledged(100).await;
 
     let mut recoveries = Vec::new();
-    for fault in faults(form, &mut rng) {
+    for fault in faults(settings, &mut rng) {
         tokio::time::sleep(Duration::from_millis(rng.u64(100..600))).await;
         let began = Instant::now();
         match fault {
             Fault::Service => {
                 service.kill();
                 if rng.u32(..4) == 0 {
-                    // Once more, while it starts.
+                    // Kill it again during its start.
                     let mut half_started = Service::spawn(&dir, command());
                     tokio::time::sleep(Duration::from_millis(rng.u64(..500))).await;
                     half_started.kill();
@@ -87,56 +87,63 @@ async fn whatever_is_killed_every_acknowledged_write_is_there_once_and_health_te
                 addresses.send_replace(service.address.clone());
             }
             Fault::Database => kill_database(&dir).await,
-            Fault::DatabaseForLong => {
-                while began.elapsed() < LONG_OUTAGE {
+            Fault::DatabaseOutage => {
+                while began.elapsed() < OUTAGE {
                     let _ = dir.server_pid().is_some_and(|pid| signal(pid, libc::SIGKILL));
                     tokio::time::sleep(TICK).await;
                 }
             }
         }
-        // Now and then the next one comes while this one is not yet over.
+        // Sometimes the next fault comes before the service has recovered.
         if rng.u32(..5) > 0 {
-            recoveries.push((fault, load.acknowledged_after(began).await));
+            recoveries.push((fault, load.wait_for_acknowledged_since(began).await));
         }
     }
-    load.acknowledged_after(Instant::now()).await;
-    // Long enough for health to be held to it.
-    tokio::time::sleep(TRUTH_AFTER + TRUTH_MARGIN * 2).await;
-    let made = load.finish().await;
-    report(&recoveries, &made);
-    watched.assert_truth().await;
-    assert!(made.iter().any(|made| made.tries > 1 && made.reply.is_some()), "no call was ever in danger");
+    load.wait_for_acknowledged_since(Instant::now()).await;
+    // Give the health check time to report the final state.
+    tokio::time::sleep(HEALTH_LAG_MAX + SCHEDULING_MARGIN * 2).await;
+    let mutations = load.finish().await;
+    print_report(&recoveries, &mutations);
+    monitor.assert_accurate().await;
+    assert!(
+        mutations.iter().any(|mutations| mutations.tries > 1 && mutations.response.is_some()),
+        "no acknowledged call needed a retry"
+    );
 
     assert_eq!(service.stop().code(), Some(0), "{}", service.log());
     let mut service = Service::start(&dir, command());
-    verify(&dir.database(), &service.channel(), made).await;
+    verify(&dir.database(), &service.channel(), mutations).await;
     assert_eq!(service.stop().code(), Some(0));
-    service.assert_sound();
+    service.assert_no_internal_errors();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn health_tells_of_a_database_that_neither_answers_nor_dies() {
+async fn health_fails_while_the_database_is_frozen() {
     let external = External::start(Durability::Throwaway);
     let service = Service::start(&external.dir, program(&["--database-url", &external.url()]));
     let channel = service.channel();
-    eventually("it serves", async || serves(&channel).await).await;
-    for _ in 0..Form::of_environment().pick(2, 10) {
+    eventually("health reports SERVING", async || serves(&channel).await).await;
+    for _ in 0..Settings::from_environment().pick(2, 10) {
         let frozen = Frozen::freeze(external.cluster.server_pid());
-        tokio::time::sleep(TRUTH_AFTER + TRUTH_MARGIN).await;
-        let told = serves(&channel).await;
+        tokio::time::sleep(HEALTH_LAG_MAX + SCHEDULING_MARGIN).await;
+        let reported = serves(&channel).await;
         drop(frozen);
-        assert!(!told, "it says that it serves, {:?} after the database has stopped", TRUTH_AFTER + TRUTH_MARGIN);
-        eventually("it serves again", async || serves(&channel).await).await;
+        assert!(
+            !reported,
+            "health reports SERVING {:?} after the database was frozen",
+            HEALTH_LAG_MAX + SCHEDULING_MARGIN
+        );
+        eventually("health reports SERVING again", async || serves(&channel).await).await;
     }
 }
 
-/// A server none of whose processes does anything until this is dropped.
+/// A PostgreSQL server whose processes are stopped until this is dropped.
 struct Frozen(Vec<u32>);
 
 impl Frozen {
     fn freeze(server: u32) -> Self {
         let mut frozen = Self(vec![server]);
-        // First, so that it makes no more.
+        // Stopped first, so that it forks no more backends.
         assert!(signal(server, libc::SIGSTOP));
         let children = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap();
         frozen.0.extend(children.split_whitespace().map(|pid| pid.parse::<u32>().unwrap()));
@@ -155,10 +162,10 @@ impl Drop for Frozen {
 
 async fn kill_database(dir: &Dir) {
     let killed = async || dir.server_pid().is_some_and(|pid| signal(pid, libc::SIGKILL));
-    eventually("there is a database to kill", killed).await;
+    eventually("the database runs", killed).await;
 }
 
-/// A kill may not cost an acknowledged commit, and the machine's failure neither.
+/// Asserts the settings that make acknowledged commits survive a crash of the machine.
 async fn assert_durable(database: &Config) {
     let rows = session(database).await;
     for setting in ["fsync", "synchronous_commit", "full_page_writes"] {
@@ -167,37 +174,37 @@ async fn assert_durable(database: &Config) {
     }
 }
 
-fn report(recoveries: &[(Fault, Duration)], made: &[crate::load::Made]) {
-    let acknowledged = made.iter().filter(|made| made.reply.is_some()).count();
-    let retried = made.iter().filter(|made| made.tries > 1).count();
-    println!("{} mutations: {acknowledged} acknowledged, {retried} of all only after a retry", made.len());
+fn print_report(recoveries: &[(Fault, Duration)], mutations: &[crate::load::CompletedMutation]) {
+    let acknowledged = mutations.iter().filter(|mutations| mutations.response.is_some()).count();
+    let retried = mutations.iter().filter(|mutations| mutations.tries > 1).count();
+    println!("{} mutations: {acknowledged} acknowledged, {retried} retried", mutations.len());
     for fault in [Fault::Service, Fault::Database] {
         let mut times: Vec<u128> =
             recoveries.iter().filter(|(of, _)| *of == fault).map(|(_, time)| time.as_millis()).collect();
         times.sort_unstable();
         if let (Some(min), Some(max)) = (times.first(), times.last()) {
             let median = times[times.len() / 2];
-            println!("{fault:?}: back after {min} / {median} / {max} ms (min / median / max of {})", times.len());
+            println!("{fault:?}: recovery took {min} / {median} / {max} ms (min / median / max of {})", times.len());
         }
     }
 }
 
-/// What was seen at a moment, from when it was asked until it was answered.
+/// A result, and the times at which its request started and ended.
 #[derive(Clone, Copy, Debug)]
-struct Seen<T> {
+struct Observation<T> {
     from: Instant,
     to: Instant,
-    what: T,
+    value: T,
 }
 
-/// Health as a client sees it, and the database as it is, side by side.
-struct Watched {
+/// Polls the health check and the database concurrently.
+struct HealthMonitor {
     stop: Arc<AtomicBool>,
-    health: JoinHandle<Vec<Seen<Option<bool>>>>,
-    database: JoinHandle<Vec<Seen<bool>>>,
+    health: JoinHandle<Vec<Observation<Option<bool>>>>,
+    database: JoinHandle<Vec<Observation<bool>>>,
 }
 
-impl Watched {
+impl HealthMonitor {
     fn start(database: Config, address: watch::Receiver<String>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         Self {
@@ -207,83 +214,90 @@ impl Watched {
         }
     }
 
-    /// Whenever the database has been up, or away, for longer than health may lag behind, and the service was there
-    /// throughout, health has said so.
-    async fn assert_truth(self) {
+    /// Asserts that whenever the database was up, or down, for longer than the allowed lag while the service was reachable, the
+    /// health check reported it.
+    async fn assert_accurate(self) {
         self.stop.store(true, Ordering::SeqCst);
         let (health, database) = (self.health.await.unwrap(), self.database.await.unwrap());
-        let judged = Judged::with_lag(&health, &database, TRUTH_AFTER + TRUTH_MARGIN);
+        let comparison = HealthComparison::with_lag(&health, &database, HEALTH_LAG_MAX + SCHEDULING_MARGIN);
         println!(
-            "health was right {} times with the database there, {} with it away",
-            judged.serving, judged.not_serving
+            "health was accurate {} times with the database up, {} with it down",
+            comparison.serving, comparison.not_serving
         );
-        assert_eq!(judged.wrong, None, "after the first poll it was wrong for longer than it may");
-        assert!(judged.serving > 0 && judged.not_serving > 0, "health was never asked when it mattered");
-        let is_right = |lag: &Duration| Judged::with_lag(&health, &database, *lag).wrong.is_none();
+        assert_eq!(comparison.first_mismatch, None, "the health check lagged too long (time since the first poll)");
+        assert!(
+            comparison.serving > 0 && comparison.not_serving > 0,
+            "no health check was comparable in one of the two states"
+        );
+        let is_right = |lag: &Duration| HealthComparison::with_lag(&health, &database, *lag).first_mismatch.is_none();
         let lag = (0..).map(|nth| POLL_INTERVAL * nth).find(is_right).unwrap();
-        println!("it was never behind for more than {lag:?}");
+        println!("the health check lagged by {lag:?} at most");
     }
 }
 
-/// What health said against what was so.
+/// Counts of accurate health checks, and the first inaccurate one.
 #[derive(Default)]
-struct Judged {
+struct HealthComparison {
     serving: usize,
     not_serving: usize,
-    /// When it said first what had not been so for longer than it may lag behind, after the first poll.
-    wrong: Option<Duration>,
+    /// The time of the first check that was wrong beyond the allowed lag, since the first poll.
+    first_mismatch: Option<Duration>,
 }
 
-impl Judged {
-    fn with_lag(health: &[Seen<Option<bool>>], database: &[Seen<bool>], lag: Duration) -> Self {
-        let mut judged = Self::default();
-        for seen in health {
-            let Some(told) = seen.what else { continue };
-            let since = seen.from.checked_sub(lag).unwrap();
-            let during = |from: Instant, to: Instant| to >= since && from <= seen.to;
-            let silent = health.iter().any(|other| other.what.is_none() && during(other.from, other.to));
-            let mut truths = database.iter().filter(|probe| during(probe.from, probe.to)).map(|probe| probe.what);
-            let Some(truth) = truths.next().filter(|truth| truths.all(|other| other == *truth)) else { continue };
-            // Who cannot even ask in time has a machine on which nothing is done in time.
-            let stood_still = database.windows(2).any(|pair| {
-                during(pair[0].from, pair[1].from) && pair[1].from - pair[0].from > PROBE_TIMEOUT + TRUTH_MARGIN
+impl HealthComparison {
+    fn with_lag(health: &[Observation<Option<bool>>], database: &[Observation<bool>], lag: Duration) -> Self {
+        let mut comparison = Self::default();
+        for observation in health {
+            let Some(reported) = observation.value else { continue };
+            let since = observation.from.checked_sub(lag).unwrap();
+            let during = |from: Instant, to: Instant| to >= since && from <= observation.to;
+            let unreachable = health.iter().any(|other| other.value.is_none() && during(other.from, other.to));
+            let mut actual_values =
+                database.iter().filter(|probe| during(probe.from, probe.to)).map(|probe| probe.value);
+            let Some(actual) = actual_values.next().filter(|actual| actual_values.all(|other| other == *actual)) else {
+                continue;
+            };
+            // Gaps between the probes show that the machine was too busy to judge the health check.
+            let stalled = database.windows(2).any(|pair| {
+                during(pair[0].from, pair[1].from) && pair[1].from - pair[0].from > PROBE_TIMEOUT + SCHEDULING_MARGIN
             });
-            if silent || stood_still || health[0].from > since {
+            if unreachable || stalled || health[0].from > since {
                 continue;
             }
-            match truth {
-                _ if told != truth => {
-                    judged.wrong.get_or_insert(seen.from - health[0].from);
+            match actual {
+                _ if reported != actual => {
+                    comparison.first_mismatch.get_or_insert(observation.from - health[0].from);
                 }
-                true => judged.serving += 1,
-                false => judged.not_serving += 1,
+                true => comparison.serving += 1,
+                false => comparison.not_serving += 1,
             }
         }
-        judged
+        comparison
     }
 }
 
-/// None: the service is not there.
-async fn watch_health(address: watch::Receiver<String>, stop: Arc<AtomicBool>) -> Vec<Seen<Option<bool>>> {
-    let mut seen = Vec::new();
+/// Polls the health check until `stop`. The value is `None` while the service is unreachable.
+async fn watch_health(address: watch::Receiver<String>, stop: Arc<AtomicBool>) -> Vec<Observation<Option<bool>>> {
+    let mut observations = Vec::new();
     let mut connected = (String::new(), None);
     while !stop.load(Ordering::SeqCst) {
-        let newest = address.borrow().clone();
-        if connected.0 != newest {
-            connected = (newest.clone(), Some(HealthClient::new(channel(&newest))));
+        let current = address.borrow().clone();
+        if connected.0 != current {
+            connected = (current.clone(), Some(HealthClient::new(channel(&current))));
         }
         let from = Instant::now();
         let client = connected.1.as_mut().unwrap();
         let checked = tokio::time::timeout(HANG, client.check(HealthCheckRequest::default())).await.unwrap();
-        let what = checked.ok().map(|checked| checked.into_inner().status() == ServingStatus::Serving);
-        seen.push(Seen { from, to: Instant::now(), what });
+        let value = checked.ok().map(|checked| checked.into_inner().status() == ServingStatus::Serving);
+        observations.push(Observation { from, to: Instant::now(), value });
         tokio::time::sleep(POLL_INTERVAL).await;
     }
-    seen
+    observations
 }
 
-async fn watch_database(config: Config, stop: Arc<AtomicBool>) -> Vec<Seen<bool>> {
-    let mut seen = Vec::new();
+/// Polls the database until `stop`.
+async fn watch_database(config: Config, stop: Arc<AtomicBool>) -> Vec<Observation<bool>> {
+    let mut observations = Vec::new();
     let mut client = None;
     while !stop.load(Ordering::SeqCst) {
         let from = Instant::now();
@@ -295,12 +309,12 @@ async fn watch_database(config: Config, stop: Arc<AtomicBool>) -> Vec<Seen<bool>
             }
             client.as_ref()?.simple_query("SELECT 1").await.ok()
         };
-        let what = matches!(tokio::time::timeout(PROBE_TIMEOUT, probe).await, Ok(Some(_)));
-        if !what {
+        let value = matches!(tokio::time::timeout(PROBE_TIMEOUT, probe).await, Ok(Some(_)));
+        if !value {
             client = None;
         }
-        seen.push(Seen { from, to: Instant::now(), what });
+        observations.push(Observation { from, to: Instant::now(), value });
         tokio::time::sleep(POLL_INTERVAL).await;
     }
-    seen
+    observations
 }

@@ -1,4 +1,4 @@
-//! Clients that do everything at once, try again until they are answered, and keep what they were told.
+//! Concurrent clients that mix all mutations and reads, retry until they receive an outcome, and record the responses.
 
 use std::{
     collections::HashMap,
@@ -23,12 +23,12 @@ use tonic_types::StatusExt;
 use uuid::Uuid;
 
 use crate::{
-    harness::{Caller, call, callers},
+    harness::{Caller, call, create_callers},
     support::{bounds::HANG, database::session, service::channel},
 };
 
 const LABELS: usize = 5;
-/// The issues that everybody is at.
+/// The number of issues that all clients prefer, so that they conflict.
 const HOT_ISSUES: usize = 10;
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -44,27 +44,27 @@ pub enum Kind {
     Undelete,
 }
 
-/// A mutation and what became of it.
+/// A mutation and its outcome.
 #[derive(Clone, Debug)]
-pub struct Made {
+pub struct CompletedMutation {
     pub kind: Kind,
     pub caller: Uuid,
     pub token: String,
     pub method: &'static str,
     pub message: Vec<u8>,
     pub request_id: Uuid,
-    /// In what it writes, and in nothing else.
+    /// A text that only this mutation writes.
     pub marker: String,
-    /// The issue that it is about, if it is one.
+    /// The issue that it changes, if it changes exactly one.
     pub issue_id: String,
-    /// How often it was tried.
+    /// The number of attempts.
     pub tries: u32,
-    /// The reply; none: refused for good, and so nothing is written.
-    pub reply: Option<Vec<u8>>,
+    /// The encoded response. `None` if the mutation was rejected and wrote nothing.
+    pub response: Option<Vec<u8>>,
 }
 
-/// What the clients share.
-struct Shared {
+/// The state that the clients share.
+struct LoadState {
     address: watch::Receiver<String>,
     stop: AtomicBool,
     began: Instant,
@@ -72,19 +72,19 @@ struct Shared {
     last_acknowledged_us: AtomicU64,
     acknowledged: AtomicU64,
     label_ids: Vec<String>,
-    /// The issues that were filed, in order, and the highest version that anybody was told of each.
+    /// The ids of the created issues, in order, and the highest version of each that a response has reported.
     issues: Mutex<(Vec<String>, HashMap<String, i64>)>,
 }
 
-impl Shared {
+impl LoadState {
     fn issues(&self) -> MutexGuard<'_, (Vec<String>, HashMap<String, i64>)> {
         self.issues.lock().unwrap()
     }
 
-    fn saw(&self, id: &str, version: i64) {
+    fn record_version(&self, id: &str, version: i64) {
         let mut issues = self.issues();
         match issues.1.get_mut(id) {
-            Some(known) => *known = version.max(*known),
+            Some(known_version) => *known_version = version.max(*known_version),
             None => {
                 issues.1.insert(id.to_owned(), version);
                 issues.0.push(id.to_owned());
@@ -94,19 +94,19 @@ impl Shared {
 }
 
 pub struct Load {
-    shared: Arc<Shared>,
-    clients: Vec<JoinHandle<Vec<Made>>>,
+    state: Arc<LoadState>,
+    clients: Vec<JoinHandle<Vec<CompletedMutation>>>,
 }
 
 impl Load {
-    /// Begins with so many clients, each with a token of its own. They follow the service to its newest address.
+    /// Starts clients, each with its own token. They reconnect when the address changes.
     pub async fn start(
         database: &Config,
         address: watch::Receiver<String>,
         clients: usize,
         rng: &mut fastrand::Rng,
     ) -> Self {
-        let callers = callers(database, clients).await;
+        let create_callers = create_callers(database, clients).await;
         let rows = session(database).await;
         let mut label_ids = Vec::new();
         for _ in 0..LABELS {
@@ -115,7 +115,7 @@ impl Load {
             rows.execute(SQL, &[&id]).await.unwrap();
             label_ids.push(id.to_string());
         }
-        let shared = Arc::new(Shared {
+        let state = Arc::new(LoadState {
             address,
             stop: AtomicBool::new(false),
             began: Instant::now(),
@@ -125,26 +125,26 @@ impl Load {
             issues: Mutex::default(),
         });
         let run = |(nth, caller)| {
-            let client = Client { nth, caller, shared: Arc::clone(&shared), rng: rng.fork(), made: Vec::new() };
+            let client = Client { nth, caller, state: Arc::clone(&state), rng: rng.fork(), mutations: Vec::new() };
             tokio::spawn(client.run())
         };
-        let clients = callers.into_iter().enumerate().map(run).collect();
-        Self { shared, clients }
+        let clients = create_callers.into_iter().enumerate().map(run).collect();
+        Self { state, clients }
     }
 
     pub fn acknowledged(&self) -> u64 {
-        self.shared.acknowledged.load(Ordering::SeqCst)
+        self.state.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Of all that were filed so far.
+    /// Returns the ids of all issues created so far.
     pub fn issue_ids(&self) -> Vec<String> {
-        self.shared.issues().0.clone()
+        self.state.issues().0.clone()
     }
 
-    /// Waits for the acknowledgement of a mutation that was sent after this moment, and tells how long it took to come.
-    pub async fn acknowledged_after(&self, moment: Instant) -> Duration {
-        let moment_us = moment.duration_since(self.shared.began).as_micros() as u64;
-        while self.shared.last_acknowledged_us.load(Ordering::SeqCst) <= moment_us {
+    /// Waits until a mutation sent after `moment` is acknowledged. Returns the time since `moment`.
+    pub async fn wait_for_acknowledged_since(&self, moment: Instant) -> Duration {
+        let moment_us = moment.duration_since(self.state.began).as_micros() as u64;
+        while self.state.last_acknowledged_us.load(Ordering::SeqCst) <= moment_us {
             assert!(moment.elapsed() < HANG, "the service does not recover");
             assert!(self.clients.iter().all(|client| !client.is_finished()), "a client has failed");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -152,42 +152,42 @@ impl Load {
         moment.elapsed()
     }
 
-    /// Waits until so many more mutations are acknowledged.
-    pub async fn acknowledges(&self, more: u64) {
+    /// Waits until `more` further mutations are acknowledged.
+    pub async fn wait_for_acknowledged(&self, more: u64) {
         let (began, target) = (Instant::now(), self.acknowledged() + more);
         while self.acknowledged() < target {
-            assert!(began.elapsed() < HANG, "nothing is acknowledged any more");
+            assert!(began.elapsed() < HANG, "no mutation is acknowledged");
             assert!(self.clients.iter().all(|client| !client.is_finished()), "a client has failed");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    /// Lets each client finish its call; answers all that they have made.
-    pub async fn finish(self) -> Vec<Made> {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        let mut made = Vec::new();
+    /// Stops the clients after their current calls. Returns all their mutations.
+    pub async fn finish(self) -> Vec<CompletedMutation> {
+        self.state.stop.store(true, Ordering::SeqCst);
+        let mut mutations = Vec::new();
         for client in self.clients {
-            made.extend(client.await.unwrap());
+            mutations.extend(client.await.unwrap());
         }
-        made
+        mutations
     }
 }
 
 struct Client {
     nth: usize,
     caller: Caller,
-    shared: Arc<Shared>,
+    state: Arc<LoadState>,
     rng: fastrand::Rng,
-    made: Vec<Made>,
+    mutations: Vec<CompletedMutation>,
 }
 
-/// A mutation that is to be made: how, with which message, about which issue.
-type Mutation = (Kind, &'static str, Vec<u8>, String);
+/// A mutation to send: its kind, method, encoded message, and the id of the issue that it changes.
+type PlannedMutation = (Kind, &'static str, Vec<u8>, String);
 
 impl Client {
-    async fn run(mut self) -> Vec<Made> {
-        let mut connected = Connection::to(self.shared.address.clone());
-        while !self.shared.stop.load(Ordering::SeqCst) {
+    async fn run(mut self) -> Vec<CompletedMutation> {
+        let mut connected = Connection::to(self.state.address.clone());
+        while !self.state.stop.load(Ordering::SeqCst) {
             if self.rng.u32(..4) == 0 {
                 self.read(&mut connected).await;
             } else {
@@ -195,61 +195,76 @@ impl Client {
             }
             tokio::time::sleep(Duration::from_millis(self.rng.u64(..10))).await;
         }
-        self.made
+        self.mutations
     }
 
-    /// An issue is never seen older than somebody was told it is, and a page has no row twice.
+    /// Reads an issue or a page. Asserts that versions never go back, and that a page is ordered without duplicates.
     async fn read(&mut self, connection: &mut Connection) {
         if self.rng.bool() {
             let list = ListIssuesRequest { page_size: 20, show_deleted: self.rng.bool(), ..Default::default() };
             let list = list.encode_to_vec();
             let listed = call(connection.channel(), &self.caller.token, "IssueService/ListIssues", &list).await;
-            let Some(page) = judged(listed).flatten() else { return connection.pause().await };
+            let Some(page) = classify(listed).flatten() else { return connection.pause().await };
             let page = ListIssuesResponse::decode(&*page).unwrap();
             let order: Vec<&str> = page.issues.iter().map(|issue| &*issue.id).collect();
             assert!(order.is_sorted_by(|left, right| left > right), "{order:?}");
             return;
         }
         let Some(id) = self.issue() else { return };
-        let known = self.shared.issues().1[&id];
+        let known_version = self.state.issues().1[&id];
         let get = GetIssueRequest { id: id.clone(), ..Default::default() };
         let read = call(connection.channel(), &self.caller.token, "IssueService/GetIssue", &get.encode_to_vec()).await;
-        let Some(issue) = judged(read).flatten() else { return connection.pause().await };
+        let Some(issue) = classify(read).flatten() else { return connection.pause().await };
         let issue = Issue::decode(&*issue).unwrap();
-        assert!(issue.version >= known, "{id} is seen at version {}, and was told to be at {known}", issue.version);
+        assert!(
+            issue.version >= known_version,
+            "{id} has version {}, but a response has reported {known_version}",
+            issue.version
+        );
     }
 
     async fn mutate(&mut self, connection: &mut Connection) {
         let request_id = Uuid::new_v4();
-        let marker = format!("m-{}-{}", self.nth, self.made.len());
+        let marker = format!("m-{}-{}", self.nth, self.mutations.len());
         let Some((kind, method, message, issue_id)) = self.mutation(&request_id.to_string(), &marker) else { return };
         let began = Instant::now();
         for tries in 1.. {
-            let sent_us = self.shared.began.elapsed().as_micros() as u64;
-            let answer = call(connection.channel(), &self.caller.token, method, &message).await;
-            let Some(reply) = judged(answer) else {
-                assert!(began.elapsed() < HANG, "{method} is never answered");
+            let sent_us = self.state.began.elapsed().as_micros() as u64;
+            let result = call(connection.channel(), &self.caller.token, method, &message).await;
+            let Some(response) = classify(result) else {
+                assert!(began.elapsed() < HANG, "{method} has no outcome");
                 connection.pause().await;
                 continue;
             };
-            if let Some(reply) = &reply {
-                self.shared.last_acknowledged_us.fetch_max(sent_us, Ordering::SeqCst);
-                self.shared.acknowledged.fetch_add(1, Ordering::SeqCst);
-                for (id, version) in told_versions(kind, reply) {
-                    self.shared.saw(&id, version);
+            if let Some(response) = &response {
+                self.state.last_acknowledged_us.fetch_max(sent_us, Ordering::SeqCst);
+                self.state.acknowledged.fetch_add(1, Ordering::SeqCst);
+                for (id, version) in versions_in_response(kind, response) {
+                    self.state.record_version(&id, version);
                 }
             }
             let (caller, token) = (self.caller.id, self.caller.token.clone());
-            self.made.push(Made { kind, caller, token, method, message, request_id, marker, issue_id, tries, reply });
+            self.mutations.push(CompletedMutation {
+                kind,
+                caller,
+                token,
+                method,
+                message,
+                request_id,
+                marker,
+                issue_id,
+                tries,
+                response,
+            });
             return;
         }
     }
 
-    /// None: there is nothing yet to change.
-    fn mutation(&mut self, request_id: &str, marker: &str) -> Option<Mutation> {
+    /// Picks a random mutation. Returns `None` if there is no issue to change yet.
+    fn mutation(&mut self, request_id: &str, marker: &str) -> Option<PlannedMutation> {
         let request_id = request_id.to_owned();
-        let number = if self.shared.issues().0.len() < HOT_ISSUES { 0 } else { self.rng.u32(..100) };
-        let new = |marker: String| Issue { title: "as filed".to_owned(), description: marker, ..Issue::default() };
+        let number = if self.state.issues().0.len() < HOT_ISSUES { 0 } else { self.rng.u32(..100) };
+        let new = |marker: String| Issue { title: "as created".to_owned(), description: marker, ..Issue::default() };
         Some(match number {
             0..25 => {
                 let issue = Some(new(marker.to_owned()));
@@ -283,17 +298,17 @@ impl Client {
         })
     }
 
-    fn update(&mut self, request_id: String, marker: &str) -> Option<Mutation> {
+    fn update(&mut self, request_id: String, marker: &str) -> Option<PlannedMutation> {
         let id = self.issue()?;
-        // Stale, if somebody is quicker.
-        let expected_version = if self.rng.bool() { self.shared.issues().1[&id] } else { 0 };
+        // Stale if another client updates the issue first.
+        let expected_version = if self.rng.bool() { self.state.issues().1[&id] } else { 0 };
         let comment = if self.rng.u32(..3) == 0 { marker.to_owned() } else { String::new() };
         let issue = Some(Issue { id: id.clone(), title: marker.to_owned(), ..Issue::default() });
         let request = UpdateIssueRequest { issue, expected_version, comment, request_id, ..Default::default() };
         Some((Kind::Update, "IssueService/UpdateIssue", request.encode_to_vec(), id))
     }
 
-    fn bulk(&mut self, request_id: String, marker: &str) -> Option<Mutation> {
+    fn bulk(&mut self, request_id: String, marker: &str) -> Option<PlannedMutation> {
         let mut ids: Vec<String> = (0..self.rng.usize(2..6)).filter_map(|_| self.issue()).collect();
         ids.sort();
         ids.dedup();
@@ -305,9 +320,9 @@ impl Client {
         Some((Kind::Bulk, "IssueService/BulkUpdateStatus", request.encode_to_vec(), String::new()))
     }
 
-    fn labels(&mut self, request_id: String) -> Option<Mutation> {
+    fn labels(&mut self, request_id: String) -> Option<PlannedMutation> {
         let id = self.issue()?;
-        let label_ids = self.rng.choose_multiple(&self.shared.label_ids, 2).into_iter().cloned().collect();
+        let label_ids = self.rng.choose_multiple(&self.state.label_ids, 2).into_iter().cloned().collect();
         let issue_id = id.clone();
         let (method, message) = match self.rng.u32(..3) {
             0 => {
@@ -327,40 +342,40 @@ impl Client {
     }
 
     fn issue(&mut self) -> Option<String> {
-        let issues = self.shared.issues();
+        let issues = self.state.issues();
         let among = if self.rng.bool() { &issues.0[..issues.0.len().min(HOT_ISSUES)] } else { &issues.0[..] };
         self.rng.choose_multiple(among, 1).first().map(|id| (*id).clone())
     }
 }
 
-/// The issues and versions that a reply tells of.
-pub fn told_versions(kind: Kind, reply: &[u8]) -> Vec<(String, i64)> {
+/// Returns the ids and versions of the issues in a response.
+pub fn versions_in_response(kind: Kind, response: &[u8]) -> Vec<(String, i64)> {
     let of_issue = |issue: Issue| (issue.id, issue.version);
     match kind {
         Kind::Create | Kind::Update | Kind::Labels | Kind::Delete | Kind::Undelete => {
-            vec![of_issue(Issue::decode(reply).unwrap())]
+            vec![of_issue(Issue::decode(response).unwrap())]
         }
         Kind::BatchCreate => {
-            BatchCreateIssuesResponse::decode(reply).unwrap().issues.into_iter().map(of_issue).collect()
+            BatchCreateIssuesResponse::decode(response).unwrap().issues.into_iter().map(of_issue).collect()
         }
         Kind::Bulk => {
-            let results = BulkUpdateStatusResponse::decode(reply).unwrap().results;
+            let results = BulkUpdateStatusResponse::decode(response).unwrap().results;
             results.into_iter().map(|result| (result.id, result.version)).collect()
         }
         Kind::Comment => Vec::new(),
     }
 }
 
-/// What an answer means: none that nobody knows and it is to be tried again, else the reply or a refusal for good.
-/// Anything that a caller should never see fails the test.
-pub fn judged(answer: Result<Vec<u8>, Status>) -> Option<Option<Vec<u8>>> {
-    let status = match answer {
-        Ok(reply) => return Some(Some(reply)),
+/// Classifies the result of a call: `None` if the outcome is unknown and the call must be retried, `Some(None)` if it was
+/// rejected permanently, `Some(Some(response))` if it succeeded. Panics on an error that a caller must never receive.
+pub fn classify(result: Result<Vec<u8>, Status>) -> Option<Option<Vec<u8>>> {
+    let status = match result {
+        Ok(response) => return Some(Some(response)),
         Err(status) => status,
     };
     let reason = status.get_details_error_info().map(|info| info.reason);
     match (status.code(), reason.as_deref()) {
-        // Made by the client's own side, as the connection was lost.
+        // The client library reports these when the connection is lost.
         (Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled | Code::DeadlineExceeded, None) => None,
         (Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Cancelled, Some(_)) => None,
         (Code::Aborted, Some("CONFLICT")) => None,
@@ -369,7 +384,7 @@ pub fn judged(answer: Result<Vec<u8>, Status>) -> Option<Option<Vec<u8>>> {
     }
 }
 
-/// A connection to wherever the service is.
+/// A connection that follows the address of the service.
 struct Connection {
     address: watch::Receiver<String>,
     channel: Channel,
@@ -388,7 +403,7 @@ impl Connection {
         &self.channel
     }
 
-    /// As the service asks its callers to, only shorter.
+    /// Waits before a retry, for less time than the service asks for.
     async fn pause(&self) {
         tokio::time::sleep(RETRY_PAUSE).await;
     }

@@ -1,5 +1,5 @@
-//! A way to the database that breaks where the test wants it to: between TCP and the database's Unix socket, it reads
-//! PostgreSQL's messages and cuts the connection around the one that it was told of.
+//! A proxy between the service and the Unix socket of PostgreSQL that injects faults: it parses the messages of the protocol and
+//! closes the connection, or delays responses, at a chosen message.
 
 use std::{
     collections::HashMap,
@@ -19,176 +19,180 @@ use tokio::{
 
 use crate::support::bounds::HANG;
 
-/// Of the message with which a connection begins, and of every other.
+/// The startup message has a length but no type byte.
 const STARTUP_HEADER_BYTES: usize = 4;
+/// The type byte and the length of every other message.
 const HEADER_BYTES: usize = 5;
 
-/// Which message of the service a fault strikes.
+/// The message at which a fault is injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum At {
-    /// The end of a transaction.
+pub enum FaultPoint {
+    /// The COMMIT of a transaction.
     Commit,
-    /// The execution of a statement whose name begins like this.
+    /// The execution of a prepared statement whose name starts with this prefix.
     Execute(&'static str),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The database never gets the message.
-    CutBefore,
-    /// The database gets it and has done it, the service gets no answer.
-    CutAfter,
-    /// The database gets it, and nobody waits for what it does.
-    CutAtOnce,
-    /// The service gets no answer until [`Proxy::release`].
-    Hold,
+    /// The database does not receive the message, and the connection closes.
+    DropRequest,
+    /// The database completes the request, but the connection closes before the service receives the response.
+    DropResponse,
+    /// The connection closes as soon as the message is sent, while the database may still execute it.
+    CloseAfterSend,
+    /// The service receives no response until [`Proxy::release`].
+    DelayResponse,
 }
 
-const FAULTS_BY_CHANCE: [Fault; 3] = [Fault::CutBefore, Fault::CutAfter, Fault::CutAtOnce];
+const RANDOM_FAULTS: [Fault; 3] = [Fault::DropRequest, Fault::DropResponse, Fault::CloseAfterSend];
 
 #[derive(Default)]
-struct Plan {
-    armed: Vec<(At, Fault)>,
-    /// Each commit is struck once in so many times.
-    by_chance: Option<(fastrand::Rng, u32)>,
+struct FaultPlan {
+    planned: Vec<(FaultPoint, Fault)>,
+    /// Injects a random fault into one of this many commits on average.
+    random: Option<(fastrand::Rng, u32)>,
 }
 
-struct Shared {
+struct ProxyState {
     socket: PathBuf,
-    plan: Mutex<Plan>,
-    struck: AtomicUsize,
-    /// Counts up; at each step every connection that is made is cut.
-    cuts: watch::Sender<u32>,
-    /// Counts up; at each step what is held goes on.
-    releases: watch::Sender<u32>,
-    /// Ends when those who have its sender, the connections that were made since the last cut, have ended.
-    alive: Mutex<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
+    plan: Mutex<FaultPlan>,
+    injected_count: AtomicUsize,
+    /// Incremented to close every established connection.
+    close_signal: watch::Sender<u32>,
+    /// Incremented to send the delayed responses.
+    release_signal: watch::Sender<u32>,
+    /// Every connection established since the last close holds a clone of the sender, so the receiver ends with the last of
+    /// them.
+    open_connection: Mutex<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
 pub struct Proxy {
     pub port: u16,
-    shared: Arc<Shared>,
+    state: Arc<ProxyState>,
 }
 
 impl Proxy {
-    /// In front of the server with this socket.
+    /// Starts a proxy in front of the server with this socket.
     pub async fn start(socket: PathBuf) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let shared = Arc::new(Shared {
+        let state = Arc::new(ProxyState {
             socket,
             plan: Mutex::default(),
-            struck: AtomicUsize::new(0),
-            cuts: watch::channel(0).0,
-            releases: watch::channel(0).0,
-            alive: Mutex::new(mpsc::channel(1)),
+            injected_count: AtomicUsize::new(0),
+            close_signal: watch::channel(0).0,
+            release_signal: watch::channel(0).0,
+            open_connection: Mutex::new(mpsc::channel(1)),
         });
-        let of_connections = Arc::clone(&shared);
+        let accept_state = Arc::clone(&state);
         tokio::spawn(async move {
             while let Ok((service, _)) = listener.accept().await {
-                let shared = Arc::clone(&of_connections);
-                // One that ends early is what this is for.
-                tokio::spawn(async move { Connection::run(service, shared).await.unwrap_or_default() });
+                let state = Arc::clone(&accept_state);
+                tokio::spawn(async move { Connection::run(service, state).await.unwrap_or_default() });
             }
         });
-        Self { port, shared }
+        Self { port, state }
     }
 
-    /// How the service reaches the database through it.
+    /// Returns a database URL that goes through the proxy.
     pub fn url(&self) -> String {
         format!("host=127.0.0.1 port={} user=postgres dbname=postgres sslmode=disable", self.port)
     }
 
-    /// The next message of this kind is struck; armed several times, the next several.
-    pub fn arm(&self, at: At, fault: Fault) {
-        self.shared.plan.lock().unwrap().armed.push((at, fault));
+    /// Injects a fault at the next message of this kind. Repeated calls add faults for the messages after it.
+    pub fn inject(&self, at: FaultPoint, fault: Fault) {
+        self.state.plan.lock().unwrap().planned.push((at, fault));
     }
 
-    pub fn arm_by_chance(&self, rng: fastrand::Rng, once_in: u32) {
-        self.shared.plan.lock().unwrap().by_chance = Some((rng, once_in));
+    pub fn inject_randomly(&self, rng: fastrand::Rng, once_in: u32) {
+        self.state.plan.lock().unwrap().random = Some((rng, once_in));
     }
 
-    /// Nothing is struck any more; tells what was armed in vain.
-    pub fn disarm(&self) -> Vec<(At, Fault)> {
-        std::mem::take(&mut *self.shared.plan.lock().unwrap()).armed
+    /// Stops injecting faults. Returns those that were not injected.
+    pub fn clear_faults(&self) -> Vec<(FaultPoint, Fault)> {
+        std::mem::take(&mut *self.state.plan.lock().unwrap()).planned
     }
 
-    /// How many messages were struck so far.
-    pub fn struck(&self) -> usize {
-        self.shared.struck.load(Ordering::SeqCst)
+    /// Returns the number of faults injected so far.
+    pub fn injected_count(&self) -> usize {
+        self.state.injected_count.load(Ordering::SeqCst)
     }
 
-    /// All connections that are made end now.
-    pub fn cut_all(&self) {
-        self.shared.cuts.send_modify(|count| *count += 1);
+    /// Closes all established connections.
+    pub fn close_all(&self) {
+        self.state.close_signal.send_modify(|count| *count += 1);
     }
 
-    /// As [`Proxy::cut_all`]; returns when the service has closed its ends of them, and so knows.
-    pub async fn cut_all_noticed(&self) {
-        let (alive, mut gone) = std::mem::replace(&mut *self.shared.alive.lock().unwrap(), mpsc::channel(1));
-        drop(alive);
-        self.cut_all();
-        let noticed = tokio::time::timeout(HANG, gone.recv()).await;
-        assert!(noticed.expect("the service does not notice").is_none());
+    /// Closes all established connections. Returns once the service has closed its ends too.
+    pub async fn close_all_and_wait(&self) {
+        let (open_connection, mut all_closed) =
+            std::mem::replace(&mut *self.state.open_connection.lock().unwrap(), mpsc::channel(1));
+        drop(open_connection);
+        self.close_all();
+        let result = tokio::time::timeout(HANG, all_closed.recv()).await;
+        assert!(result.expect("the service does not close its connections").is_none());
     }
 
     pub fn release(&self) {
-        self.shared.releases.send_modify(|count| *count += 1);
+        self.state.release_signal.send_modify(|count| *count += 1);
     }
 }
 
-/// What becomes of the database's answers.
+/// How responses of the database are handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answers {
-    Forwarded,
-    /// Until so many of the database's "ready" have come, which is when the connection is cut.
-    LostUntil(usize),
-    Held,
+enum ResponseMode {
+    Forward,
+    /// Discards responses until this many ReadyForQuery messages have arrived, then closes the connection.
+    DiscardUntilReady(usize),
+    Hold,
 }
 
 struct Connection {
-    shared: Arc<Shared>,
+    state: Arc<ProxyState>,
     database: UnixStream,
     service: TcpStream,
     from_service: BytesMut,
     from_database: BytesMut,
     held: BytesMut,
-    answers: Answers,
-    /// Its first message has another form.
-    is_begun: bool,
-    /// The names of statements by how the service calls them, and which one is bound.
+    response_mode: ResponseMode,
+    /// Whether the startup message, which has another format, has been forwarded.
+    startup_forwarded: bool,
+    /// The names of the prepared statements, from the first line of their SQL, by their protocol-level names.
     statements: HashMap<Vec<u8>, String>,
-    bound: String,
-    /// How often the database was and will be asked to say that it is ready, its greeting included, and how often it has.
-    ready_asked: usize,
-    ready_said: usize,
-    /// Once it is made.
-    alive: Option<mpsc::Sender<()>>,
+    /// The name of the statement that was bound last.
+    bound_statement: String,
+    /// ReadyForQuery messages that the requests so far lead to, including the one after startup.
+    ready_expected: usize,
+    /// ReadyForQuery messages received.
+    ready_received: usize,
+    /// Set once the connection is established.
+    open_connection: Option<mpsc::Sender<()>>,
 }
 
-/// The connection is to be cut.
-struct Cut;
+/// Requests that the connection be closed.
+struct CloseConnection;
 
 impl Connection {
-    /// None: it broke.
-    async fn run(service: TcpStream, shared: Arc<Shared>) -> Option<()> {
-        let (mut cuts, mut releases) = (shared.cuts.subscribe(), shared.releases.subscribe());
+    /// Serves one connection. Returns `None` when it closes or breaks.
+    async fn run(service: TcpStream, state: Arc<ProxyState>) -> Option<()> {
+        let (mut close_signal, mut release_signal) = (state.close_signal.subscribe(), state.release_signal.subscribe());
         service.set_nodelay(true).ok()?;
-        let database = UnixStream::connect(&shared.socket).await.ok()?;
+        let database = UnixStream::connect(&state.socket).await.ok()?;
         let mut connection = Self {
-            shared,
+            state,
             database,
             service,
             from_service: BytesMut::new(),
             from_database: BytesMut::new(),
             held: BytesMut::new(),
-            answers: Answers::Forwarded,
-            is_begun: false,
+            response_mode: ResponseMode::Forward,
+            startup_forwarded: false,
             statements: HashMap::new(),
-            bound: String::new(),
-            ready_asked: 1,
-            ready_said: 0,
-            alive: None,
+            bound_statement: String::new(),
+            ready_expected: 1,
+            ready_received: 0,
+            open_connection: None,
         };
         loop {
             tokio::select! {
@@ -196,20 +200,20 @@ impl Connection {
                     if read.ok()? == 0 {
                         return None;
                     }
-                    connection.forward().await?.ok()?;
+                    connection.forward_requests().await?.ok()?;
                 }
                 read = connection.database.read_buf(&mut connection.from_database) => {
                     if read.ok()? == 0 {
                         return None;
                     }
-                    connection.answer().await?.ok()?;
+                    connection.forward_responses().await?.ok()?;
                 }
-                // One that is only being made is not idle: its loss is that of the database.
-                _ = cuts.changed() => if connection.alive.is_some() {
-                    return connection.end().await;
+                // A connection that is still being established is not idle: closing it would look like a failed database.
+                _ = close_signal.changed() => if connection.open_connection.is_some() {
+                    return connection.close().await;
                 },
-                _ = releases.changed() => {
-                    connection.answers = Answers::Forwarded;
+                _ = release_signal.changed() => {
+                    connection.response_mode = ResponseMode::Forward;
                     let held = std::mem::take(&mut connection.held);
                     connection.service.write_all(&held).await.ok()?;
                 }
@@ -217,58 +221,59 @@ impl Connection {
         }
     }
 
-    /// Ends both sides, and waits for the service to do so, too.
-    async fn end(self) -> Option<()> {
-        let Self { database, mut service, mut from_service, alive: _alive, .. } = self;
+    /// Closes both sides and waits for the service to close its end.
+    async fn close(self) -> Option<()> {
+        let Self { database, mut service, mut from_service, open_connection: _alive, .. } = self;
         drop(database);
         service.shutdown().await.ok()?;
         while service.read_buf(&mut from_service).await.ok()? > 0 {}
         Some(())
     }
 
-    /// Passes on each whole message of the service, or strikes at it.
-    async fn forward(&mut self) -> Option<Result<(), Cut>> {
-        while let Some(message) = self.next_of_service() {
-            let fault = self.understand(&message).and_then(|at| self.shared.strikes(at));
-            if fault == Some(Fault::CutBefore) {
-                return Some(Err(Cut));
+    /// Forwards each complete message of the service, or injects a fault at it.
+    async fn forward_requests(&mut self) -> Option<Result<(), CloseConnection>> {
+        while let Some(message) = self.next_request() {
+            let fault = self.parse_request(&message).and_then(|at| self.state.take_fault(at));
+            if fault == Some(Fault::DropRequest) {
+                return Some(Err(CloseConnection));
             }
             self.database.write_all(&message).await.ok()?;
             match fault {
-                Some(Fault::CutAtOnce) => {
-                    // With the sync behind an execution, without which nothing of it would stand.
+                Some(Fault::CloseAfterSend) => {
+                    // Includes the Sync after an Execute, without which the database would roll back.
                     let rest = std::mem::take(&mut self.from_service);
                     self.database.write_all(&rest).await.ok()?;
-                    return Some(Err(Cut));
+                    return Some(Err(CloseConnection));
                 }
-                // An execution is followed by a sync, which asks for it; a query has asked already.
-                Some(Fault::CutAfter) => {
-                    self.answers = Answers::LostUntil(self.ready_asked + usize::from(message[0] == b'E'));
+                // The Sync that leads to ReadyForQuery follows an Execute; a Query is counted already.
+                Some(Fault::DropResponse) => {
+                    self.response_mode =
+                        ResponseMode::DiscardUntilReady(self.ready_expected + usize::from(message[0] == b'E'));
                 }
-                Some(Fault::Hold) => self.answers = Answers::Held,
-                Some(Fault::CutBefore) | None => {}
+                Some(Fault::DelayResponse) => self.response_mode = ResponseMode::Hold,
+                Some(Fault::DropRequest) | None => {}
             }
         }
         Some(Ok(()))
     }
 
-    fn next_of_service(&mut self) -> Option<BytesMut> {
-        let header = if self.is_begun { HEADER_BYTES } else { STARTUP_HEADER_BYTES };
+    fn next_request(&mut self) -> Option<BytesMut> {
+        let header = if self.startup_forwarded { HEADER_BYTES } else { STARTUP_HEADER_BYTES };
         let message = split_message(&mut self.from_service, header)?;
-        self.is_begun = true;
+        self.startup_forwarded = true;
         Some(message)
     }
 
-    /// What of interest a message is.
-    fn understand(&mut self, message: &[u8]) -> Option<At> {
+    /// Updates the protocol state with a message. Returns the fault point that it is, if any.
+    fn parse_request(&mut self, message: &[u8]) -> Option<FaultPoint> {
         let (kind, body) = (message[0], &message[HEADER_BYTES.min(message.len())..]);
         match kind {
             b'Q' => {
-                self.ready_asked += 1;
-                (text(body) == "COMMIT").then_some(At::Commit)
+                self.ready_expected += 1;
+                (text(body) == "COMMIT").then_some(FaultPoint::Commit)
             }
             b'S' => {
-                self.ready_asked += 1;
+                self.ready_expected += 1;
                 None
             }
             b'P' => {
@@ -280,61 +285,64 @@ impl Connection {
             }
             b'B' => {
                 let name = body.split(|byte| *byte == 0).nth(1)?;
-                self.bound = self.statements.get(name).cloned().unwrap_or_default();
+                self.bound_statement = self.statements.get(name).cloned().unwrap_or_default();
                 None
             }
-            b'E' => self.shared.armed_for(&self.bound),
+            b'E' => self.state.planned_point(&self.bound_statement),
             _ => None,
         }
     }
 
-    /// Passes on what the database says, unless it is to be lost.
-    async fn answer(&mut self) -> Option<Result<(), Cut>> {
+    /// Forwards, discards or holds each complete message of the database.
+    async fn forward_responses(&mut self) -> Option<Result<(), CloseConnection>> {
         while let Some(message) = split_message(&mut self.from_database, HEADER_BYTES) {
             if message[0] == b'Z' {
-                self.ready_said += 1;
-                self.alive.get_or_insert_with(|| self.shared.alive.lock().unwrap().0.clone());
+                self.ready_received += 1;
+                self.open_connection.get_or_insert_with(|| self.state.open_connection.lock().unwrap().0.clone());
             }
-            match self.answers {
-                Answers::Forwarded => self.service.write_all(&message).await.ok()?,
-                Answers::LostUntil(ready) if self.ready_said >= ready => return Some(Err(Cut)),
-                Answers::LostUntil(_) => {}
-                Answers::Held => self.held.extend_from_slice(&message),
+            match self.response_mode {
+                ResponseMode::Forward => self.service.write_all(&message).await.ok()?,
+                ResponseMode::DiscardUntilReady(ready) if self.ready_received >= ready => {
+                    return Some(Err(CloseConnection));
+                }
+                ResponseMode::DiscardUntilReady(_) => {}
+                ResponseMode::Hold => self.held.extend_from_slice(&message),
             }
         }
         Some(Ok(()))
     }
 }
 
-impl Shared {
-    /// Whether a fault waits for the execution of this statement.
-    fn armed_for(&self, statement: &str) -> Option<At> {
+impl ProxyState {
+    /// Returns the planned fault point that matches the execution of this statement.
+    fn planned_point(&self, statement: &str) -> Option<FaultPoint> {
         let plan = self.plan.lock().unwrap();
-        let is_meant = |at: At| matches!(at, At::Execute(name) if statement.starts_with(name));
-        plan.armed.iter().map(|(at, _)| *at).find(|at| is_meant(*at))
+        let matches_statement = |at: FaultPoint| matches!(at, FaultPoint::Execute(name) if statement.starts_with(name));
+        plan.planned.iter().map(|(at, _)| *at).find(|at| matches_statement(*at))
     }
 
-    fn strikes(&self, at: At) -> Option<Fault> {
+    /// Removes and returns the fault for this point, or picks a random one.
+    fn take_fault(&self, at: FaultPoint) -> Option<Fault> {
         let mut plan = self.plan.lock().unwrap();
-        let fault = match (plan.armed.iter().position(|(armed, _)| *armed == at), &mut plan.by_chance) {
-            (Some(nth), _) => Some(plan.armed.remove(nth).1),
-            (None, Some((rng, once_in))) if at == At::Commit => {
-                (rng.u32(..*once_in) == 0).then(|| FAULTS_BY_CHANCE[rng.usize(..FAULTS_BY_CHANCE.len())])
+        let fault = match (plan.planned.iter().position(|(planned, _)| *planned == at), &mut plan.random) {
+            (Some(nth), _) => Some(plan.planned.remove(nth).1),
+            (None, Some((rng, once_in))) if at == FaultPoint::Commit => {
+                (rng.u32(..*once_in) == 0).then(|| RANDOM_FAULTS[rng.usize(..RANDOM_FAULTS.len())])
             }
             (None, _) => None,
         };
-        self.struck.fetch_add(usize::from(fault.is_some()), Ordering::SeqCst);
+        self.injected_count.fetch_add(usize::from(fault.is_some()), Ordering::SeqCst);
         fault
     }
 }
 
-/// The first whole message, whose length stands in the last four bytes of its header and counts these.
+/// Splits off the first complete message. Its length is in the last four bytes of the header and includes them.
 fn split_message(buffer: &mut BytesMut, header: usize) -> Option<BytesMut> {
     let length = buffer.get(header - 4..header)?.get_u32() as usize + header - 4;
     (buffer.len() >= length).then(|| buffer.split_to(length))
 }
 
 fn text(body: &[u8]) -> &str {
-    let end = body.iter().position(|byte| *byte == 0).unwrap_or(body.len());
-    std::str::from_utf8(&body[..end]).unwrap_or_default()
+    let close = body.iter().position(|byte| *byte == 0).unwrap_or(body.len());
+    std::str::from_utf8(&body[..close]).unwrap_or_default()
 }

@@ -1,9 +1,9 @@
 /*
- * Preloaded into a process: makes the disk full and the clock wrong, as a file says that the test writes to meanwhile.
+ * A library for LD_PRELOAD that simulates a full disk and a wrong wall clock. The test controls it through a file.
  *
- * FAULTS_CONTROL names the file: eight bytes of seconds that the wall clock is wrong by, eight bytes that are not zero
- * while the disk is full. FAULTS_DIRECTORY names the directory whose disk that is. As on a real one, what is already
- * there can be written again; no file grows.
+ * FAULTS_CONTROL names that file. Its first eight bytes are an offset in seconds, added to the wall clock. The next eight
+ * bytes are nonzero while the disk is full. FAULTS_DIRECTORY names the directory on the full disk: files in it can be
+ * overwritten, but cannot grow.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,11 +26,11 @@ struct control {
     int64_t disk_is_full;
 };
 
-static const struct control calm;
-static const volatile struct control *control = &calm;
+static const struct control no_faults;
+static const volatile struct control *control = &no_faults;
 static const char *directory = "";
 
-__attribute__((constructor)) static void begin(void) {
+__attribute__((constructor)) static void map_control_file(void) {
     const char *path = getenv("FAULTS_CONTROL");
     int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     if (file >= 0) {
@@ -43,7 +43,10 @@ __attribute__((constructor)) static void begin(void) {
         directory = getenv("FAULTS_DIRECTORY");
 }
 
-/* Whether the file would have to grow to this size, and cannot. A negative end is that many bytes behind the position. */
+/*
+ * Returns whether a write that ends at this offset would make a file on the full disk grow. A negative end is a length,
+ * counted from the current position.
+ */
 static int lacks_space(int file, int64_t end) {
     char link[64], path[PATH_MAX];
     struct stat found;

@@ -1,5 +1,5 @@
-//! A full disk and a wrong clock for the service and its private database, without any right to mount or set either:
-//! `shim.c`, preloaded into both.
+//! Simulates a full disk and a wrong clock for the service and its embedded database, without privileges: `shim.c` is
+//! preloaded into both.
 
 use std::{
     fs::{self, File},
@@ -18,18 +18,18 @@ pub struct Shim {
     library: PathBuf,
     control_path: PathBuf,
     control: File,
-    /// PostgreSQL's programs, with the library.
+    /// Holds wrapper scripts that start PostgreSQL's programs with the library.
     bin_dir: PathBuf,
 }
 
 impl Shim {
-    /// For a service with this directory.
+    /// Compiles the library for a service whose files are in `dir`.
     pub fn new(dir: &Dir) -> Self {
         let (library, control_path, bin_dir) = (dir.path("shim.so"), dir.path("control"), dir.path("bin"));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/shim.c");
         let mut compiler = Command::new("cc");
         compiler.args(["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o"]).arg(&library).arg(source);
-        let compiled = compiler.output().expect("cc is there, as Rust links with it");
+        let compiled = compiler.output().expect("cc is installed, because Rust links with it");
         assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
         let control = File::create(&control_path).unwrap();
         control.set_len(CONTROL_BYTES).unwrap();
@@ -41,7 +41,7 @@ impl Shim {
         shim
     }
 
-    /// The service passes on to PostgreSQL only what it knows of the environment, so that a script adds the rest.
+    /// Writes a wrapper script: the service passes few environment variables on to PostgreSQL, so the script sets the rest.
     fn wrap(&self, name: &str, dir: &Dir) {
         let path = self.bin_dir.join(name);
         let script = format!(
@@ -55,7 +55,7 @@ impl Shim {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// The program, in this world.
+    /// Returns a command for the binary with the library preloaded.
     pub fn program(&self, args: &[&str]) -> Command {
         let mut command = program(args);
         command.env("PG_BINDIR", &self.bin_dir);
@@ -67,13 +67,13 @@ impl Shim {
         self.control.write_all_at(&i64::from(is_full).to_ne_bytes(), DISK_AT).unwrap();
     }
 
-    /// How far the clock is before the true one.
+    /// Sets how far the simulated clock is ahead of the real one, in seconds.
     pub fn set_clock(&self, seconds: i64) {
         self.control.write_all_at(&seconds.to_ne_bytes(), CLOCK_AT).unwrap();
     }
 }
 
-/// Where the service would look by itself.
+/// Returns the directory of PostgreSQL's programs that the service would choose.
 fn real_bin_dir() -> PathBuf {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let mut versions: Vec<PathBuf> = versions.map(|version| version.path().join("bin")).collect();
