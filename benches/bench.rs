@@ -1,4 +1,4 @@
-//! The service against PostgreSQL itself: pgbench and psql run the same work in turns with it, in one run.
+//! Compares the service with a baseline: pgbench and psql do the same work in turns with it, in one run.
 //!
 //! `cargo bench` prints one table of ratios; see `benches/README.md`.
 
@@ -34,19 +34,19 @@ use service::Service;
 /// Compares the service with pgbench and psql.
 #[derive(Clone, Debug, Parser)]
 struct Args {
-    /// Two minutes instead of a quarter of an hour: fewer rounds, shorter ones, a smaller import.
+    /// Run fewer and shorter rounds and a smaller import, about two minutes in total.
     #[arg(long)]
     quick: bool,
-    /// How many issues the data set has, each with 3 comments and 2 labels.
+    /// Number of issues in the data set, each with 3 comments and 2 labels.
     #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(110_000..=5_000_000))]
     issues: u32,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
-    /// Only operations whose name contains this.
+    /// Run only operations whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
-    /// Rounds of each operation: the medians count. Default 3, quick 1.
+    /// Rounds of each operation, of which the median is reported. Default: 3, with --quick 1.
     #[arg(long)]
     rounds: Option<usize>,
     /// Cargo passes this to every benchmark.
@@ -59,17 +59,18 @@ impl Args {
         self.rounds.unwrap_or(if self.quick { 1 } else { 3 })
     }
 
-    /// How long each side of a round runs.
+    /// Returns the duration of each side of a round.
     fn duration(&self) -> Duration {
         Duration::from_secs(if self.quick { 3 } else { 10 })
     }
 
-    fn asks_for(&self, name: &str) -> bool {
+    /// Returns whether to run an operation.
+    fn includes(&self, name: &str) -> bool {
         name.contains(&self.only)
     }
 
-    /// For what takes minutes: the full run has it, or it is asked for by how its name begins.
-    fn asks_by_name_for(&self, name: &str) -> bool {
+    /// Returns whether to run an operation that takes minutes: `--quick` skips it, and `--only` must match the start of its name.
+    fn includes_slow(&self, name: &str) -> bool {
         if self.only.is_empty() { !self.quick } else { name.starts_with(&self.only) }
     }
 
@@ -89,7 +90,7 @@ impl Args {
 }
 
 fn main() -> anyhow::Result<()> {
-    // The load client is this program again, as a process of its own.
+    // The load client is this program, started as a separate process.
     if let Some(task) = std::env::var_os(load::TASK_VARIABLE) {
         return load::main(&task.into_string().unwrap_or_default());
     }
@@ -100,13 +101,13 @@ fn main() -> anyhow::Result<()> {
     let bench = Bench { cluster: &cluster, service: &service, dir: &dir.0, args: &args };
 
     let mut table = Table::default();
-    let memory = comparisons::MEMORY.iter().filter(|comparison| args.asks_by_name_for(comparison.name));
-    let others = comparisons::COMPARISONS.iter().filter(|comparison| args.asks_for(comparison.name));
+    let memory = comparisons::MEMORY.iter().filter(|comparison| args.includes_slow(comparison.name));
+    let others = comparisons::COMPARISONS.iter().filter(|comparison| args.includes(comparison.name));
     for comparison in memory.chain(others) {
         let rounds = args.in_rounds(comparison.name, || (comparison.compare)(&bench))?;
         table.add_single(comparison.name, comparison.target, &rounds);
     }
-    for operation in load::OPERATIONS.iter().filter(|operation| args.asks_for(operation.name)) {
+    for operation in load::OPERATIONS.iter().filter(|operation| args.includes(operation.name)) {
         let rounds = args.in_rounds(operation.name, || {
             Ok((baseline::pgbench(&bench, operation)?, load::run(operation, &service, args.duration())?))
         })?;
@@ -121,17 +122,17 @@ fn main() -> anyhow::Result<()> {
     } else {
         table.print()
     }
-    table.errors().map_or(Ok(()), |errors| Err(anyhow::anyhow!("{errors} calls failed: the figures do not count")))
+    table.errors().map_or(Ok(()), |errors| Err(anyhow::anyhow!("{errors} calls failed, so the figures are invalid")))
 }
 
-/// Removed at the end.
+/// A temporary directory, removed on drop.
 struct Directory(PathBuf);
 
 impl Directory {
     fn new() -> anyhow::Result<Self> {
         use std::os::unix::fs::PermissionsExt;
         let path = std::env::temp_dir().join(format!("issue-tracker-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).context("cannot make a directory")?;
+        std::fs::create_dir_all(&path).context("cannot create a temporary directory")?;
         // PostgreSQL's programs may run as another user.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
         Ok(Self(path))

@@ -1,4 +1,4 @@
-//! What PostgreSQL's own clients reach with the same work.
+//! The baseline: PostgreSQL's own clients, pgbench and psql, do the same work.
 
 use std::{
     fs,
@@ -15,15 +15,15 @@ use crate::{
     results::Outcome,
 };
 
-/// As the service's connections have it.
+/// The setting that the connections of the service have.
 const PSQL_OPTIONS: &str = "-c jit=off";
 
-/// Runs an operation's script with prepared statements.
+/// Runs the script of an operation in pgbench with prepared statements.
 pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
     let (dir, duration) = (bench.dir, bench.args.duration());
     let (script, log) = (dir.join("script.sql"), dir.join("log"));
     fs::write(&script, script_text(operation.script, bench.service.issues))?;
-    let clients = operation.yardstick_clients.to_string();
+    let clients = operation.pgbench_clients.to_string();
     let started = Instant::now();
     let output = Command::new(bench.cluster.bin_dir().join("pgbench"))
         .args(["--no-vacuum", "-M", "prepared", "-j", "1", "-c", &clients, "-U", "postgres", "-h"])
@@ -33,13 +33,13 @@ pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outco
         .arg("-f")
         .arg(&script)
         .arg(bench.service.database)
-        // Triggers off: a script says all that is done, history included.
+        // Without triggers, the script itself writes the history.
         .env("PGOPTIONS", if operation.triggers_off { "-c session_replication_role=replica" } else { "" })
         .stdin(Stdio::null())
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
-    ensure!(!text.contains("tps = 0.0"), "pgbench did nothing");
+    ensure!(!text.contains("tps = 0.0"), "pgbench ran no transaction");
     let mut latencies = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -54,9 +54,9 @@ pub fn pgbench(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outco
     Ok(Outcome::new(latencies, started.elapsed().min(duration), 0))
 }
 
-/// With ids computed from numbers that pgbench picks.
+/// Returns a script in which placeholders are replaced by SQL that computes ids from the random numbers of pgbench.
 fn script_text(script: &str, issues: u32) -> String {
-    // A status is part of the text, as in the service's statements.
+    // The status is a literal, as it is in the statements of the service.
     let of_status = |status: &str| script.replace(":STATUS", status);
     let script = match script.contains(":STATUS") {
         true => format!(
@@ -79,25 +79,26 @@ fn script_text(script: &str, issues: u32) -> String {
         )
 }
 
-/// All labels: a page of issues has each of them.
+/// Returns an array of all label ids, because a page of issues has every label.
 fn label_ids_sql() -> String {
     let ids: Vec<String> = (1..=LABELS).map(|number| label_id(number).to_string()).collect();
     format!("'{{{}}}'::uuid[]", ids.join(","))
 }
 
-/// How long psql takes for a command, its start included.
+/// Runs a command in psql. Returns the elapsed time, including the start of psql.
 pub fn psql(bench: &Bench<'_>, command: &str) -> anyhow::Result<Duration> {
     psql_session(bench, &[command])
 }
 
-/// The same of commands one after the other.
+/// Runs commands in one psql session. Returns the elapsed time, including the start of psql.
 pub fn psql_session(bench: &Bench<'_>, commands: &[&str]) -> anyhow::Result<Duration> {
     let started = Instant::now();
     output_of(psql_command(bench).args(commands.iter().flat_map(|command| ["-c", command])))?;
     Ok(started.elapsed())
 }
 
-/// A query's rows, their columns parted by tabs, and how long each of some executions took on one connection, in milliseconds.
+/// Runs a query repeatedly on one connection. Returns its rows, with columns separated by tabs, and the time of each execution
+/// in milliseconds.
 pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
     let mut psql = psql_command(bench);
     psql.args(["-A", "-t", "-F", "\t", "-c", query, "-c", "\\o /dev/null", "-c", "\\timing on"]);
@@ -111,7 +112,7 @@ pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::
             None => rows.push(line.to_owned()),
         }
     }
-    ensure!(times.len() == executions, "psql has said {} times", times.len());
+    ensure!(times.len() == executions, "psql printed {} times", times.len());
     Ok((rows, times))
 }
 

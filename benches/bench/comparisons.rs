@@ -1,4 +1,4 @@
-//! Comparisons that are not a rate of calls: deep pages, bulk changes, imports, exports, fairness.
+//! Comparisons other than call rates: deep pages, bulk updates, imports, exports, memory and fairness.
 
 use std::{
     fs::File,
@@ -32,7 +32,7 @@ pub struct Comparison {
     pub compare: fn(&Bench<'_>) -> anyhow::Result<Single>,
 }
 
-/// A service with its data, and what is to be measured.
+/// The service under test and the settings of the run.
 #[derive(Clone, Copy)]
 pub struct Bench<'a> {
     pub cluster: &'a Cluster,
@@ -56,7 +56,7 @@ pub const COMPARISONS: &[Comparison] = &[
     Comparison { name: "GetIssue p99 during an import / without", target: "<= 5", compare: fairness },
 ];
 
-/// These come first, before the service is asked for anything else. A million rows take a minute.
+/// Memory comparisons. They run first, before any other call. A million rows take a minute.
 pub const MEMORY: &[Comparison] = &[
     Comparison {
         name: "Memory above idle, import of 200,000 rows",
@@ -86,17 +86,17 @@ impl Bench<'_> {
     }
 }
 
-/// Medians in milliseconds, one call at a time.
+/// Compares page 2,000 with page 1. Medians in milliseconds, one call at a time.
 fn deep_page(bench: &Bench<'_>) -> anyhow::Result<Single> {
     const CALLS: usize = 300;
     bench.block_on(async |channel| {
         let mut issues = IssueServiceClient::new(channel);
-        // Page 2,000 of 50 begins behind 100,000 issues; a token does not depend on the size of the pages before it.
+        // Page 2,000 of 50 issues starts after 100,000 issues. A token is independent of the size of earlier pages.
         let mut token = String::new();
         for _ in 0..100 {
             let request = ListIssuesRequest { page_size: 1_000, page_token: token, ..Default::default() };
             token = issues.list_issues(bench.request(request)?).await?.into_inner().next_page_token;
-            ensure!(!token.is_empty(), "there are less than 100,000 issues");
+            ensure!(!token.is_empty(), "there are fewer than 100,000 issues");
         }
         let (mut first, mut deep) = (Vec::new(), Vec::new());
         for _ in 0..CALLS {
@@ -104,7 +104,7 @@ fn deep_page(bench: &Bench<'_>) -> anyhow::Result<Single> {
                 let started = Instant::now();
                 let request = ListIssuesRequest { page_token, ..Default::default() };
                 let listed = issues.list_issues(bench.request(request)?).await?.into_inner();
-                ensure!(listed.issues.len() == 50, "a page has 50 issues");
+                ensure!(listed.issues.len() == 50, "a page does not have 50 issues");
                 latencies.push(started.elapsed());
             }
         }
@@ -112,7 +112,7 @@ fn deep_page(bench: &Bench<'_>) -> anyhow::Result<Single> {
     })
 }
 
-/// Medians in milliseconds: the same issues, to and fro, so that each call changes all of them.
+/// Compares medians in milliseconds. The calls alternate the status of the same issues, so that each changes all of them.
 fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
     const CALLS: u32 = 20;
     let id = ISSUE_ID_SQL.replace('N', "g");
@@ -133,7 +133,7 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
             ),
         )?);
     }
-    // What it takes psql to start is not the statement's.
+    // The start of psql is measured separately and subtracted.
     let mut empty = Vec::new();
     for _ in 0..CALLS {
         empty.push(baseline::psql(bench, "SELECT 1")?);
@@ -143,14 +143,14 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
         let mut latencies = Vec::new();
         for call in 0..CALLS {
             let first = 20_001 + call % 10 * 1_000;
-            // Two in three have another status at first, all of them in the second half.
+            // In the first ten calls only two thirds of the issues change; only the later calls are measured.
             let status = if call < 10 { Status::Open } else { Status::InProgress };
             let ids = (first..first + 1_000).map(|number| issue_id(number).to_string()).collect();
             let request = BulkUpdateStatusRequest { ids, status: status.into(), ..Default::default() };
             let started = Instant::now();
             let reply = issues.bulk_update_status(bench.request(request)?).await?.into_inner();
             if call >= 10 {
-                ensure!(reply.changed_count == 1_000, "all issues change");
+                ensure!(reply.changed_count == 1_000, "not all issues changed");
                 latencies.push(started.elapsed());
             }
         }
@@ -159,30 +159,30 @@ fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
     Ok(single("ms", median_ms(by_psql.split_off(10)) - median_ms(empty), median_ms(by_service)))
 }
 
-/// Rows a second.
+/// Compares rows per second with `\\copy`.
 fn import(bench: &Bench<'_>, mode: ImportMode) -> anyhow::Result<Single> {
     let rows = bench.args.import_rows();
-    let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
-    write_files(&plain, &copied, rows)?;
-    let took = baseline::psql(
+    let (service_file, psql_file) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
+    write_files(&service_file, &psql_file, rows)?;
+    let elapsed = baseline::psql(
         bench,
         &format!(
             "\\copy issues (id, create_time, update_time, close_time, reporter_id, status, priority, title, description, import_id) FROM '{}' WITH (FORMAT csv)",
-            copied.display()
+            psql_file.display()
         ),
     )?;
-    let yardstick = rows as f64 / took.as_secs_f64();
+    let baseline_rate = rows as f64 / elapsed.as_secs_f64();
     remove_imported(bench)?;
     let started = Instant::now();
-    let summary = send_file(bench, &plain, ImportOptions { mode: mode.into(), ..Default::default() })?;
-    ensure!(summary.created_count as u64 == rows, "all rows are in");
+    let summary = send_file(bench, &service_file, ImportOptions { mode: mode.into(), ..Default::default() })?;
+    ensure!(summary.created_count as u64 == rows, "not all rows were created");
     let rate = rows as f64 / started.elapsed().as_secs_f64();
     remove_imported(bench)?;
-    Ok(single("rows/s", yardstick, rate))
+    Ok(single("rows/s", baseline_rate, rate))
 }
 
-/// Rows a second of a file that changes the title of each issue. psql does it as well as one can by hand: the file into a
-/// table of its own, the changes and their history from there.
+/// Compares rows per second of a file that changes the title of each issue. psql copies the file into a temporary table and
+/// writes the changes and their history from there.
 fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
     let rows = bench.args.import_rows() / 5;
     let path = bench.dir.join("update.csv");
@@ -198,7 +198,7 @@ fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
     send_file(bench, &path, ImportOptions::default())?;
     write_file("as psql has it")?;
     let copy = format!("\\copy wanted FROM '{}' WITH (FORMAT csv, HEADER)", path.display());
-    let took = baseline::psql_session(
+    let elapsed = baseline::psql_session(
         bench,
         &[
             "SET session_replication_role = replica",
@@ -219,29 +219,29 @@ fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
     let started = Instant::now();
     let summary = send_file(bench, &path, options)?;
     let rate = rows as f64 / started.elapsed().as_secs_f64();
-    ensure!(summary.updated_count as u64 == rows, "all rows have changed an issue");
+    ensure!(summary.updated_count as u64 == rows, "not all rows updated an issue");
     remove_imported(bench)?;
-    Ok(single("rows/s", rows as f64 / took.as_secs_f64(), rate))
+    Ok(single("rows/s", rows as f64 / elapsed.as_secs_f64(), rate))
 }
 
 fn idle_memory(bench: &Bench<'_>) -> anyhow::Result<Single> {
     Ok(memory(bench.service.idle_kib))
 }
 
-/// The most that the service has during an import, less what it had when it had just started.
+/// Measures the peak memory during an import, minus the idle memory.
 fn import_memory(bench: &Bench<'_>, rows: u64) -> anyhow::Result<Single> {
-    let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
-    write_files(&plain, &copied, rows)?;
+    let (service_file, psql_file) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
+    write_files(&service_file, &psql_file, rows)?;
     bench.service.reset_peak_memory()?;
-    send_file(bench, &plain, ImportOptions::default())?;
+    send_file(bench, &service_file, ImportOptions::default())?;
     let peak_kib = bench.service.memory_kib("VmHWM")?;
     remove_imported(bench)?;
     Ok(memory(peak_kib.saturating_sub(bench.service.idle_kib)))
 }
 
-/// Rows a second, of all issues, into a file.
+/// Compares rows per second of exporting all issues into a file.
 fn export(bench: &Bench<'_>) -> anyhow::Result<Single> {
-    // The same columns, in the fastest way that was found in SQL alone: labels are sorted once, not for each issue.
+    // The fastest known SQL for the same columns: it sorts the labels once, not per issue.
     const SELECT: &str = "SELECT i.external_id, i.title, i.description,
             (ARRAY['', 'low', 'medium', 'high', 'critical'])[i.priority + 1] AS priority,
             (ARRAY['open', 'in_progress', 'closed'])[i.status] AS status, u.username AS assignee, l.names AS labels,
@@ -258,68 +258,69 @@ fn export(bench: &Bench<'_>) -> anyhow::Result<Single> {
         ) l ON l.issue_id = i.id
         WHERE i.delete_time IS NULL ORDER BY i.create_time, i.id";
     let path = bench.dir.join("export.csv");
-    // The command must be one line.
+    // psql requires `\copy` on one line.
     let select = SELECT.split_whitespace().collect::<Vec<_>>().join(" ");
     let copy = format!("\\copy ({select}) TO '{}' WITH (FORMAT csv, HEADER)", path.display());
-    let took = baseline::psql(bench, &copy)?;
+    let elapsed = baseline::psql(bench, &copy)?;
     let started = Instant::now();
     let rows = bench.block_on(async |channel| {
         let mut file = BufWriter::new(File::create(&path)?);
         let request = bench.request(ExportIssuesRequest::default())?;
-        let mut pieces = IssueServiceClient::new(channel).export_issues(request).await?.into_inner();
+        let mut chunks = IssueServiceClient::new(channel).export_issues(request).await?.into_inner();
         let mut rows = 0;
-        while let Some(piece) = pieces.message().await? {
-            file.write_all(&piece.data)?;
-            rows = piece.row_count;
+        while let Some(chunk) = chunks.message().await? {
+            file.write_all(&chunk.data)?;
+            rows = chunk.row_count;
         }
         file.flush()?;
         Ok(rows)
     })?;
     let rate = rows as f64 / started.elapsed().as_secs_f64();
-    ensure!(rows as u64 >= u64::from(bench.args.issues), "all issues are in the file");
-    Ok(single("rows/s", rows as f64 / took.as_secs_f64(), rate))
+    ensure!(rows as u64 >= u64::from(bench.args.issues), "the export lacks issues");
+    Ok(single("rows/s", rows as f64 / elapsed.as_secs_f64(), rate))
 }
 
-/// p99 in milliseconds.
+/// Compares the p99 latency of GetIssue during an import with that without one, in milliseconds.
 fn fairness(bench: &Bench<'_>) -> anyhow::Result<Single> {
-    let (plain, copied) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
+    let (service_file, psql_file) = (bench.dir.join("import.csv"), bench.dir.join("copy.csv"));
     let rows = bench.args.import_rows();
-    write_files(&plain, &copied, rows)?;
+    write_files(&service_file, &psql_file, rows)?;
     let operation = &load::OPERATIONS[0];
     let duration = Duration::from_secs(3);
-    let alone = load::run(operation, bench.service, duration)?;
+    let without_import = load::run(operation, bench.service, duration)?;
     let import = std::thread::scope(|scope| {
-        let import = scope.spawn(|| send_file(bench, &plain, ImportOptions::default()));
-        // It is under way when the load begins, and the load is over before it ends or soon after.
+        let import = scope.spawn(|| send_file(bench, &service_file, ImportOptions::default()));
+        // Starts the load once the import runs. The load ends before the import or soon after.
         std::thread::sleep(Duration::from_millis(300));
         let during = load::run(operation, bench.service, duration);
         let imported = import.join().map_err(|_| anyhow::anyhow!("the import panicked"))?;
         imported.and(during)
     })?;
     remove_imported(bench)?;
-    let mut single = single("ms p99", f64::from(alone.p99_us) / 1e3, f64::from(import.p99_us) / 1e3);
-    single.errors = alone.errors + import.errors;
+    let mut single = single("ms p99", f64::from(without_import.p99_us) / 1e3, f64::from(import.p99_us) / 1e3);
+    single.errors = without_import.errors + import.errors;
     Ok(single)
 }
 
-/// The same rows for the service and, with all that the service adds, for psql.
-fn write_files(plain: &Path, copied: &Path, rows: u64) -> anyhow::Result<()> {
-    let (mut plain, mut copied) = (BufWriter::new(File::create(plain)?), BufWriter::new(File::create(copied)?));
-    writeln!(plain, "title,description,priority,status")?;
+/// Writes the same rows for the service and for psql. The file for psql includes the columns that the service would add.
+fn write_files(service_file: &Path, psql_file: &Path, rows: u64) -> anyhow::Result<()> {
+    let (mut service_file, mut psql_file) =
+        (BufWriter::new(File::create(service_file)?), BufWriter::new(File::create(psql_file)?));
+    writeln!(service_file, "title,description,priority,status")?;
     let (reporter, import_id) = (crate::dataset::user_id(1), uuid::Uuid::now_v7());
     for row in 0..rows {
         let description =
             &"how to see it, and what should be seen instead, as far as anybody can tell "[..20 + (row % 50) as usize];
         let (priority, name) = [(1, "low"), (2, "medium"), (3, "high"), (4, "critical")][row as usize % 4];
-        writeln!(plain, "Imported issue {row},\"{description}\",{name},open")?;
+        writeln!(service_file, "Imported issue {row},\"{description}\",{name},open")?;
         let id = uuid::Uuid::now_v7();
         writeln!(
-            copied,
+            psql_file,
             "{id},2026-01-01T00:00:00Z,2026-01-01T00:00:00Z,,{reporter},1,{priority},Imported issue {row},\"{description}\",{import_id}"
         )?;
     }
-    plain.flush()?;
-    Ok(copied.flush()?)
+    service_file.flush()?;
+    Ok(psql_file.flush()?)
 }
 
 fn send_file(bench: &Bench<'_>, path: &Path, options: ImportOptions) -> anyhow::Result<ImportSummary> {
@@ -334,10 +335,11 @@ fn send_file(bench: &Bench<'_>, path: &Path, options: ImportOptions) -> anyhow::
             message(import_issues_request::Message::Chunk(ImportChunk { offset: start as i64, data }))
         });
         let messages = tokio_stream::iter(std::iter::once(options).chain(chunks));
-        let mut answers = ImportServiceClient::new(channel).import_issues(bench.request(messages)?).await?.into_inner();
-        while let Some(answer) = answers.message().await? {
-            if let Some(import_issues_response::Message::Summary(summary)) = answer.message {
-                ensure!(summary.state() == ImportState::Committed, "the import is committed");
+        let mut responses =
+            ImportServiceClient::new(channel).import_issues(bench.request(messages)?).await?.into_inner();
+        while let Some(response) = responses.message().await? {
+            if let Some(import_issues_response::Message::Summary(summary)) = response.message {
+                ensure!(summary.state() == ImportState::Committed, "the import is not committed");
                 return Ok(summary);
             }
         }
@@ -349,19 +351,19 @@ fn remove_imported(bench: &Bench<'_>) -> anyhow::Result<()> {
     remove_issues(bench, "Imported issue %")
 }
 
-/// By a pattern of their titles, with the space they took.
+/// Deletes issues by a pattern of their titles and vacuums the table.
 pub fn remove_issues(bench: &Bench<'_>, titles: &str) -> anyhow::Result<()> {
     baseline::psql(bench, &format!("DELETE FROM issues WHERE title LIKE '{titles}'"))?;
     baseline::psql(bench, "VACUUM issues")?;
     baseline::psql(bench, "CHECKPOINT").map(drop)
 }
 
-pub fn single(unit: &'static str, yardstick: f64, service: f64) -> Single {
-    Single { unit, yardstick: Some(yardstick), service, errors: 0 }
+pub fn single(unit: &'static str, baseline: f64, service: f64) -> Single {
+    Single { unit, baseline: Some(baseline), service, errors: 0 }
 }
 
 fn memory(kib: u64) -> Single {
-    Single { unit: "MiB", yardstick: None, service: kib as f64 / 1024.0, errors: 0 }
+    Single { unit: "MiB", baseline: None, service: kib as f64 / 1024.0, errors: 0 }
 }
 
 pub fn median_ms(times: Vec<Duration>) -> f64 {

@@ -1,4 +1,4 @@
-//! The data: issues whose ids can be computed from their numbers, so that pgbench and the load client pick any at random.
+//! The data set. Ids are computed from numbers, so that pgbench and the load client can pick rows at random.
 
 use anyhow::Context;
 use issue_tracker::postgres::Cluster;
@@ -9,22 +9,22 @@ pub const USERS: u32 = 1_000;
 pub const LABELS: u32 = 50;
 pub const COMMENTS_PER_ISSUE: usize = 3;
 pub const LABELS_PER_ISSUE: usize = 2;
-/// What a user's, label's and issue's number becomes, in SQL, with the number in place of `N`.
+/// SQL expressions that compute the id of a user, label or issue from its number `N`.
 pub const USER_ID_SQL: &str = "('0180' || lpad(to_hex(N), 8, '0') || '70008000000000000000')::uuid";
 pub const LABEL_ID_SQL: &str = "('0181' || lpad(to_hex(N), 8, '0') || '70008000000000000000')::uuid";
 pub const ISSUE_ID_SQL: &str = "('0190' || lpad(to_hex(N), 8, '0') || '70008000000000000000')::uuid";
 
-/// As `USER_ID_SQL`.
+/// Computes the same id as `USER_ID_SQL`.
 pub fn user_id(number: u32) -> Uuid {
     id(0x0180, number)
 }
 
-/// As `LABEL_ID_SQL`.
+/// Computes the same id as `LABEL_ID_SQL`.
 pub fn label_id(number: u32) -> Uuid {
     id(0x0181, number)
 }
 
-/// As `ISSUE_ID_SQL`.
+/// Computes the same id as `ISSUE_ID_SQL`.
 pub fn issue_id(number: u32) -> Uuid {
     id(0x0190, number)
 }
@@ -33,7 +33,7 @@ fn id(prefix: u128, number: u32) -> Uuid {
     Uuid::from_u128(prefix << 112 | u128::from(number) << 80 | 0x7000 << 64 | 0x8000_0000_0000_0000)
 }
 
-/// Fills a database that has the schema and a user.
+/// Inserts the data set into a database that has the schema and one user.
 pub fn load(cluster: &Cluster, database: &str, issues: u32) -> anyhow::Result<()> {
     let sql = |template: &str| {
         template

@@ -1,4 +1,4 @@
-//! What takes a million issues to see: whether calls become slower with the data, and what reports cost.
+//! Measurements that need a million issues: whether latency grows with the data, and the cost of reports.
 
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ use crate::{
 const FEW_ISSUES: u32 = 10_000;
 const MANY_ISSUES: u32 = 1_000_000;
 
-/// Here the yardstick is the service itself with few issues.
+/// The baseline of these operations is the service with few issues.
 pub const GROWTH: &[Operation] = &[
     Operation { name: "Growth: GetIssue p50, 1,000,000 / 10,000 issues", target: "<= 1.3", ..ONE_AT_A_TIME },
     Operation {
@@ -38,20 +38,20 @@ pub const GROWTH: &[Operation] = &[
     },
 ];
 
-/// A report, and the best SQL known for it with the schema as it is: first the figures, then what they are for.
+/// A report, and the fastest known SQL for it. The first columns are the figures, the others describe the group.
 struct Report {
     name: &'static str,
-    asked: Asked,
+    request_kind: ReportRequest,
     sql: &'static str,
 }
 
 #[derive(Clone, Copy)]
-enum Asked {
+enum ReportRequest {
     TopAssignees,
     Latency(LatencyGroupBy),
 }
 
-/// `date_part` is a float from the start, where `extract` computes a numeric.
+/// Uses `date_part`, which returns a float; `extract` returns a numeric, which is slower.
 macro_rules! latency {
     () => {
         "date_part('epoch', i.close_time - i.create_time)"
@@ -70,8 +70,8 @@ macro_rules! latency_figures {
     };
 }
 
-/// By its status and not by its close_time, which says the same: then the planner does not read the issues in the order
-/// of an index that has little to do with where they are.
+/// Filters by status rather than by the equivalent close_time, because the planner would then scan an index whose order does
+/// not match the table.
 macro_rules! closed {
     () => {
         "FROM issues i WHERE i.status = 3 AND i.delete_time IS NULL"
@@ -81,7 +81,7 @@ macro_rules! closed {
 const REPORTS: &[Report] = &[
     Report {
         name: "Report: GetTopAssignees, 1,000,000 issues",
-        asked: Asked::TopAssignees,
+        request_kind: ReportRequest::TopAssignees,
         sql: "SELECT n.issues, n.open, n.in_progress, 0, u.id, u.username, u.role, u.disabled, u.create_time, u.update_time
             FROM (
                 SELECT assignee_id, count(*) AS issues, count(*) FILTER (WHERE status = 1) AS open,
@@ -92,12 +92,12 @@ const REPORTS: &[Report] = &[
     },
     Report {
         name: "Report: GetResolutionLatency, 1,000,000 issues",
-        asked: Asked::Latency(LatencyGroupBy::None),
+        request_kind: ReportRequest::Latency(LatencyGroupBy::None),
         sql: concat!("SELECT ", latency_figures!(latency!()), " ", closed!()),
     },
     Report {
         name: "Report: GetResolutionLatency by priority, 1,000,000 issues",
-        asked: Asked::Latency(LatencyGroupBy::Priority),
+        request_kind: ReportRequest::Latency(LatencyGroupBy::Priority),
         sql: concat!(
             "SELECT ",
             latency_figures!(latency!()),
@@ -108,7 +108,7 @@ const REPORTS: &[Report] = &[
     },
     Report {
         name: "Report: GetResolutionLatency by assignee, 1,000,000 issues",
-        asked: Asked::Latency(LatencyGroupBy::Assignee),
+        request_kind: ReportRequest::Latency(LatencyGroupBy::Assignee),
         sql: concat!(
             "SELECT n.*, u.username, u.role, u.disabled, u.create_time, u.update_time FROM (SELECT ",
             latency_figures!(latency!()),
@@ -118,10 +118,10 @@ const REPORTS: &[Report] = &[
             ORDER BY n.count DESC, u.username LIMIT 1000"
         ),
     },
-    // The order of the ids makes the planner merge two indexes; on its own it hashes all labels of all issues.
+    // Ordering by id makes the planner merge two indexes instead of hashing the labels of all issues.
     Report {
         name: "Report: GetResolutionLatency by label, 1,000,000 issues",
-        asked: Asked::Latency(LatencyGroupBy::Label),
+        request_kind: ReportRequest::Latency(LatencyGroupBy::Label),
         sql: concat!(
             "SELECT n.*, l.name, l.description FROM (SELECT ",
             latency_figures!("i.seconds"),
@@ -135,11 +135,11 @@ const REPORTS: &[Report] = &[
     },
 ];
 
-/// All lines that are asked for. The databases are made only if there is one.
+/// Runs the selected operations. Creates the databases only if there is one.
 pub fn run(bench: &Bench<'_>, table: &mut Table) -> anyhow::Result<()> {
     let args = bench.args;
-    let growth: Vec<_> = GROWTH.iter().filter(|operation| args.asks_by_name_for(operation.name)).collect();
-    let reports: Vec<_> = REPORTS.iter().filter(|report| args.asks_by_name_for(report.name)).collect();
+    let growth: Vec<_> = GROWTH.iter().filter(|operation| args.includes_slow(operation.name)).collect();
+    let reports: Vec<_> = REPORTS.iter().filter(|report| args.includes_slow(report.name)).collect();
     if growth.is_empty() && reports.is_empty() {
         return Ok(());
     }
@@ -147,7 +147,9 @@ pub fn run(bench: &Bench<'_>, table: &mut Table) -> anyhow::Result<()> {
     let many = Service::start(bench.cluster, bench.dir, "many_issues", MANY_ISSUES)?;
     let (few, many) = (Bench { service: &few, ..*bench }, Bench { service: &many, ..*bench });
     for operation in growth {
-        let rounds = args.in_rounds(operation.name, || Ok((grown(&few, operation)?, grown(&many, operation)?)))?;
+        let rounds = args.in_rounds(operation.name, || {
+            Ok((run_and_clean_up(&few, operation)?, run_and_clean_up(&many, operation)?))
+        })?;
         table.add(operation, &rounds);
     }
     for report in reports {
@@ -157,27 +159,27 @@ pub fn run(bench: &Bench<'_>, table: &mut Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Leaves the data as large as it was.
-fn grown(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
+/// Runs an operation and deletes the issues that it created, so that the size of the data stays the same.
+fn run_and_clean_up(bench: &Bench<'_>, operation: &Operation) -> anyhow::Result<Outcome> {
     let outcome = load::run(operation, bench.service, bench.args.duration())?;
     remove_issues(bench, load::TITLE)?;
     Ok(outcome)
 }
 
-/// Medians in milliseconds, one call at a time on one connection each.
+/// Compares medians in milliseconds. Each side makes one call at a time on one connection.
 fn compare(bench: &Bench<'_>, report: &Report) -> anyhow::Result<Single> {
-    // After five executions PostgreSQL may change a prepared statement's plan, so most are behind that.
+    // PostgreSQL may change the plan of a prepared statement after five executions. Most calls come after that.
     const CALLS: usize = 15;
     let (rows, by_psql) = baseline::psql_timed(bench, report.sql, CALLS)?;
     let by_service = bench.block_on(async |channel| {
         let mut latencies = Vec::new();
         for _ in 0..CALLS {
             let started = Instant::now();
-            let lines = ask(bench, channel.clone(), report.asked).await?;
+            let groups = request_report(bench, channel.clone(), report.request_kind).await?;
             latencies.push(started.elapsed());
-            ensure!(lines.len() == rows.len(), "the report has {} lines instead of {}", lines.len(), rows.len());
-            for (line, row) in lines.iter().zip(&rows) {
-                check_figures(line, row)?;
+            ensure!(groups.len() == rows.len(), "the report has {} groups instead of {}", groups.len(), rows.len());
+            for (group, row) in groups.iter().zip(&rows) {
+                check_figures(group, row)?;
             }
         }
         Ok(latencies)
@@ -185,20 +187,24 @@ fn compare(bench: &Bench<'_>, report: &Report) -> anyhow::Result<Single> {
     Ok(single("ms", median(by_psql), median_ms(by_service)))
 }
 
-/// The figures of each line.
-async fn ask(bench: &Bench<'_>, channel: Channel, asked: Asked) -> anyhow::Result<Vec<Vec<f64>>> {
+/// Requests a report. Returns the figures of each group.
+async fn request_report(
+    bench: &Bench<'_>,
+    channel: Channel,
+    request_kind: ReportRequest,
+) -> anyhow::Result<Vec<Vec<f64>>> {
     let mut reports = ReportServiceClient::new(channel);
-    match asked {
-        Asked::TopAssignees => {
+    match request_kind {
+        ReportRequest::TopAssignees => {
             let request = bench.request(GetTopAssigneesRequest { limit: 10, ..Default::default() })?;
-            let answer = reports.get_top_assignees(request).await?.into_inner();
+            let response = reports.get_top_assignees(request).await?.into_inner();
             let counts = |a: &Assignee| [a.issue_count, a.open_count, a.in_progress_count, a.closed_count];
-            Ok(answer.assignees.iter().map(|assignee| counts(assignee).map(|n| n as f64).to_vec()).collect())
+            Ok(response.assignees.iter().map(|assignee| counts(assignee).map(|n| n as f64).to_vec()).collect())
         }
-        Asked::Latency(group_by) => {
+        ReportRequest::Latency(group_by) => {
             let request = GetResolutionLatencyRequest { group_by: group_by.into(), ..Default::default() };
-            let answer = reports.get_resolution_latency(bench.request(request)?).await?.into_inner();
-            answer.groups.iter().map(|group| latency_figures(group).context("a group without figures")).collect()
+            let response = reports.get_resolution_latency(bench.request(request)?).await?.into_inner();
+            response.groups.iter().map(|group| latency_figures(group).context("a group without figures")).collect()
         }
     }
 }
@@ -209,11 +215,11 @@ fn latency_figures(group: &Group) -> Option<Vec<f64>> {
     Some(vec![count as f64, seconds(average)?, seconds(p50)?, seconds(p90)?, seconds(p95)?, seconds(p99)?])
 }
 
-/// Against a row of psql's.
+/// Compares the figures of a group with a row from psql.
 fn check_figures(figures: &[f64], row: &str) -> anyhow::Result<()> {
     let mut expected = row.split(['\t', '{', ',', '}']).filter(|text| !text.is_empty());
     for figure in figures {
-        let expected: f64 = expected.next().context("psql has less figures")?.parse()?;
+        let expected: f64 = expected.next().context("psql printed fewer figures")?.parse()?;
         // The service rounds to microseconds.
         ensure!((figure - expected).abs() < 2e-6, "a report has {figure} instead of {expected}");
     }

@@ -1,4 +1,4 @@
-//! The load client: a process of its own with a fixed number of requests in flight, which checks its answers.
+//! The load client: a separate process with a fixed number of requests in flight, that checks the responses.
 
 use std::{
     process::{Command, Stdio},
@@ -17,18 +17,18 @@ use crate::{
     client::Connection,
     dataset::{COMMENTS_PER_ISSUE, LABELS_PER_ISSUE, issue_id},
     large_dataset,
-    overload::{self, Fate},
+    overload::{self, CallResult},
     results::Outcome,
     service::Service,
 };
 
-/// Has the task of a load client, as JSON.
+/// The environment variable that holds the task of the load client, as JSON.
 pub const TASK_VARIABLE: &str = "ISSUE_TRACKER_LOAD_TASK";
 
-/// The title of issues that calls have filed.
+/// The title of issues that CreateIssue creates.
 pub const TITLE: &str = "An issue of the benchmark";
 
-/// What is called.
+/// The RPC that an operation calls.
 #[derive(Clone, Copy, Debug)]
 pub enum Call {
     GetIssue,
@@ -37,25 +37,25 @@ pub enum Call {
     CreateComment,
     ListIssues,
     ListIssuesByStatus,
-    /// Of a word that no issue has: all are looked through.
+    /// Lists issues that contain a word that no issue has, which scans all of them.
     Search,
 }
 
-/// A call, and what pgbench does for the same.
+/// A call, and the pgbench script that does the same work.
 pub struct Operation {
     pub name: &'static str,
     pub target: &'static str,
     pub call: Call,
-    /// Whether each call has a request id of its own.
+    /// Whether each call has a unique request id.
     pub request_ids: bool,
-    /// pgbench's script.
+    /// The pgbench script.
     pub script: &'static str,
-    /// Whether triggers are off, because the script writes the history itself.
+    /// Whether pgbench disables triggers, because the script writes the history itself.
     pub triggers_off: bool,
-    pub yardstick_clients: usize,
+    pub pgbench_clients: usize,
     pub in_flight: usize,
     pub connections: usize,
-    /// What is compared: the median latency instead of the rate.
+    /// Whether to compare the median latency instead of the rate.
     pub by_latency: bool,
 }
 
@@ -66,15 +66,15 @@ const CONCURRENT: Operation = Operation {
     request_ids: false,
     script: "",
     triggers_off: false,
-    yardstick_clients: 8,
+    pgbench_clients: 8,
     in_flight: 64,
     connections: 8,
     by_latency: false,
 };
 
-/// No call waits for another, so that its latency is what it takes.
+/// One call in flight, so that the latency includes no queueing.
 pub const ONE_AT_A_TIME: Operation =
-    Operation { yardstick_clients: 1, in_flight: 1, connections: 1, by_latency: true, ..CONCURRENT };
+    Operation { pgbench_clients: 1, in_flight: 1, connections: 1, by_latency: true, ..CONCURRENT };
 
 const GET_SCRIPT: &str = "\\set n random(1, ISSUES)
 SELECT id, title, description, status, priority, assignee_id, reporter_id, version, external_id, create_time, update_time, close_time, delete_time, reopen_count FROM issues WHERE id = ISSUE_ID(:n);
@@ -144,12 +144,12 @@ SELECT id, name, description FROM labels WHERE id = ANY (LABEL_IDS) ORDER BY low
     },
 ];
 
-/// How much is asked for.
+/// The offered load.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
-    /// Calls at once.
+    /// Number of concurrent calls.
     pub in_flight: usize,
-    /// If not zero: calls a second, however many are under way.
+    /// Calls per second, regardless of the number in flight. 0 means that `in_flight` alone limits the load.
     pub rate: f64,
 }
 
@@ -159,7 +159,7 @@ impl Load {
     }
 }
 
-/// Runs the load client as a process, to its end.
+/// Runs the load client to its end.
 pub fn run(operation: &Operation, service: &Service, duration: Duration) -> anyhow::Result<Outcome> {
     run_with(operation, Load::of(operation), service, duration)
 }
@@ -176,23 +176,23 @@ pub fn run_with(operation: &Operation, load: Load, service: &Service, duration: 
         .stderr(Stdio::inherit())
         .output()?;
     ensure!(output.status.success(), "the load client failed");
-    Outcome::from_json(&serde_json::from_slice(&output.stdout)?).context("the load client said something else")
+    Outcome::from_json(&serde_json::from_slice(&output.stdout)?).context("the output of the load client is invalid")
 }
 
-/// What the process does.
+/// Runs in the load client process.
 pub fn main(task: &str) -> anyhow::Result<()> {
     let task: Value = serde_json::from_str(task)?;
-    let text = |name: &str| task[name].as_str().context("no such text in the task");
-    let number = |name: &str| task[name].as_u64().context("no such number in the task");
+    let text = |name: &str| task[name].as_str().context("the task lacks a text field");
+    let number = |name: &str| task[name].as_u64().context("the task lacks a number field");
     let (name, address, token) = (text("operation")?, text("address")?, text("token")?);
     let (issues, duration) = (number("issues")? as u32, Duration::from_millis(number("milliseconds")?));
-    let (in_flight, rate) = (number("in_flight")? as usize, task["rate"].as_f64().context("no rate in the task")?);
+    let (in_flight, rate) = (number("in_flight")? as usize, task["rate"].as_f64().context("the task lacks the rate")?);
     let operation = OPERATIONS
         .iter()
         .chain(large_dataset::GROWTH)
         .chain(overload::OVERLOADS.iter().map(|overload| &overload.operation))
         .find(|operation| operation.name == name)
-        .context("no such operation")?;
+        .context("unknown operation")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let mut connections = Vec::new();
@@ -208,19 +208,19 @@ pub fn main(task: &str) -> anyhow::Result<()> {
         let workers: Vec<_> = (0..in_flight)
             .map(|worker| {
                 let connection = connections[worker % connections.len()].clone();
-                let overloads = in_flight > operation.in_flight;
+                let may_be_rejected = in_flight > operation.in_flight;
                 tokio::spawn(work(
                     Caller::new(operation, connection, issues, worker as u32),
                     started + duration,
-                    overloads,
+                    may_be_rejected,
                 ))
             })
             .collect();
         let (mut latencies, mut errors) = (Vec::new(), 0);
         for worker in workers {
-            let (of_worker, errors_of_worker) = worker.await?;
-            latencies.extend(of_worker);
-            errors += errors_of_worker;
+            let (worker_latencies, worker_errors) = worker.await?;
+            latencies.extend(worker_latencies);
+            errors += worker_errors;
         }
         anyhow::Ok(Outcome::new(latencies, started.elapsed(), errors))
     })?;
@@ -228,19 +228,19 @@ pub fn main(task: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Calls one after the other until the time is over; answers the latencies of those that were right, in microseconds,
-/// and how many were not. Only who overloads may be refused.
-async fn work(mut caller: Caller, end: Instant, overloads: bool) -> (Vec<u32>, u64) {
+/// Makes sequential calls until `end`. Returns the latencies of the correct responses in microseconds, and the number of failed
+/// calls. Rejections are failures unless the run overloads the service.
+async fn work(mut caller: Caller, end: Instant, may_be_rejected: bool) -> (Vec<u32>, u64) {
     let (mut latencies, mut errors) = (Vec::new(), 0);
     while Instant::now() < end {
-        match overload::fate_of(&mut caller).await {
-            Fate::Done(latency) => latencies.push(latency),
-            // Not beyond the end, which would be waited for.
-            Fate::Refused(delay) if overloads => {
+        match overload::timed_call(&mut caller).await {
+            CallResult::Succeeded(latency) => latencies.push(latency),
+            // Never sleeps past the end of the run.
+            CallResult::Rejected(delay) if may_be_rejected => {
                 tokio::time::sleep_until((Instant::now() + delay).min(end).into()).await;
             }
-            Fate::Refused(_) => errors += 1,
-            Fate::Wrong(error) => {
+            CallResult::Rejected(_) => errors += 1,
+            CallResult::Wrong(error) => {
                 if errors == 0 {
                     eprintln!("{}: {error:#}", caller.operation.name);
                 }
@@ -261,15 +261,15 @@ pub struct Caller {
 
 impl Caller {
     pub fn new(operation: &'static Operation, connection: Connection, issues: u32, worker: u32) -> Self {
-        // Another seed each time, or the request ids of one run would be those of the next. Never zero, by its version.
+        // A random seed, so that request ids differ between runs. The UUID version makes it nonzero.
         let (random, _) = Uuid::new_v4().as_u64_pair();
         Self { operation, connection, random, issues, worker }
     }
 
-    /// An error unless the answer is right.
+    /// Makes one call and checks the response.
     pub async fn call(&mut self) -> anyhow::Result<()> {
         let request_id = if self.operation.request_ids { self.uuid().to_string() } else { String::new() };
-        let right = match self.operation.call {
+        let is_correct = match self.operation.call {
             Call::CreateIssue => {
                 let issue = Issue {
                     title: TITLE.to_owned(),
@@ -283,7 +283,7 @@ impl Caller {
                 created.version == 1 && created.title == TITLE
             }
             Call::UpdateIssue => {
-                // Each worker has issues of its own.
+                // Each worker updates different issues.
                 let workers = self.operation.in_flight as u32;
                 let number = 1 + self.pick(self.issues / workers - 1) * workers + self.worker;
                 let title = format!("Retitled {}", self.pick(1_000_000_000));
@@ -303,7 +303,7 @@ impl Caller {
                 created.issue_id == issue_id
             }
             Call::Search => {
-                // Another one each time: equal ones would be looked for together.
+                // A different word each time, because equal searches share a read.
                 let word = format!("nosuchword{}", self.pick(1_000_000_000));
                 self.list(word).await?.is_empty()
             }
@@ -320,11 +320,11 @@ impl Caller {
                 issue.id == id && issue.comments.len() >= COMMENTS_PER_ISSUE && issue.labels.len() == LABELS_PER_ISSUE
             }
         };
-        ensure!(right, "the answer is wrong");
+        ensure!(is_correct, "the response is wrong");
         Ok(())
     }
 
-    /// The first page.
+    /// Lists the first page.
     async fn list(&mut self, filter: String) -> anyhow::Result<Vec<Issue>> {
         let request = ListIssuesRequest { filter, ..Default::default() };
         let listed: ListIssuesResponse =
@@ -332,7 +332,7 @@ impl Caller {
         Ok(listed.issues)
     }
 
-    /// xorshift64*, whose upper half is the better one.
+    /// Returns the next value of xorshift64*, whose upper half has the better quality.
     fn next(&mut self) -> u64 {
         self.random ^= self.random >> 12;
         self.random ^= self.random << 25;
@@ -340,12 +340,12 @@ impl Caller {
         self.random.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// A number under `below`.
+    /// Returns a random number less than `below`.
     fn pick(&mut self, below: u32) -> u32 {
         (((self.next() >> 32) * u64::from(below)) >> 32) as u32
     }
 
-    /// Of version 4.
+    /// Returns a random UUID of version 4.
     fn uuid(&mut self) -> Uuid {
         let bits = u128::from(self.next()) << 64 | u128::from(self.next());
         uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()

@@ -1,4 +1,4 @@
-//! Ten times the load that the service can carry: how much of its work it still does, and how long that takes.
+//! Goodput and latency at ten times the load that the service can sustain.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use issue_tracker::pb::{LoginRequest, LoginResponse};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 
 use crate::{
-    client::{Connection, Refused},
+    client::{Connection, Rejected},
     comparisons::{Bench, single},
     load::{self, Call, Caller, Load, Operation},
     results::{Outcome, Single, Table},
@@ -18,11 +18,11 @@ const OVERLOAD: f64 = 10.0;
 const TICK: Duration = Duration::from_millis(1);
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What is offered beyond what can be carried.
+/// An operation, and how its load is increased.
 pub struct Overload {
     pub operation: Operation,
-    /// Ten times the rate of calls, whatever becomes of those before; or else ten times the clients, which wait as they
-    /// are told.
+    /// Whether to send ten times the rate of calls, regardless of earlier calls. Otherwise ten times the clients call, each of
+    /// which waits for the retry delay after a rejection.
     pub by_rate: bool,
 }
 
@@ -33,7 +33,7 @@ const MANY: Operation = Operation {
     request_ids: false,
     script: "",
     triggers_off: false,
-    yardstick_clients: 0,
+    pgbench_clients: 0,
     in_flight: 512,
     connections: 32,
     by_latency: false,
@@ -49,7 +49,7 @@ pub const OVERLOADS: &[Overload] = &[
         operation: Operation {
             name: "Overload: searches, ten times the rate",
             call: Call::Search,
-            // As many as are made at once with the benchmark's pool.
+            // The number of concurrent searches that the pool of the benchmark allows.
             in_flight: 2,
             ..MANY
         },
@@ -57,18 +57,18 @@ pub const OVERLOADS: &[Overload] = &[
     },
 ];
 
-/// Goodput and p99 under overload, beside those of the load that can be carried.
+/// Adds goodput and p99 under overload, with the sustainable load as the baseline.
 pub fn run(bench: &Bench<'_>, table: &mut Table) -> anyhow::Result<()> {
-    for overload in OVERLOADS.iter().filter(|overload| bench.args.asks_for(overload.operation.name)) {
+    for overload in OVERLOADS.iter().filter(|overload| bench.args.includes(overload.operation.name)) {
         let operation = &overload.operation;
         let rounds = bench.args.in_rounds(operation.name, || {
-            let carried = load::run(operation, bench.service, bench.args.duration())?;
+            let sustained = load::run(operation, bench.service, bench.args.duration())?;
             let load = match overload.by_rate {
-                true => Load { rate: carried.per_second * OVERLOAD, ..Load::of(operation) },
+                true => Load { rate: sustained.per_second * OVERLOAD, ..Load::of(operation) },
                 false => Load { in_flight: (operation.in_flight as f64 * OVERLOAD) as usize, ..Load::of(operation) },
             };
             let overloaded = load::run_with(operation, load, bench.service, bench.args.duration())?;
-            Ok((carried, overloaded))
+            Ok((sustained, overloaded))
         })?;
         table.add_single(operation.name, operation.target, &rounds.iter().map(goodput).collect::<Vec<_>>());
         let name = format!("{}: p99", operation.name);
@@ -77,36 +77,37 @@ pub fn run(bench: &Bench<'_>, table: &mut Table) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn goodput((carried, overloaded): &(Outcome, Outcome)) -> Single {
-    let errors = carried.errors + overloaded.errors;
-    Single { errors, ..single("calls/s", carried.per_second, overloaded.per_second) }
+fn goodput((sustained, overloaded): &(Outcome, Outcome)) -> Single {
+    let errors = sustained.errors + overloaded.errors;
+    Single { errors, ..single("calls/s", sustained.per_second, overloaded.per_second) }
 }
 
-fn p99((carried, overloaded): &(Outcome, Outcome)) -> Single {
-    single("ms", f64::from(carried.p99_us) / 1e3, f64::from(overloaded.p99_us) / 1e3)
+fn p99((sustained, overloaded): &(Outcome, Outcome)) -> Single {
+    single("ms", f64::from(sustained.p99_us) / 1e3, f64::from(overloaded.p99_us) / 1e3)
 }
 
-/// What became of a call.
-pub enum Fate {
-    /// Right, after so many microseconds.
-    Done(u32),
-    /// And asked to stay away for so long.
-    Refused(Duration),
+/// The result of a call.
+pub enum CallResult {
+    /// A correct response, with the latency in microseconds.
+    Succeeded(u32),
+    /// A rejection, with the retry delay.
+    Rejected(Duration),
     Wrong(anyhow::Error),
 }
 
-pub async fn fate_of(caller: &mut Caller) -> Fate {
+pub async fn timed_call(caller: &mut Caller) -> CallResult {
     let started = Instant::now();
     match caller.call().await {
-        Ok(()) => Fate::Done(started.elapsed().as_micros() as u32),
-        Err(error) => match error.downcast::<Refused>() {
-            Ok(refused) => Fate::Refused(refused.retry_after),
-            Err(error) => Fate::Wrong(error),
+        Ok(()) => CallResult::Succeeded(started.elapsed().as_micros() as u32),
+        Err(error) => match error.downcast::<Rejected>() {
+            Ok(rejected) => CallResult::Rejected(rejected.retry_after),
+            Err(error) => CallResult::Wrong(error),
         },
     }
 }
 
-/// Calls at a rate, each without regard to the others, until the time is over.
+/// Makes calls at a fixed rate for `duration`. Returns the latencies of the successful calls in microseconds, and the number of
+/// wrong responses.
 pub async fn at_rate(
     operation: &'static Operation,
     connections: &[Connection],
@@ -116,22 +117,22 @@ pub async fn at_rate(
 ) -> anyhow::Result<(Vec<u32>, u64)> {
     let started = Instant::now();
     let mut calls = tokio::task::JoinSet::new();
-    let mut begun = 0;
+    let mut started_calls = 0;
     while started.elapsed() < duration {
-        while (begun as f64) < rate * started.elapsed().as_secs_f64() {
-            let connection = connections[begun % connections.len()].clone();
+        while (started_calls as f64) < rate * started.elapsed().as_secs_f64() {
+            let connection = connections[started_calls % connections.len()].clone();
             let mut caller = Caller::new(operation, connection, issues, 0);
-            calls.spawn(async move { fate_of(&mut caller).await });
-            begun += 1;
+            calls.spawn(async move { timed_call(&mut caller).await });
+            started_calls += 1;
         }
         tokio::time::sleep(TICK).await;
     }
-    let (mut latencies, mut refused, mut wrong) = (Vec::new(), 0, 0);
-    while let Some(fate) = calls.join_next().await {
-        match fate? {
-            Fate::Done(latency) => latencies.push(latency),
-            Fate::Refused(_) => refused += 1,
-            Fate::Wrong(error) => {
+    let (mut latencies, mut rejected, mut wrong) = (Vec::new(), 0, 0);
+    while let Some(result) = calls.join_next().await {
+        match result? {
+            CallResult::Succeeded(latency) => latencies.push(latency),
+            CallResult::Rejected(_) => rejected += 1,
+            CallResult::Wrong(error) => {
                 if wrong == 0 {
                     eprintln!("{}: {error:#}", operation.name);
                 }
@@ -139,11 +140,11 @@ pub async fn at_rate(
             }
         }
     }
-    eprintln!("{begun} calls: {} done, {refused} refused", latencies.len());
+    eprintln!("{started_calls} calls: {} succeeded, {rejected} rejected", latencies.len());
     Ok((latencies, wrong))
 }
 
-/// Asks for health and signs in again and again; answers how often one of these failed.
+/// Makes health checks and logins until `end`. Returns the number of failures.
 pub async fn probe(mut connection: Connection, end: Instant) -> anyhow::Result<u64> {
     let (mut health, mut login) = (Vec::new(), Vec::new());
     let mut failures = 0;
@@ -156,13 +157,17 @@ pub async fn probe(mut connection: Connection, end: Instant) -> anyhow::Result<u
         let started = Instant::now();
         let request =
             LoginRequest { username: USERNAME.to_owned(), password: PASSWORD.to_owned(), ..Default::default() };
-        let signed_in: anyhow::Result<LoginResponse> =
+        let login_result: anyhow::Result<LoginResponse> =
             connection.call("/issuetracker.v1.AuthService/Login", &request).await;
-        failures += u64::from(signed_in.is_err());
+        failures += u64::from(login_result.is_err());
         login.push(started.elapsed());
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
-    let most = |times: Vec<Duration>| times.into_iter().max().context("nothing was asked");
-    eprintln!("meanwhile health took {:?} at most, a login {:?}; {failures} failed", most(health)?, most(login)?);
+    let slowest = |times: Vec<Duration>| times.into_iter().max().context("no probe was made");
+    eprintln!(
+        "slowest health check: {:?}, slowest login: {:?}, failures: {failures}",
+        slowest(health)?,
+        slowest(login)?
+    );
     Ok(failures)
 }

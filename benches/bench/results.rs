@@ -1,4 +1,4 @@
-//! What was measured, as a table of ratios.
+//! Measurements, and the table of ratios that is printed.
 
 use std::time::Duration;
 
@@ -6,26 +6,26 @@ use serde_json::{Value, json};
 
 use crate::load::Operation;
 
-/// One side of one round.
+/// The measurements of one side of one round.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub per_second: f64,
     pub p50_us: u32,
     pub p95_us: u32,
     pub p99_us: u32,
-    /// Calls that were not OK, or answered something wrong.
+    /// Calls that failed or returned a wrong response.
     pub errors: u64,
 }
 
 impl Outcome {
-    pub fn new(mut latencies_us: Vec<u32>, took: Duration, errors: u64) -> Self {
+    pub fn new(mut latencies_us: Vec<u32>, elapsed: Duration, errors: u64) -> Self {
         latencies_us.sort_unstable();
         let at = |share: f64| {
             let index = (latencies_us.len() as f64 * share) as usize;
             latencies_us.get(index.min(latencies_us.len().saturating_sub(1))).copied().unwrap_or_default()
         };
         Self {
-            per_second: latencies_us.len() as f64 / took.as_secs_f64(),
+            per_second: latencies_us.len() as f64 / elapsed.as_secs_f64(),
             p50_us: at(0.50),
             p95_us: at(0.95),
             p99_us: at(0.99),
@@ -50,11 +50,11 @@ impl Outcome {
     }
 }
 
-/// One figure of the service, beside the yardstick's if there is one, and how many calls failed.
+/// One figure of the service, the baseline's figure if there is one, and the number of failed calls.
 #[derive(Clone, Debug)]
 pub struct Single {
     pub unit: &'static str,
-    pub yardstick: Option<f64>,
+    pub baseline: Option<f64>,
     pub service: f64,
     pub errors: u64,
 }
@@ -74,13 +74,13 @@ impl Table {
                 "p95_us": of(|o| f64::from(o.p95_us)), "p99_us": of(|o| f64::from(o.p99_us)),
             })
         };
-        let ratios = rounds.iter().map(|(yardstick, service)| match operation.by_latency {
-            true => f64::from(service.p50_us) / f64::from(yardstick.p50_us),
-            false => service.per_second / yardstick.per_second,
+        let ratios = rounds.iter().map(|(baseline, service)| match operation.by_latency {
+            true => f64::from(service.p50_us) / f64::from(baseline.p50_us),
+            false => service.per_second / baseline.per_second,
         });
         self.errors += rounds.iter().map(|(_, service)| service.errors).sum::<u64>();
         self.rows.push(json!({
-            "operation": operation.name, "service": side(|round| &round.1), "yardstick": side(|round| &round.0),
+            "operation": operation.name, "service": side(|round| &round.1), "baseline": side(|round| &round.0),
             "ratio": median(ratios.collect()), "of": if operation.by_latency { "p50" } else { "rate" },
             "target": operation.target,
         }));
@@ -94,8 +94,8 @@ impl Table {
         self.errors += rounds.iter().map(|round| round.errors).sum::<u64>();
         let unit = rounds.first().map_or("", |round| round.unit);
         self.rows.push(json!({
-            "operation": name, "unit": unit, "service_figure": of(|s| Some(s.service)), "yardstick_figure": of(|s| s.yardstick),
-            "ratio": of(|s| s.yardstick.map(|yardstick| s.service / yardstick)), "of": unit, "target": target,
+            "operation": name, "unit": unit, "service_figure": of(|s| Some(s.service)), "baseline_figure": of(|s| s.baseline),
+            "ratio": of(|s| s.baseline.map(|baseline| s.service / baseline)), "of": unit, "target": target,
         }));
     }
 
@@ -104,22 +104,23 @@ impl Table {
     }
 
     pub fn print(&self) {
-        println!("| operation | service | p50/p95/p99 µs | yardstick | p50/p95/p99 µs | ratio | target |");
+        println!("| operation | service | p50/p95/p99 µs | baseline | p50/p95/p99 µs | ratio | target |");
         println!("|---|---|---|---|---|---|---|");
         for row in &self.rows {
             let text = |name: &str| row[name].as_str().unwrap_or_default();
+            let number = |side: &Value, name: &str| format!("{:.0}", side[name].as_f64().unwrap_or_default());
             let side = |name: &str| match (row.get(name), row[format!("{name}_figure")].as_f64()) {
                 (Some(side), _) => {
-                    let latencies = format!("{} / {} / {}", side["p50_us"], side["p95_us"], side["p99_us"]);
-                    (format!("{}/s", side["per_second"]), latencies)
+                    let latencies = ["p50_us", "p95_us", "p99_us"].map(|name| number(side, name)).join(" / ");
+                    (format!("{}/s", number(side, "per_second")), latencies)
                 }
                 (None, Some(figure)) => (format!("{figure:.1} {}", text("unit")), String::new()),
                 (None, None) => (String::new(), String::new()),
             };
-            let ratio = row["ratio"].as_f64().map(|ratio| format!("{ratio:.2} × {}", text("of"))).unwrap_or_default();
-            let ((service, service_latencies), (yardstick, yardstick_latencies)) = (side("service"), side("yardstick"));
+            let ratio = row["ratio"].as_f64().map(|ratio| format!("{ratio:.2} ({})", text("of"))).unwrap_or_default();
+            let ((service, service_latencies), (baseline, baseline_latencies)) = (side("service"), side("baseline"));
             println!(
-                "| {} | {service} | {service_latencies} | {yardstick} | {yardstick_latencies} | {ratio} | {} |",
+                "| {} | {service} | {service_latencies} | {baseline} | {baseline_latencies} | {ratio} | {} |",
                 text("operation"),
                 text("target"),
             );

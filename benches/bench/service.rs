@@ -1,4 +1,4 @@
-//! The release server, as a process of its own.
+//! The release build of the service, started as a separate process.
 
 use std::{
     fs::File,
@@ -23,7 +23,7 @@ use issue_tracker::{
 
 use crate::dataset;
 
-/// As the targets have it.
+/// The pool size for which the target ratios are defined.
 const POOL_CONNECTIONS: u32 = 8;
 pub const USERNAME: &str = "bench";
 pub const PASSWORD: &str = "of the benchmark";
@@ -33,22 +33,22 @@ const BCRYPT_COST: u32 = 12;
 pub struct Service {
     child: Child,
     pub database: &'static str,
-    /// How many issues the database was loaded with.
+    /// The number of issues in the data set.
     pub issues: u32,
     pub address: String,
-    /// A member's API token.
+    /// The API token of a member.
     pub token: String,
-    /// Resident memory before the first call.
+    /// Resident memory before the first call, in KiB.
     pub idle_kib: u64,
 }
 
 impl Service {
-    /// With a database of its own that is loaded with issues.
+    /// Creates a database, starts the service on it and inserts the data set.
     pub fn start(cluster: &Cluster, dir: &Path, database: &'static str, issues: u32) -> anyhow::Result<Self> {
         let token = prepare(cluster, database)?;
         let url = format!("host={} user=postgres dbname={database}", cluster.socket_dir().display());
         let mut command = Command::new(env!("CARGO_BIN_EXE_issue-tracker"));
-        // SAFETY: prctl is one system call. The service must not outlive a benchmark that is killed.
+        // SAFETY: the closure makes one system call. It stops the service when the benchmark is killed.
         unsafe {
             command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
                 0 => Ok(()),
@@ -72,7 +72,7 @@ impl Service {
         Ok(service)
     }
 
-    /// `VmRSS` now, `VmHWM` at most since the last reset.
+    /// Returns a field of `/proc/PID/status` in KiB: `VmRSS` is the current memory, `VmHWM` the peak since the last reset.
     pub fn memory_kib(&self, field: &str) -> anyhow::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find(|line| line.starts_with(field)).context("no such field")?;
@@ -97,7 +97,7 @@ impl Drop for Service {
     }
 }
 
-/// Makes the database with its schema, and a user.
+/// Creates a database with its schema and one member. Returns the token of the member.
 fn prepare(cluster: &Cluster, database: &str) -> anyhow::Result<String> {
     let (maintenance, config) = (cluster.connect_config("postgres"), cluster.connect_config(database));
     tokio::runtime::Runtime::new()?.block_on(async {
