@@ -1,4 +1,4 @@
-//! What callers are shown.
+//! Properties of the errors that callers receive.
 
 use issue_tracker::{
     error::{Error, Result},
@@ -6,10 +6,10 @@ use issue_tracker::{
 };
 use tonic::{Status, codegen::http::HeaderMap};
 
-/// What HTTP/2 clients take for all headers of an answer together, as a rule.
+/// The header list size that HTTP/2 clients usually accept per response.
 const HEADERS_BYTES_MAX: usize = 8 * 1024;
 
-/// Not too long, and nothing in it that a terminal would act on or hide.
+/// Asserts that a text is not too long and contains no control or invisible characters.
 #[track_caller]
 pub fn assert_readable(text: &str, chars_max: usize) {
     let chars = text.chars().count();
@@ -17,7 +17,7 @@ pub fn assert_readable(text: &str, chars_max: usize) {
     assert!(!text.contains(is_unreadable), "{text:?}");
 }
 
-/// Control characters, and of the format characters (Unicode's Cf, Zl and Zp) those without a shape of their own.
+/// Returns whether a character is a control character or an invisible format character (Unicode Cf, Zl and Zp).
 fn is_unreadable(c: char) -> bool {
     if c.is_ascii() {
         return c.is_ascii_control();
@@ -28,9 +28,9 @@ fn is_unreadable(c: char) -> bool {
     c.is_control() || invisible.contains(c)
 }
 
-/// An error that a caller can be told: one larger than its headers may be costs the whole connection.
+/// Asserts that an error is readable and fits the response headers. A larger one would break the connection.
 #[track_caller]
-pub fn assert_can_be_told(error: Error) {
+pub fn assert_valid_error(error: Error) {
     assert_readable(&error.to_string(), HEADERS_BYTES_MAX);
     let mut headers = HeaderMap::new();
     Status::from(error).add_header(&mut headers).expect("a status is made of header values");
@@ -38,16 +38,16 @@ pub fn assert_can_be_told(error: Error) {
     assert!(bytes < HEADERS_BYTES_MAX, "{bytes} bytes of headers");
 }
 
-/// The value that `read` takes, or `None` if it was refused, in a way that the caller can be told.
+/// Returns the value that `read` accepts, or `None` if it reports a valid error.
 #[track_caller]
-pub fn checked<T>(read: impl FnOnce(&mut Check) -> T) -> Option<T> {
+pub fn run_check<T>(read: impl FnOnce(&mut Check) -> T) -> Option<T> {
     let mut check = Check::default();
     let value = read(&mut check);
-    told(check.done()).map(|()| value)
+    ok_or_valid_error(check.done()).map(|()| value)
 }
 
-/// The value, or `None` if there is an error, which the caller can be told.
+/// Returns the value, or `None` if there is an error, which must be valid.
 #[track_caller]
-pub fn told<T>(result: Result<T>) -> Option<T> {
-    result.map_err(assert_can_be_told).ok()
+pub fn ok_or_valid_error<T>(result: Result<T>) -> Option<T> {
+    result.map_err(assert_valid_error).ok()
 }

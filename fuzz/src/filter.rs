@@ -13,31 +13,32 @@ use issue_tracker::{
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
-use super::errors::{assert_can_be_told, assert_readable};
+use super::errors::{assert_readable, assert_valid_error};
 
-/// Any text is a filter that survives printing and reaches the database as parameters, or is refused at a place in it.
+/// Any text is either a filter that can be printed and parsed back and whose values are SQL parameters, or an error
+/// with a position.
 pub fn filter(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     match parse(text) {
         Ok(filter) => {
-            assert_as_documented(&filter);
-            assert_ids_are_written_out(text, &filter);
-            assert_reads_back(&filter);
-            assert_space_around_is_nothing(text, &filter);
+            assert_terms_are_valid(&filter);
+            assert_ids_are_hyphenated(text, &filter);
+            assert_parses_back(&filter);
+            assert_surrounding_space_is_ignored(text, &filter);
             assert_values_are_parameters(&filter);
         }
-        Err(error) => assert_tells_a_place(text, error),
+        Err(error) => assert_error_has_position(text, error),
     }
 }
 
-fn assert_tells_a_place(text: &str, error: FilterError) {
+fn assert_error_has_position(text: &str, error: FilterError) {
     assert!(error.position <= text.chars().count(), "{error:?}");
     assert!(error.message.starts_with(&format!("at character {}: ", error.position + 1)), "{error:?}");
     assert_readable(&error.message, 300);
-    assert_can_be_told(Error::invalid("filter", error.message));
+    assert_valid_error(Error::invalid("filter", error.message));
 }
 
-fn assert_as_documented(filter: &Filter) {
+fn assert_terms_are_valid(filter: &Filter) {
     assert!(filter.terms.len() <= FILTER_TERMS_MAX);
     let assert_name = |name: &str| {
         assert!(!name.trim().is_empty() && !name.contains('\0'), "{name:?}");
@@ -46,7 +47,7 @@ fn assert_as_documented(filter: &Filter) {
     for term in &filter.terms {
         match term {
             Term::Status(status) => assert_ne!(*status, Status::Unspecified),
-            Term::Reporter(UserRef::Nobody) => panic!("no issue is without a reporter"),
+            Term::Reporter(UserRef::Nobody) => panic!("every issue has a reporter"),
             Term::Assignee(UserRef::Username(name)) | Term::Reporter(UserRef::Username(name)) => assert_name(name),
             Term::Label(LabelRef::Name(name)) => assert_name(name),
             Term::Search(text) => assert!(!text.trim().is_empty() && !text.contains('\0'), "{text:?}"),
@@ -55,8 +56,8 @@ fn assert_as_documented(filter: &Filter) {
     }
 }
 
-/// With their hyphens: another spelling may be somebody's name.
-fn assert_ids_are_written_out(text: &str, filter: &Filter) {
+/// Ids are parsed only with hyphens, because other spellings may be usernames.
+fn assert_ids_are_hyphenated(text: &str, filter: &Filter) {
     let text = text.to_ascii_lowercase();
     for term in &filter.terms {
         if let Term::Assignee(UserRef::Id(id)) | Term::Reporter(UserRef::Id(id)) | Term::Label(LabelRef::Id(id)) = term
@@ -66,8 +67,8 @@ fn assert_ids_are_written_out(text: &str, filter: &Filter) {
     }
 }
 
-/// With and without `AND`, and twice over.
-fn assert_reads_back(filter: &Filter) {
+/// The printed filter parses back: with and without `AND`, and repeated.
+fn assert_parses_back(filter: &Filter) {
     let terms: Vec<String> = filter.terms.iter().map(Term::to_string).collect();
     let twice = Filter { terms: [&*filter.terms, &*filter.terms].concat() };
     for (printed, expected) in [(filter.to_string(), filter), (terms.join("\n"), filter), (twice.to_string(), &twice)] {
@@ -77,13 +78,13 @@ fn assert_reads_back(filter: &Filter) {
     }
 }
 
-fn assert_space_around_is_nothing(text: &str, filter: &Filter) {
+fn assert_surrounding_space_is_ignored(text: &str, filter: &Filter) {
     if text.chars().count() + 2 <= FILTER_CHARS_MAX {
         assert_eq!(parse(&format!("\t{text}\u{3000}")).as_ref(), Ok(filter));
     }
 }
 
-/// The statement has the text that any other filter of this shape has, and the values beside it as they are.
+/// The SQL depends only on the kinds of the terms, and the values are its parameters.
 fn assert_values_are_parameters(filter: &Filter) {
     let (sql, params) = list_statement(&list(filter.clone()));
     let shape = Filter { terms: filter.terms.iter().map(with_another_value).collect() };
@@ -110,7 +111,7 @@ fn with_another_value(term: &Term) -> Term {
         UserRef::Username(_) => UserRef::Username("another".to_owned()),
     };
     match term {
-        // One of three, and not a parameter.
+        // The status is a literal in the SQL.
         Term::Status(status) => Term::Status(*status),
         Term::Priority(_) => Term::Priority(Priority::Low),
         Term::Assignee(assignee) => Term::Assignee(user(assignee)),
@@ -126,14 +127,14 @@ fn number_at_start(text: &str) -> usize {
     text[..digits].parse().expect("a parameter has a number")
 }
 
-/// The text of a parameter; none: it is not one.
+/// Returns the value of a text parameter, or `None` if it has another type.
 fn text_of(param: &(dyn ToSql + Sync)) -> Option<String> {
     let mut bytes = BytesMut::new();
     param.to_sql_checked(&Type::TEXT, &mut bytes).ok()?;
     Some(String::from_utf8(bytes.to_vec()).expect("text is UTF-8"))
 }
 
-/// The text that the term's parameter has to have.
+/// Returns the expected text parameter of a term.
 fn text_for(term: &Term) -> Option<String> {
     match term {
         Term::Assignee(UserRef::Username(name)) | Term::Reporter(UserRef::Username(name)) => Some(name.clone()),

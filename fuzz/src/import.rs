@@ -1,4 +1,4 @@
-//! Files cut anywhere.
+//! CSV files in arbitrary chunks.
 
 mod rows;
 
@@ -18,40 +18,40 @@ use issue_tracker::{
 use super::memory;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
-/// Up to here a file is also given byte by byte, and gone on with behind each record.
+/// Files up to this size are also read byte by byte, and resumed after each record.
 const SMALL_FILE_BYTES: usize = 96;
-/// The bound of a record where it is to be passed. At that of real imports, a megabyte, a run would see little else.
+/// The record limit of `import_record`. The limit of real imports, 1 MiB, would make each input too slow.
 const RECORD_BYTES_MAX: usize = 16 * 1024;
-/// One record, room to see that it is too long, the ends of its fields and the tables of csv-core.
+/// Memory for one record, the excess by which it is too long, the ends of its fields and the tables of csv-core.
 const HELD_BYTES_MAX: usize = RECORD_BYTES_MAX + 8 * 1024;
 
-/// A file gives the same records and rows however it is cut, each at its place, and those of the csv crate.
+/// A file yields the same records and rows in any chunks, at the correct offsets, and equal to those of the csv crate.
 ///
-/// The first byte is how the file is to be read, the second is where it is cut; the rest is the file.
+/// The first byte selects the format and the second the chunk sizes. The rest is the file.
 pub fn import_file(data: &[u8]) {
     let Some((&[options, cuts], file)) = data.split_first_chunk() else { return };
-    let format = format_of(options);
+    let format = format_from_byte(options);
     let seen = read(&format, Start::file(), [file]);
-    assert_eq!(read(&format, Start::file(), cut(file, cuts)), seen);
+    assert_eq!(read(&format, Start::file(), split_into_chunks(file, cuts)), seen);
     if file.len() <= SMALL_FILE_BYTES {
         assert_eq!(read(&format, Start::file(), file.chunks(1)), seen);
     }
-    assert_places(file, &seen);
+    assert_offsets(file, &seen);
     assert_same_as_csv(file, &format, &seen);
-    assert_goes_on(file, &format, &seen, cuts.into());
+    assert_resumes(file, &format, &seen, cuts.into());
     for record in &seen {
         match &record.parsed {
             Parsed::Header(header) => rows::assert_header(&format, header),
             Parsed::Row(row) => rows::assert_row(&format, record, row),
-            Parsed::Unread => {}
+            Parsed::NotParsed => {}
         }
     }
 }
 
-/// A file longer than any record may be is read in bounded memory, to the records of the csv crate.
+/// A file that is longer than the record limit is read in bounded memory and yields the records of the csv crate.
 ///
-/// The first byte says where it is cut; then come a beginning, what is repeated until it is too long, and an end, with NULs
-/// between them.
+/// The first byte selects the chunk size. Three parts separated by NUL follow: a beginning, a piece that is repeated
+/// until it is too long, and an end.
 pub fn import_record(data: &[u8]) {
     let Some((cuts, text)) = data.split_first() else { return };
     let mut parts = text.splitn(3, |byte| *byte == 0);
@@ -64,7 +64,7 @@ pub fn import_record(data: &[u8]) {
         let chunks = std::iter::repeat_n(long.chunks(step), 65).flatten();
         std::iter::once(begin).chain(chunks).chain(std::iter::once(end))
     };
-    // The csv crate knows a byte-order mark only where it is in one piece.
+    // The csv crate recognises a byte-order mark only within one chunk.
     let file = whole(long.len()).collect::<Vec<_>>().concat();
     let expected = assert_long_same_as_csv(&file);
     let (found, held_bytes) = memory::peak_of(|| digest(whole(usize::from(*cuts) * 16 + 1)));
@@ -72,8 +72,8 @@ pub fn import_record(data: &[u8]) {
     assert!(held_bytes <= HELD_BYTES_MAX, "{held_bytes} bytes");
 }
 
-/// Which choices there are, and that all of them can be had.
-fn format_of(options: u8) -> Format {
+/// Maps a byte to one of all combinations of format options.
+fn format_from_byte(options: u8) -> Format {
     let choice = |shift: u32, of: usize| usize::from(options >> shift) % of;
     let names = [("summary", Some(Column::Title)), ("state", Some(Column::Status)), ("estimate", None)];
     Format {
@@ -89,12 +89,12 @@ fn format_of(options: u8) -> Format {
     }
 }
 
-/// Where a reader begins.
+/// The state in which a reader starts.
 struct Start {
     offset: u64,
     row_number: u64,
     line_number: u64,
-    /// What the header said, unless that is still to come.
+    /// The columns of the header. `None` if the header is still to be read.
     columns: Option<Columns>,
 }
 
@@ -104,9 +104,9 @@ impl Start {
     }
 }
 
-/// A record by value, to compare.
+/// An owned record, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
+struct OwnedRecord {
     row_number: u64,
     line_number: u64,
     byte_offset: u64,
@@ -122,39 +122,39 @@ struct Seen {
 enum Parsed {
     Header(Result<Columns, Vec<HeaderFault>>),
     Row(Result<ImportRow, Vec<RowError>>),
-    /// The header was refused, so there is no import.
-    Unread,
+    /// The header was invalid, so rows are not parsed.
+    NotParsed,
 }
 
-fn read<'a>(format: &Format, start: Start, chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<Seen> {
+fn read<'a>(format: &Format, start: Start, chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<OwnedRecord> {
     let mut reader = RecordReader::starting_at(start.offset, start.row_number, start.line_number);
     reader = reader.separated_by(format.separator);
     let mut columns = start.columns;
-    let mut seen: Vec<Seen> = Vec::new();
+    let mut seen: Vec<OwnedRecord> = Vec::new();
     let mut given = start.offset;
     for mut chunk in chunks {
         given += chunk.len() as u64;
         while let Some(record) = reader.read(&mut chunk) {
-            seen.push(see(format, &mut columns, &record));
+            seen.push(to_owned_record(format, &mut columns, &record));
         }
         assert!(chunk.is_empty());
         assert_eq!(reader.offset(), given);
     }
-    seen.extend(reader.finish().map(|record| see(format, &mut columns, &record)));
+    seen.extend(reader.finish().map(|record| to_owned_record(format, &mut columns, &record)));
     assert_eq!(reader.offset(), given);
     assert!(reader.finish().is_none());
     seen
 }
 
-fn see(format: &Format, columns: &mut Option<Columns>, record: &Record<'_>) -> Seen {
+fn to_owned_record(format: &Format, columns: &mut Option<Columns>, record: &Record<'_>) -> OwnedRecord {
     let parsed = if record.row_number == 0 {
         let header = Columns::parse(record, format);
         *columns = header.clone().ok();
         Parsed::Header(header)
     } else {
-        columns.as_ref().map_or(Parsed::Unread, |columns| Parsed::Row(parse_row(format, columns, record)))
+        columns.as_ref().map_or(Parsed::NotParsed, |columns| Parsed::Row(parse_row(format, columns, record)))
     };
-    Seen {
+    OwnedRecord {
         row_number: record.row_number,
         line_number: record.line_number,
         byte_offset: record.byte_offset,
@@ -167,8 +167,8 @@ fn see(format: &Format, columns: &mut Option<Columns>, record: &Record<'_>) -> S
     }
 }
 
-/// Pieces of 1 to 16 bytes, or mostly long ones with an empty one now and then, as `seed` says.
-fn cut(file: &[u8], seed: u8) -> Vec<&[u8]> {
+/// Splits a file into random chunks of up to 16 bytes, or of up to 256 bytes, depending on `seed`. Some are empty.
+fn split_into_chunks(file: &[u8], seed: u8) -> Vec<&[u8]> {
     let mut state = u32::from(seed) + 1;
     let longest = if seed < 128 { 16 } else { 256 };
     let mut chunks = Vec::new();
@@ -185,7 +185,7 @@ fn cut(file: &[u8], seed: u8) -> Vec<&[u8]> {
     chunks
 }
 
-/// Line ends by the definition: each of CRLF, LF and CR is one.
+/// Counts line ends. CRLF, LF and CR are one each.
 fn count_lines(bytes: &[u8]) -> u64 {
     let ends = |(nth, byte): (usize, &u8)| match byte {
         b'\r' => true,
@@ -195,8 +195,8 @@ fn count_lines(bytes: &[u8]) -> u64 {
     bytes.iter().enumerate().filter(|(nth, byte)| ends((*nth, byte))).count() as u64
 }
 
-/// Records follow one another, with nothing but line ends between them.
-fn assert_places(file: &[u8], seen: &[Seen]) {
+/// Records are consecutive, with only line ends between them.
+fn assert_offsets(file: &[u8], seen: &[OwnedRecord]) {
     let mut end = if file.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
     let is_line_ends = |bytes: &[u8]| bytes.iter().all(|byte| matches!(byte, b'\r' | b'\n'));
     for (nth, record) in seen.iter().enumerate() {
@@ -214,7 +214,7 @@ fn assert_places(file: &[u8], seen: &[Seen]) {
     assert!(is_line_ends(&file[end..]));
 }
 
-fn assert_same_as_csv(file: &[u8], format: &Format, seen: &[Seen]) {
+fn assert_same_as_csv(file: &[u8], format: &Format, seen: &[OwnedRecord]) {
     let mut csv =
         csv::ReaderBuilder::new().has_headers(false).flexible(true).delimiter(format.separator).from_reader(file);
     let mut expected = csv.byte_records();
@@ -224,7 +224,7 @@ fn assert_same_as_csv(file: &[u8], format: &Format, seen: &[Seen]) {
         assert!(record.fields.iter().map(Vec::as_slice).eq(theirs.iter().take(IMPORT_COLUMNS_MAX)), "{record:?}");
     }
     assert!(expected.next().is_none());
-    // Only the last record can have an open quote, and one more quote then closes it.
+    // Only the last record can have an unclosed quote. One more quote closes it.
     let Some((last, others)) = seen.split_last() else { return };
     assert!(others.iter().all(|record| record.fault.is_none()));
     if last.fault.is_some() {
@@ -234,8 +234,8 @@ fn assert_same_as_csv(file: &[u8], format: &Format, seen: &[Seen]) {
     }
 }
 
-/// A reader that begins at a record, or behind one, gives the rest.
-fn assert_goes_on(file: &[u8], format: &Format, seen: &[Seen], nth: usize) {
+/// A reader that starts at a record, or after one, yields the remaining records.
+fn assert_resumes(file: &[u8], format: &Format, seen: &[OwnedRecord], nth: usize) {
     let Some((header, rows)) = seen.split_first() else { return };
     let Parsed::Header(Ok(columns)) = &header.parsed else { return };
     let names: Vec<String> = columns.names().into_iter().map(str::to_owned).collect();
@@ -251,7 +251,7 @@ fn assert_goes_on(file: &[u8], format: &Format, seen: &[Seen], nth: usize) {
     }
 }
 
-/// The records of a long file in few bytes.
+/// A hash of the records of a long file.
 #[derive(Default)]
 struct Digest {
     hasher: DefaultHasher,
@@ -288,7 +288,7 @@ fn digest<'a>(chunks: impl Iterator<Item = &'a [u8]>) -> u64 {
     Digest::read(chunks, |_| {})
 }
 
-/// Of a record that is too long the first bytes are the same.
+/// The records equal those of the csv crate. Of a record that is too long, the kept bytes are a prefix.
 fn assert_long_same_as_csv(file: &[u8]) -> u64 {
     let mut csv = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(file);
     let mut theirs = csv::ByteRecord::new();

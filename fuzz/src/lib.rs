@@ -1,7 +1,8 @@
-//! What holds for any bytes from outside, whatever they are: a function for each decoder, which panics where it does not.
+//! Properties that hold for any input: one function per decoder of external bytes, which panics when a property is
+//! violated.
 //!
-//! The fuzz targets call these with what libFuzzer makes up, and `tests/fuzz_seeds.rs` of the main package with `seeds/`, so that
-//! what was found once stays found without a nightly toolchain.
+//! The fuzz targets call them with generated inputs. `tests/fuzz_seeds.rs` of the main package calls them with
+//! `seeds/`, so that inputs found earlier are tested without a nightly toolchain.
 
 mod errors;
 mod filter;

@@ -1,30 +1,30 @@
-//! How much memory a function holds.
+//! Measures the memory that a function holds.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
 };
 
-/// The system's allocator, which keeps count for each thread.
-struct Counted;
+/// The system allocator, with counters per thread.
+struct CountingAllocator;
 
 #[global_allocator]
-static ALLOCATOR: Counted = Counted;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 thread_local! {
-    /// What a thread has taken less what it has given back: of something else's memory, that can be more.
+    /// Bytes allocated minus bytes freed on this thread. Negative if it frees memory of other threads.
     static HELD_BYTES: Cell<isize> = const { Cell::new(0) };
     static PEAK_BYTES: Cell<isize> = const { Cell::new(0) };
 }
 
 fn count(bytes: isize) {
-    // Neither cell is dropped, so they are there to a thread's end.
+    // The cells have no destructors, so they are accessible until the thread ends.
     let held = HELD_BYTES.replace(HELD_BYTES.get() + bytes) + bytes;
     PEAK_BYTES.set(PEAK_BYTES.get().max(held));
 }
 
-// SAFETY: the system's allocator does it all.
-unsafe impl GlobalAlloc for Counted {
+// SAFETY: every call is forwarded to the system allocator.
+unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
         unsafe { System.alloc(layout) }
@@ -41,7 +41,7 @@ unsafe impl GlobalAlloc for Counted {
     }
 }
 
-/// What `work` gives, and the most bytes that it held at once on this thread.
+/// Returns the result of `work`, and the peak number of bytes that it held on this thread.
 pub fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD_BYTES.get();
     PEAK_BYTES.set(before);

@@ -12,8 +12,8 @@ use issue_tracker::{
 };
 use tonic::codegen::http::{HeaderMap, HeaderValue};
 
-/// Any text is a timeout, a token, or neither, and each of these has one spelling. Any bytes have a token in them as the
-/// value of `authorization`, or none, and as those of `x-forwarded-for`, one a line, they have a client.
+/// Any text is a valid timeout, a valid token, or rejected. A token has one spelling. Any bytes are read as the value
+/// of `authorization`, and as values of `x-forwarded-for`, one per line.
 pub fn metadata(data: &[u8]) {
     assert_bearer_or_none(data);
     assert_client(data);
@@ -25,12 +25,12 @@ pub fn metadata(data: &[u8]) {
     if let Some((bytes, rest)) = data.split_first_chunk::<32>() {
         assert_token(*bytes);
         if let &[place, other, ..] = rest {
-            assert_altered_is_another(*bytes, place.into(), other);
+            assert_altered_token_differs(*bytes, place.into(), other);
         }
     }
 }
 
-/// As the protocol has it: `TimeoutValue TimeoutUnit`, where the value has one to eight digits.
+/// The timeout format of the gRPC protocol: `TimeoutValue TimeoutUnit`, with a value of one to eight digits.
 fn assert_timeout(text: &str) {
     let units = [("H", 3_600_000_000_000), ("M", 60_000_000_000), ("S", 1_000_000_000), ("m", 1_000_000), ("u", 1_000)];
     let mut units = units.into_iter().chain([("n", 1)]);
@@ -80,7 +80,7 @@ fn assert_token(bytes: [u8; 32]) {
     }
 }
 
-fn assert_altered_is_another(bytes: [u8; 32], place: usize, other: u8) {
+fn assert_altered_token_differs(bytes: [u8; 32], place: usize, other: u8) {
     let token = token_of(bytes);
     let mut altered = token.clone().into_bytes();
     let place = place % altered.len();
@@ -97,37 +97,39 @@ fn bearer_of(value: &[u8]) -> Option<[u8; 32]> {
     bearer_sha256(&HeaderValue::from_bytes(value).ok()?)
 }
 
-/// A scheme in any case, a space, and a token with space around it.
+/// The value is the scheme in any case, a space, and a token with optional space around it.
 fn assert_bearer_or_none(value: &[u8]) {
     let token = value.split_at_checked(7).filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"Bearer "));
     let expected = token.and_then(|(_, token)| token_sha256(str::from_utf8(token.trim_ascii()).ok()?));
-    // Line ends are no part of a value.
+    // A header value cannot contain line ends.
     if HeaderValue::from_bytes(value).is_ok() {
         assert_eq!(bearer_of(value), expected, "{value:?}");
     }
 }
 
 const PROXY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3));
-const STRANGER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
+const UNTRUSTED: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9));
 const HOPS_MAX: usize = 16;
 const HOP_BYTES_MAX: usize = 64;
 
-/// The rightmost that is no trusted proxy. Whatever a client sends has no say in it, as the first proxy appends where it is.
+/// The client is the rightmost address that is not a trusted proxy. Values sent by the client itself cannot change it,
+/// because the first proxy appends the address of the client.
 fn assert_client(values: &[u8]) {
-    let proxies: TrustedProxies = "10.0.0.0/8,192.0.2.7, 2001:db8::/32".parse().expect("it is a list of networks");
+    let proxies: TrustedProxies = "10.0.0.0/8,192.0.2.7, 2001:db8::/32".parse().expect("the list of networks is valid");
     let mut headers = HeaderMap::new();
     for value in values.split(|byte| *byte == b'\n').filter_map(|value| HeaderValue::from_bytes(value).ok()) {
         headers.append("x-forwarded-for", value);
     }
     let client = |peer, headers: &HeaderMap| proxies.client(peer, headers).0;
-    assert_eq!(client(STRANGER, &headers), STRANGER);
+    assert_eq!(client(UNTRUSTED, &headers), UNTRUSTED);
     assert_eq!(client(PROXY, &headers), expected_client(&headers), "{headers:?}");
     for appended in [", 203.0.113.9", ",203.0.113.9:1, 10.9.9.9, [2001:db8::1]:65535, ::ffff:192.0.2.7"] {
         let mut headers = headers.clone();
         let last = headers.get_all("x-forwarded-for").iter().next_back().map_or(&b""[..], HeaderValue::as_bytes);
-        let last = HeaderValue::from_bytes(&[last, appended.as_bytes()].concat()).expect("its parts are values");
+        let last =
+            HeaderValue::from_bytes(&[last, appended.as_bytes()].concat()).expect("both parts are valid header values");
         headers.append("x-forwarded-for", last);
-        assert_eq!(client(PROXY, &headers), STRANGER, "{headers:?}");
+        assert_eq!(client(PROXY, &headers), UNTRUSTED, "{headers:?}");
     }
 }
 
@@ -149,7 +151,7 @@ fn expected_client(headers: &HeaderMap) -> IpAddr {
     client
 }
 
-/// `address`, `v4:port`, `[v6]` or `[v6]:port`, where the last may have the number of an interface behind the address.
+/// Parses `address`, `v4:port`, `[v6]` or `[v6]:port`. The last may have a numeric zone id after the address.
 fn expected_address(hop: &[u8]) -> Option<IpAddr> {
     let hop = str::from_utf8(hop).ok().filter(|hop| hop.len() <= HOP_BYTES_MAX)?;
     let is_number = |text: &str, max: u128| {

@@ -3,26 +3,27 @@ use issue_tracker::request::{Check, PAGE_ROWS_MAX, PageRequest, UPDATE_MASK_PATH
 use prost_types::FieldMask;
 use uuid::Uuid;
 
-use super::errors::{checked, told};
+use super::errors::{ok_or_valid_error, run_check};
 
-/// What the tokens of these checks are bound to.
+/// The list to which the tokens of these checks are bound.
 const BOUND_TO: &[&[u8]] = &[b"seeds", b"status = OPEN"];
-/// Longer than any key of a list, which is a name of 50 characters at most.
+/// Longer than any key of a list, which is at most a name of 50 characters.
 const KEY_BYTES_MAX: usize = 256;
 
-/// A token that was given reads back as its key, in its own list only; any other is refused, or would have been given.
+/// An issued token decodes to its key, in its own list only. Any other text is rejected or equals an issued token.
 ///
-/// The first byte is a place in the token and the second is put there; the rest is a token and, by turns, a key.
+/// The first byte is a position in the token and the second byte replaces the byte there. The rest is used as a token
+/// and as a key.
 pub fn page_token(data: &[u8]) {
     let Some((&[place, other], rest)) = data.split_first_chunk() else { return };
     if let Ok(token) = std::str::from_utf8(rest) {
-        assert_given_or_refused(token);
+        assert_issued_or_rejected(token);
     }
     let key = &rest[..rest.len().min(KEY_BYTES_MAX)];
     if !key.is_empty() {
-        assert_key_comes_back(key);
-        assert_altered_is_another(key, place.into(), other);
-        assert_bound(key, place.into());
+        assert_key_decodes_back(key);
+        assert_altered_token_differs(key, place.into(), other);
+        assert_bound_to_list(key, place.into());
     }
     if let Some(bytes) = rest.first_chunk() {
         assert_rows_are_bounded(i32::from_le_bytes(*bytes));
@@ -30,7 +31,7 @@ pub fn page_token(data: &[u8]) {
 }
 
 fn page_of(token: &str) -> Option<PageRequest> {
-    checked(|check| check.page(0, token, BOUND_TO))
+    run_check(|check| check.page(0, token, BOUND_TO))
 }
 
 fn token_of(key: &[u8]) -> String {
@@ -40,11 +41,11 @@ fn token_of(key: &[u8]) -> String {
     page.next_token(true, Some(key))
 }
 
-fn assert_given_or_refused(token: &str) {
+fn assert_issued_or_rejected(token: &str) {
     let Some(page) = page_of(token) else { return };
-    let id = told(page.after_id()).flatten().map(|id| id.as_bytes().to_vec());
-    let name = told(page.after_name()).flatten().map(|name| name.as_bytes().to_vec());
-    let position = told(page.after_position()).map(|position| position.to_be_bytes().to_vec());
+    let id = ok_or_valid_error(page.after_id()).flatten().map(|id| id.as_bytes().to_vec());
+    let name = ok_or_valid_error(page.after_name()).flatten().map(|name| name.as_bytes().to_vec());
+    let position = ok_or_valid_error(page.after_position()).map(|position| position.to_be_bytes().to_vec());
     if token.is_empty() {
         assert_eq!((id, name, position), (None, None, Some(vec![0; 4])));
         return;
@@ -54,18 +55,18 @@ fn assert_given_or_refused(token: &str) {
     }
 }
 
-/// By whichever of the three ways the key is read.
-fn assert_key_comes_back(key: &[u8]) {
-    let page = page_of(&token_of(key)).expect("a token that was given is taken");
-    assert_eq!(told(page.after_id()).flatten(), Uuid::from_slice(key).ok());
+/// A token decodes to its key, whichever of the three types the key has.
+fn assert_key_decodes_back(key: &[u8]) {
+    let page = page_of(&token_of(key)).expect("an issued token is accepted");
+    assert_eq!(ok_or_valid_error(page.after_id()).flatten(), Uuid::from_slice(key).ok());
     let name = std::str::from_utf8(key).ok().filter(|name| !name.contains('\0'));
-    assert_eq!(told(page.after_name()).flatten(), name);
+    assert_eq!(ok_or_valid_error(page.after_name()).flatten(), name);
     let position = <[u8; 4]>::try_from(key).ok().map(i32::from_be_bytes);
-    assert_eq!(told(page.after_position()), position);
+    assert_eq!(ok_or_valid_error(page.after_position()), position);
 }
 
-/// Nothing but the key can be another without the token being refused.
-fn assert_altered_is_another(key: &[u8], place: usize, other: u8) {
+/// A token with a changed byte outside the key is rejected.
+fn assert_altered_token_differs(key: &[u8], place: usize, other: u8) {
     let token = token_of(key);
     let mut bytes = BASE64_URL_SAFE_NO_PAD.decode(&token).expect("a token is base64");
     let before_key = bytes.len() - key.len();
@@ -74,9 +75,10 @@ fn assert_altered_is_another(key: &[u8], place: usize, other: u8) {
         bytes[place] = other;
         let altered = BASE64_URL_SAFE_NO_PAD.encode(bytes);
         assert_eq!(page_of(&altered).is_some(), place >= before_key, "{token} altered to {altered}");
-        assert_given_or_refused(&altered);
+        assert_issued_or_rejected(&altered);
     }
-    // The text itself: other than in the key's characters it is refused, and the last one has but one spelling.
+    // A changed character of the encoded text is rejected outside the key. The encoding of the last character is
+    // canonical.
     let mut text = token.clone().into_bytes();
     let place = place % text.len();
     text[place] = other;
@@ -84,36 +86,36 @@ fn assert_altered_is_another(key: &[u8], place: usize, other: u8) {
         Ok(altered) if altered != token => {
             let refused = page_of(altered).is_none();
             assert!(refused || (place + 1) * 6 > before_key * 8, "{token} altered to {altered}");
-            assert_given_or_refused(altered);
+            assert_issued_or_rejected(altered);
         }
         _ => {}
     }
     for (begin, end) in [(0, token.len() - 1), (1, token.len())] {
-        assert_given_or_refused(&token[begin..end]);
+        assert_issued_or_rejected(&token[begin..end]);
     }
     for longer in [format!("{token}="), format!("{token}A"), format!(" {token}"), format!("{token}\n")] {
-        assert_given_or_refused(&longer);
+        assert_issued_or_rejected(&longer);
     }
 }
 
-/// A token is of one list: what that is bound to does not run together.
-fn assert_bound(key: &[u8], place: usize) {
+/// A token is valid in one list only: the parts that identify a list are not concatenated.
+fn assert_bound_to_list(key: &[u8], place: usize) {
     let (left, right) = key.split_at(place % (key.len() + 1));
     let token_for = |bound_to: &[&[u8]]| {
-        let page = checked(|check| check.page(1, "", bound_to)).expect("the first page needs no token");
+        let page = run_check(|check| check.page(1, "", bound_to)).expect("the first page needs no token");
         page.next_token(true, Some(key))
     };
     let lists: [&[&[u8]]; 4] = [&[left, right], &[key], &[left, right, b""], &[b"", left, right]];
     let nth = place % lists.len();
     let token = token_for(lists[nth]);
     for (other, list) in lists.iter().enumerate() {
-        let page = checked(|check| check.page(1, &token, list));
+        let page = run_check(|check| check.page(1, &token, list));
         assert_eq!(page.is_some(), nth == other, "{list:?} with a token of {:?}", lists[nth]);
     }
 }
 
 fn assert_rows_are_bounded(page_size: i32) {
-    match checked(|check| check.page(page_size, "", BOUND_TO)) {
+    match run_check(|check| check.page(page_size, "", BOUND_TO)) {
         Some(page) => {
             let rows_max = page.bounds().rows_max;
             assert!(page_size >= 0 && (1..=PAGE_ROWS_MAX).contains(&rows_max));
@@ -125,23 +127,23 @@ fn assert_rows_are_bounded(page_size: i32) {
 
 const KNOWN: &[&str] = &["title", "description", "status", "priority", "assignee_id", "label_ids"];
 
-/// A mask is the known paths that it names, each once and in its order, or all others are named in the error.
+/// A mask is read as its known paths, each once and in order. Unknown paths are reported in the error.
 ///
-/// The bits of the first byte say which of the known are populated; the rest is the paths, a line each.
+/// The bits of the first byte select the populated known paths. The rest is the paths, one per line.
 pub fn update_mask(data: &[u8]) {
     let Some((populated, text)) = data.split_first() else { return };
     let Ok(text) = std::str::from_utf8(text) else { return };
     let paths: Vec<String> = text.lines().map(str::to_owned).collect();
     let is_populated =
         |path: &str| KNOWN.iter().position(|known| *known == path).is_some_and(|nth| populated >> nth & 1 == 1);
-    let read = |paths: Vec<String>| checked(|check| check.mask(Some(FieldMask { paths }), KNOWN, is_populated));
+    let read = |paths: Vec<String>| run_check(|check| check.mask(Some(FieldMask { paths }), KNOWN, is_populated));
 
     let found = read(paths.clone());
     let all_known = paths.iter().all(|path| KNOWN.contains(&&**path));
     if paths.is_empty() {
         let populated: Vec<&str> = KNOWN.iter().copied().filter(|path| is_populated(path)).collect();
         assert_eq!(found.as_ref(), Some(&populated));
-        assert_eq!(checked(|check| check.mask(None, KNOWN, is_populated)), Some(populated));
+        assert_eq!(run_check(|check| check.mask(None, KNOWN, is_populated)), Some(populated));
     } else if paths == ["*"] {
         assert_eq!(found.as_deref(), Some(KNOWN));
     } else if paths.len() > UPDATE_MASK_PATHS_MAX {
@@ -162,7 +164,7 @@ pub fn update_mask(data: &[u8]) {
     }
 }
 
-/// The first of them, at least.
+/// The error names at least the first unknown path.
 fn assert_unknown_are_named(paths: &[String]) {
     let mut check = Check::default();
     check.mask(Some(FieldMask { paths: paths.to_vec() }), KNOWN, |_| false);

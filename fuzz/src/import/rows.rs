@@ -1,4 +1,4 @@
-//! What a header and a row are, once they are read.
+//! Properties of parsed headers and rows.
 
 use std::collections::HashSet;
 
@@ -16,9 +16,9 @@ use issue_tracker::{
     },
 };
 
-use super::{super::errors::assert_readable, Parsed, Seen, Start, read};
+use super::{super::errors::assert_readable, OwnedRecord, Parsed, Start, read};
 
-/// A value, and what is said about it: the longest lists all columns.
+/// The longest message contains a value and the list of all columns.
 const MESSAGE_CHARS_MAX: usize = 300;
 
 pub fn assert_header(format: &Format, header: &Result<Columns, Vec<HeaderFault>>) {
@@ -41,7 +41,7 @@ pub fn assert_header(format: &Format, header: &Result<Columns, Vec<HeaderFault>>
     }
 }
 
-pub fn assert_row(format: &Format, record: &Seen, row: &Result<ImportRow, Vec<RowError>>) {
+pub fn assert_row(format: &Format, record: &OwnedRecord, row: &Result<ImportRow, Vec<RowError>>) {
     match row {
         Ok(row) => {
             assert_eq!(
@@ -68,7 +68,7 @@ pub fn assert_row(format: &Format, record: &Seen, row: &Result<ImportRow, Vec<Ro
     }
 }
 
-/// What the database holds its rows to.
+/// Asserts the constraints of the database.
 fn assert_bounds(format: &Format, row: &ImportRow) {
     let assert_text = |text: &str, chars_max: usize| {
         assert!(text.chars().count() <= chars_max && !text.contains('\0'), "{text:?}");
@@ -101,7 +101,7 @@ fn assert_bounds(format: &Format, row: &ImportRow) {
     }
 }
 
-/// An export of the issue is a file with the same row, where a file can say it.
+/// An export of the issue parses back to the same row. Skips rows that a file cannot represent.
 fn assert_written_row_is_the_same(format: &Format, row: &ImportRow) {
     if row.title.is_empty() || row.labels.iter().any(|name| name.contains(';')) {
         return;
@@ -124,7 +124,7 @@ fn assert_written_row_is_the_same(format: &Format, row: &ImportRow) {
     let file = [first, writer.finish().expect("a file has an end").data].concat();
 
     let seen = read(&Format::default(), Start::file(), [file.as_slice()]);
-    let [_, Seen { parsed: Parsed::Row(Ok(again)), .. }] = &*seen else {
+    let [_, OwnedRecord { parsed: Parsed::Row(Ok(again)), .. }] = &*seen else {
         panic!("{row:?} was read back as {seen:?}");
     };
     let expected = ImportRow {
