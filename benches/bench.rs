@@ -69,7 +69,8 @@ impl Args {
         name.contains(&self.only)
     }
 
-    /// Returns whether to run an operation that takes minutes: `--quick` skips it, and `--only` must match the start of its name.
+    /// Returns whether to run an operation that takes minutes: `--quick` skips it, and `--only` must match the start of
+    /// its name.
     fn includes_slow(&self, name: &str) -> bool {
         if self.only.is_empty() { !self.quick } else { name.starts_with(&self.only) }
     }

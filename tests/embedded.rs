@@ -100,8 +100,8 @@ fn spawn_test_process(test: &str, data_dir: &DataDir) -> Child {
         .unwrap()
 }
 
-/// In a process started by `spawn_test_process`: starts a cluster with one row in it and waits to be killed. Elsewhere: does
-/// nothing.
+/// In a process started by `spawn_test_process`: starts a cluster with one row in it and waits to be killed. Elsewhere:
+/// does nothing.
 fn serve_if_test_process() {
     let Some(data_dir) = std::env::var_os(CHILD_DATA_DIR) else {
         return;

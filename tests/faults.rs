@@ -1,5 +1,5 @@
-//! Injects faults into the running binary: crashes, lost connections, no free connections, a full disk and clock jumps. Then
-//! compares the rows in the database with the responses that the callers received.
+//! Injects faults into the running binary: crashes, lost connections, no free connections, a full disk and clock jumps.
+//! Then compares the rows in the database with the responses that the callers received.
 //!
 //! `cargo test --test faults` is the short run. The long run prints every figure that it measures:
 //!

@@ -97,8 +97,8 @@ pub fn psql_session(bench: &Bench<'_>, commands: &[&str]) -> anyhow::Result<Dura
     Ok(started.elapsed())
 }
 
-/// Runs a query repeatedly on one connection. Returns its rows, with columns separated by tabs, and the time of each execution
-/// in milliseconds.
+/// Runs a query repeatedly on one connection. Returns its rows, with columns separated by tabs, and the time of each
+/// execution in milliseconds.
 pub fn psql_timed(bench: &Bench<'_>, query: &str, executions: usize) -> anyhow::Result<(Vec<String>, Vec<f64>)> {
     let mut psql = psql_command(bench);
     psql.args(["-A", "-t", "-F", "\t", "-c", query, "-c", "\\o /dev/null", "-c", "\\timing on"]);

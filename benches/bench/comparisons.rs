@@ -112,7 +112,8 @@ fn deep_page(bench: &Bench<'_>) -> anyhow::Result<Single> {
     })
 }
 
-/// Compares medians in milliseconds. The calls alternate the status of the same issues, so that each changes all of them.
+/// Compares medians in milliseconds. The calls alternate the status of the same issues, so that each changes all of
+/// them.
 fn bulk(bench: &Bench<'_>) -> anyhow::Result<Single> {
     const CALLS: u32 = 20;
     let id = ISSUE_ID_SQL.replace('N', "g");
@@ -181,8 +182,8 @@ fn import(bench: &Bench<'_>, mode: ImportMode) -> anyhow::Result<Single> {
     Ok(single("rows/s", baseline_rate, rate))
 }
 
-/// Compares rows per second of a file that changes the title of each issue. psql copies the file into a temporary table and
-/// writes the changes and their history from there.
+/// Compares rows per second of a file that changes the title of each issue. psql copies the file into a temporary table
+/// and writes the changes and their history from there.
 fn import_updates(bench: &Bench<'_>) -> anyhow::Result<Single> {
     let rows = bench.args.import_rows() / 5;
     let path = bench.dir.join("update.csv");
@@ -302,7 +303,8 @@ fn fairness(bench: &Bench<'_>) -> anyhow::Result<Single> {
     Ok(single)
 }
 
-/// Writes the same rows for the service and for psql. The file for psql includes the columns that the service would add.
+/// Writes the same rows for the service and for psql. The file for psql includes the columns that the service would
+/// add.
 fn write_files(service_file: &Path, psql_file: &Path, rows: u64) -> anyhow::Result<()> {
     let (mut service_file, mut psql_file) =
         (BufWriter::new(File::create(service_file)?), BufWriter::new(File::create(psql_file)?));

@@ -70,8 +70,8 @@ macro_rules! latency_figures {
     };
 }
 
-/// Filters by status rather than by the equivalent close_time, because the planner would then scan an index whose order does
-/// not match the table.
+/// Filters by status rather than by the equivalent close_time, because the planner would then scan an index whose order
+/// does not match the table.
 macro_rules! closed {
     () => {
         "FROM issues i WHERE i.status = 3 AND i.delete_time IS NULL"

@@ -228,8 +228,8 @@ pub fn main(task: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes sequential calls until `end`. Returns the latencies of the correct responses in microseconds, and the number of failed
-/// calls. Rejections are failures unless the run overloads the service.
+/// Makes sequential calls until `end`. Returns the latencies of the correct responses in microseconds, and the number
+/// of failed calls. Rejections are failures unless the run overloads the service.
 async fn work(mut caller: Caller, end: Instant, may_be_rejected: bool) -> (Vec<u32>, u64) {
     let (mut latencies, mut errors) = (Vec::new(), 0);
     while Instant::now() < end {

@@ -21,8 +21,8 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(200);
 /// An operation, and how its load is increased.
 pub struct Overload {
     pub operation: Operation,
-    /// Whether to send ten times the rate of calls, regardless of earlier calls. Otherwise ten times the clients call, each of
-    /// which waits for the retry delay after a rejection.
+    /// Whether to send ten times the rate of calls, regardless of earlier calls. Otherwise ten times the clients call,
+    /// each of which waits for the retry delay after a rejection.
     pub by_rate: bool,
 }
 
@@ -106,8 +106,8 @@ pub async fn timed_call(caller: &mut Caller) -> CallResult {
     }
 }
 
-/// Makes calls at a fixed rate for `duration`. Returns the latencies of the successful calls in microseconds, and the number of
-/// wrong responses.
+/// Makes calls at a fixed rate for `duration`. Returns the latencies of the successful calls in microseconds, and the
+/// number of wrong responses.
 pub async fn at_rate(
     operation: &'static Operation,
     connections: &[Connection],

@@ -72,7 +72,8 @@ impl Service {
         Ok(service)
     }
 
-    /// Returns a field of `/proc/PID/status` in KiB: `VmRSS` is the current memory, `VmHWM` the peak since the last reset.
+    /// Returns a field of `/proc/PID/status` in KiB: `VmRSS` is the current memory, `VmHWM` the peak since the last
+    /// reset.
     pub fn memory_kib(&self, field: &str) -> anyhow::Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find(|line| line.starts_with(field)).context("no such field")?;

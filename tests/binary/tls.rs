@@ -193,8 +193,8 @@ async fn wait_until_served(service: &Service, authority: &Authority, token: &str
     }
 }
 
-/// Replaces the files as Kubernetes updates a mounted secret: they are behind a symlink to a directory, and the symlink is
-/// replaced.
+/// Replaces the files as Kubernetes updates a mounted secret: they are behind a symlink to a directory, and the symlink
+/// is replaced.
 fn mount_secret(dir: &Dir, version: &str, pair: &Pair) {
     let versioned = dir.path(version);
     fs::create_dir(&versioned).unwrap();

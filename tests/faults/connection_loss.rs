@@ -1,5 +1,5 @@
-//! Breaks connections to the database at chosen messages. Asserts that callers learn the outcome of their calls, and that no
-//! write is applied twice.
+//! Breaks connections to the database at chosen messages. Asserts that callers learn the outcome of their calls, and
+//! that no write is applied twice.
 
 use std::time::Duration;
 
@@ -85,8 +85,8 @@ impl ProxiedService {
         self.count("SELECT version FROM issues WHERE id = $1::text::uuid", &issue.id).await
     }
 
-    /// Makes a call with a request id while a fault is injected. Asserts that it succeeds, is applied once, and that a retry
-    /// returns the same response.
+    /// Makes a call with a request id while a fault is injected. Asserts that it succeeds, is applied once, and that a
+    /// retry returns the same response.
     async fn assert_applied_once(
         &self,
         (at, fault): (FaultPoint, Fault),
@@ -105,8 +105,9 @@ impl ProxiedService {
         assert!(self.call(method, request).await.unwrap() == response, "{what}: the retry returned another response");
     }
 
-    /// Injects each fault at the commit of a mutation of an existing issue. Asserts that the call succeeds with a request id,
-    /// fails with OUTCOME_UNKNOWN without one, and is applied at most once in both cases. `writes` counts the writes.
+    /// Injects each fault at the commit of a mutation of an existing issue. Asserts that the call succeeds with a
+    /// request id, fails with OUTCOME_UNKNOWN without one, and is applied at most once in both cases. `writes` counts
+    /// the writes.
     async fn assert_applied_at_most_once<M: Message + Clone>(
         &self,
         method: &str,

@@ -214,8 +214,8 @@ impl HealthMonitor {
         }
     }
 
-    /// Asserts that whenever the database was up, or down, for longer than the allowed lag while the service was reachable, the
-    /// health check reported it.
+    /// Asserts that whenever the database was up, or down, for longer than the allowed lag while the service was
+    /// reachable, the health check reported it.
     async fn assert_accurate(self) {
         self.stop.store(true, Ordering::SeqCst);
         let (health, database) = (self.health.await.unwrap(), self.database.await.unwrap());

@@ -366,8 +366,9 @@ pub fn versions_in_response(kind: Kind, response: &[u8]) -> Vec<(String, i64)> {
     }
 }
 
-/// Classifies the result of a call: `None` if the outcome is unknown and the call must be retried, `Some(None)` if it was
-/// rejected permanently, `Some(Some(response))` if it succeeded. Panics on an error that a caller must never receive.
+/// Classifies the result of a call: `None` if the outcome is unknown and the call must be retried, `Some(None)` if it
+/// was rejected permanently, `Some(Some(response))` if it succeeded. Panics on an error that a caller must never
+/// receive.
 pub fn classify(result: Result<Vec<u8>, Status>) -> Option<Option<Vec<u8>>> {
     let status = match result {
         Ok(response) => return Some(Some(response)),

@@ -1,5 +1,5 @@
-//! A proxy between the service and the Unix socket of PostgreSQL that injects faults: it parses the messages of the protocol and
-//! closes the connection, or delays responses, at a chosen message.
+//! A proxy between the service and the Unix socket of PostgreSQL that injects faults: it parses the messages of the
+//! protocol and closes the connection, or delays responses, at a chosen message.
 
 use std::{
     collections::HashMap,
@@ -62,8 +62,8 @@ struct ProxyState {
     close_signal: watch::Sender<u32>,
     /// Incremented to send the delayed responses.
     release_signal: watch::Sender<u32>,
-    /// Every connection established since the last close holds a clone of the sender, so the receiver ends with the last of
-    /// them.
+    /// Every connection established since the last close holds a clone of the sender, so the receiver ends with the
+    /// last of them.
     open_connection: Mutex<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
@@ -208,7 +208,8 @@ impl Connection {
                     }
                     connection.forward_responses().await?.ok()?;
                 }
-                // A connection that is still being established is not idle: closing it would look like a failed database.
+                // A connection that is still being established is not idle: closing it would look like a failed
+                // database.
                 _ = close_signal.changed() => if connection.open_connection.is_some() {
                     return connection.close().await;
                 },

@@ -41,7 +41,8 @@ impl Shim {
         shim
     }
 
-    /// Writes a wrapper script: the service passes few environment variables on to PostgreSQL, so the script sets the rest.
+    /// Writes a wrapper script: the service passes few environment variables on to PostgreSQL, so the script sets the
+    /// rest.
     fn wrap(&self, name: &str, dir: &Dir) {
         let path = self.bin_dir.join(name);
         let script = format!(

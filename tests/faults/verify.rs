@@ -78,8 +78,8 @@ const INVARIANT_VIOLATIONS: [(&str, &str); 9] = [
     ),
 ];
 
-/// Compares the database with the responses of the clients. Then repeats every acknowledged call and asserts that it returns
-/// the same response and writes nothing.
+/// Compares the database with the responses of the clients. Then repeats every acknowledged call and asserts that it
+/// returns the same response and writes nothing.
 pub async fn verify(database: &Config, channel: &Channel, mutations: Vec<CompletedMutation>) {
     let rows = session(database).await;
     for (what, sql) in INVARIANT_VIOLATIONS {
