@@ -43,7 +43,7 @@ pub fn import_file(data: &[u8]) {
         match &record.parsed {
             Parsed::Header(header) => rows::assert_header(&format, header),
             Parsed::Row(row) => rows::assert_row(&format, record, row),
-            Parsed::NotParsed => {}
+            Parsed::Skipped => {}
         }
     }
 }
@@ -123,7 +123,7 @@ enum Parsed {
     Header(Result<Columns, Vec<HeaderFault>>),
     Row(Result<ImportRow, Vec<RowError>>),
     /// The header was invalid, so rows are not parsed.
-    NotParsed,
+    Skipped,
 }
 
 fn read<'a>(format: &Format, start: Start, chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<OwnedRecord> {
@@ -152,7 +152,7 @@ fn to_owned_record(format: &Format, columns: &mut Option<Columns>, record: &Reco
         *columns = header.clone().ok();
         Parsed::Header(header)
     } else {
-        columns.as_ref().map_or(Parsed::NotParsed, |columns| Parsed::Row(parse_row(format, columns, record)))
+        columns.as_ref().map_or(Parsed::Skipped, |columns| Parsed::Row(parse_row(format, columns, record)))
     };
     OwnedRecord {
         row_number: record.row_number,
