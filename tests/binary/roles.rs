@@ -1,9 +1,9 @@
-//! Who the service is to its own database.
+//! Tests the database roles of the service and the privileges that they need.
 
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_service_is_not_the_superuser_of_its_own_database() {
+async fn service_role_of_the_embedded_database_has_least_privilege() {
     let dir = Dir::new();
     let service = Service::embedded(&dir);
     create_issue(&service, &service.admin_token(), "first").await;
@@ -25,7 +25,7 @@ async fn the_service_is_not_the_superuser_of_its_own_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
+async fn migrate_grant_to_gives_a_role_the_privileges_to_serve() {
     let external = External::start(Durability::Throwaway);
     session(&external.config()).await.batch_execute("CREATE ROLE serving LOGIN").await.unwrap();
     let migrated = run(&["migrate", "--grant-to", "serving", "--database-url", &external.url()]);
@@ -44,7 +44,7 @@ async fn migrate_gives_a_role_what_it_needs_to_serve_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn that_the_database_refuses_the_service_is_logged_with_the_reason_and_without_its_words() {
+async fn rejected_database_login_is_logged_with_its_sqlstate_and_without_the_server_message() {
     let external = External::start(Durability::Throwaway);
     let sql = session(&external.config()).await;
     sql.batch_execute("CREATE ROLE serving LOGIN SUPERUSER").await.unwrap();
@@ -52,22 +52,22 @@ async fn that_the_database_refuses_the_service_is_logged_with_the_reason_and_wit
     let service = Service::start(&external.dir, program(&["--database-url", &url]));
     assert_eq!(text(&run(&["health", "--listen", &service.address]).stdout), "SERVING\n");
 
-    // Committed before the sessions end, or the service would connect again while it still may; and the sessions that
-    // began at that moment are ended by the next round.
+    // NOLOGIN is committed before the sessions are terminated, so that the service cannot reconnect. A session that started
+    // before the commit is terminated by the next iteration.
     sql.batch_execute("ALTER ROLE serving NOLOGIN").await.unwrap();
     let terminate = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE usename = 'serving'";
-    // invalid_authorization_specification
-    eventually("the refusal is logged", async || {
+    // SQLSTATE 28000 is invalid_authorization_specification.
+    eventually("the rejected login is logged", async || {
         sql.batch_execute(terminate).await.unwrap();
         service.log().contains("the database refuses a connection sqlstate=\"28000\"")
     })
     .await;
     assert!(!service.log().contains("serving\""), "{}", service.log());
-    // A connection of the pool may be refused first, and the probe only at its next interval.
-    wait_until("it reports NOT_SERVING", || {
+    // A pooled connection may be rejected before the health probe, which fails only at its next interval.
+    wait_until("the health check reports NOT_SERVING", || {
         let health = run(&["health", "--listen", &service.address]);
         !health.status.success() && text(&health.stderr).contains("NOT_SERVING")
     });
     sql.batch_execute("ALTER ROLE serving LOGIN").await.unwrap();
-    wait_until("it serves again", || run(&["health", "--listen", &service.address]).status.success());
+    wait_until("the health check reports SERVING", || run(&["health", "--listen", &service.address]).status.success());
 }
