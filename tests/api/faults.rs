@@ -50,6 +50,15 @@ fn spawn_update(
     tokio::spawn(async move { issues.update_issue(request).await.map(tonic::Response::into_inner) })
 }
 
+/// Creates an issue and starts an update of it, which is blocked until the lock is released.
+async fn start_blocked_update(tracker: &Tracker) -> (Lock, JoinHandle<Result<Issue, Status>>) {
+    let issue = tracker.member.file("first").await;
+    let lock = Lock::all_issues(tracker).await;
+    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
+    tracker.wait_until_blocked().await;
+    (lock, update)
+}
+
 async fn try_get(client: &Client, issue: &Issue) -> Result<Issue, Status> {
     let request = GetIssueRequest { id: issue.id.clone(), ..Default::default() };
     client.issues().get_issue(request).await.map(tonic::Response::into_inner)

@@ -30,7 +30,7 @@ use issue_tracker::pb::{
     ListIssuesRequest, OnExisting, Priority, RevertImportRequest, RevertImportResponse, Role, Status as IssueStatus,
     import_issues_request, import_issues_response::Message,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
@@ -101,6 +101,12 @@ impl Import {
         }
         send(client, messages).await
     }
+
+    /// Runs [`Import::by`] in a task.
+    fn spawn_by(self, client: &Client) -> JoinHandle<Result<Responses, Status>> {
+        let client = client.clone();
+        tokio::spawn(async move { self.by(&client).await })
+    }
 }
 
 /// All responses of an import stream that ended OK.
@@ -122,6 +128,18 @@ impl Responses {
     fn outcome(&self) -> (i64, i64, i64, i64) {
         let summary = &self.summary;
         (summary.created_count, summary.updated_count, summary.skipped_count, summary.rejected_count)
+    }
+
+    /// Returns the responses of a dry run with the import id of the real import, and the state COMMITTED for VALIDATED.
+    fn normalized_to(mut self, real: &Responses) -> Self {
+        if self.summary.state() == ImportState::Validated {
+            self.summary.state = ImportState::Committed.into();
+        }
+        self.summary.import_id = real.summary.import_id.clone();
+        for progress in &mut self.progress {
+            progress.import_id = real.summary.import_id.clone();
+        }
+        self
     }
 
     /// Returns row number and code of each error.
@@ -260,6 +278,10 @@ async fn issues(tracker: &Tracker) -> BTreeMap<String, Issue> {
     issues.into_iter().map(|issue| (issue.title.clone(), issue)).collect()
 }
 
+async fn delete_all_issues_and_imports(tracker: &Tracker) {
+    tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+}
+
 async fn issue_count(tracker: &Tracker) -> i64 {
     tracker.count("SELECT count(*) FROM issues").await
 }
@@ -392,21 +414,14 @@ async fn dry_run_has_the_responses_of_the_real_import_and_writes_nothing() {
     let good = "title,labels,external_id\na,bug,1\nb,,2\n";
     let bad = "title,labels,external_id\na,bug,1\nb,feature,2\nc,,1\n,,\n";
     for import in [import(good), import(bad), import(good).skip_invalid(), import(bad).skip_invalid()] {
-        let mut dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
+        let dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
         assert_eq!(issue_count(&tracker).await, 0);
         assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 0);
 
         let real = import.by(&tracker.member).await.unwrap();
 
-        if dry_run.summary.state() == ImportState::Validated {
-            dry_run.summary.state = ImportState::Committed.into();
-        }
-        dry_run.summary.import_id = real.summary.import_id.clone();
-        for progress in &mut dry_run.progress {
-            progress.import_id = real.summary.import_id.clone();
-        }
-        assert_eq!(dry_run, real);
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        assert_eq!(dry_run.normalized_to(&real), real);
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -472,7 +487,7 @@ async fn chunk_boundaries_do_not_affect_the_import() {
     let rows = contents(issues(&tracker).await);
 
     for seed in 1..=4_usize {
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
         // Chunks of 1 to 40 bytes, in a different sequence for each seed.
         let sizes = (0_usize..).map(|n| 1 + (n * n * 7 + n * seed * 13) % (seed * 10));
         let offsets = sizes.scan(0, |at, size| {

@@ -57,10 +57,7 @@ async fn idle_and_silent_connections_are_closed() {
 #[tokio::test]
 async fn connection_with_a_call_in_flight_is_not_idle() {
     let tracker = Tracker::start_with(limits(&["--idle-seconds", "1"])).await;
-    let issue = tracker.member.file("slow").await;
-    let lock = Lock::all_issues(&tracker).await;
-    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.wait_until_blocked().await;
+    let (lock, update) = start_blocked_update(&tracker).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     lock.release().await;
     assert_eq!(update.await.unwrap().unwrap().title, "changed");
@@ -111,10 +108,7 @@ async fn new_connection_beyond_the_limit_evicts_the_longest_idle_one() {
 #[tokio::test]
 async fn new_connection_beyond_the_limit_is_closed_when_all_others_are_busy() {
     let tracker = Tracker::start_with(limits(&["--connections", "1"])).await;
-    let issue = tracker.member.file("slow").await;
-    let lock = Lock::all_issues(&tracker).await;
-    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.wait_until_blocked().await;
+    let (lock, update) = start_blocked_update(&tracker).await;
 
     closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
 

@@ -8,10 +8,7 @@ use super::{connections::H2Client, *};
 #[tokio::test]
 async fn shutdown_finishes_calls_in_flight_refuses_new_ones_and_reports_not_serving() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "60"])).await;
-    let issue = tracker.member.file("slow").await;
-    let lock = Lock::all_issues(&tracker).await;
-    let update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.wait_until_blocked().await;
+    let (lock, update) = start_blocked_update(&tracker).await;
     let mut health_updates =
         HealthClient::new(tracker.channel.clone()).watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(health_updates.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
@@ -48,10 +45,7 @@ async fn shutdown_closes_idle_connections_and_does_not_wait_for_them() {
 #[tokio::test]
 async fn calls_still_in_flight_after_drain_seconds_are_abandoned() {
     let mut tracker = Tracker::start_with(limits(&["--drain-seconds", "1"])).await;
-    let issue = tracker.member.file("slow").await;
-    let lock = Lock::all_issues(&tracker).await;
-    let _update = spawn_update(&tracker.member, retitle(&issue, "changed"));
-    tracker.wait_until_blocked().await;
+    let (lock, _update) = start_blocked_update(&tracker).await;
     tracker.stop();
     tracker.wait_until_stopped().await;
     let blocked = lock.0.query_one(lock_waiters!("= 1"), &[]).await.unwrap();

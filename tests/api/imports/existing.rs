@@ -270,10 +270,7 @@ async fn issue_deleted_while_the_update_is_blocked_is_a_row_error() {
         format!("BEGIN; UPDATE issues SET delete_time = now(), change_actor_id = '{}'", tracker.member.user.id);
     other.batch_execute(&delete).await.unwrap();
     let update = import("external_id,title\nX-1,other\nX-2,new\n").skip_invalid().update();
-    let update = tokio::spawn({
-        let client = tracker.member.clone();
-        async move { update.by(&client).await }
-    });
+    let update = update.spawn_by(&tracker.member);
     tracker.wait_until(lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
 
@@ -292,10 +289,7 @@ async fn change_committed_while_the_update_is_blocked_is_kept() {
     let change =
         format!("BEGIN; UPDATE issues SET description = 'theirs', change_actor_id = '{}'", tracker.admin.user.id);
     other.batch_execute(&change).await.unwrap();
-    let update = tokio::spawn({
-        let client = tracker.member.clone();
-        async move { import("external_id,title\nX-1,ours\n").update().by(&client).await }
-    });
+    let update = import("external_id,title\nX-1,ours\n").update().spawn_by(&tracker.member);
     tracker.wait_until(lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
 

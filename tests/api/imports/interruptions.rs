@@ -76,7 +76,7 @@ async fn interrupted_atomic_import_writes_nothing_and_can_be_sent_again() {
         assert_eq!((record.state(), record.committed_offset), (ImportState::Interrupted, 0), "{interruption:?}");
         let again = send(&tracker.member, vec![options(opts), chunk(0, "title\nwhole\nhalf\n")]).await.unwrap();
         assert_eq!(again.counts(), (ImportState::Committed, 2, 2, 0, 0), "{interruption:?}");
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -103,7 +103,7 @@ async fn interrupted_skip_invalid_import_keeps_whole_batches_and_resumes_after_t
         assert_eq!(again.counts(), (ImportState::Committed, 5_003, 5_003, 0, 0), "{interruption:?}");
         assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 5_003, "{interruption:?}");
         assert_eq!(issue_count(&tracker).await, 5_003, "{interruption:?}");
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -164,7 +164,7 @@ async fn interrupted_import_with_full_buffers_is_rolled_back_and_can_be_resumed(
             let again = resume(&tracker.member, &import).await.unwrap();
             assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0), "{interruption:?}");
             assert_eq!(tracker.count("SELECT count(DISTINCT title) FROM issues").await, 27_000, "{interruption:?}");
-            tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+            delete_all_issues_and_imports(&tracker).await;
         }
     }
 }
@@ -222,7 +222,7 @@ async fn expired_deadline_rolls_back_the_import() {
         other.batch_execute("ROLLBACK").await.unwrap();
         let again = resume(&tracker.member, &import).await.unwrap();
         assert_eq!(again.counts(), (ImportState::Committed, 27_000, 27_000, 0, 0));
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -230,10 +230,7 @@ async fn expired_deadline_rolls_back_the_import() {
 async fn half_closed_stream_is_not_an_interruption() {
     let tracker = tracker_without_statement_timeout().await;
     let other = hold_external_id(&tracker).await;
-    let import = tokio::spawn({
-        let client = tracker.member.clone();
-        async move { full_pipeline().by(&client).await }
-    });
+    let import = full_pipeline().spawn_by(&tracker.member);
     until_pipeline_is_full(&tracker).await;
 
     other.batch_execute("ROLLBACK").await.unwrap();

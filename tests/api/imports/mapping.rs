@@ -121,7 +121,7 @@ async fn allowed_separators_are_accepted() {
         assert_eq!(responses.counts(), (ImportState::Committed, 1, 1, 0, 0), "{separator:?}: {responses:?}");
         let (title, issue) = issues(&tracker).await.pop_first().unwrap();
         assert_eq!((title, issue.labels.len()), (format!("a{fields}b"), 2), "{separator:?}");
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -317,11 +317,7 @@ async fn concurrent_imports_that_create_the_same_label_both_commit() {
             WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL AND datname = current_database()",
         )
         .await;
-    let second = tokio::spawn({
-        let client = tracker.member.clone();
-        let import = with_labels(import("title,labels\nc,B;NEW;own\n"));
-        async move { import.by(&client).await }
-    });
+    let second = with_labels(import("title,labels\nc,B;NEW;own\n")).spawn_by(&tracker.member);
     tracker.wait_until(crate::lock_waiters!("> 0")).await;
 
     let first = first.finish().await.unwrap();
@@ -343,7 +339,7 @@ async fn issues_with_equal_create_time_keep_the_order_of_the_file() {
 
         let by_id = tracker.sql("SELECT title FROM issues ORDER BY create_time, id", &[]).await;
         assert!(by_id.iter().map(|row| row.get::<_, &str>(0)).is_sorted());
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 
@@ -355,6 +351,6 @@ async fn issues_without_create_time_keep_the_order_of_the_file_across_batches() 
         let sorted = "SELECT bool_and(title = 'issue ' || n)
             FROM (SELECT title, row_number() OVER (ORDER BY id) AS n FROM issues) i";
         assert!(tracker.sql(sorted, &[]).await[0].get::<_, bool>(0));
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }

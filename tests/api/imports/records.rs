@@ -84,7 +84,7 @@ async fn running_import_has_its_progress_and_is_interrupted_after_a_disconnect()
             "{mode:?}"
         );
         assert_eq!(issue_count(&tracker).await, rows, "{mode:?}");
-        tracker.sql("TRUNCATE issues, issue_labels, comments, imports", &[]).await;
+        delete_all_issues_and_imports(&tracker).await;
     }
 }
 

@@ -170,19 +170,14 @@ async fn dry_run_of_a_mixed_file_has_the_responses_of_the_import() {
             options.create_labels = true;
         });
         let before = tracker.contents().await;
-        let mut dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
+        let dry_run = import.clone().validate_only().by(&tracker.member).await.unwrap();
         assert_eq!(tracker.contents().await, before);
 
         let real = import.by(&tracker.member).await.unwrap();
 
         assert_eq!(dry_run.summary.state(), ImportState::Validated);
-        dry_run.summary.state = ImportState::Committed.into();
-        dry_run.summary.import_id = real.summary.import_id.clone();
-        for progress in &mut dry_run.progress {
-            progress.import_id = real.summary.import_id.clone();
-        }
-        assert_eq!(dry_run, real, "{on_existing:?}");
-        assert_eq!(dry_run.errors.len(), 1_000, "{on_existing:?}");
+        assert_eq!(dry_run.normalized_to(&real), real, "{on_existing:?}");
+        assert_eq!(real.errors.len(), 1_000, "{on_existing:?}");
         revert(&tracker.member, &real.summary.import_id, false).await.unwrap();
     }
 }
@@ -196,10 +191,7 @@ async fn ten_concurrent_imports_with_shared_labels_all_commit() {
         let import = import(file).id(Uuid::now_v7()).skip_invalid();
         import.with(|options| options.create_labels = true)
     };
-    let imports = (0..10).map(|nth| {
-        let (client, import) = (tracker.member.clone(), import_of(nth));
-        tokio::spawn(async move { import.by(&client).await })
-    });
+    let imports = (0..10).map(|nth| import_of(nth).spawn_by(&tracker.member));
     for import in imports.collect::<Vec<_>>() {
         let responses = import.await.unwrap().unwrap();
         assert_eq!(responses.counts(), (ImportState::Committed, 6_000, 6_000, 0, 0));

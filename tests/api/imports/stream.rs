@@ -240,10 +240,7 @@ async fn imports_beyond_the_limit_fail_until_one_ends() {
 /// is blocked on it.
 async fn import_into_conflict(tracker: &Tracker, import: Import) -> Result<Responses, Status> {
     let other = hold_external_id(tracker).await;
-    let import = tokio::spawn({
-        let client = tracker.member.clone();
-        async move { import.by(&client).await }
-    });
+    let import = import.spawn_by(&tracker.member);
     tracker.wait_until(lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
     import.await.unwrap()
