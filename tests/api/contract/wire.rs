@@ -1,14 +1,17 @@
 //! Reflection, health checks, and errors that arise before a handler runs.
 
+use std::collections::{BTreeMap, HashMap};
+
 use futures_util::stream;
 use issue_tracker::pb::{CreateIssueRequest, Issue, WhoAmIRequest};
 use prost::Message;
+use prost_reflect::DescriptorPool;
 use prost_types::FileDescriptorProto;
 use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_reflection::pb;
 
-use super::{call, call_path, our_files};
+use super::{call, call_path, our_files, our_methods, required_role};
 use crate::harness::{Tracker, assert_error, assert_invalid};
 
 fn our_services() -> Vec<String> {
@@ -61,9 +64,38 @@ async fn reflection_includes_comments_and_error_detail_types() {
         let file = FileDescriptorProto::decode(&*files.file_descriptor_proto[0]).unwrap();
         if symbol.starts_with("issuetracker") {
             let comments = file.source_code_info.unwrap().location;
-            assert!(comments.iter().any(|location| location.leading_comments().contains("Files an issue.")));
+            assert!(comments.iter().any(|location| location.leading_comments().contains("Creates an issue.")));
         }
     }
+}
+
+/// Reflection serves the files as they were compiled: prost would drop the options that are extensions.
+#[tokio::test]
+async fn reflection_serves_the_required_role_of_every_method() {
+    use pb::v1::server_reflection_response::MessageResponse;
+    let tracker = Tracker::start().await;
+    let mut names: Vec<String> = our_files().iter().map(|file| file.name().to_owned()).collect();
+    let mut served = HashMap::new();
+    while let Some(name) = names.pop() {
+        let response = reflect!(v1, tracker, FileByFilename(name));
+        let MessageResponse::FileDescriptorResponse(files) = response else { panic!("{name}: {response:?}") };
+        for bytes in files.file_descriptor_proto {
+            let file = FileDescriptorProto::decode(&*bytes).unwrap();
+            served.insert(file.name().to_owned(), bytes);
+            names.extend(file.dependency.into_iter().filter(|name| !served.contains_key(name)));
+        }
+    }
+    // A FileDescriptorSet, without decoding the files: field 1 is the repeated `file`.
+    let mut set = Vec::new();
+    prost::encoding::bytes::encode_repeated(1, &served.into_values().collect::<Vec<_>>(), &mut set);
+    let pool = DescriptorPool::decode(&*set).unwrap();
+    let services = pool.services().filter(|service| service.package_name() == "issuetracker.v1");
+    let methods = services.flat_map(|service| service.methods().collect::<Vec<_>>());
+    let served: BTreeMap<_, _> = methods
+        .map(|method| (format!("{}/{}", method.parent_service().name(), method.name()), required_role(&method)))
+        .collect();
+    let declared = our_methods().into_iter().map(|method| (method.name, method.required_role)).collect();
+    assert_eq!(served, declared);
 }
 
 #[tokio::test]
