@@ -6,7 +6,7 @@ use protox::prost_reflect::{DescriptorPool, MethodDescriptor};
 
 const PACKAGE: &str = "issuetracker.v1";
 
-/// The messages with passwords and tokens: `src/pb.rs` says what is printed of them.
+/// The messages that contain passwords or tokens. `src/pb.rs` implements `Debug` for them without the secrets.
 const WITH_SECRETS: [&str; 5] =
     ["LoginRequest", "LoginResponse", "CreateUserRequest", "ChangePasswordRequest", "CreateApiTokenResponse"];
 
@@ -51,7 +51,7 @@ fn method_table(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
 
 /// Returns the `MethodPolicy` of one method as Rust source.
 ///
-/// The options are read from protox's descriptors, as prost's keep no extensions.
+/// Fails if the method declares no required role. The options come from protox's descriptors: prost drops extensions.
 fn method_policy(pool: &DescriptorPool, method: &MethodDescriptor, path: &str) -> Result<String, Box<dyn Error>> {
     let options = method.options();
     let idempotency = method.method_descriptor_proto().options.as_ref().map(|options| options.idempotency_level());
