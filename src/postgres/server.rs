@@ -47,7 +47,7 @@ const SETTINGS: [&str; 5] = [
     "log_min_error_statement=panic",
     "log_parameter_max_length_on_error=0",
 ];
-const _SETTINGS: [&str; 6] = [
+const DURABLE_SETTINGS: [&str; 6] = [
     "fsync=on",
     "synchronous_commit=on",
     "full_page_writes=on",
@@ -238,7 +238,7 @@ impl Server {
         command.arg("-k").arg(&self.socket_dir);
         command.args(["-p", &PORT.to_string(), "-c", "listen_addresses="]);
         let more: &[&str] = match self.durability {
-            Durability::Durable => &_SETTINGS,
+            Durability::Durable => &DURABLE_SETTINGS,
             Durability::Throwaway => &THROWAWAY_SETTINGS,
         };
         for setting in SETTINGS.iter().chain(more) {
