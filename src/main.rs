@@ -4,8 +4,7 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use clap::Parser;
 use issue_tracker::{
-    client,
-    commands::serve,
+    client, commands,
     config::{Cli, Command, UserCommand},
 };
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
@@ -23,10 +22,10 @@ async fn main() -> ExitCode {
     tracing_subscriber::registry().with(lines.with_filter(own)).init();
 
     let result = match args.command() {
-        Command::Serve(args) => serve::serve(args).await,
-        Command::Migrate(args) => serve::migrate_external(args).await,
-        Command::User(UserCommand::Create(args)) => serve::create_user(args).await,
-        Command::Health(args) => serve::health(args).await,
+        Command::Serve(args) => commands::serve(args).await,
+        Command::Migrate(args) => commands::migrate(args).await,
+        Command::User(UserCommand::Create(args)) => commands::create_user(args).await,
+        Command::Health(args) => commands::health(args).await,
         Command::Import(args) => return client::import(*args).await,
         Command::Export(args) => return client::export(args).await,
     };

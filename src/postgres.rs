@@ -1,124 +1,154 @@
-//! A PostgreSQL cluster that belongs to the service: made, started, kept running and stopped by it.
+//! The private PostgreSQL: a cluster that the service creates, starts, supervises and stops.
 //!
-//! The server's life hangs on the service's. A service that is killed takes it along (the kernel sends the server
-//! SIGINT), a server that dies is started again, and a start waits for what is still shutting down. Nothing listens on
-//! the network: the server is reached through a Unix socket in a directory that only its user and root can enter.
+//! The server does not outlive the service: if the service is killed, the kernel sends the server SIGINT. A server that dies
+//! is restarted, and a start waits for an earlier server that is still shutting down. The server does not listen on the
+//! network: clients connect through a Unix socket in a directory that only its user and root can enter.
 //!
 //! In the data directory:
-//! - `lock`: held by the one service that uses the directory;
+//! - `lock`: locked by the one process that uses the directory;
 //! - `cluster`: PostgreSQL's data directory with its log `server.log`, or a symlink to one in `/var/lib/issue-tracker`
-//!   if the service runs as root and the user that it lends to PostgreSQL cannot get here;
+//!   if the service runs as root and the user that PostgreSQL runs as cannot enter the data directory;
 //! - `cluster.socket` (beside the cluster): the directory of the socket, or a symlink to a shorter one in `/tmp`.
 
+mod binaries;
 mod data_directory;
 mod process;
 mod server;
 mod stale_server;
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow};
 use tracing::{error, info};
 
 use data_directory::SocketDir;
 use server::{Server, Supervisor};
 
-/// Part of the socket's name; no port is opened.
+/// Part of the socket's name; the server opens no TCP port.
 const PORT: u16 = 5432;
 
-/// Whether commits have to survive the machine.
+/// Whether commits must survive a crash of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
     Durable,
-    /// For tests: a power failure may cost the whole cluster, a killed server the commits of its last second. A killed
-    /// service costs nothing, as the server then shuts down properly.
+    /// For tests: a power failure may lose the cluster, and a killed server the commits of its last second. A killed
+    /// service loses nothing, as the server then shuts down cleanly.
     Throwaway,
 }
 
-/// A running server. Its methods block; on an async runtime call `start` and `stop` where blocking is allowed.
+/// A running server. Dropping stops it and logs errors. Methods block: call `start` and `stop` where that is allowed.
 #[derive(Debug)]
 pub struct Cluster {
-    /// Taken by `stop`, absent only while that or the drop is at work.
+    /// `None` only during `stop` and drop.
     supervisor: Option<Supervisor>,
     socket_dir: SocketDir,
     bin_dir: PathBuf,
-    /// Last, so that the data directory is free only when all the above is gone.
+    /// Last, so that the data directory is unlocked after everything above is dropped.
     _lock: File,
 }
 
 impl Cluster {
-    /// Makes the cluster in `data_dir` if there is none, starts it, returns once it accepts connections. If an earlier
-    /// service's server is still shutting down, waits for it; if another service uses `data_dir`, fails at once.
+    /// Creates the cluster in `data_dir` if there is none, starts the server, and returns once it accepts connections. Waits
+    /// for an earlier service's server that is still shutting down. Fails if another process uses `data_dir`.
     pub fn start(data_dir: &Path, durability: Durability) -> anyhow::Result<Cluster> {
-        Cluster::start_unless(data_dir, durability, &|| false)?.context("the start was given up")
+        Cluster::start_unless(data_dir, durability, &|| false)?.context("the start was cancelled")
     }
 
-    /// The same; `None` when it was given up, which is asked again and again while the server gets ready. A cluster that is
-    /// being made is finished first.
+    /// As [`Cluster::start`]; returns `None` once `is_cancelled`, which is polled until the server is ready. A running
+    /// initdb completes first.
     pub fn start_unless(
         data_dir: &Path,
         durability: Durability,
-        given_up: &dyn Fn() -> bool,
+        is_cancelled: &dyn Fn() -> bool,
     ) -> anyhow::Result<Option<Cluster>> {
-        std::fs::create_dir_all(data_dir)
-            .and_then(|()| data_dir.canonicalize())
-            .with_context(|| format!("cannot make the data directory {}", data_dir.display()))
-            .and_then(|data_dir| start_in(&data_dir, durability, given_up))
+        let data_dir = create_data_dir(data_dir)?;
+        let lock = try_lock(&data_dir)?.ok_or_else(|| in_use(&data_dir))?;
+        start_locked(&data_dir, lock, durability, is_cancelled)
     }
 
-    /// How to reach database `dbname`, as its superuser.
+    /// As [`Cluster::start`]; if another process uses `data_dir`, returns how to reach its server. Fails if that server has
+    /// no socket yet.
+    pub fn start_or_find(data_dir: &Path, durability: Durability) -> anyhow::Result<StartedOrRunning> {
+        let data_dir = create_data_dir(data_dir)?;
+        if let Some(lock) = try_lock(&data_dir)? {
+            let cluster = start_locked(&data_dir, lock, durability, &|| false)?.context("the start was cancelled")?;
+            return Ok(StartedOrRunning::Started(cluster));
+        }
+        let socket_dir = data_directory::running_socket_dir(&data_dir).ok_or_else(|| in_use(&data_dir))?;
+        Ok(StartedOrRunning::Running(RunningServer { socket_dir }))
+    }
+
+    /// Returns how to connect to the database `dbname` as the superuser.
     pub fn connect_config(&self, dbname: &str) -> tokio_postgres::Config {
-        let mut config = tokio_postgres::Config::new();
-        config.host_path(self.socket_dir()).port(PORT).user("postgres").dbname(dbname);
-        config
+        connect_config(self.socket_dir(), dbname)
     }
 
-    /// What PostgreSQL's own programs take as the host.
+    /// Returns the host for PostgreSQL's client programs.
     pub fn socket_dir(&self) -> &Path {
         self.socket_dir.path()
     }
 
-    /// Where PostgreSQL's own programs are.
+    /// Returns the directory of PostgreSQL's programs.
     pub fn bin_dir(&self) -> &Path {
         &self.bin_dir
     }
 
-    /// The server's main process. Another one after the server died; until that is up, still the dead one.
+    /// Returns the pid of the server's main process. It changes when the server dies and is restarted.
     pub fn server_pid(&self) -> u32 {
         self.supervisor.as_ref().map_or(0, Supervisor::pid)
     }
 
-    /// Disconnects the clients and stops the server, within a minute. Dropping does the same, and logs errors.
+    /// Disconnects the clients and stops the server, in at most a minute.
     pub fn stop(mut self) -> anyhow::Result<()> {
         self.supervisor.take().map_or(Ok(()), Supervisor::stop)
+    }
+}
+
+/// What [`Cluster::start_or_find`] found.
+pub enum StartedOrRunning {
+    Started(Cluster),
+    Running(RunningServer),
+}
+
+/// A server that another process runs.
+pub struct RunningServer {
+    socket_dir: PathBuf,
+}
+
+impl RunningServer {
+    /// Returns how to connect to the database `dbname` as the superuser.
+    pub fn connect_config(&self, dbname: &str) -> tokio_postgres::Config {
+        connect_config(&self.socket_dir, dbname)
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
         if let Some(Err(error)) = self.supervisor.take().map(Supervisor::stop) {
-            error!("postgres was not stopped: {error:#}");
+            error!(error = format!("{error:#}"), "postgres not stopped");
         }
     }
 }
 
-fn start_in(data_dir: &Path, durability: Durability, given_up: &dyn Fn() -> bool) -> anyhow::Result<Option<Cluster>> {
-    let lock = lock(data_dir)?;
-    let bin_dir = data_directory::find_bin_dir()?;
-    let (cluster, run_as) = data_directory::find_or_make_cluster(data_dir, &bin_dir, durability)?;
+fn start_locked(
+    data_dir: &Path,
+    lock: File,
+    durability: Durability,
+    is_cancelled: &dyn Fn() -> bool,
+) -> anyhow::Result<Option<Cluster>> {
+    let bin_dir = binaries::find(data_directory::cluster_version(data_dir)?.as_deref())?;
+    let (cluster, run_as) = data_directory::find_or_create_cluster(data_dir, &bin_dir, durability)?;
     let cleared = stale_server::clear(&cluster, &|pause| {
         thread::sleep(pause);
-        given_up()
+        is_cancelled()
     })?;
     if !cleared {
         return Ok(None);
     }
-    let socket_dir = SocketDir::make(&cluster, &run_as)?;
+    let socket_dir = SocketDir::create(&cluster, &run_as)?;
     let server = Server {
         bin_dir: bin_dir.clone(),
         cluster: cluster.clone(),
@@ -126,16 +156,35 @@ fn start_in(data_dir: &Path, durability: Durability, given_up: &dyn Fn() -> bool
         run_as,
         durability,
     };
-    let Some(supervisor) = Supervisor::start(server, given_up)? else {
+    let Some(supervisor) = Supervisor::start(server, is_cancelled)? else {
         return Ok(None);
     };
-    let pid = supervisor.pid();
-    info!(pid, cluster = %cluster.display(), "postgres is up");
+    info!(pid = supervisor.pid(), cluster = %cluster.display(), "postgres started");
     Ok(Some(Cluster { supervisor: Some(supervisor), socket_dir, bin_dir, _lock: lock }))
 }
 
-/// Held as long as the file is open; like all files it is closed on exec, so the server doesn't inherit it.
-fn lock(data_dir: &Path) -> anyhow::Result<File> {
+fn create_data_dir(data_dir: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::create_dir_all(data_dir)
+        .and_then(|()| data_dir.canonicalize())
+        .with_context(|| format!("cannot create the data directory {}", data_dir.display()))
+}
+
+fn connect_config(socket_dir: &Path, dbname: &str) -> tokio_postgres::Config {
+    let mut config = tokio_postgres::Config::new();
+    config.host_path(socket_dir).port(PORT).user("postgres").dbname(dbname);
+    config
+}
+
+fn in_use(data_dir: &Path) -> anyhow::Error {
+    anyhow!(
+        "the data directory {} is in use by another issue-tracker: stop that one or choose another directory",
+        data_dir.display()
+    )
+}
+
+/// Locks the data directory until the file is closed; the server does not inherit it, as it is closed on exec. `None` if
+/// another process holds the lock.
+fn try_lock(data_dir: &Path) -> anyhow::Result<Option<File>> {
     let path = data_dir.join("lock");
     let file = OpenOptions::new()
         .write(true)
@@ -144,16 +193,9 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    // SAFETY: flock takes two numbers, and the descriptor is open.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-        return Ok(file);
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
-    let error = io::Error::last_os_error();
-    if error.kind() == io::ErrorKind::WouldBlock {
-        bail!(
-            "the data directory {} is in use by another issue-tracker: stop that one or choose another directory",
-            data_dir.display()
-        );
-    }
-    Err(error).with_context(|| format!("cannot lock {}", path.display()))
 }

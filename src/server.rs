@@ -51,7 +51,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
-    let auth = Auth::new(db.clone(), limits.bcrypt_cost)?;
+    let auth = Auth::new(db.clone(), limits.bcrypt.cost)?;
     let api = Api {
         db: db.clone(),
         auth: auth.clone(),

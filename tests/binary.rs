@@ -4,6 +4,8 @@
 mod file_descriptors;
 #[path = "binary/import_recovery.rs"]
 mod import_recovery;
+#[path = "binary/private_database.rs"]
+mod private_database;
 #[path = "binary/roles.rs"]
 mod roles;
 #[path = "binary/shutdown.rs"]
@@ -145,7 +147,7 @@ async fn sigterm_stops_the_service_and_its_database_and_health_fails() {
     assert_eq!(status.code(), Some(0), "{}", service.log());
     assert!(!is_running(server), "postgres still runs");
     let health = run(&["health", "--listen", &service.address]);
-    assert_refused(&health, "nothing answers on");
+    assert_refused(&health, "cannot connect to");
     assert_eq!(text(&health.stdout), "");
 }
 
@@ -300,14 +302,16 @@ async fn logs_contain_no_client_data_even_after_a_database_crash() {
     run_failing_calls(&service, &token).await;
     assert!(signal(dir.server_pid().unwrap(), libc::SIGKILL));
     let list = async || service.issues().list_issues(with_token(&token, ListIssuesRequest::default())).await;
-    eventually("the database is available again", async || list().await.is_ok() && service.log().contains("up again"))
-        .await;
+    eventually("the database is available again", async || {
+        list().await.is_ok() && service.log().contains("postgres restarted")
+    })
+    .await;
     create_duplicate(&service, &token).await;
     service.stop();
 
     let mut logs = service.log();
     File::open(dir.path("data/cluster/server.log")).unwrap().read_to_string(&mut logs).unwrap();
-    assert!(logs.contains("postgres is up"), "{logs}");
+    assert!(logs.contains("postgres started"), "{logs}");
     assert!(!logs.contains(SECRET), "{logs}");
     assert!(!logs.contains(&token), "{logs}");
 }

@@ -1,4 +1,4 @@
-//! Certificates on the command line.
+//! The TLS flags of the service and of its clients.
 
 use std::path::PathBuf;
 
@@ -6,26 +6,25 @@ use clap::{Args, builder::BoolishValueParser};
 
 use crate::transport::tls;
 
-/// The service's own TLS.
+/// The TLS of the service.
 #[derive(Debug, Args)]
 pub struct ServerTls {
-    /// A PEM file with the service's certificate and those that lead to its authority. New contents are taken within
-    /// seconds.
-    #[arg(long, env = "ISSUE_TRACKER_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    /// PEM file with the certificate chain of the service; reloaded when it changes
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CERT", value_name = "FILE", requires = "tls_key", help_heading = "TLS")]
     pub tls_cert: Option<PathBuf>,
-    /// A PEM file with the private key of --tls-cert.
-    #[arg(long, env = "ISSUE_TRACKER_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    /// PEM file with the private key of --tls-cert
+    #[arg(long, env = "ISSUE_TRACKER_TLS_KEY", value_name = "FILE", requires = "tls_cert", help_heading = "TLS")]
     pub tls_key: Option<PathBuf>,
-    /// A PEM file with authorities: clients must show a certificate that one of them has signed.
-    #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
+    /// PEM file with the authorities that must have signed client certificates (mutual TLS)
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert", help_heading = "TLS")]
     pub tls_client_ca: Option<PathBuf>,
-    /// Listen beyond this machine without TLS.
-    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new())]
+    /// Accept plaintext connections from other machines
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new(), help_heading = "TLS")]
     pub insecure_plaintext: bool,
 }
 
 impl ServerTls {
-    /// The files of a certificate, if there is one.
+    /// Returns the files of the certificate. `None` without TLS.
     pub fn files(&self) -> Option<tls::Files> {
         Some(tls::Files {
             certificate: self.tls_cert.clone()?,
@@ -35,19 +34,19 @@ impl ServerTls {
     }
 }
 
-/// What a client wants of a service's certificate, and shows of its own.
+/// The TLS of a client of the service.
 #[derive(Debug, Args)]
 pub struct ClientTls {
-    /// A PEM file with the authorities that may have signed the service's certificate. Default: this machine's.
-    #[arg(long, env = "ISSUE_TRACKER_CA_CERT", value_name = "FILE")]
+    /// PEM file with trusted authorities [default: those of the operating system]
+    #[arg(long, env = "ISSUE_TRACKER_CA_CERT", value_name = "FILE", help_heading = "TLS")]
     pub ca_cert: Option<PathBuf>,
-    /// A PEM file with the certificate that is shown to the service, and its chain.
-    #[arg(long, env = "ISSUE_TRACKER_CLIENT_CERT", value_name = "FILE", requires = "client_key")]
+    /// PEM file with the client's certificate chain (mutual TLS)
+    #[arg(long, env = "ISSUE_TRACKER_CLIENT_CERT", value_name = "FILE", requires = "client_key", help_heading = "TLS")]
     pub client_cert: Option<PathBuf>,
-    /// A PEM file with the private key of --client-cert.
-    #[arg(long, env = "ISSUE_TRACKER_CLIENT_KEY", value_name = "FILE", requires = "client_cert")]
+    /// PEM file with the private key of --client-cert
+    #[arg(long, env = "ISSUE_TRACKER_CLIENT_KEY", value_name = "FILE", requires = "client_cert", help_heading = "TLS")]
     pub client_key: Option<PathBuf>,
-    /// The name that the service's certificate must be made out to. Default: the host of --server.
-    #[arg(long, env = "ISSUE_TRACKER_SERVER_NAME", value_name = "NAME")]
+    /// Name that the service's certificate must contain [default: the host of --server]
+    #[arg(long, env = "ISSUE_TRACKER_SERVER_NAME", value_name = "NAME", help_heading = "TLS")]
     pub server_name: Option<String>,
 }

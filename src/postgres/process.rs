@@ -1,4 +1,4 @@
-//! Who PostgreSQL's processes run as, and how they are started and waited for.
+//! The user that PostgreSQL's processes run as, and how they are started and awaited.
 
 use std::ffi::CStr;
 use std::io;
@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-/// How often anything that has to be waited for is looked at.
+/// Polling interval.
 pub(super) const TICK: Duration = Duration::from_millis(20);
-/// `postgres --version` answers in milliseconds; this is for a machine that swaps.
+/// Maximum time of `postgres --version`, which takes milliseconds unless the machine swaps.
 const PROBE_MAX: Duration = Duration::from_secs(20);
-/// PostgreSQL refuses to run as root, so root lends its processes the first of these that exists.
+/// PostgreSQL refuses to run as root: root starts it as the first of these users that exists.
 const ACCOUNTS: [&CStr; 2] = [c"postgres", c"nobody"];
-/// An entry of the password file is a line; this is far more than one.
+/// Far more than one line of the password file.
 const PASSWD_ENTRY_BYTES_MAX: usize = 16 * 1024;
-/// All else stays behind: the service's own variables may be secrets, and PostgreSQL's (`PGPORT`, `PGDATA`, …) would
-/// change what it does.
+/// Environment variables that PostgreSQL inherits. The service's own may be secrets, and those of PostgreSQL (`PGPORT`,
+/// `PGDATA`, …) would change its behaviour.
 const ENVIRONMENT_KEPT: [&str; 3] = ["PATH", "LD_LIBRARY_PATH", "TMPDIR"];
 
 /// The user that PostgreSQL's processes run as and its files belong to.
@@ -35,7 +35,7 @@ pub(super) enum RunAs {
 }
 
 impl RunAs {
-    /// For a cluster that is about to be made.
+    /// Returns the user for a new cluster.
     pub(super) fn for_new_cluster() -> anyhow::Result<RunAs> {
         if !is_root() {
             return Ok(RunAs::Ourselves);
@@ -47,20 +47,20 @@ impl RunAs {
             }
         }
         bail!(
-            "postgres does not run as root, and there is neither a user postgres nor a user nobody: make one \
+            "postgres does not run as root, and neither the user postgres nor nobody exists: create one \
              (useradd --system postgres) or start as an ordinary user"
         )
     }
 
-    /// For a cluster that is there: PostgreSQL accepts nobody but the owner of its files, whoever made them.
+    /// Returns the user for an existing cluster: PostgreSQL accepts only the owner of its files.
     pub(super) fn owner_of(cluster: &Path) -> anyhow::Result<RunAs> {
         let path = cluster.display();
-        let found = cluster.metadata().with_context(|| format!("cannot look at {path}"))?;
+        let found = cluster.metadata().with_context(|| format!("cannot read the metadata of {path}"))?;
         let (uid, gid) = (found.uid(), found.gid());
         match (is_root(), uid) {
             (true, 0) => bail!(
-                "the cluster {path} belongs to root, but postgres does not run as root: give it to the user that it is \
-                 to run as (chown -R postgres: {path})"
+                "the cluster {path} belongs to root, and postgres does not run as root: change its owner \
+                 (chown -R postgres: {path})"
             ),
             (true, _) => {
                 let name = format!("uid {uid}");
@@ -73,8 +73,8 @@ impl RunAs {
         }
     }
 
-    /// A command that runs as this user in `dir`, in a process group of its own: a terminal's Ctrl-C is for the
-    /// service, which then stops PostgreSQL in its own time.
+    /// Returns a command that runs as this user in `dir`, in its own process group: a terminal's Ctrl-C reaches only the
+    /// service, which then shuts PostgreSQL down.
     pub(super) fn command(&self, program: &Path, dir: &Path) -> Command {
         let mut command = Command::new(program);
         command.env_clear().env("LC_ALL", "C");
@@ -83,7 +83,7 @@ impl RunAs {
                 command.env(name, value);
             }
         }
-        // As root, setting a uid also drops the supplementary groups; the directory is entered after that, as the user.
+        // For root, setting a uid also drops the supplementary groups. The directory is entered after that, as the user.
         if let RunAs::Account { uid, gid, .. } = self {
             command.uid(*uid).gid(*gid);
         }
@@ -91,7 +91,7 @@ impl RunAs {
         command
     }
 
-    /// Hands a path that root has just made to this user; a symlink is not followed.
+    /// Makes this user the owner of a path that root has just created. Does not follow symlinks.
     pub(super) fn own(&self, path: &Path) -> io::Result<()> {
         match self {
             RunAs::Ourselves => Ok(()),
@@ -99,7 +99,7 @@ impl RunAs {
         }
     }
 
-    /// Whether this user gets into `dir`. Asked by going there: modes alone don't tell of ACLs and mounts.
+    /// Returns whether this user can enter `dir`. Runs a program there, as file modes do not show ACLs and mounts.
     pub(super) fn can_enter(&self, dir: &Path, bin_dir: &Path) -> anyhow::Result<bool> {
         if matches!(self, RunAs::Ourselves) {
             return Ok(true);
@@ -122,17 +122,17 @@ impl RunAs {
     }
 }
 
-/// Has the kernel send `signal` to the process when the thread that spawns it ends, however it ends.
+/// Has the kernel send `signal` to the process when the thread that spawns it ends for any reason.
 pub(super) fn die_with_parent(command: &mut Command, signal: libc::c_int) {
     let parent = std::process::id();
-    // SAFETY: between fork and exec only async-signal-safe calls are made, and nothing is allocated. This runs after
-    // the change of user, which would clear the setting.
+    // SAFETY: the closure makes only async-signal-safe calls and allocates nothing. It runs after the change of user, which
+    // would clear the setting.
     unsafe {
         command.pre_exec(move || {
             if libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong) != 0 {
                 return Err(io::Error::last_os_error());
             }
-            // A parent that died before the call above sends nothing any more.
+            // A parent that died before the prctl call causes no signal.
             if libc::getppid() as u32 != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
@@ -141,7 +141,7 @@ pub(super) fn die_with_parent(command: &mut Command, signal: libc::c_int) {
     }
 }
 
-/// Runs a command to its end, or kills it and returns `TimedOut`.
+/// Runs a command. Kills it after `max` and returns `TimedOut`.
 pub(super) fn run(command: &mut Command, max: Duration) -> io::Result<ExitStatus> {
     let mut child = command.spawn()?;
     if let Some(status) = wait_at_most(&mut child, max)? {
@@ -152,7 +152,7 @@ pub(super) fn run(command: &mut Command, max: Duration) -> io::Result<ExitStatus
     Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done after {} s", max.as_secs())))
 }
 
-/// `None` if the process is still there after `max`.
+/// Waits for the process; `None` if it is still running after `max`.
 pub(super) fn wait_at_most(child: &mut Child, max: Duration) -> io::Result<Option<ExitStatus>> {
     let began = Instant::now();
     loop {
@@ -175,7 +175,7 @@ fn effective_uid() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// The user's uid and primary gid.
+/// Returns the user's uid and primary gid.
 fn look_up(name: &CStr) -> io::Result<Option<(u32, u32)>> {
     let mut buffer = vec![0; PASSWD_ENTRY_BYTES_MAX];
     let mut found = std::ptr::null_mut();
@@ -185,7 +185,7 @@ fn look_up(name: &CStr) -> io::Result<Option<(u32, u32)>> {
         let mut entry: libc::passwd = std::mem::zeroed();
         let (text, length) = (buffer.as_mut_ptr(), buffer.len());
         match libc::getpwnam_r(name.as_ptr(), &mut entry, text, length, &mut found) {
-            // Some systems say "no such user" with one of these instead of a null pointer.
+            // Some systems report a missing user by one of these codes, others by a null pointer alone.
             0 | libc::ENOENT | libc::ESRCH if found.is_null() => Ok(None),
             0 => Ok(Some((entry.pw_uid, entry.pw_gid))),
             code => Err(io::Error::from_raw_os_error(code)),

@@ -1,4 +1,4 @@
-//! One server process after another: started, watched, started again when it dies, stopped.
+//! The server process and its supervisor, which restarts it when it dies.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
@@ -17,16 +17,17 @@ use tracing::{error, info, warn};
 use super::process::{self, RunAs, TICK};
 use super::{Durability, PORT, stale_server};
 
-/// Long enough for a recovery from all the WAL that `max_wal_size` lets pile up.
+/// Maximum time until the server is ready: enough to recover from `max_wal_size` of WAL.
 const READY_AFTER_MAX: Duration = Duration::from_secs(600);
+/// Maximum time of each way to stop the server: fast shutdown, immediate shutdown, SIGKILL.
 const FAST_SHUTDOWN_MAX: Duration = Duration::from_secs(30);
 const IMMEDIATE_SHUTDOWN_MAX: Duration = Duration::from_secs(10);
 const KILL_MAX: Duration = Duration::from_secs(10);
-/// How often a running server is looked at; a death is noticed this late at most.
+/// Interval of checks whether the server is alive.
 const WATCH_TICK: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A server that ran this long is not one that dies at once.
+/// Uptime after which the restart pause is reset to its minimum.
 const STEADY_AFTER: Duration = Duration::from_secs(30);
 
 const LOG: &str = "server.log";
@@ -34,12 +35,12 @@ const LOG_BYTES_MAX: u64 = 10 * 1024 * 1024;
 const LOG_QUOTE_BYTES_MAX: u64 = 4 * 1024;
 const LOG_QUOTE_LINES_MAX: usize = 12;
 
-/// Of `postmaster.pid`, counted from zero: its pid, and the state that `pg_ctl` waits for too.
+/// Lines of `postmaster.pid`, counted from zero: the pid, and the state that `pg_ctl` waits for.
 const PID_LINE: usize = 0;
 const STATE_LINE: usize = 7;
 
-/// Statements and their values stay out of the log: the text of an ERROR may quote a row, and a LOG about a crash
-/// quotes the statement, so the least that is logged is FATAL; no statement is added below PANIC.
+/// Keeps statements and values out of the log: an ERROR can quote a row, and a LOG message about a crash quotes the
+/// statement. So only FATAL and PANIC are logged, and a statement is added to PANIC only.
 const SETTINGS: [&str; 5] = [
     "timezone=UTC",
     "log_timezone=UTC",
@@ -55,11 +56,11 @@ const DURABLE_SETTINGS: [&str; 6] = [
     "max_wal_size=2GB",
     "max_connections=100",
 ];
-/// Many tests share one server.
+/// `max_connections` is higher because many tests share one server.
 const THROWAWAY_SETTINGS: [&str; 4] =
     ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200"];
 
-/// What it takes to start a server, again and again.
+/// The parameters of the server process.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) bin_dir: PathBuf,
@@ -69,7 +70,7 @@ pub(super) struct Server {
     pub(super) durability: Durability,
 }
 
-/// The thread that spawned the server, and with whose end the kernel would end the server.
+/// The thread that spawns and watches the server. The kernel stops the server when this thread ends.
 #[derive(Debug)]
 pub(super) struct Supervisor {
     pid: Arc<AtomicU32>,
@@ -78,8 +79,8 @@ pub(super) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Returns once the server accepts connections; `None` when it was given up, and the server is stopped.
-    pub(super) fn start(server: Server, given_up: &dyn Fn() -> bool) -> anyhow::Result<Option<Supervisor>> {
+    /// Returns once the server accepts connections. If `is_cancelled`, stops the server and returns `None`.
+    pub(super) fn start(server: Server, is_cancelled: &dyn Fn() -> bool) -> anyhow::Result<Option<Supervisor>> {
         let pid = Arc::new(AtomicU32::new(0));
         let (stop, stopped) = mpsc::channel();
         let (started, first_start) = mpsc::channel();
@@ -87,15 +88,15 @@ impl Supervisor {
         let thread = thread::Builder::new()
             .name("postgres-supervisor".to_owned())
             .spawn(move || supervise(&server, &Stop(stopped), &current, &started))
-            .context("cannot start the thread that looks after postgres")?;
+            .context("cannot start the supervisor thread of postgres")?;
         let supervisor = Supervisor { pid, stop, thread };
-        // The wait is as bounded as the start itself.
+        // Bounded, as the supervisor's first start is.
         loop {
             match first_start.recv_timeout(TICK) {
                 Ok(started) => return started.map(|()| Some(supervisor)),
-                Err(RecvTimeoutError::Timeout) if given_up() => return supervisor.stop().map(|()| None),
+                Err(RecvTimeoutError::Timeout) if is_cancelled() => return supervisor.stop().map(|()| None),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => bail!("the thread that looks after postgres ended"),
+                Err(RecvTimeoutError::Disconnected) => bail!("the supervisor thread of postgres ended"),
             }
         }
     }
@@ -104,24 +105,24 @@ impl Supervisor {
         self.pid.load(Ordering::Relaxed)
     }
 
-    /// Fast, then immediate shutdown.
+    /// Stops the server: by a fast shutdown, then an immediate one, then SIGKILL.
     pub(super) fn stop(self) -> anyhow::Result<()> {
         drop(self.stop);
-        self.thread.join().unwrap_or_else(|_| Err(anyhow!("the thread that looks after postgres panicked")))
+        self.thread.join().unwrap_or_else(|_| Err(anyhow!("the supervisor thread of postgres panicked")))
     }
 }
 
-/// Asked for by dropping the other end.
+/// The receiving end of a stop request, which is made by dropping the sender.
 struct Stop(Receiver<()>);
 
 impl Stop {
-    /// Waits so long for it, and tells whether it was asked for.
-    fn asked_within(&self, pause: Duration) -> bool {
+    /// Waits up to `pause` and returns whether a stop was requested.
+    fn requested_within(&self, pause: Duration) -> bool {
         self.0.recv_timeout(pause) != Err(RecvTimeoutError::Timeout)
     }
 }
 
-/// The supervisor's whole life. It alone reaps and signals the server, so no signal meets a pid that was reused.
+/// Runs the supervisor. Only this thread reaps and signals the server, so no signal reaches a reused pid.
 fn supervise(
     server: &Server,
     stop: &Stop,
@@ -132,7 +133,7 @@ fn supervise(
         Ok(Some(child)) => child,
         Ok(None) => return Ok(()),
         Err(error) => {
-            // Whoever waits for this is in `Supervisor::start`, and takes it.
+            // `Supervisor::start` is waiting for it.
             let _ = started.send(Err(error));
             return Ok(());
         }
@@ -145,23 +146,23 @@ fn supervise(
         let Some(status) = watch(&mut child, stop)? else {
             return shut_down(&mut child);
         };
-        error!(pid = child.id(), %status, "postgres ended by itself; starting it again");
+        error!(pid = child.id(), %status, "postgres died; restarting");
         if up_since.elapsed() >= STEADY_AFTER {
             pause = RESTART_PAUSE_MIN;
         }
-        child = match server.launch_again(stop, &mut pause) {
+        child = match server.relaunch(stop, &mut pause) {
             Some(child) => child,
             None => return Ok(()),
         };
         pid.store(child.id(), Ordering::Relaxed);
-        info!(pid = child.id(), "postgres is up again");
+        info!(pid = child.id(), "postgres restarted");
     }
 }
 
-/// How the server ended, or `None` when it's to be stopped.
+/// Returns the exit status of a server that died, or `None` once a stop is requested.
 fn watch(child: &mut Child, stop: &Stop) -> anyhow::Result<Option<ExitStatus>> {
     loop {
-        if stop.asked_within(WATCH_TICK) {
+        if stop.requested_within(WATCH_TICK) {
             return Ok(None);
         }
         if let Some(status) = child.try_wait().context("cannot watch postgres")? {
@@ -174,39 +175,39 @@ fn shut_down(child: &mut Child) -> anyhow::Result<()> {
     for (signal, max) in
         [(libc::SIGINT, FAST_SHUTDOWN_MAX), (libc::SIGQUIT, IMMEDIATE_SHUTDOWN_MAX), (libc::SIGKILL, KILL_MAX)]
     {
-        // SAFETY: kill takes two numbers. Until try_wait reaps it, the pid is this child's, even if it has ended.
+        // SAFETY: kill takes two numbers. The pid is this child's until try_wait reaps it, even after it has ended.
         unsafe { libc::kill(child.id() as libc::pid_t, signal) };
         if process::wait_at_most(child, max).context("cannot wait for postgres")?.is_some() {
             return Ok(());
         }
-        warn!(pid = child.id(), signal, after_s = max.as_secs(), "postgres did not stop");
+        warn!(pid = child.id(), signal, after_s = max.as_secs(), "postgres did not stop in time");
     }
-    bail!("postgres (pid {}) does not end even when killed", child.id())
+    bail!("postgres (pid {}) survived SIGKILL", child.id())
 }
 
 impl Server {
-    /// Tries until it works; `None` when the server is to be stopped.
-    fn launch_again(&self, stop: &Stop, pause: &mut Duration) -> Option<Child> {
+    /// Retries with exponential backoff until the server starts; `None` once a stop is requested.
+    fn relaunch(&self, stop: &Stop, pause: &mut Duration) -> Option<Child> {
         loop {
-            if stop.asked_within(*pause) {
+            if stop.requested_within(*pause) {
                 return None;
             }
             *pause = (*pause * 2).min(RESTART_PAUSE_MAX);
             match self.launch(stop) {
                 Ok(child) => return child,
-                Err(error) => error!("postgres does not start again: {error:#}"),
+                Err(error) => error!(error = format!("{error:#}"), "postgres restart failed"),
             }
         }
     }
 
-    /// Returns a server that accepts connections, or `None` when it's to be stopped.
+    /// Starts a server and waits until it accepts connections; `None` once a stop is requested.
     fn launch(&self, stop: &Stop) -> anyhow::Result<Option<Child>> {
-        // Of a server that was killed, single processes can go on for a while.
-        if !stale_server::clear(&self.cluster, &|pause| stop.asked_within(pause))? {
+        // Single processes of a killed server can continue for a while.
+        if !stale_server::clear(&self.cluster, &|pause| stop.requested_within(pause))? {
             return Ok(None);
         }
         let log = self.open_log()?;
-        let log_start = log.metadata().context("cannot look at the log")?.len();
+        let log_start = log.metadata().context("cannot read the metadata of the log")?.len();
         let mut child = self.spawn(log)?;
         let began = Instant::now();
         loop {
@@ -217,14 +218,14 @@ impl Server {
             let quote = || last_lines(&self.log_path(), log_start);
             if let Some(status) = ended {
                 let log = self.log_path();
-                bail!("postgres did not start ({status}); {} says:\n{}", log.display(), quote());
+                bail!("postgres did not start ({status}); end of {}:\n{}", log.display(), quote());
             }
             if began.elapsed() > READY_AFTER_MAX {
                 shut_down(&mut child)?;
                 let seconds = READY_AFTER_MAX.as_secs();
-                bail!("postgres was not ready after {seconds} s; its log says:\n{}", quote());
+                bail!("postgres was not ready after {seconds} s; end of its log:\n{}", quote());
             }
-            if stop.asked_within(TICK) {
+            if stop.requested_within(TICK) {
                 shut_down(&mut child)?;
                 return Ok(None);
             }
@@ -263,7 +264,7 @@ impl Server {
         self.cluster.join(LOG)
     }
 
-    /// The directory is the server's, and root writes there: a symlink that it put in the way is not followed.
+    /// Opens the log without following symlinks: root writes to a directory that the server's user controls.
     fn open_log(&self) -> anyhow::Result<File> {
         let path = self.log_path();
         let open = || {
@@ -279,7 +280,7 @@ impl Server {
     }
 }
 
-/// The end of what was written from byte `start` on, for an error message.
+/// Returns the last lines of the file that begin at byte `start` or later, for an error message.
 pub(super) fn last_lines(path: &Path, start: u64) -> String {
     let read = || {
         let mut file = File::open(path)?;

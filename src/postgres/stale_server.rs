@@ -1,7 +1,7 @@
-//! What an earlier service left of its server: one that is still shutting down, or a `postmaster.pid` of the dead.
+//! The server of an earlier service: one that is still shutting down, or a stale `postmaster.pid`.
 //!
-//! PostgreSQL guards a cluster by that file and by a shared memory segment. It recovers by itself unless the pid in the
-//! file has meanwhile gone to another process of the same user, or to a zombie; then it refuses to start for ever.
+//! PostgreSQL guards a cluster by that file and by a shared memory segment. It recovers by itself unless another process of
+//! the same user, or a zombie, has the pid in the file; then it would refuse to start until the file is removed.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,27 +16,27 @@ use tracing::{info, warn};
 
 use super::process::{self, TICK};
 
-/// A server whose service was killed gets SIGINT from the kernel, so at first it is only waited for.
+/// Time before the first signal: the kernel sends SIGINT to a server whose service was killed.
 const FAST_AFTER: Duration = Duration::from_secs(3);
-/// A fast shutdown writes a checkpoint; after this long it's left to recovery.
+/// Time before an immediate shutdown, which skips the checkpoint of a fast one and leaves the rest to recovery.
 const IMMEDIATE_AFTER: Duration = Duration::from_secs(12);
 const GONE_AFTER_MAX: Duration = Duration::from_secs(30);
-/// Every process of a server runs this program.
+/// Program of every process of a server.
 const PROGRAM: &str = "postgres";
 
-/// What the process with a given pid is to a cluster.
+/// How a process relates to a cluster.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Standing {
-    /// A postgres that works in the cluster's directory.
+    /// A postgres whose working directory is the cluster.
     Ours,
-    /// Anything else, and a zombie, which holds nothing any more.
+    /// Any other process, or a zombie, which holds no resources.
     Foreign,
     Gone,
 }
 
-/// Waits until no process of an earlier server is at work in the cluster, with signals after a while, then removes its
-/// `postmaster.pid` where PostgreSQL would stumble over it. `pause` waits so long and tells whether to give up; the
-/// result is false in that case.
+/// Waits until no process of an earlier server uses the cluster, sends signals after [`FAST_AFTER`], then removes a
+/// misleading `postmaster.pid`. `pause` waits and returns whether to cancel; the result is then false. Fails after
+/// [`GONE_AFTER_MAX`].
 pub(super) fn clear(cluster: &Path, pause: &dyn Fn(Duration) -> bool) -> anyhow::Result<bool> {
     let began = Instant::now();
     let mut sent = None;
@@ -46,8 +46,8 @@ pub(super) fn clear(cluster: &Path, pause: &dyn Fn(Duration) -> bool) -> anyhow:
         let Some(pid) = running.first() else { break };
         if began.elapsed() > GONE_AFTER_MAX {
             bail!(
-                "an earlier postgres (pid {pid}) is still at work in {} after {} s: stop it (kill -QUIT {pid}) and \
-                 start again",
+                "an earlier postgres (pid {pid}) is still running in {} after {} s: stop it (kill -QUIT {pid}) and \
+                 retry",
                 cluster.display(),
                 GONE_AFTER_MAX.as_secs()
             );
@@ -55,7 +55,7 @@ pub(super) fn clear(cluster: &Path, pause: &dyn Fn(Duration) -> bool) -> anyhow:
         let due = signal_due(&running, main, began.elapsed());
         if due != sent {
             if let Some((signal, targets)) = &due {
-                info!(signal, ?targets, "stopping an earlier postgres");
+                info!(signal, ?targets, "earlier postgres signalled");
                 targets.iter().for_each(|pid| send(*pid, *signal, cluster));
             }
             sent = due;
@@ -68,8 +68,8 @@ pub(super) fn clear(cluster: &Path, pause: &dyn Fn(Duration) -> bool) -> anyhow:
     Ok(true)
 }
 
-/// The main process is asked, and looks after the others. Where it's dead they leave by themselves once they notice,
-/// which in the middle of a long query can take as long as the query; there is nobody left to take its result.
+/// Returns the signal to send and its targets: the main process, which stops the others, or all of them if it is dead.
+/// Without the main process, the others end only when they notice it, which can take as long as their query.
 fn signal_due(running: &[u32], main: Option<u32>, waited: Duration) -> Option<(libc::c_int, Vec<u32>)> {
     let main = main.filter(|pid| running.contains(pid));
     match main {
@@ -80,7 +80,7 @@ fn signal_due(running: &[u32], main: Option<u32>, waited: Duration) -> Option<(l
     }
 }
 
-/// The pid that `postmaster.pid` names, dead or alive. A single-user server writes it with a minus.
+/// Returns the pid in `postmaster.pid`, of a live or dead process. A single-user server writes it with a minus sign.
 fn main_process(cluster: &Path) -> Option<u32> {
     let text = fs::read_to_string(cluster.join("postmaster.pid")).ok()?;
     let pid = text.lines().next()?.trim().parse::<i32>().ok()?;
@@ -102,21 +102,21 @@ fn standing(pid: u32, cluster: &Path) -> Standing {
         None if process::is_root() => as_owner(cluster, || standing_as_seen(pid, cluster)),
         seen => seen,
     };
-    // What doesn't show itself to the cluster's owner is another user's, whom PostgreSQL would not let in.
+    // A process that the cluster's owner cannot see belongs to another user, whom PostgreSQL would refuse.
     seen.unwrap_or(Standing::Foreign)
 }
 
-/// Looks with the eyes of the user that the server runs as. The kernel shows a process's directory to its own user, but
-/// to root only with CAP_SYS_PTRACE, which is missing in many containers.
+/// Runs `look` as the server's user. The kernel shows a process's working directory to its own user, but to root only with
+/// CAP_SYS_PTRACE, which many containers lack.
 fn as_owner(cluster: &Path, look: impl FnOnce() -> Option<Standing>) -> Option<Standing> {
     let owner = fs::metadata(cluster).ok()?;
-    // SAFETY: these take a number, cannot fail in a way that matters here, and concern this thread alone.
+    // SAFETY: the calls take a number and affect only this thread; if one fails, `look` sees less.
     unsafe {
         libc::setfsgid(owner.gid());
         libc::setfsuid(owner.uid());
     }
     let standing = look();
-    // SAFETY: as above. Zero is what both were, as only root comes here.
+    // SAFETY: as above. Both were zero, as only root calls this.
     unsafe {
         libc::setfsuid(0);
         libc::setfsgid(0);
@@ -124,17 +124,17 @@ fn as_owner(cluster: &Path, look: impl FnOnce() -> Option<Standing>) -> Option<S
     standing
 }
 
-/// `None` if the kernel doesn't tell.
+/// Returns `None` if the kernel denies access.
 fn standing_as_seen(pid: u32, cluster: &Path) -> Option<Standing> {
     let process = Path::new("/proc").join(pid.to_string());
     let program = match fs::read_link(process.join("exe")) {
         Ok(program) => program,
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,
-        // A zombie and a thread of the kernel have no program.
+        // Zombies and kernel threads have no program.
         Err(_) if process.exists() => return Some(Standing::Foreign),
         Err(_) => return Some(Standing::Gone),
     };
-    // After an upgrade of the package the kernel shows the old file as deleted.
+    // After a package upgrade the kernel marks the old file as deleted.
     let program = program.to_string_lossy();
     let program = Path::new(program.trim_end_matches(" (deleted)"));
     if program.file_name() != Some(OsStr::new(PROGRAM)) {
@@ -146,15 +146,15 @@ fn standing_as_seen(pid: u32, cluster: &Path) -> Option<Standing> {
     }
 }
 
-/// Sends through a pidfd, taken before the last look at the process: its pid cannot go to another one in between.
+/// Sends a signal through a pidfd opened before the last check of the process, so that it cannot reach a reused pid.
 fn send(pid: u32, signal: libc::c_int, cluster: &Path) {
     // SAFETY: pidfd_open takes two numbers and returns a descriptor or -1.
     let opened = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if opened < 0 {
-        warn!(pid, error = %io::Error::last_os_error(), "cannot signal an earlier postgres");
+        warn!(pid, error = %io::Error::last_os_error(), "cannot signal earlier postgres");
         return;
     }
-    // SAFETY: the descriptor was just opened, and nobody else has it.
+    // SAFETY: the descriptor was just opened and has no other owner.
     let process = unsafe { OwnedFd::from_raw_fd(opened as libc::c_int) };
     if standing(pid, cluster) != Standing::Ours {
         return;
@@ -162,12 +162,12 @@ fn send(pid: u32, signal: libc::c_int, cluster: &Path) {
     let (fd, none) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
     // SAFETY: the descriptor is open, and a null siginfo asks for what kill(2) would send.
     if unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0) } != 0 {
-        warn!(pid, error = %io::Error::last_os_error(), "cannot signal an earlier postgres");
+        warn!(pid, error = %io::Error::last_os_error(), "cannot signal earlier postgres");
     }
 }
 
 /// Called when nothing is at work in the cluster, as far as can be seen; were something hidden, PostgreSQL would still
-/// find its shared memory in use. A pid that belongs to nobody is left for PostgreSQL, which then cleans up more.
+/// find its shared memory in use. The pid of no process is left to PostgreSQL, which then cleans up more.
 fn remove_misleading_pid_file(cluster: &Path) -> anyhow::Result<()> {
     let path = cluster.join("postmaster.pid");
     if !path.exists() {
@@ -175,11 +175,11 @@ fn remove_misleading_pid_file(cluster: &Path) -> anyhow::Result<()> {
     }
     let misleading = match main_process(cluster) {
         Some(pid) => standing(pid, cluster) == Standing::Foreign,
-        // A power failure can leave it empty.
+        // A power failure can leave the file empty.
         None => true,
     };
     if misleading {
-        warn!(path = %path.display(), "removing the pid file of a postgres that is dead");
+        warn!(path = %path.display(), "stale pid file removed");
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
     Ok(())

@@ -52,7 +52,7 @@ fn listening_beyond_loopback_without_tls_requires_insecure_plaintext() {
     let dir = Dir::new();
     for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:50051", "[::ffff:192.0.2.1]:50051"] {
         let refused = run(&["--listen", listen, "--data-dir", &dir.data()]);
-        assert_refused(&refused, &format!("--listen {listen} can be reached from other machines"));
+        assert_refused(&refused, &format!("--listen {listen}: other machines can connect"));
         assert_refused(&refused, "--tls-cert");
         assert_refused(&refused, "--insecure-plaintext");
         assert!(!dir.path("data").exists(), "{listen}");

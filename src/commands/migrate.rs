@@ -1,0 +1,18 @@
+//! `issue-tracker migrate`.
+
+use secrecy::ExposeSecret;
+
+use crate::{
+    config::MigrateArgs,
+    db::{Target, migrate as migrations},
+};
+
+/// Applies pending migrations, then grants the rights of the service to `--grant-to`.
+pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
+    let target: Target = args.database_url.expose_secret().parse()?;
+    migrations::migrate(target.clone()).await?;
+    match args.grant_to {
+        Some(role) => migrations::grant_rights(target, &role).await,
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,156 @@
+//! The limits of the service.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::{Args, value_parser};
+
+use super::user::BcryptCost;
+use crate::{
+    auth::throttle::FreeFailures,
+    db::PoolOptions,
+    middleware::RequestLimits,
+    transport::{client_address::TrustedProxies, connections::ConnectionLimits},
+};
+
+#[derive(Clone, Debug, Args)]
+pub struct Limits {
+    /// Maximum connections to the database
+    #[arg(long, env = "ISSUE_TRACKER_POOL_CONNECTIONS", default_value_t = 20, value_name = "N",
+        value_parser = value_parser!(u32).range(2..=1000), help_heading = "Database")]
+    pool_connections: u32,
+    /// Maximum time a call waits for a database connection, in milliseconds
+    #[arg(long, env = "ISSUE_TRACKER_POOL_WAIT_MS", default_value_t = 2_000, value_name = "MS",
+        value_parser = value_parser!(u64).range(1..=60_000), help_heading = "Database")]
+    pool_wait_ms: u64,
+    /// Maximum time of one SQL statement, in milliseconds
+    #[arg(long, env = "ISSUE_TRACKER_STATEMENT_MS", default_value_t = 30_000, value_name = "MS",
+        value_parser = value_parser!(u64).range(1..=600_000), help_heading = "Database")]
+    statement_ms: u64,
+
+    /// Maximum concurrent requests; excess requests fail with RESOURCE_EXHAUSTED
+    #[arg(long, env = "ISSUE_TRACKER_REQUESTS", default_value_t = 1_024, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=100_000), help_heading = "Requests")]
+    requests: u32,
+    /// Deadline of unary calls whose client sets none, in milliseconds
+    #[arg(long, env = "ISSUE_TRACKER_DEADLINE_MS", default_value_t = 30_000, value_name = "MS",
+        value_parser = value_parser!(u64).range(1..=600_000), help_heading = "Requests")]
+    deadline_ms: u64,
+    /// Maximum size of a request message, after decompression
+    #[arg(long, env = "ISSUE_TRACKER_MESSAGE_BYTES", default_value_t = 4_194_304, value_name = "BYTES",
+        value_parser = value_parser!(u32).range(2_097_152..=67_108_864), help_heading = "Requests")]
+    message_bytes: u32,
+    /// Maximum size of a call's metadata
+    #[arg(long, env = "ISSUE_TRACKER_HEADER_BYTES", default_value_t = 16_384, value_name = "BYTES",
+        value_parser = value_parser!(u32).range(4_096..=1_048_576), help_heading = "Requests")]
+    header_bytes: u32,
+    /// Maximum concurrent ImportIssues and RevertImport calls; each holds a database connection
+    #[arg(long, env = "ISSUE_TRACKER_IMPORTS", default_value_t = 10, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=999), help_heading = "Requests")]
+    pub imports: u32,
+    /// Maximum concurrent ExportIssues calls; each holds a database connection
+    #[arg(long, env = "ISSUE_TRACKER_EXPORTS", default_value_t = 4, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=999), help_heading = "Requests")]
+    pub exports: u32,
+    /// Time that in-flight requests have to finish at shutdown, in seconds
+    #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(0..=3_600), help_heading = "Requests")]
+    drain_seconds: u64,
+
+    /// Maximum client connections; at the limit, idle and unauthenticated ones are evicted
+    #[arg(long, env = "ISSUE_TRACKER_CONNECTIONS", default_value_t = 4_096, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=100_000), help_heading = "Connections")]
+    connections: u32,
+    /// Maximum concurrent calls of one connection; excess calls wait in the client
+    #[arg(long, env = "ISSUE_TRACKER_STREAMS", default_value_t = 256, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=10_000), help_heading = "Connections")]
+    streams: u32,
+    /// Time without a call after which a connection is closed, in seconds
+    #[arg(long, env = "ISSUE_TRACKER_IDLE_SECONDS", default_value_t = 300, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=86_400), help_heading = "Connections")]
+    idle_seconds: u64,
+    /// Maximum age of a connection, in seconds; older ones receive GOAWAY
+    #[arg(long, env = "ISSUE_TRACKER_AGE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Connections")]
+    age_seconds: u64,
+    /// Time that a connection's calls have to finish after its maximum age, in seconds
+    #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Connections")]
+    age_grace_seconds: u64,
+    /// Interval of HTTP/2 pings, and time to answer one, in seconds
+    #[arg(long, env = "ISSUE_TRACKER_KEEPALIVE_SECONDS", default_value_t = 30, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=3_600), help_heading = "Connections")]
+    keepalive_seconds: u64,
+    /// Proxies whose x-forwarded-for is trusted, as addresses and CIDR networks separated by commas
+    #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS", help_heading = "Connections")]
+    trusted_proxies: Option<TrustedProxies>,
+
+    #[command(flatten, next_help_heading = "Authentication")]
+    pub bcrypt: BcryptCost,
+    /// Lifetime of a session, in hours
+    #[arg(long, env = "ISSUE_TRACKER_SESSION_HOURS", default_value_t = 12, value_name = "HOURS",
+        value_parser = value_parser!(i32).range(1..=8_760), help_heading = "Authentication")]
+    pub session_hours: i32,
+    /// Wrong passwords for one user from one address before logins are throttled
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES", default_value_t = 5, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000), help_heading = "Authentication")]
+    login_failures: u32,
+    /// Wrong passwords from one address, for any user, before logins are throttled
+    #[arg(long, env = "ISSUE_TRACKER_LOGIN_FAILURES_PER_ADDRESS", default_value_t = 50, value_name = "N",
+        value_parser = value_parser!(u32).range(1..=1_000_000), help_heading = "Authentication")]
+    login_failures_per_address: u32,
+}
+
+impl Limits {
+    /// Validates combinations of limits. Fails if imports and exports could hold all database connections.
+    pub fn check(&self) -> anyhow::Result<()> {
+        if self.imports + self.exports >= self.pool_connections {
+            bail!(
+                "--imports {} and --exports {}: together they must be less than --pool-connections {}, as each import \
+                 and export holds a connection",
+                self.imports,
+                self.exports,
+                self.pool_connections
+            );
+        }
+        Ok(())
+    }
+
+    pub fn pool(&self) -> PoolOptions {
+        PoolOptions {
+            connections_max: self.pool_connections,
+            wait_max: Duration::from_millis(self.pool_wait_ms),
+            statement_max: Duration::from_millis(self.statement_ms),
+        }
+    }
+
+    pub fn requests(&self) -> RequestLimits {
+        RequestLimits {
+            requests_max: self.requests as usize,
+            message_bytes_max: self.message_bytes as usize,
+            deadline_default: Duration::from_millis(self.deadline_ms),
+        }
+    }
+
+    pub fn connections(&self) -> ConnectionLimits {
+        ConnectionLimits {
+            connections_max: self.connections as usize,
+            idle_max: Duration::from_secs(self.idle_seconds),
+            age_max: Duration::from_secs(self.age_seconds),
+            age_grace: Duration::from_secs(self.age_grace_seconds),
+            keepalive_interval: Duration::from_secs(self.keepalive_seconds),
+            keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
+            streams_max: self.streams,
+            header_bytes_max: self.header_bytes,
+            trusted_proxies: self.trusted_proxies.clone().unwrap_or_default(),
+        }
+    }
+
+    pub fn free_login_failures(&self) -> FreeFailures {
+        FreeFailures { of_pair: self.login_failures, of_address: self.login_failures_per_address }
+    }
+
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}

@@ -1,0 +1,51 @@
+//! The flags of `user create`.
+
+use clap::{Args, Subcommand, ValueEnum, value_parser};
+
+use super::Database;
+use crate::pb;
+
+#[derive(Debug, Subcommand)]
+pub enum UserCommand {
+    /// Create a user; prompts for the password, or reads it from standard input
+    Create(UserCreateArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct UserCreateArgs {
+    /// Username of the new user
+    pub username: String,
+    /// Role of the new user
+    #[arg(long, value_enum, default_value_t = RoleName::Member)]
+    pub role: RoleName,
+    #[command(flatten)]
+    pub bcrypt: BcryptCost,
+    #[command(flatten)]
+    pub database: Database,
+}
+
+/// The cost of new password hashes, the same for the service and the `user` commands.
+#[derive(Clone, Debug, Args)]
+pub struct BcryptCost {
+    /// bcrypt cost of new password hashes; each step doubles the time, 12 takes about 250 ms
+    #[arg(long = "bcrypt-cost", env = "ISSUE_TRACKER_BCRYPT_COST", default_value_t = 12, value_name = "COST",
+        value_parser = value_parser!(u32).range(4..=31))]
+    pub cost: u32,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum RoleName {
+    Viewer,
+    Member,
+    Admin,
+}
+
+impl From<RoleName> for pb::Role {
+    fn from(role: RoleName) -> Self {
+        match role {
+            RoleName::Viewer => Self::Viewer,
+            RoleName::Member => Self::Member,
+            RoleName::Admin => Self::Admin,
+        }
+    }
+}
