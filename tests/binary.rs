@@ -20,7 +20,9 @@ mod support {
     pub mod database;
     pub mod eventually;
     pub mod external;
+    pub mod ports;
     pub mod process;
+    pub mod scratch;
     pub mod service;
 }
 #[path = "binary/tls.rs"]
@@ -55,6 +57,7 @@ use support::{
     database::session,
     eventually::eventually,
     external::External,
+    ports::unused_port,
     process::{Dir, signal, wait_until},
     service::{Service, TOKEN_FILE, finished, program},
 };
@@ -83,7 +86,7 @@ fn is_running(pid: u32) -> bool {
 impl Service {
     /// Starts the service on its embedded database.
     fn embedded(dir: &Dir) -> Self {
-        Self::start(dir, program(&["--data-dir", &dir.data()]))
+        Self::start(dir, program(&["--data-dir", &dir.data(), "--bcrypt-cost", "4"]))
     }
 
     /// Starts the service on an external database.

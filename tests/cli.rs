@@ -26,7 +26,9 @@ mod support {
     pub mod calls;
     pub mod database;
     pub mod eventually;
+    pub mod ports;
     pub mod process;
+    pub mod scratch;
     pub mod service;
 }
 
@@ -37,6 +39,7 @@ use support::{
     calls::titles,
     database::session,
     eventually::eventually,
+    ports::unused_port,
     process::{Dir, signal},
     service::{Service, TOKEN_FILE, finished, lines, program},
 };
@@ -179,7 +182,8 @@ async fn truncated_gzip_file_fails_and_writes_nothing() {
 
 /// Kills the server during an import, starts another on the same address, and returns that server and the output since.
 async fn import_across_server_crash(dir: &Dir, mode: &str) -> (Service, ProgramOutput) {
-    let mut service = Service::embedded(dir, "127.0.0.1:0");
+    let address = format!("127.0.0.1:{}", unused_port());
+    let mut service = Service::embedded(dir, &address);
     let mut client = service.command(&["import", "-", "--json", "--mode", mode]).stdin(Stdio::piped()).spawn().unwrap();
     let mut stdin = client.stdin.take().unwrap();
     let output_lines = lines(client.stdout.take().unwrap());
@@ -191,7 +195,6 @@ async fn import_across_server_crash(dir: &Dir, mode: &str) -> (Service, ProgramO
             break;
         }
     }
-    let address = service.address.clone();
     service.kill();
     let service = Service::embedded(dir, &address);
     // The write fails when the client has exited; callers assert on its output.

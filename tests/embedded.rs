@@ -4,6 +4,7 @@
 mod support {
     pub mod bounds;
     pub mod process;
+    pub mod scratch;
 }
 
 use std::{
@@ -289,7 +290,7 @@ fn start_recovers_from_a_service_killed_during_initdb() {
     kill(child.id());
     child.wait().unwrap();
 
-    let cluster = data_dir.start();
+    let cluster = wait_for_start(&data_dir);
     write_row(&cluster);
     cluster.stop().unwrap();
     let names = names_in(&data_dir.path);

@@ -35,6 +35,7 @@ mod support {
     pub mod eventually;
     pub mod external;
     pub mod process;
+    pub mod scratch;
     pub mod service;
 }
 #[path = "faults/verify.rs"]

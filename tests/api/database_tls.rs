@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    net::{SocketAddr, TcpListener as StdListener},
+    net::SocketAddr,
     os::unix::{
         fs::{MetadataExt, chown},
         process::CommandExt,
@@ -30,6 +30,8 @@ use crate::{
         certificates::{Authority, Pair},
         database::session,
         eventually::eventually,
+        ports::unused_port,
+        scratch::scratch_dir,
     },
 };
 
@@ -53,7 +55,7 @@ struct Server {
 impl Server {
     /// Starts a server that presents `pair`. TLS is on unless `settings` turn it off.
     async fn start(pair: &Pair, authority: &Authority, settings: &[&str]) -> Self {
-        let dir = std::env::temp_dir().join(format!("database-tls-{}", Uuid::new_v4()));
+        let dir = scratch_dir().join(format!("database-tls-{}", Uuid::new_v4()));
         // The embedded cluster does not listen on TCP: create it here, then run its server with other settings.
         let (cluster, bin_dir) = {
             let dir = dir.clone();
@@ -65,7 +67,7 @@ impl Server {
             });
             create.await.unwrap()
         };
-        let port = StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = unused_port();
         let mut server = Self { process: Command::new("true").spawn().unwrap(), dir, cluster, port };
         server.process.wait().unwrap();
         server.write("hba", HBA);

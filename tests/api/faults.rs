@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::{
     harness::{Client, Tracker, assert_error, assert_retriable, eventually, limits},
     lock_waiters,
-    support::database::session,
+    support::{database::session, scratch::scratch_dir},
 };
 
 /// Another transaction, which locks all issues until it is dropped or committed.
@@ -272,7 +272,7 @@ struct OwnCluster {
 impl OwnCluster {
     async fn start() -> Self {
         let mut own =
-            Self { cluster: None, dir: std::env::temp_dir().join(format!("issue-tracker-faults-{}", Uuid::new_v4())) };
+            Self { cluster: None, dir: scratch_dir().join(format!("issue-tracker-faults-{}", Uuid::new_v4())) };
         own.restart().await;
         session(&own.config("postgres")).await.batch_execute("CREATE DATABASE tracker").await.unwrap();
         migrate(&own.config("tracker")).await.unwrap();

@@ -1,6 +1,7 @@
 //! The test harness: one PostgreSQL cluster for the whole run, and a [`Tracker`] with a database of its own per test.
 
 use std::{
+    cell::RefCell,
     path::PathBuf,
     sync::{
         Mutex, OnceLock,
@@ -38,8 +39,8 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use crate::support::database::session;
 pub use crate::support::eventually::eventually;
+use crate::support::{database::session, scratch::scratch_dir};
 
 /// The password of every user that the harness creates.
 pub const PASSWORD: &str = "correct horse battery";
@@ -55,6 +56,22 @@ pub const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
 /// The cluster and its directory. Stopped and removed at exit.
 static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
+/// The names of databases whose tests have ended.
+static UNUSED_DATABASES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// The databases of the test that runs on this thread.
+    static OWN_DATABASES: OwnDatabases = const { OwnDatabases(RefCell::new(Vec::new())) };
+}
+
+/// Names of databases. Each test has a thread, which ends after its runtime.
+struct OwnDatabases(RefCell<Vec<String>>);
+
+impl Drop for OwnDatabases {
+    fn drop(&mut self) {
+        UNUSED_DATABASES.lock().unwrap().append(self.0.get_mut());
+    }
+}
 
 /// A service with a database of its own, an administrator, and a client for each role.
 pub struct Tracker {
@@ -217,6 +234,8 @@ pub fn limits(args: &[&str]) -> Limits {
         ["--imports", "4"],
         ["--exports", "1"],
         ["--drain-seconds", "1"],
+        // On a busy machine a call may wait longer for a connection than the default allows.
+        ["--pool-wait-ms", "10000"],
         // All clients of a test have the same address.
         ["--login-failures", "1000"],
         ["--login-failures-per-address", "1000"],
@@ -237,12 +256,19 @@ pub async fn new_database() -> Config {
         (maintenance, cluster.connect_config(&name), name)
     });
     let (maintenance, config, name) = connect.await.unwrap();
-    execute(&maintenance, &format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}")).await;
+    // Here rather than at the end of their tests, which have no runtime any more.
+    let unused = std::mem::take(&mut *UNUSED_DATABASES.lock().unwrap());
+    let mut statements: Vec<_> =
+        unused.iter().map(|name| format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).collect();
+    statements.push(format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}"));
     // CREATE DATABASE does not copy privileges on the database itself from the template.
     let [.., revoke, grant] = &readme_sql()[..] else { panic!("the README ends with grants") };
-    for statement in [revoke, grant] {
-        execute(&maintenance, &on_database(statement, &name)).await;
+    statements.extend([revoke, grant].map(|statement| on_database(statement, &name)));
+    let session = session(&maintenance).await;
+    for statement in statements {
+        session.batch_execute(&statement).await.unwrap();
     }
+    OWN_DATABASES.with(|own| own.0.borrow_mut().push(name));
     config
 }
 
@@ -298,7 +324,7 @@ pub async fn execute(config: &Config, sql: &str) {
 fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
     remove_stale_clusters();
     raise_open_files();
-    let dir = std::env::temp_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
+    let dir = scratch_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
     let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -337,7 +363,7 @@ fn raise_open_files() {
 
 /// Removes the directories of test runs that were killed.
 fn remove_stale_clusters() {
-    for entry in std::fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+    for entry in std::fs::read_dir(scratch_dir()).unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap_or_default();
         if let Some(pid) = name.strip_prefix(DIR_PREFIX)
             && !PathBuf::from(format!("/proc/{pid}")).exists()

@@ -10,6 +10,8 @@ mod support {
     pub mod codec;
     pub mod database;
     pub mod eventually;
+    pub mod ports;
+    pub mod scratch;
 }
 
 mod audit;

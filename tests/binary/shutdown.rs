@@ -146,8 +146,9 @@ impl Replicas {
 async fn rolling_restart_under_load_fails_no_call_and_duplicates_no_write() {
     let external = External::start(Durability::Throwaway);
     create_user(&external.url(), &["--role", "admin", "ada"], SECRET);
-    let start = |listen: &str| Service::on(&external, &["--listen", listen]);
-    let mut services = [start("127.0.0.1:0"), start("127.0.0.1:0")];
+    let start = |address: &str| Service::on(&external, &["--listen", address]);
+    let start_anywhere = || start(&format!("127.0.0.1:{}", unused_port()));
+    let mut services = [start_anywhere(), start_anywhere()];
     let token = login(&services[0], "ada", SECRET).await.unwrap();
     let channels = services.iter().map(Service::channel).collect();
     let replicas = Replicas { channels, token, iterations: AtomicUsize::new(0), done: AtomicBool::new(false) };

@@ -9,7 +9,10 @@ use std::{
 
 use uuid::Uuid;
 
-use super::bounds::{HANG, TICK};
+use super::{
+    bounds::{HANG, TICK},
+    scratch::scratch_dir,
+};
 
 /// Sends a signal. Returns whether the process exists.
 #[must_use]
@@ -33,7 +36,7 @@ pub struct Dir(PathBuf);
 
 impl Dir {
     pub fn new() -> Self {
-        let dir = std::env::temp_dir().join(format!("issue-tracker-test-{}", Uuid::new_v4()));
+        let dir = scratch_dir().join(format!("issue-tracker-test-{}", Uuid::new_v4()));
         fs::create_dir(&dir).unwrap();
         Self(dir)
     }
