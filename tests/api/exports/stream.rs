@@ -30,14 +30,18 @@ macro_rules! active_exports {
 const EXPORT_BLOCKED_ON_READER: &str = active_exports!("wait_event = 'ClientWrite'", "= 1");
 const NO_ACTIVE_EXPORT: &str = active_exports!("true", "= 0");
 
+/// The number and size of the issues of [`large_tracker`]. Few and large, as a test spends its time on rows.
+const LARGE_ISSUES: usize = 4_000;
+const LARGE_ISSUE_BYTES: usize = 10_000;
+
 /// Starts a tracker with 40 MB of issues: more than all buffers between the database and a client hold.
 async fn large_tracker(limits: Limits) -> Tracker {
     let tracker = Tracker::start_with(limits).await;
     let insert = "INSERT INTO issues (id, reporter_id, status, priority, title, description, create_time)
         SELECT ('0190' || lpad(to_hex(n), 8, '0') || '70008000000000000000')::uuid, id, 1, 0, 'issue ' || n,
-            repeat('x', 2000), timestamptz '2024-05-17 08:30:00' + n * interval '1 second'
-        FROM users, generate_series(1, 20000) n WHERE username = 'member'";
-    tracker.sql(insert, &[]).await;
+            repeat('x', $2), timestamptz '2024-05-17 08:30:00' + n * interval '1 second'
+        FROM users, generate_series(1, $1) n WHERE username = 'member'";
+    tracker.sql(insert, &[&(LARGE_ISSUES as i32), &(LARGE_ISSUE_BYTES as i32)]).await;
     tracker
 }
 
@@ -70,7 +74,7 @@ async fn chunks_hold_whole_rows_of_about_64_kib_and_a_running_row_count() {
         assert_eq!(chunk.row_count, count);
         assert!(text.ends_with('\n'));
     }
-    assert_eq!(count, 20_001);
+    assert_eq!(count, LARGE_ISSUES as i64 + 1);
     let (last, full) = lengths.split_last().unwrap();
     assert!(full.iter().all(|length| (CHUNK_BYTES..CHUNK_BYTES + 20_000).contains(length)), "{lengths:?}");
     assert!(*last < 300_000, "{last}");
@@ -117,7 +121,7 @@ async fn slow_reader_blocks_the_export_beyond_the_statement_timeout() {
     // The remaining rows are still in the database, not in the memory of the server.
     tracker.wait_until(EXPORT_BLOCKED_ON_READER).await;
     read_rest(&mut chunks, &mut file).await.unwrap();
-    assert_eq!(titles(std::str::from_utf8(&file).unwrap()).len(), 20_000);
+    assert_eq!(titles(std::str::from_utf8(&file).unwrap()).len(), LARGE_ISSUES);
 }
 
 #[tokio::test]
@@ -138,7 +142,7 @@ async fn export_not_read_for_60_s_fails_and_frees_its_permit() {
     let status = assert_error(result, Code::DeadlineExceeded, "EXPORT_IDLE");
     assert!(status.message().contains("60 s"), "{status:?}");
     // The only export permit is free again.
-    assert_eq!(titles(&export(&tracker.viewer).await).len(), 20_000);
+    assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
 }
 
 /// Advances the clock of the test and the server, which share one runtime.
@@ -174,7 +178,7 @@ async fn cancelled_export_ends_its_statement_and_returns_a_usable_connection() {
     for call in calls.collect::<Vec<_>>() {
         call.await.unwrap();
     }
-    assert_eq!(titles(&export(&tracker.viewer).await).len(), 20_008);
+    assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES + 8);
 }
 
 /// Returns limits with a statement timeout that no test reaches.
@@ -209,7 +213,7 @@ async fn lost_database_connection_ends_the_stream_with_an_error() {
     let result = read_rest(&mut chunks, &mut file).await;
 
     assert_error(result, Code::Unavailable, "DATABASE_UNAVAILABLE");
-    assert_eq!(titles(&export(&tracker.viewer).await).len(), 20_000);
+    assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
 }
 
 #[tokio::test]
