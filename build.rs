@@ -7,8 +7,14 @@ use protox::prost_reflect::{DescriptorPool, MethodDescriptor};
 const PACKAGE: &str = "issuetracker.v1";
 
 /// The messages that contain passwords or tokens. `src/pb.rs` implements `Debug` for them without the secrets.
-const WITH_SECRETS: [&str; 5] =
-    ["LoginRequest", "LoginResponse", "CreateUserRequest", "ChangePasswordRequest", "CreateApiTokenResponse"];
+const WITH_SECRETS: [&str; 6] = [
+    "LoginRequest",
+    "LoginResponse",
+    "CreateUserRequest",
+    "ResetPasswordRequest",
+    "ChangePasswordRequest",
+    "CreateApiTokenResponse",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

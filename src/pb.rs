@@ -47,6 +47,7 @@ debug_without_secrets! {
     LoginRequest: validate_only;
     LoginResponse: expire_time, user;
     CreateUserRequest: user, request_id, validate_only;
+    ResetPasswordRequest: user_id, request_id, validate_only;
     ChangePasswordRequest: request_id, validate_only;
     CreateApiTokenResponse: api_token;
 }
@@ -91,13 +92,21 @@ mod tests {
             ),
             format!(
                 "{:?}",
+                ResetPasswordRequest {
+                    user_id: "an id".into(),
+                    new_password: secret(),
+                    ..ResetPasswordRequest::default()
+                }
+            ),
+            format!(
+                "{:?}",
                 CreateApiTokenResponse {
                     access_token: secret(),
                     api_token: Some(ApiToken { name: "ada".into(), ..ApiToken::default() }),
                 }
             ),
         ];
-        for (printed, shown) in printed.iter().zip(["validate_only: true", "ada", "ada", "an id", "ada"]) {
+        for (printed, shown) in printed.iter().zip(["validate_only: true", "ada", "ada", "an id", "an id", "ada"]) {
             assert!(!printed.contains(SECRET) && printed.contains(shown), "{printed}");
         }
     }

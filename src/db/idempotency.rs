@@ -212,13 +212,18 @@ const STORED_REPLY: &str = "-- stored_reply
 async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Option<Vec<u8>>> {
     let Some(row) = db.query_opt(STORED_REPLY, &[&caller_id, &request_id]).await? else { return Ok(None) };
     if row.get::<_, &[u8]>(0) != fingerprint {
-        return Err(Error::InvalidReason {
-            reason: "REQUEST_ID_REUSED",
-            field: "request_id",
-            message: format!("\"{request_id}\" was used for another request; take a new one for a new request"),
-        });
+        return Err(request_id_reused(request_id));
     }
     row.get::<_, Option<Vec<u8>>>(1).map(Some).ok_or(Error::Internal("a request was committed without its reply"))
+}
+
+/// Returns the error of a request id that was used for a request with another payload.
+pub fn request_id_reused(request_id: Uuid) -> Error {
+    Error::InvalidReason {
+        reason: "REQUEST_ID_REUSED",
+        field: "request_id",
+        message: format!("request_id: \"{request_id}\" was used for another request; use a new UUID for a new request"),
+    }
 }
 
 pub fn decode_reply<R: Message + Default>(reply: &[u8]) -> Result<R> {

@@ -4,7 +4,7 @@ use secrecy::{ExposeSecret, SecretString};
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds, audit::By};
+use super::{Conn, Page, PageBounds, audit::By, tokens};
 use crate::{
     error::{Error, Result},
     pb::{Role, User},
@@ -131,6 +131,23 @@ pub async fn change_password_hash(
         SELECT 'PASSWORD_CHANGED', $4, $5::text::inet, id FROM changed";
     let (old_hash, new_hash) = (old_hash.expose_secret(), new_hash.expose_secret());
     Ok(db.execute(SQL, &[&id, &old_hash, &new_hash, &by.actor_id(), &by.address()]).await? == 1)
+}
+
+/// Sets a user's password hash and revokes all sessions of the user. API tokens stay valid. `NotFound` names `user_id`.
+///
+/// Takes two statements: call it in a transaction.
+pub async fn reset_password(db: &Conn, id: Uuid, new_hash: &SecretString, by: By) -> Result<()> {
+    const SQL: &str = "-- reset_password
+        WITH changed AS (
+            UPDATE users SET password_hash = $2, update_time = now() WHERE id = $1 RETURNING id
+        )
+        INSERT INTO audit_events (action, actor_id, address, user_id)
+        SELECT 'PASSWORD_CHANGED', $3, $4::text::inet, id FROM changed";
+    if db.execute(SQL, &[&id, &new_hash.expose_secret(), &by.actor_id(), &by.address()]).await? == 0 {
+        return Err(Error::not_found("user", "user_id", id));
+    }
+    // In a statement of its own: it must see the sessions of logins that the update waited for.
+    tokens::end_sessions(db, id, None, by).await
 }
 
 /// By username, behind the user named `after`.

@@ -1,19 +1,19 @@
 //! `AuthService`.
 
-use std::mem;
+use std::{mem, net::IpAddr};
 
 use secrecy::SecretString;
 use tonic::Request;
 use uuid::Uuid;
 
-use super::{Api, Reply, address_of, finish, fresh};
+use super::{Api, Reply, address_of, finish, fresh, replay};
 use crate::{
-    auth::throttle::Subject,
+    auth::throttle::{Subject, Try},
     auth::{Caller, Line, check_password, new_token},
     db::{
         Conn,
         audit::{self, By},
-        idempotency::RequestKey,
+        idempotency::{Begun, RequestKey, request_id_reused},
         tokens::{self, NewSession},
         users::{self, Credentials},
     },
@@ -98,27 +98,27 @@ impl AuthService for Api {
 
         let wrong = || Error::invalid("current_password", "is not the current password");
         let old_hash = users::password_hash(&*self.db.conn().await?, caller.user_id).await?;
-        // A repeated request is answered before the current password is checked: it is another one by now. The hash was
-        // read before, so that it is the old one still if the first request is not done by now.
-        if key.request_id.is_some() {
-            let _tried = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
+        // A retry is answered before the current password is checked, which is another one by now. The hash is read
+        // first: it is still the old one if the first call commits after this look-up.
+        if key.request_id.is_some()
+            && let Begun::Replayed(reply) = self.db.begin_mutation(caller.user_id, key).await?
+        {
+            self.check_replayed_password(&caller, caller.user_id, key, &new_password, address).await?;
+            return replay(&reply);
         }
-        let mut attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
-        match self.auth.verify_password(Line::Known, &current_password, Some(&old_hash)).await {
-            Ok(true) => attempt.succeeded(),
-            Ok(false) => {
-                let by = By::user(caller.user_id, address);
-                audit::login_failed(&*self.auth.db().autocommit_conn().await?, Some(caller.user_id), by).await?;
-                return Err(wrong().into());
-            }
-            Err(error) => {
-                attempt.unchecked();
-                return Err(error.into());
-            }
-        }
-        let password_hash = self.auth.hash_password(&new_password).await?;
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         let by = By::user(caller.user_id, address);
+        let attempt = self.try_password(&caller, caller.user_id, &current_password, &old_hash, address).await?;
+        let Some(attempt) = attempt else { return Err(wrong().into()) };
+        let password_hash = self.auth.hash_password(&new_password).await?;
+        let tx = match self.db.begin_mutation(caller.user_id, key).await? {
+            Begun::Fresh(tx) => tx,
+            Begun::Replayed(reply) => {
+                // Ended first: this call must not count twice towards the limit of concurrent attempts.
+                drop(attempt);
+                self.check_replayed_password(&caller, caller.user_id, key, &new_password, address).await?;
+                return replay(&reply);
+            }
+        };
         // Another change may have been made since the password was checked.
         if !users::change_password_hash(&tx, caller.user_id, &old_hash, &password_hash, by).await? {
             return Err(wrong().into());
@@ -206,6 +206,53 @@ enum Checked {
 }
 
 impl Api {
+    /// Checks a password that the caller gives for a user against this hash. Throttled as a login is; a wrong password is
+    /// logged as one, and returns `None`. The attempt is in progress until it is dropped: a caller that goes on to hash
+    /// another password keeps it until then.
+    async fn try_password(
+        &self,
+        caller: &Caller,
+        user_id: Uuid,
+        password: &SecretString,
+        hash: &SecretString,
+        address: Option<IpAddr>,
+    ) -> Result<Option<Try>> {
+        let mut attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
+        match self.auth.verify_password(Line::Known, password, Some(hash)).await {
+            Ok(true) => {
+                attempt.succeeded();
+                Ok(Some(attempt))
+            }
+            Ok(false) => {
+                let by = By::user(caller.user_id, address);
+                audit::login_failed(&*self.auth.db().autocommit_conn().await?, Some(user_id), by).await?;
+                Ok(None)
+            }
+            Err(error) => {
+                attempt.unchecked();
+                Err(error)
+            }
+        }
+    }
+
+    /// Checks that a retry of a call that sets a password has the password that the user has now. Passwords are not in
+    /// the stored fingerprint, so this is what tells a retry from another request with the same id.
+    pub(super) async fn check_replayed_password(
+        &self,
+        caller: &Caller,
+        user_id: Uuid,
+        key: RequestKey,
+        new_password: &SecretString,
+        address: Option<IpAddr>,
+    ) -> Result<()> {
+        let hash = users::password_hash(&*self.db.conn().await?, user_id).await?;
+        let is_same = self.try_password(caller, user_id, new_password, &hash, address).await?.is_some();
+        match key.request_id {
+            Some((request_id, _)) if !is_same => Err(request_id_reused(request_id)),
+            Some(_) | None => Ok(()),
+        }
+    }
+
     async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<Checked> {
         // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
         // connection is not held while the password is checked.

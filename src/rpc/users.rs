@@ -5,23 +5,26 @@ use std::mem;
 use secrecy::SecretString;
 use tonic::Request;
 
-use super::{Api, Reply, address_of, finish, fresh};
+use super::{Api, Reply, address_of, finish, fresh, replay};
 use crate::{
     auth::{Caller, check_password},
     db::{
         audit::{self, By},
+        idempotency::Begun,
         tokens,
         users::{self, NewUser},
     },
     pb::{
         CreateUserRequest, GetUserRequest, ListAuditEventsRequest, ListAuditEventsResponse, ListUsersRequest,
-        ListUsersResponse, Role, UpdateUserRequest, User, user_service_server::UserService,
+        ListUsersResponse, ResetPasswordRequest, ResetPasswordResponse, Role, UpdateUserRequest, User,
+        user_service_server::UserService,
     },
     request::{Check, USERNAME_CHARS_MAX, mutation},
 };
 
 mutation! {
     CreateUserRequest without password;
+    ResetPasswordRequest without new_password;
     UpdateUserRequest;
 }
 
@@ -113,6 +116,33 @@ impl UserService for Api {
             tokens::end_sessions(&tx, id, None, by).await?;
         }
         let reply = finish(tx, user).await;
+        if !key.validate_only {
+            self.auth.forget_tokens();
+        }
+        reply
+    }
+
+    async fn reset_password(&self, request: Request<ResetPasswordRequest>) -> Reply<ResetPasswordResponse> {
+        let caller = Caller::with_role(&request, Role::Admin)?;
+        let address = address_of(&request);
+        let mut request = request.into_inner();
+        let new_password = SecretString::from(mem::take(&mut request.new_password));
+        let mut check = Check::default();
+        let key = check.mutation(&request);
+        let user_id = check.uuid("user_id", &request.user_id);
+        check.take("new_password", check_password(&new_password));
+        check.done()?;
+
+        let password_hash = self.auth.hash_password(&new_password).await?;
+        let tx = match self.db.begin_mutation(caller.user_id, key).await? {
+            Begun::Fresh(tx) => tx,
+            Begun::Replayed(reply) => {
+                self.check_replayed_password(&caller, user_id, key, &new_password, address).await?;
+                return replay(&reply);
+            }
+        };
+        users::reset_password(&tx, user_id, &password_hash, By::user(caller.user_id, address)).await?;
+        let reply = finish(tx, ResetPasswordResponse {}).await;
         if !key.validate_only {
             self.auth.forget_tokens();
         }

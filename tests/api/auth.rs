@@ -20,7 +20,7 @@ use tokio_postgres::NoTls;
 use tonic::{Code, Request, Status, transport::Endpoint};
 use uuid::Uuid;
 
-use crate::harness::{Client, PASSWORD, Tracker, assert_error, assert_invalid, eventually, limits};
+use crate::harness::{Client, PASSWORD, Tracker, assert_error, assert_invalid, bad_fields, eventually, limits};
 
 const OTHER_PASSWORD: &str = "battery horse correct";
 
@@ -464,6 +464,25 @@ async fn repeated_password_change_succeeds_and_writes_nothing() {
     assert_eq!(tracker.contents().await, before);
     let new_request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..request };
     assert_invalid(change_password(&tracker.member, new_request).await, &["current_password"]);
+}
+
+#[tokio::test]
+async fn used_request_id_with_another_new_password_is_refused_and_counts_as_a_wrong_password() {
+    let tracker = Tracker::start_with(limits(&["--login-failures", "4"])).await;
+    let request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..change(PASSWORD, OTHER_PASSWORD) };
+    change_password(&tracker.member, request.clone()).await.unwrap();
+
+    for current in [PASSWORD, OTHER_PASSWORD, "wrong password", PASSWORD] {
+        let current_password = current.to_owned();
+        let new_password = "a third password".to_owned();
+        let reused = ChangePasswordRequest { current_password, new_password, ..request.clone() };
+        let status =
+            assert_error(change_password(&tracker.member, reused).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+        assert_eq!(bad_fields(&status), ["request_id"]);
+    }
+
+    assert_error(change_password(&tracker.member, request).await, Code::ResourceExhausted, "TOO_MANY_TRIES");
+    log_in(&tracker, "member", OTHER_PASSWORD).await.unwrap();
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! `UserService`.
 
 use issue_tracker::pb::{
-    CreateUserRequest, GetUserRequest, ListUsersRequest, LoginRequest, Role, UpdateUserRequest, User, WhoAmIRequest,
+    CreateUserRequest, GetUserRequest, ListUsersRequest, LoginRequest, ResetPasswordRequest, Role, UpdateUserRequest,
+    User, WhoAmIRequest,
 };
 use prost_types::FieldMask;
 use tonic::{Code, Status};
@@ -368,4 +369,70 @@ async fn retry_with_the_request_id_returns_the_stored_response_and_writes_nothin
     assert_error(create(&tracker.admin, other_role).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(tracker.contents().await, before);
     assert!(is_authenticated(&tracker.member).await, "the replay disabled no user");
+}
+
+const NEW_PASSWORD: &str = "battery horse correct";
+
+fn reset(user: &User) -> ResetPasswordRequest {
+    ResetPasswordRequest { user_id: user.id.clone(), new_password: NEW_PASSWORD.to_owned(), ..Default::default() }
+}
+
+async fn reset_password(by: &Client, request: ResetPasswordRequest) -> Result<(), Status> {
+    by.users().reset_password(request).await.map(drop)
+}
+
+#[tokio::test]
+async fn password_reset_revokes_every_session_of_the_user_and_no_api_token() {
+    let tracker = Tracker::start().await;
+    let (session, other_user) = (log_in(&tracker, "member").await.unwrap(), log_in(&tracker, "viewer").await.unwrap());
+    assert!(is_authenticated(&session).await);
+
+    reset_password(&tracker.admin, reset(&tracker.member.user)).await.unwrap();
+
+    assert!(!is_authenticated(&session).await);
+    assert!(is_authenticated(&other_user).await && is_authenticated(&tracker.member).await);
+    assert_error(log_in(&tracker, "member").await.map(drop), Code::Unauthenticated, "UNAUTHENTICATED");
+    let login = LoginRequest { username: "member".into(), password: NEW_PASSWORD.into(), validate_only: true };
+    tracker.client_with_token(None).auth().login(login).await.unwrap();
+    let events = tracker
+        .sql(
+            "SELECT action, actor_id::text, user_id::text FROM audit_events
+             WHERE action IN ('PASSWORD_CHANGED', 'SESSION_ENDED') ORDER BY id",
+            &[],
+        )
+        .await;
+    let events: Vec<(String, String, String)> = events.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
+    let event = |action: &str| (action.to_owned(), tracker.admin.user.id.clone(), tracker.member.user.id.clone());
+    assert_eq!(events, [event("PASSWORD_CHANGED"), event("SESSION_ENDED")]);
+}
+
+#[tokio::test]
+async fn invalid_password_resets_and_dry_runs_write_nothing() {
+    let tracker = Tracker::start().await;
+    let session = log_in(&tracker, "member").await.unwrap();
+    let before = tracker.contents().await;
+    let request = reset(&tracker.member.user);
+
+    let invalid = ResetPasswordRequest { user_id: "member".into(), new_password: "7 bytes".into(), ..request.clone() };
+    assert_invalid(reset_password(&tracker.admin, invalid).await, &["user_id", "new_password"]);
+    let missing = ResetPasswordRequest { user_id: Uuid::now_v7().to_string(), ..request.clone() };
+    let status = assert_error(reset_password(&tracker.admin, missing).await, Code::NotFound, "NOT_FOUND");
+    assert_eq!(bad_fields(&status), ["user_id"]);
+    let dry_run = ResetPasswordRequest { validate_only: true, ..request };
+    reset_password(&tracker.admin, dry_run).await.unwrap();
+
+    assert_eq!(tracker.contents().await, before);
+    assert!(is_authenticated(&session).await);
+}
+
+#[tokio::test]
+async fn password_reset_with_a_used_request_id_and_another_password_is_refused() {
+    let tracker = Tracker::start().await;
+    let request = ResetPasswordRequest { request_id: Uuid::now_v7().to_string(), ..reset(&tracker.member.user) };
+    reset_password(&tracker.admin, request.clone()).await.unwrap();
+    reset_password(&tracker.admin, request.clone()).await.unwrap();
+
+    let reused = ResetPasswordRequest { new_password: "a third password".into(), ..request };
+    let status = assert_error(reset_password(&tracker.admin, reused).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
+    assert_eq!(bad_fields(&status), ["request_id"]);
 }

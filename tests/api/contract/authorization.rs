@@ -12,9 +12,9 @@ use issue_tracker::pb::{
     GetUserRequest, ImportChunk, ImportIssuesRequest, ImportOptions, Issue, Label, ListApiTokensRequest,
     ListAuditEventsRequest, ListCommentsRequest, ListImportErrorsRequest, ListIssuesRequest, ListLabelsRequest,
     ListUsersRequest, LoginRequest, LogoutRequest, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest,
-    RevertImportRequest, RevokeApiTokenRequest, Role, Status as IssueStatus, UndeleteIssueRequest,
-    UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest, UpdateUserRequest, User, WhoAmIRequest,
-    import_issues_request::Message as ImportMessage,
+    ResetPasswordRequest, RevertImportRequest, RevokeApiTokenRequest, Role, Status as IssueStatus,
+    UndeleteIssueRequest, UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest, UpdateUserRequest, User,
+    WhoAmIRequest, import_issues_request::Message as ImportMessage,
 };
 use uuid::Uuid;
 
@@ -217,6 +217,11 @@ fn rows_of_accounts() -> Vec<Row> {
         row!("UserService/ListUsers" ALL: |object| ListUsersRequest::default()),
         row!("UserService/UpdateUser" ADMINS: |object| UpdateUserRequest {
             user: Some(User { id: object.owner.id, role: object.owner.role, ..User::default() }),
+            ..Default::default()
+        }),
+        row!("UserService/ResetPassword" ADMINS: |object| ResetPasswordRequest {
+            user_id: object.owner.id,
+            new_password: PASSWORD.into(),
             ..Default::default()
         }),
         row!("UserService/ListAuditEvents" ADMINS: |object| ListAuditEventsRequest {

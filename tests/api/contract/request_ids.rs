@@ -10,9 +10,10 @@ use issue_tracker::{
         AddIssueLabelsRequest, BatchCreateIssuesRequest, BulkUpdateStatusRequest, Comment, CreateCommentRequest,
         CreateIssueRequest, CreateLabelRequest, CreateUserRequest, DeleteCommentRequest, DeleteIssueRequest,
         DeleteLabelRequest, ImportChunk, ImportIssuesRequest, ImportOptions, Issue, Label, LoginRequest, LogoutRequest,
-        RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, RevertImportRequest, RevokeApiTokenRequest, Role,
-        Status as IssueStatus, UndeleteIssueRequest, UpdateCommentRequest, UpdateIssueRequest, UpdateLabelRequest,
-        UpdateUserRequest, User, import_issues_request::Message as ImportMessage,
+        RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, ResetPasswordRequest, RevertImportRequest,
+        RevokeApiTokenRequest, Role, Status as IssueStatus, UndeleteIssueRequest, UpdateCommentRequest,
+        UpdateIssueRequest, UpdateLabelRequest, UpdateUserRequest, User,
+        import_issues_request::Message as ImportMessage,
     },
 };
 use prost::Message;
@@ -180,6 +181,14 @@ async fn user_cases(tracker: &Tracker) -> Vec<Case> {
             "UserService/UpdateUser",
             [Role::Member, Role::Admin].map(|role| UpdateUserRequest {
                 user: Some(User { id: user.id.clone(), role: role.into(), ..User::default() }),
+                ..Default::default()
+            }),
+        ),
+        case(
+            "UserService/ResetPassword",
+            [user.id.clone(), new_id()].map(|user_id| ResetPasswordRequest {
+                user_id,
+                new_password: PASSWORD.into(),
                 ..Default::default()
             }),
         ),
