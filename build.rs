@@ -31,6 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out.join("descriptor.bin"), compiler.encode_file_descriptor_set())?;
     fs::write(out.join("method_table.rs"), method_table(&compiler.descriptor_pool())?)?;
     tonic_prost_build::configure()
+        .build_server(env::var_os("CARGO_FEATURE_SERVER").is_some())
         .bytes(".issuetracker.v1.ImportChunk")
         .skip_debug(WITH_SECRETS.map(|message| format!(".{PACKAGE}.{message}")))
         .compile_fds(compiler.file_descriptor_set())?;

@@ -1,9 +1,50 @@
-//! The subcommands that run, administer and check the service, one per file. `import` and `export` are in [`crate::client`].
+//! The command line: parses the arguments, starts logging and runs the subcommand. `import` and `export` are in
+//! [`crate::client`].
 
 mod bootstrap;
+pub mod exit_code;
 mod health;
 mod migrate;
 mod serve;
 mod user;
 
-pub use self::{health::health, migrate::migrate, serve::serve, user::create_user};
+use std::{io::IsTerminal, process::ExitCode};
+
+use clap::Parser;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::{
+    client,
+    config::{Cli, Command, UserCommand},
+};
+
+/// Runs the subcommand of the process's arguments and returns its exit code, as [`exit_code`] defines it.
+pub async fn run() -> ExitCode {
+    let args = Cli::parse();
+    start_logging(args.log_level);
+    let result = match args.command() {
+        Command::Serve(args) => serve::serve(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Migrate(args) => migrate::migrate(args).await.map(|()| ExitCode::SUCCESS),
+        Command::User(UserCommand::Create(args)) => user::create_user(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Health(args) => health::health(args).await,
+        Command::Import(args) => return client::import(*args).await,
+        Command::Export(args) => return client::export(args).await,
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("issue-tracker: {error:#}");
+        ExitCode::from(exit_code::FAILED)
+    })
+}
+
+/// Logs to standard error. Only this crate's events are logged: libraries log what clients send, credentials included.
+fn start_logging(level: LevelFilter) {
+    let own = Targets::new().with_target("issue_tracker", level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(uses_color());
+    tracing_subscriber::registry().with(lines.with_filter(own)).init();
+}
+
+/// Returns whether standard error is a terminal and `NO_COLOR` is unset or empty (<https://no-color.org>).
+fn uses_color() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}

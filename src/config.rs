@@ -11,14 +11,12 @@ use clap::{Parser, Subcommand};
 use tracing::level_filters::LevelFilter;
 
 pub use self::{
-    client::{
-        Connection, ExportArgs, HealthArgs, ImportArgs, ImportModeName, OnExistingName, PriorityName, StatusName,
-    },
+    client::{Connection, ExportArgs, HealthArgs, ImportArgs, ImportModeName},
     database::{Database, MigrateArgs},
     limits::Limits,
     serve::ServeArgs,
     tls::{ClientTls, ServerTls},
-    user::{RoleName, UserCommand, UserCreateArgs},
+    user::{UserCommand, UserCreateArgs},
 };
 
 /// An issue tracker as a gRPC service on PostgreSQL.

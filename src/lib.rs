@@ -1,32 +1,75 @@
-//! An issue tracker: gRPC outside, PostgreSQL underneath, raw SQL in transactions in between.
+//! The messages and clients of the issue tracker's gRPC API, and, with the default feature `server`, the service itself.
 //!
-//! A request comes in by [`middleware`], is parsed in [`rpc`] with the help of [`request`], and answered by one function
-//! of [`db`]. [`error`] says what callers are told when it cannot be. [`client`] is on the other side of the wire.
-
-pub mod commands;
-pub mod config;
-pub mod server;
-
-pub mod transport;
-
-pub mod middleware;
-
-pub mod auth;
-pub mod error;
-pub mod request;
-pub mod rpc;
-
-pub mod batching;
-pub mod db;
-
-pub mod csv;
-pub mod filter;
-
-pub mod postgres;
-
-pub mod client;
+//! Rust programs that call the service need [`pb`] alone: without default features, neither the service nor its
+//! dependencies are built. The feature `internals`, off by default, makes the modules of the service public for its own
+//! tests, benchmarks and fuzz targets; they are not a stable interface. ARCHITECTURE.md maps the modules.
 
 pub mod pb;
 
-/// The descriptors of `proto/`, with comments, as reflection serves them.
+#[cfg(feature = "internals")]
+pub mod auth;
+#[cfg(feature = "internals")]
+pub mod batching;
+#[cfg(feature = "internals")]
+pub mod client;
+#[cfg(feature = "internals")]
+pub mod commands;
+#[cfg(feature = "internals")]
+pub mod config;
+#[cfg(feature = "internals")]
+pub mod csv;
+#[cfg(feature = "internals")]
+pub mod db;
+#[cfg(feature = "internals")]
+pub mod error;
+#[cfg(feature = "internals")]
+pub mod filter;
+#[cfg(feature = "internals")]
+pub mod middleware;
+#[cfg(feature = "internals")]
+pub mod postgres;
+#[cfg(feature = "internals")]
+pub mod request;
+#[cfg(feature = "internals")]
+pub mod rpc;
+#[cfg(feature = "internals")]
+pub mod server;
+#[cfg(feature = "internals")]
+pub mod transport;
+
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod auth;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod batching;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod client;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod commands;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod config;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod csv;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod db;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod error;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod filter;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod middleware;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod postgres;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod request;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod rpc;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod server;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod transport;
+
+#[cfg(feature = "server")]
+pub use commands::run;
+
+/// The descriptors of `proto/` with comments, as reflection serves them: an encoded `google.protobuf.FileDescriptorSet`.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptor");

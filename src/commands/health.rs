@@ -1,17 +1,18 @@
 //! `issue-tracker health`.
 
-use std::time::Duration;
+use std::{process::ExitCode, time::Duration};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
+use super::exit_code;
 use crate::{client, config::HealthArgs};
 
 /// Maximum time to connect to the service.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Checks the health of a running service and prints `SERVING`. Fails unless it is.
-pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
+/// Checks the health of a running service and prints its status. Fails if the service cannot be reached.
+pub async fn health(args: HealthArgs) -> anyhow::Result<ExitCode> {
     let server = match args.server {
         Some(server) => server,
         None => format!("http://{}", args.listen).parse()?,
@@ -22,11 +23,10 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<()> {
         .check(HealthCheckRequest::default())
         .await
         .map_err(|status| anyhow!(client::why(&status)))?;
-    match response.into_inner().status() {
-        ServingStatus::Serving => {
-            println!("SERVING");
-            Ok(())
-        }
-        status => bail!("{}", status.as_str_name()),
-    }
+    let status = response.into_inner().status();
+    println!("{}", status.as_str_name());
+    Ok(match status {
+        ServingStatus::Serving => ExitCode::SUCCESS,
+        _ => ExitCode::from(exit_code::NEGATIVE),
+    })
 }

@@ -10,7 +10,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::bootstrap::{create_first_administrator, prepare_private_database};
+use super::{
+    bootstrap::{create_first_administrator, prepare_private_database},
+    exit_code,
+};
 use crate::{
     config::{Limits, ServeArgs},
     db::{Db, Target, migrate::migrate, users},
@@ -19,8 +22,6 @@ use crate::{
     transport::{connections::Listener, tls::Acceptor},
 };
 
-/// Exit code after a second signal.
-const EXIT_SECOND_SIGNAL: i32 = 1;
 /// Open files besides connections: standard streams, certificates, logs, the runtime's.
 const OTHER_FILES: usize = 64;
 
@@ -156,8 +157,8 @@ fn stop_at_signals() -> anyhow::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut next = async move || {
         tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+            _ = interrupt.recv() => SignalKind::interrupt(),
+            _ = terminate.recv() => SignalKind::terminate(),
         }
     };
     let stop = CancellationToken::new();
@@ -165,9 +166,9 @@ fn stop_at_signals() -> anyhow::Result<CancellationToken> {
     tokio::spawn(async move {
         next().await;
         first.cancel();
-        next().await;
+        let second = next().await;
         // The private PostgreSQL receives SIGINT from the kernel when its parent ends.
-        std::process::exit(EXIT_SECOND_SIGNAL);
+        std::process::exit(exit_code::interrupted(second.as_raw_value()).into());
     });
     Ok(stop)
 }

@@ -73,7 +73,7 @@ async fn second_signal_stops_the_service_immediately() {
 
     blocked.service.signal(libc::SIGTERM);
 
-    assert_eq!(blocked.service.wait().code(), Some(1));
+    assert_eq!(blocked.service.wait().code(), Some(143));
     assert!(is_unavailable(&(&mut blocked.update).await.unwrap().unwrap_err()));
 }
 

@@ -38,7 +38,7 @@ fn second_signal_aborts_a_slow_start() {
         service.child.try_wait().unwrap().is_some()
     });
 
-    assert_eq!(service.wait().code(), Some(1));
+    assert_eq!(service.wait().code(), Some(143));
     assert!(
         !service.log().contains("issue-tracker: "),
         "the service exited with an error of its own: {}",
@@ -80,7 +80,7 @@ async fn password_is_printed_before_the_commit_and_a_start_after_a_failed_one_pr
     fs::remove_file(dir.path(TOKEN_FILE)).unwrap();
 
     let failed = run(&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()]);
-    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    assert_eq!(failed.status.code(), Some(2), "{failed:?}");
     let lost = printed_password(text(&failed.stdout));
     assert!(!dir.path(TOKEN_FILE).exists());
 
