@@ -45,7 +45,7 @@ use crate::support::{database::session, scratch::scratch_dir};
 /// The password of every user that the harness creates.
 pub const PASSWORD: &str = "correct horse battery";
 const TEMPLATE: &str = "template_of_tests";
-/// The least-privileged role that the service runs as; the README shows how to create it.
+/// The least-privileged role that the service runs as; `docs/operations.md` shows how to create it.
 const SERVICE_ROLE: &str = "tracker";
 const OWNER_ROLE: &str = "tracker_owner";
 
@@ -262,7 +262,7 @@ pub async fn new_database() -> Config {
         unused.iter().map(|name| format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).collect();
     statements.push(format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}"));
     // CREATE DATABASE does not copy privileges on the database itself from the template.
-    let [.., revoke, grant] = &readme_sql()[..] else { panic!("the README ends with grants") };
+    let [.., revoke, grant] = &documented_sql()[..] else { panic!("the SQL ends with grants") };
     statements.extend([revoke, grant].map(|statement| on_database(statement, &name)));
     let session = session(&maintenance).await;
     for statement in statements {
@@ -277,7 +277,7 @@ pub async fn service_config(config: &Config) -> Config {
     let client = session(config).await;
     let role = client.query_opt("SELECT FROM pg_roles WHERE rolname = $1", &[&SERVICE_ROLE]).await.unwrap();
     if role.is_none() {
-        for statement in readme_sql().iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
+        for statement in documented_sql().iter().filter(|statement| statement.starts_with("CREATE ROLE")) {
             client.batch_execute(statement).await.unwrap();
         }
     }
@@ -300,9 +300,9 @@ fn as_role(config: &Config, role: &str) -> Config {
     config
 }
 
-/// Returns the README's statements that create the database and its roles, one per line.
-pub fn readme_sql() -> Vec<&'static str> {
-    let (_, rest) = include_str!("../../README.md").split_once("```sql\n").expect("the README has SQL");
+/// Returns the statements of `docs/operations.md` that create the database and its roles, one per line.
+pub fn documented_sql() -> Vec<&'static str> {
+    let (_, rest) = include_str!("../../docs/operations.md").split_once("```sql\n").expect("the document has SQL");
     let statements: Vec<_> = rest.split("```").next().unwrap().lines().collect();
     assert!(statements.iter().all(|statement| statement.ends_with(';')), "{statements:?}");
     statements
@@ -329,7 +329,7 @@ fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        for statement in readme_sql() {
+        for statement in documented_sql() {
             execute(&maintenance, &on_database(statement, TEMPLATE)).await;
         }
         let owner = owner_config(&template);
