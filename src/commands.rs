@@ -27,6 +27,7 @@ pub async fn run() -> ExitCode {
         Command::Serve(args) => serve::serve(args).await.map(|()| ExitCode::SUCCESS),
         Command::Migrate(args) => migrate::migrate(args).await.map(|()| ExitCode::SUCCESS),
         Command::User(UserCommand::Create(args)) => user::create_user(args).await.map(|()| ExitCode::SUCCESS),
+        Command::User(UserCommand::ResetPassword(args)) => user::reset_password(args).await.map(|()| ExitCode::SUCCESS),
         Command::Health(args) => health::health(args).await,
         Command::Import(args) => return client::import(*args).await,
         Command::Export(args) => return client::export(args).await,

@@ -16,7 +16,7 @@ pub use self::{
     limits::Limits,
     serve::ServeArgs,
     tls::{ClientTls, ServerTls},
-    user::{UserCommand, UserCreateArgs},
+    user::{ResetPasswordArgs, UserCommand, UserCreateArgs},
 };
 
 /// An issue tracker as a gRPC service on PostgreSQL.
@@ -45,7 +45,7 @@ pub enum Command {
     Serve(ServeArgs),
     /// Apply pending migrations to an external database
     Migrate(MigrateArgs),
-    /// Manage the users of the database
+    /// Create users and reset passwords in the database
     #[command(subcommand)]
     User(UserCommand),
     /// Check the health of a running service: exit code 0 if it is SERVING

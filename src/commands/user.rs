@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 use super::bootstrap::{PRIVATE_DATABASE, PRIVATE_ROLE, prepare_private_database};
 use crate::{
     auth::{check_password, hash_password},
-    config::{Database, UserCreateArgs},
+    config::{Database, ResetPasswordArgs, UserCreateArgs},
     db::{
         Db, PoolOptions, Target,
         audit::By,
@@ -30,6 +30,19 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
             .await?;
     println!("{}", user.id);
     Ok(())
+}
+
+/// Sets a user's password and ends the user's sessions. A running service accepts the ended sessions for up to 5 s.
+pub async fn reset_password(args: ResetPasswordArgs) -> anyhow::Result<()> {
+    let password = read_new_password()?;
+    let password_hash = hash_password(&password, args.bcrypt.cost)?;
+    with_database(&args.database, async |db| {
+        let tx = db.begin().await?;
+        let user = users::get_by_username(&tx, &args.username).await?;
+        users::reset_password(&tx, user.id.parse()?, &password_hash, By::COMMAND_LINE).await?;
+        Ok(tx.commit().await?)
+    })
+    .await
 }
 
 /// Prompts twice without echo on a terminal; else reads standard input, without the line break at its end.

@@ -1,4 +1,4 @@
-//! The flags of `user create`.
+//! The flags of `user create` and `user reset-password`.
 
 use clap::{Args, Subcommand, ValueEnum, value_parser};
 
@@ -9,6 +9,8 @@ use crate::pb;
 pub enum UserCommand {
     /// Create a user; prompts for the password, or reads it from standard input
     Create(UserCreateArgs),
+    /// Set a new password and end the user's sessions; prompts for it, or reads it from standard input
+    ResetPassword(ResetPasswordArgs),
 }
 
 #[derive(Debug, Args)]
@@ -18,6 +20,16 @@ pub struct UserCreateArgs {
     /// Role of the new user
     #[arg(long, value_enum, default_value_t = RoleName::Member)]
     pub role: RoleName,
+    #[command(flatten)]
+    pub bcrypt: BcryptCost,
+    #[command(flatten)]
+    pub database: Database,
+}
+
+#[derive(Debug, Args)]
+pub struct ResetPasswordArgs {
+    /// Username of the user
+    pub username: String,
     #[command(flatten)]
     pub bcrypt: BcryptCost,
     #[command(flatten)]

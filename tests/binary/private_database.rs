@@ -10,11 +10,38 @@ use std::{
 
 use super::*;
 
-fn create_user(dir: &Dir, username: &str) -> Output {
+/// Runs a `user` command on the data directory with a password on standard input.
+fn user(dir: &Dir, command: &str, username: &str, password: &str) -> Output {
     let mut child =
-        program(&["user", "create", "--data-dir", &dir.data(), username]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(SECRET.as_bytes()).unwrap();
+        program(&["user", command, "--data-dir", &dir.data(), username]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(password.as_bytes()).unwrap();
     finished(child)
+}
+
+fn create_user(dir: &Dir, username: &str) -> Output {
+    user(dir, "create", username, SECRET)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn user_reset_password_sets_the_password_and_ends_the_sessions() {
+    const NEW_PASSWORD: &str = "a-new-password-18";
+    let dir = Dir::new();
+    let mut service = Service::embedded(&dir);
+    assert!(create_user(&dir, "ada").status.success());
+    let session = login(&service, "ada", SECRET).await.unwrap();
+    let list = async || service.issues().list_issues(with_token(&session, ListIssuesRequest::default())).await;
+    list().await.unwrap();
+
+    let reset = user(&dir, "reset-password", "ada", NEW_PASSWORD);
+
+    assert!(reset.status.success(), "{reset:?}");
+    assert_eq!(login(&service, "ada", SECRET).await.unwrap_err().code(), Code::Unauthenticated);
+    login(&service, "ada", NEW_PASSWORD).await.unwrap();
+    // The service caches valid tokens for a few seconds.
+    eventually("the session has ended", async || list().await.is_err_and(|e| e.code() == Code::Unauthenticated)).await;
+    assert_refused(&user(&dir, "reset-password", "nobody", NEW_PASSWORD), "nobody");
+    assert_refused(&user(&dir, "reset-password", "ada", "short"), "password");
+    service.stop();
 }
 
 #[tokio::test(flavor = "multi_thread")]
