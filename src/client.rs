@@ -4,13 +4,13 @@
 mod chunk_stream;
 mod connection;
 mod export;
+mod file_source;
 mod import;
-mod output;
+mod output_file;
 mod progress;
-mod rejected;
+mod rejected_rows;
 mod report;
 mod retries;
-mod source;
 
 use std::{
     io::{self, Write},

@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::source::Source;
+use super::file_source::Source;
 use crate::pb::{ImportChunk, ImportIssuesRequest, ImportOptions, import_issues_request::Message};
 
 const CHUNK_BYTES: usize = 256 * 1024;

@@ -15,7 +15,7 @@ use super::{
     Ended,
     connection::{Failure, Server, failure},
     end_interrupted, fail,
-    output::Output,
+    output_file::Output,
     progress::{Meter, Position},
     retries::{Retries, random},
     unless_interrupted,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::error::{HeaderFault, HeaderFaultCode, shorten};
 use super::format::{Format, column_key};
-use super::reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
+use super::record_reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
 
 /// What a file may say about an issue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -205,7 +205,7 @@ fn fault(column: &[u8], code: HeaderFaultCode, message: String) -> HeaderFault {
 
 #[cfg(test)]
 mod tests {
-    use super::super::reader::RecordReader;
+    use super::super::record_reader::RecordReader;
     use super::*;
 
     fn parse(header: &[u8]) -> Result<Columns, Vec<HeaderFault>> {

@@ -7,7 +7,7 @@ use chrono::{DateTime, Datelike, Utc};
 use super::error::{RowError, RowErrorCode, shorten};
 use super::format::Format;
 use super::header::{Column, Columns};
-use super::reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
+use super::record_reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
 use crate::pb::{Priority, Status};
 use crate::request::{
     DESCRIPTION_CHARS_MAX, EXTERNAL_ID_CHARS_MAX, LABEL_NAME_CHARS_MAX, LABELS_PER_ISSUE_MAX, TITLE_CHARS_MAX,

@@ -1,15 +1,15 @@
 //! An import's side of the database: one session an import, a batch of rows at a time.
 //!
-//! [`resolve`] looks up what rows refer to and judges them, [`write`](mod@write) puts them in, [`record`] keeps how the
+//! [`plan`] looks up what rows refer to and judges them, [`write`](mod@write) puts them in, [`state`] keeps how the
 //! import stands, and [`revert`](mod@revert) undoes it.
 
-mod record;
-mod resolve;
+mod plan;
 mod revert;
+mod state;
 mod write;
 
-pub use record::{get, list_errors};
 pub use revert::{IMPORT_CHANGED_SHOWN_MAX, revert};
+pub use state::{get, list_errors};
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result, quote},
     pb::{ImportMode, ImportState, ImportSummary, OnExisting, Priority},
 };
-use record::Found;
+use state::Found;
 
 /// Row errors that an import's client is sent.
 pub const IMPORT_ERRORS_SENT_MAX: u64 = 1_000;
@@ -164,7 +164,7 @@ impl ImportSession {
     pub async fn open(db: &Db, task: Arc<ImportTask>) -> Result<Opened> {
         let conn = db.conn().await?;
         conn.set_discard(true);
-        if !record::lock(&conn, task.import_id).await? {
+        if !state::lock(&conn, task.import_id).await? {
             return Err(running(task.import_id));
         }
         let mut session = Self {
@@ -178,7 +178,7 @@ impl ImportSession {
             labels: HashMap::new(),
             errors: Vec::new(),
         };
-        let found = record::find(&session.conn, task.import_id).await?;
+        let found = state::find(&session.conn, task.import_id).await?;
         if let Some(found) = found {
             if let Err(error) = task.check_same(&found) {
                 // Now, not when the connection is gone: who mends the call calls again at once.
@@ -196,7 +196,7 @@ impl ImportSession {
         }
         session.find_default_assignee().await?;
         if !task.validate_only {
-            record::begin(&session.conn, &task, session.columns.is_some()).await?;
+            state::begin(&session.conn, &task, session.columns.is_some()).await?;
         }
         if task.is_one_transaction() {
             // How long it may wait for its client is the stream's matter.
@@ -217,7 +217,7 @@ impl ImportSession {
 
     async fn find_default_assignee(&mut self) -> Result<()> {
         let Some(username) = &self.task.default_assignee else { return Ok(()) };
-        let id = resolve::user_id(&self.conn, username).await?;
+        let id = plan::user_id(&self.conn, username).await?;
         let unknown =
             || Error::invalid("options.default_assignee", format!("there is no user \"{}\"", quote(username)));
         self.default_assignee_id = Some(id.ok_or_else(unknown)?);
@@ -274,13 +274,13 @@ impl ImportSession {
         errors.sort_by_key(|error| error.row_number);
         errors.truncate(IMPORT_ERRORS_KEPT_MAX - kept);
         if !task.is_one_transaction() {
-            record::keep_errors(&self.conn, task.import_id, kept, &errors).await?;
-            record::keep(&self.conn, &task, &totals, &columns, batch.is_last).await?;
+            state::keep_errors(&self.conn, task.import_id, kept, &errors).await?;
+            state::keep(&self.conn, &task, &totals, &columns, batch.is_last).await?;
             self.conn.commit().await.map_err(Error::with_request_id)?;
         } else if !task.validate_only {
             self.errors.extend_from_slice(&errors);
             // Whoever looks at the import is told less if this fails, and that is all.
-            let _ = record::show_progress(&self.db, task.import_id, &totals).await;
+            let _ = state::show_progress(&self.db, task.import_id, &totals).await;
         }
         self.totals = totals;
         self.columns = Some(columns);
@@ -300,7 +300,7 @@ impl ImportSession {
         if task.is_one_transaction() {
             if state == ImportState::Committed {
                 let columns = self.columns.as_ref().ok_or(Error::Internal("an import ends without a batch"))?;
-                record::keep(&self.conn, task, totals, columns, true).await?;
+                state::keep(&self.conn, task, totals, columns, true).await?;
             }
             match state {
                 ImportState::Committed => self.conn.commit().await.map_err(Error::with_request_id)?,
@@ -308,7 +308,7 @@ impl ImportSession {
             }
             if state == ImportState::Rejected && !task.validate_only {
                 self.conn.enqueue("BEGIN")?;
-                record::reject(&self.conn, task.import_id, totals, &self.errors).await?;
+                state::reject(&self.conn, task.import_id, totals, &self.errors).await?;
                 self.conn.commit().await.map_err(Error::with_request_id)?;
             }
         }

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
-    csv::writer::{ExportPiece, ExportWriter},
+    csv::export_writer::{ExportPiece, ExportWriter},
     db::{Db, issues::ExportSession},
     error::{Error, Result},
     filter::Filter,

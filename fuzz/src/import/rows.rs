@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use chrono::{DateTime, Datelike, Utc};
 use issue_tracker::{
-    csv::writer::{ExportRow, ExportWriter},
+    csv::export_writer::{ExportRow, ExportWriter},
     csv::{
         Column, Columns, Format, HeaderFault, IMPORT_COLUMNS_MAX, IMPORT_ERROR_VALUE_CHARS_MAX, ImportRow, RowError,
         row::{TIME_YEAR_MAX, TIME_YEAR_MIN},

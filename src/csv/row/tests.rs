@@ -1,4 +1,4 @@
-use super::super::reader::RecordReader;
+use super::super::record_reader::RecordReader;
 use super::*;
 
 /// Parses `row` below `header`; the row's numbers are 1 (row), 2 (line) and the header's length + 1 (byte).

@@ -3,9 +3,8 @@
 use uuid::Uuid;
 
 use super::{
-    Conn,
-    record::{check_owner, lock_in_transaction, state_column, state_from_row},
-    running,
+    Conn, running,
+    state::{check_owner, lock_in_transaction, state_column, state_from_row},
 };
 use crate::{
     error::{Error, Result},

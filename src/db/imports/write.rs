@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Conn, ImportTask,
-    resolve::{ExistingRow, NewRow, Resolved},
+    plan::{ExistingRow, NewRow, Resolved},
 };
 use crate::{
     csv::{Column, Columns},

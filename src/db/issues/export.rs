@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::ListQuery;
 use crate::{
-    csv::writer::ExportRow,
+    csv::export_writer::ExportRow,
     db::{Conn, Db, PooledConn},
     error::{Error, Result},
     filter::Filter,

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufWriter, Write};
 
-use super::source::Source;
+use super::file_source::Source;
 
 const BUFFER_BYTES: usize = 64 * 1024;
 
