@@ -1,8 +1,11 @@
-//! CSV bytes to rows and row errors: pure, without I/O, so that a file cut anywhere gives the same rows.
+//! CSV bytes ↔ rows. Pure code without I/O: how a file is cut into chunks never changes the result.
 //!
-//! [`record_reader`] cuts bytes into records, [`header`] finds the columns, [`row`] makes a record a typed row or the list of
-//! its errors, all as the [`format`](mod@format) says.
+//! Import: [`record_reader`] splits bytes into records, [`header`] maps fields to [columns](column), [`row`] parses a
+//! record into a typed row or the list of its [errors](error), and [`batch`] groups rows, as the
+//! [`format`](mod@format) says. Export: [`export_writer`] turns issues into bytes.
 
+pub mod batch;
+pub mod column;
 pub mod error;
 pub mod export_writer;
 pub mod format;
@@ -10,8 +13,11 @@ pub mod header;
 pub mod record_reader;
 pub mod row;
 
-pub use error::{HeaderFault, HeaderFaultCode, IMPORT_ERROR_VALUE_CHARS_MAX, RowError, RowErrorCode, shorten};
+pub use batch::{Batch, BatchReader, FileError, FilePosition};
+pub use column::Column;
+pub use error::{HeaderError, HeaderErrorCode, IMPORT_ERROR_VALUE_CHARS_MAX, RowError, RowErrorCode, shorten};
+pub use export_writer::{EXPORT_CHUNK_BYTES_MIN, ExportChunk, ExportRow, ExportWriter};
 pub use format::{Format, column_key};
-pub use header::{Column, Columns};
-pub use record_reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordFault, RecordReader};
+pub use header::Header;
+pub use record_reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordDefect, RecordReader};
 pub use row::{ImportRow, parse_row};

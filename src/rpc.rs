@@ -7,6 +7,7 @@ mod imports;
 mod issues;
 mod labels;
 mod reports;
+mod streaming;
 mod users;
 
 pub use users::check_username;

@@ -112,8 +112,8 @@ async fn import_reads_plain_and_gzip_files_and_stdin_and_writes_rejected_rows_fo
     output.assert_prints("again.csv has 2 of 2 rejected rows");
     let expected = concat!(
         "LINE  COLUMN    VALUE   MESSAGE\n",
-        "   3  title             title \"\" is required\n",
-        "   4  priority  urgent  priority \"urgent\" is not one of low, medium, high, critical"
+        "   3  title             title: required\n",
+        "   4  priority  urgent  priority: \"urgent\" is not a priority; expected low, medium, high, critical"
     );
     assert!(output.stdout.starts_with(expected), "{output:#?}");
     let rejected = fs::read_to_string(&again).unwrap();

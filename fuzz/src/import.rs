@@ -9,7 +9,7 @@ use std::{
 
 use issue_tracker::{
     csv::{
-        Column, Columns, Format, HeaderFault, IMPORT_COLUMNS_MAX, ImportRow, Record, RecordFault, RecordReader,
+        Column, Format, Header, HeaderError, IMPORT_COLUMNS_MAX, ImportRow, Record, RecordDefect, RecordReader,
         RowError, parse_row,
     },
     pb::Status,
@@ -95,7 +95,7 @@ struct Start {
     row_number: u64,
     line_number: u64,
     /// The columns of the header. `None` if the header is still to be read.
-    columns: Option<Columns>,
+    columns: Option<Header>,
 }
 
 impl Start {
@@ -113,14 +113,14 @@ struct OwnedRecord {
     end_offset: u64,
     end_line_number: u64,
     field_count: usize,
-    fault: Option<RecordFault>,
+    defect: Option<RecordDefect>,
     fields: Vec<Vec<u8>>,
     parsed: Parsed,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Parsed {
-    Header(Result<Columns, Vec<HeaderFault>>),
+    Header(Result<Header, Vec<HeaderError>>),
     Row(Result<ImportRow, Vec<RowError>>),
     /// The header was invalid, so rows are not parsed.
     Skipped,
@@ -146,9 +146,9 @@ fn read<'a>(format: &Format, start: Start, chunks: impl IntoIterator<Item = &'a 
     seen
 }
 
-fn to_owned_record(format: &Format, columns: &mut Option<Columns>, record: &Record<'_>) -> OwnedRecord {
+fn to_owned_record(format: &Format, columns: &mut Option<Header>, record: &Record<'_>) -> OwnedRecord {
     let parsed = if record.row_number == 0 {
-        let header = Columns::parse(record, format);
+        let header = Header::parse(record, format);
         *columns = header.clone().ok();
         Parsed::Header(header)
     } else {
@@ -161,7 +161,7 @@ fn to_owned_record(format: &Format, columns: &mut Option<Columns>, record: &Reco
         end_offset: record.end_offset,
         end_line_number: record.end_line_number,
         field_count: record.field_count,
-        fault: record.fault,
+        defect: record.defect,
         fields: record.fields().map(<[u8]>::to_vec).collect(),
         parsed,
     }
@@ -226,10 +226,10 @@ fn assert_same_as_csv(file: &[u8], format: &Format, seen: &[OwnedRecord]) {
     assert!(expected.next().is_none());
     // Only the last record can have an unclosed quote. One more quote closes it.
     let Some((last, others)) = seen.split_last() else { return };
-    assert!(others.iter().all(|record| record.fault.is_none()));
-    if last.fault.is_some() {
+    assert!(others.iter().all(|record| record.defect.is_none()));
+    if last.defect.is_some() {
         let closed = read(format, Start::file(), [file, b"\""]);
-        let last_closed = closed.last().map(|record| (record.fault, &record.fields, record.end_offset));
+        let last_closed = closed.last().map(|record| (record.defect, &record.fields, record.end_offset));
         assert_eq!(last_closed, Some((None, &last.fields, last.end_offset + 1)));
     }
 }
@@ -239,7 +239,7 @@ fn assert_resumes(file: &[u8], format: &Format, seen: &[OwnedRecord], nth: usize
     let Some((header, rows)) = seen.split_first() else { return };
     let Parsed::Header(Ok(columns)) = &header.parsed else { return };
     let names: Vec<String> = columns.names().into_iter().map(str::to_owned).collect();
-    assert_eq!(&Columns::from_names(&names), columns);
+    assert_eq!(&Header::from_names(&names), columns);
     let all = file.len() <= SMALL_FILE_BYTES;
     for (index, row) in rows.iter().enumerate().filter(|(index, _)| all || *index == nth % rows.len()) {
         let from = |offset: u64, row_number: u64, line_number: u64| {
@@ -263,13 +263,13 @@ impl Digest {
         assert_eq!(record.row_number, self.record_count);
         self.record_count += 1;
         (record.line_number, record.byte_offset, record.end_offset, record.end_line_number).hash(&mut self.hasher);
-        (record.field_count, record.fault.map(|fault| fault == RecordFault::TooLong)).hash(&mut self.hasher);
+        (record.field_count, record.defect.map(|defect| defect == RecordDefect::TooLong)).hash(&mut self.hasher);
         record.fields().for_each(|field| field.hash(&mut self.hasher));
     }
 
     fn read<'a>(chunks: impl Iterator<Item = &'a [u8]>, mut each: impl FnMut(&Record<'_>)) -> u64 {
         let mut digest = Self::default();
-        let mut reader = RecordReader::new().keeping(RECORD_BYTES_MAX);
+        let mut reader = RecordReader::new().with_record_bytes_max(RECORD_BYTES_MAX);
         for mut chunk in chunks {
             while let Some(record) = reader.read(&mut chunk) {
                 digest.add(&record);
@@ -296,8 +296,8 @@ fn assert_long_same_as_csv(file: &[u8]) -> u64 {
         assert!(csv.read_byte_record(&mut theirs).expect("any bytes are CSV"), "the csv crate has as many records");
         assert_eq!(record.field_count, theirs.len());
         let too_long = theirs.as_slice().len() > RECORD_BYTES_MAX;
-        assert!(record.fault != Some(RecordFault::TooLong) || too_long);
-        assert!(record.fault.is_some() || !too_long);
+        assert!(record.defect != Some(RecordDefect::TooLong) || too_long);
+        assert!(record.defect.is_some() || !too_long);
         let kept: usize = record.fields().map(<[u8]>::len).sum();
         assert!(kept <= RECORD_BYTES_MAX);
         for (ours, theirs) in record.fields().zip(theirs.iter()) {

@@ -1,24 +1,24 @@
-//! What is wrong with a header or a row, in a form that a person can act on.
+//! Errors of a header or a row, as a person can act on them.
 
 use std::fmt::Write;
 
 use crate::error::is_invisible;
 
-/// A value in an error has at most this many characters, the "…" of a cut included.
+/// The maximum length of a value in an error, in characters, including the "…" of a shortened value.
 pub const IMPORT_ERROR_VALUE_CHARS_MAX: usize = 80;
 
-/// One thing wrong with the file's header; the file is then not imported at all.
+/// An error of the header; the file is not imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeaderFault {
-    /// The column's name as in the file, shortened; empty when the header as a whole is meant.
+pub struct HeaderError {
+    /// The column's name in the file, shortened; empty if the error concerns the whole header.
     pub column: String,
-    pub code: HeaderFaultCode,
+    pub code: HeaderErrorCode,
     pub message: String,
 }
 
-/// Why a header is refused.
+/// The reason of a [`HeaderError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HeaderFaultCode {
+pub enum HeaderErrorCode {
     InvalidUtf8,
     Utf16,
     MissingColumn,
@@ -30,24 +30,24 @@ pub enum HeaderFaultCode {
     UnclosedQuote,
 }
 
-/// One thing wrong with one row.
+/// An error of a row; the row is rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RowError {
-    /// The first row after the header is 1.
+    /// Counted from 1, the first row after the header.
     pub row_number: u64,
-    /// The line of the file, from 1, on which the row begins.
+    /// The line of the file on which the row begins, counted from 1.
     pub line_number: u64,
-    /// Where in the file the row begins.
+    /// The byte of the file at which the row begins.
     pub byte_offset: u64,
-    /// The column's name; empty when the row as a whole is meant.
+    /// The column's name; empty if the error concerns the whole row.
     pub column: String,
-    /// What the file has there, [shortened](shorten).
+    /// The value in the file, [shortened](shorten).
     pub value: String,
     pub code: RowErrorCode,
     pub message: String,
 }
 
-/// Why a row is refused.
+/// The reason of a [`RowError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RowErrorCode {
     WrongFieldCount,
@@ -70,8 +70,8 @@ pub enum RowErrorCode {
     IssueDeleted,
 }
 
-impl HeaderFaultCode {
-    /// The name that clients see; it doesn't change.
+impl HeaderErrorCode {
+    /// Returns the code's stable name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InvalidUtf8 => "INVALID_UTF8",
@@ -88,7 +88,7 @@ impl HeaderFaultCode {
 }
 
 impl RowErrorCode {
-    /// The name that clients see and the database keeps; it doesn't change.
+    /// Returns the code's stable name, as on the wire and in `import_errors.code`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::WrongFieldCount => "WRONG_FIELD_COUNT",
@@ -113,12 +113,12 @@ impl RowErrorCode {
     }
 }
 
-/// A value as an error shows it: at most [`IMPORT_ERROR_VALUE_CHARS_MAX`] characters, the last of them "…" if there were
-/// more, and nothing in it that a terminal or a log would act on or hide.
+/// Returns a value as errors show it: at most [`IMPORT_ERROR_VALUE_CHARS_MAX`] characters, the last one "…" if it was
+/// shortened. Control and invisible characters and invalid UTF-8 are escaped.
 pub fn shorten(value: &[u8]) -> String {
     let mut shown = String::new();
     let mut shown_chars = 0;
-    // Where to cut so that the "…" still has room and no escape is torn.
+    // The longest prefix that leaves room for "…" and ends with a whole character or escape.
     let mut cut_at = 0;
     for part in visible_parts(value) {
         let chars = part.chars().count();
@@ -136,7 +136,7 @@ pub fn shorten(value: &[u8]) -> String {
     shown
 }
 
-/// Each character by itself, or the escape that stands for it, or for bytes that are no character.
+/// Returns each character or its escape, and the escapes of bytes that are not UTF-8.
 fn visible_parts(value: &[u8]) -> impl Iterator<Item = String> {
     value.utf8_chunks().flat_map(|chunk| {
         let characters = chunk.valid().chars().map(|c| match c {
@@ -158,19 +158,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_short_value_is_shown_as_it_is() {
+    fn a_short_value_is_shown_unchanged() {
         assert_eq!(shorten("Grüße, \"Welt\"".as_bytes()), "Grüße, \"Welt\"");
         assert_eq!(shorten(b""), "");
     }
 
     #[test]
-    fn a_long_value_is_cut_to_the_bound_with_an_ellipsis() {
+    fn a_long_value_is_shortened_to_the_bound_with_an_ellipsis() {
         assert_eq!(shorten("é".repeat(80).as_bytes()), "é".repeat(80));
         assert_eq!(shorten("é".repeat(81).as_bytes()), "é".repeat(79) + "…");
     }
 
     #[test]
-    fn control_characters_invisible_ones_and_bad_bytes_are_made_visible() {
+    fn control_and_invisible_characters_and_invalid_bytes_are_escaped() {
         assert_eq!(shorten(b"a\r\n\tb\0\x1B["), "a\\r\\n\\tb\\u{0}\\u{1b}[");
         assert_eq!(shorten("\u{FEFF}a\u{202E}b".as_bytes()), "\\u{feff}a\\u{202e}b");
         assert_eq!(shorten("\u{61C}a\u{AD}b\u{E0041}".as_bytes()), "\\u{61c}a\\u{ad}b\\u{e0041}");
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_never_tears_an_escape() {
+    fn shortening_never_splits_an_escape() {
         let value = [b"a".repeat(78), b"\0".to_vec()].concat();
         assert_eq!(shorten(&value), "a".repeat(78) + "…");
         let value = [b"a".repeat(76), b"\xFF".to_vec(), b"b".to_vec()].concat();

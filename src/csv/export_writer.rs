@@ -1,19 +1,19 @@
-//! Issues to the CSV that [`crate::import`] reads back: pure, without I/O.
+//! Writes issues as CSV that the import reads back.
 
 use chrono::{DateTime, SecondsFormat, Timelike, Utc};
 
+use super::column::Column;
 use crate::{
-    csv::Column,
     error::{Error, Result},
     pb::{Priority, Status},
 };
 
-/// How large a piece is at least, the last one aside; the row that reaches it is still in it.
-pub const EXPORT_PIECE_BYTES: usize = 64 * 1024;
-/// What the csv crate gathers before it adds it to the piece.
+/// The minimum size of every chunk but the last. A chunk ends with the row that reaches it.
+pub const EXPORT_CHUNK_BYTES_MIN: usize = 64 * 1024;
+/// The csv crate's buffer, from which it appends to the chunk.
 const CSV_BUFFER_BYTES: usize = 8 * 1024;
 
-/// The columns, in the order of the file.
+/// The columns, in the file's order.
 const COLUMNS: [Column; 9] = [
     Column::ExternalId,
     Column::Title,
@@ -26,27 +26,27 @@ const COLUMNS: [Column; 9] = [
     Column::CloseTime,
 ];
 
-/// What a spreadsheet takes for the beginning of a formula.
+/// The characters with which spreadsheets recognise a formula.
 const FORMULA_STARTS: [char; 6] = ['=', '+', '-', '@', '\t', '\r'];
 
-/// An issue as the file has it.
+/// A row of the file.
 #[derive(Clone, Copy, Debug)]
 pub struct ExportRow<'a> {
-    /// Empty: none.
+    /// Empty means none.
     pub external_id: &'a str,
     pub title: &'a str,
     pub description: &'a str,
     pub priority: Priority,
     pub status: Status,
-    /// A username; empty: nobody.
+    /// A username; empty means none.
     pub assignee: &'a str,
-    /// Names, with `;` between them.
+    /// Names separated by `;`.
     pub labels: &'a str,
     pub create_time: DateTime<Utc>,
     pub close_time: Option<DateTime<Utc>>,
 }
 
-/// Rows to pieces of a file. Its first piece begins with the header.
+/// Writes rows into chunks of a file. The first chunk begins with the header.
 pub struct ExportWriter {
     csv: csv::Writer<Vec<u8>>,
     escape_formulas: bool,
@@ -55,21 +55,22 @@ pub struct ExportWriter {
 
 /// Bytes of a file, cut between rows.
 #[derive(Debug)]
-pub struct ExportPiece {
+pub struct ExportChunk {
     pub data: Vec<u8>,
-    /// Rows of the file up to the end of this piece.
+    /// Rows of the file up to the end of this chunk.
     pub row_count: u64,
 }
 
 impl ExportWriter {
+    /// Starts a file. `escape_formulas` puts `'` before values that spreadsheets would run as formulas.
     pub fn new(escape_formulas: bool) -> Result<Self> {
-        let mut csv = empty_piece();
+        let mut csv = empty_chunk();
         csv.write_record(COLUMNS.map(Column::name)).map_err(|_| unwritable())?;
         Ok(Self { csv, escape_formulas, row_count: 0 })
     }
 
-    /// Adds a row; a piece when it is large enough.
-    pub fn write(&mut self, row: &ExportRow<'_>) -> Result<Option<ExportPiece>> {
+    /// Writes a row; returns a chunk once it has [`EXPORT_CHUNK_BYTES_MIN`].
+    pub fn write(&mut self, row: &ExportRow<'_>) -> Result<Option<ExportChunk>> {
         self.field(row.external_id)?;
         self.field(row.title)?;
         self.field(row.description)?;
@@ -81,11 +82,11 @@ impl ExportWriter {
         self.field(&row.close_time.map(time_text).unwrap_or_default())?;
         self.csv.write_record(None::<&[u8]>).map_err(|_| unwritable())?;
         self.row_count += 1;
-        if self.csv.get_ref().len() < EXPORT_PIECE_BYTES { Ok(None) } else { self.take().map(Some) }
+        if self.csv.get_ref().len() < EXPORT_CHUNK_BYTES_MIN { Ok(None) } else { self.take().map(Some) }
     }
 
-    /// What is left at the end; it may be empty.
-    pub fn finish(mut self) -> Result<ExportPiece> {
+    /// Returns the last chunk, which may be empty.
+    pub fn finish(mut self) -> Result<ExportChunk> {
         self.take()
     }
 
@@ -97,19 +98,19 @@ impl ExportWriter {
         written.map_err(|_| unwritable())
     }
 
-    fn take(&mut self) -> Result<ExportPiece> {
-        let full = std::mem::replace(&mut self.csv, empty_piece());
+    fn take(&mut self) -> Result<ExportChunk> {
+        let full = std::mem::replace(&mut self.csv, empty_chunk());
         let data = full.into_inner().map_err(|_| unwritable())?;
-        Ok(ExportPiece { data, row_count: self.row_count })
+        Ok(ExportChunk { data, row_count: self.row_count })
     }
 }
 
-fn empty_piece() -> csv::Writer<Vec<u8>> {
-    let data = Vec::with_capacity(EXPORT_PIECE_BYTES + 2 * CSV_BUFFER_BYTES);
+fn empty_chunk() -> csv::Writer<Vec<u8>> {
+    let data = Vec::with_capacity(EXPORT_CHUNK_BYTES_MIN + 2 * CSV_BUFFER_BYTES);
     csv::WriterBuilder::new().buffer_capacity(CSV_BUFFER_BYTES).from_writer(data)
 }
 
-/// Memory takes whatever is written to it.
+/// Cannot happen: writing to memory does not fail.
 fn unwritable() -> Error {
     Error::Internal("a row could not be written as CSV")
 }
@@ -126,7 +127,7 @@ fn priority_name(priority: Priority) -> &'static str {
 
 fn status_name(status: Status) -> &'static str {
     match status {
-        // What an import takes the empty field for.
+        // An import gives the issue its default status.
         Status::Unspecified => "",
         Status::Open => "open",
         Status::InProgress => "in_progress",
@@ -134,7 +135,7 @@ fn status_name(status: Status) -> &'static str {
     }
 }
 
-/// One text for each time: in UTC, with six digits of a second's fraction or none.
+/// Formats a time as RFC 3339 in UTC, with six fractional digits or none.
 fn time_text(time: DateTime<Utc>) -> String {
     let format = if time.nanosecond() == 0 { SecondsFormat::Secs } else { SecondsFormat::Micros };
     time.to_rfc3339_opts(format, true)

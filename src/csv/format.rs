@@ -1,23 +1,24 @@
-//! How a file is to be read: what of it the importer may choose.
+//! The options that decide how a file is read.
 
 use std::collections::BTreeMap;
 
-use super::header::Column;
+use super::column::Column;
 use crate::pb::Status;
 
+/// How to read a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Format {
-    /// Between fields: an ASCII character that is not a quote or a line end.
+    /// The field separator: an ASCII character other than a quote or a line break. Default: a comma.
     pub separator: u8,
-    /// Between the labels of a field.
+    /// The separator of the labels in one field. Default: a semicolon.
     pub label_separator: u8,
-    /// Names of the file's columns, as [`column_key`] makes them, to ours; none: the column is left out.
+    /// Maps the file's column names, normalised by [`column_key`], to columns; `None` ignores the column.
     pub column_names: BTreeMap<String, Option<Column>>,
-    /// Whether columns without a name of ours are left out.
+    /// Whether to ignore unknown columns. Default: they are an error of the header.
     pub ignore_unknown_columns: bool,
-    /// Whether a file without titles says enough about its issues.
+    /// Whether a file may lack the title column. Default: no.
     pub title_optional: bool,
-    /// The status of new issues whose row has none.
+    /// The status of new issues whose row has none. Default: open.
     pub default_status: Status,
 }
 
@@ -34,7 +35,7 @@ impl Default for Format {
     }
 }
 
-/// A column's name as names are compared.
+/// Normalises a column name for comparison: trimmed and in lower case.
 pub fn column_key(name: &str) -> String {
     name.trim().to_lowercase()
 }

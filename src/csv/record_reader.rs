@@ -1,22 +1,22 @@
-//! Bytes cut anywhere to raw records, in bounded memory.
+//! Splits bytes, cut into chunks anywhere, into raw records in bounded memory.
 //!
-//! The grammar is csv-core's, which is also the csv crate's: RFC 4180 with any of CRLF, LF and CR as a line end, blank
-//! lines skipped, and every input has *a* parse. What csv-core leaves to its caller is done here: a byte-order mark
-//! that arrives in pieces, the bound of a record, a quote that never closes, and where each record begins.
+//! The grammar is that of csv-core and the csv crate: RFC 4180 with CRLF, LF or CR as a line break, blank lines skipped;
+//! every input has a parse. This module adds what csv-core leaves to its caller: a byte-order mark split across chunks,
+//! the size limit of a record, unclosed quotes, and the position of each record.
 
 use csv_core::ReadRecordResult;
 
 #[cfg(test)]
 mod tests;
 
-/// A record's fields, quotes undone, hold at most this many bytes together. The longest valid row stays well below: a
-/// description of 65,536 characters takes at most 256 KiB.
+/// The maximum size of a record's unquoted fields together. The longest valid row is well below it: a description of
+/// 65,536 characters has at most 256 KiB.
 pub const IMPORT_RECORD_BYTES_MAX: usize = 1024 * 1024;
 
-/// Fields beyond are counted but not kept. No valid file has even half as many columns.
+/// The number of fields kept per record; further fields are only counted.
 pub const IMPORT_COLUMNS_MAX: usize = 64;
 
-/// What is beyond a bound is parsed into this much room behind what is kept, again and again.
+/// Space behind the kept bytes and fields, into which everything beyond the limits is parsed and overwritten.
 const OVERFLOW_BYTES: usize = 4096;
 const OVERFLOW_ENDS: usize = 64;
 
@@ -24,10 +24,10 @@ const BUFFER_BYTES_INITIAL: usize = 8 * 1024;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-/// Cuts a stream of bytes into records. Where the stream is cut into chunks has no influence on them.
+/// Splits a stream of bytes into records. How the stream is cut into chunks does not change the records.
 ///
 /// ```
-/// # use issue_tracker::import::RecordReader;
+/// # use issue_tracker::csv::RecordReader;
 /// let mut reader = RecordReader::new();
 /// let mut titles = Vec::new();
 /// for mut chunk in [b"title\nfi".as_slice(), b"rst\nsecond"] {
@@ -40,58 +40,57 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 /// ```
 pub struct RecordReader {
     core: csv_core::Reader,
-    /// How much of a byte-order mark was taken at the start of the file; `None` once that is decided.
-    mark_bytes: Option<usize>,
-    /// Bytes parsed in all, without those of `mark_bytes`.
+    /// Bytes of a possible byte-order mark taken at the start of the file; `None` once it is complete or ruled out.
+    bom_bytes: Option<usize>,
+    /// The file offset behind the parsed bytes, without `bom_bytes`.
     parsed_offset: u64,
     lines: LineCounter,
-    /// Between a record's first byte and its line end. Outside, csv-core is never given anything: it stands where it
-    /// would skip line ends, which is done here in order to know where the next record begins.
+    /// Whether the reader is between a record's first byte and its line break. Line breaks between records are skipped
+    /// here and not passed to csv-core, so that the offset of the next record is known.
     in_record: bool,
     next_row_number: u64,
     begin_offset: u64,
     begin_line_number: u64,
-    /// The record's fields one after the other; the first `record_bytes_max` are kept, the rest is overflow.
+    /// The record's fields, concatenated. The first `record_bytes_max` bytes are kept; the rest is overflow.
     buffer: Vec<u8>,
-    /// Where in `buffer` each field ends; the first `IMPORT_COLUMNS_MAX` are kept, the rest is overflow.
+    /// The end of each field in `buffer`. The first `IMPORT_COLUMNS_MAX` are kept; the rest is overflow.
     ends: Box<[usize]>,
-    /// Bytes of the record's fields, kept or not.
+    /// Bytes of the record's fields, including overflow.
     content_bytes: usize,
-    /// Fields of the record that have ended, kept or not.
+    /// Complete fields of the record, including overflow.
     field_count: usize,
-    /// How many bytes of a record's fields are kept.
     record_bytes_max: usize,
 }
 
-/// One line of the file, or several where a quoted field holds line ends. The header is a record too.
+/// A line of the file, or several if a quoted field contains line breaks. The header is a record too.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
-    /// 0 for the file's first record, which is the header, so 1 for the first row of data.
+    /// 0 for the header, 1 for the first data row.
     pub row_number: u64,
-    /// The line of the file, from 1, on which the record begins. Each of CRLF, LF and CR ends a line.
+    /// The line on which the record begins, counted from 1. CRLF, LF and CR each end a line.
     pub line_number: u64,
-    /// Where in the file the record's first byte is: behind line ends, blank lines and the byte-order mark.
+    /// The offset of the record's first byte, behind line breaks, blank lines and the byte-order mark.
     pub byte_offset: u64,
-    /// Where in the file the record's line end (or the end of the file) is. To go on behind this record, start there
-    /// with `end_line_number` and the next row number: the line end is then skipped like a blank line, whether or not
-    /// the second half of a CRLF has been seen yet.
+    /// The offset of the record's line break or of the end of the file. To resume behind this record, start there with
+    /// `end_line_number` and the next row number: the line break is then skipped like a blank line, even if only half of
+    /// a CRLF has been read.
     pub end_offset: u64,
     /// The line on which the record ends.
     pub end_line_number: u64,
-    /// All fields, also those that were not kept.
+    /// The number of fields, including those not kept.
     pub field_count: usize,
-    /// Why the fields must not be taken at face value.
-    pub fault: Option<RecordFault>,
+    /// Why the fields are incomplete or not reliable.
+    pub defect: Option<RecordDefect>,
     content: &'a [u8],
     ends: &'a [usize],
 }
 
-/// What is wrong with a record as a whole.
+/// A defect of a whole record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RecordFault {
-    /// The fields have more than [`IMPORT_RECORD_BYTES_MAX`]; the record has the first of them.
+pub enum RecordDefect {
+    /// The fields exceed [`IMPORT_RECORD_BYTES_MAX`]; the record has the bytes up to that limit.
     TooLong,
-    /// The file ended inside quotes. Says more than `TooLong`, so it stands also where both are true.
+    /// The file ended inside quotes. Takes precedence over `TooLong`.
     UnclosedQuote,
 }
 
@@ -101,19 +100,19 @@ impl RecordReader {
         Self::starting_at(0, 0, 1)
     }
 
-    /// With another character between fields than a comma: an ASCII one that is not a quote or a line end. To be said before
-    /// anything is read.
+    /// Sets the field separator, an ASCII character other than a quote or a line break. Default: a comma. Must be called
+    /// before the first read.
     pub fn separated_by(mut self, separator: u8) -> Self {
         self.core = new_core(separator);
         self
     }
 
-    /// Starts in the middle of a file, between two records: at a record's `byte_offset` with its row and line number, or
-    /// at its `end_offset` with the number of the row after it and its `end_line_number`.
+    /// Starts between two records of a file: at a record's `byte_offset` with its row and line number, or at its
+    /// `end_offset` with the next row number and its `end_line_number`.
     pub fn starting_at(byte_offset: u64, row_number: u64, line_number: u64) -> Self {
         Self {
             core: new_core(b','),
-            mark_bytes: (byte_offset == 0).then_some(0),
+            bom_bytes: (byte_offset == 0).then_some(0),
             parsed_offset: byte_offset,
             lines: LineCounter { line_number, after_cr: false },
             in_record: false,
@@ -128,16 +127,16 @@ impl RecordReader {
         }
     }
 
-    /// With another bound than [`IMPORT_RECORD_BYTES_MAX`], of 8 KiB or more, so that what happens beyond it takes less to
-    /// find. To be said before anything is read.
+    /// Sets another limit than [`IMPORT_RECORD_BYTES_MAX`], at least 8 KiB, so that fuzzing reaches it quickly. Must be
+    /// called before the first read.
     #[doc(hidden)]
-    pub fn keeping(mut self, record_bytes_max: usize) -> Self {
+    pub fn with_record_bytes_max(mut self, record_bytes_max: usize) -> Self {
         self.record_bytes_max = record_bytes_max;
         self
     }
 
-    /// Takes bytes from the front of `input` until a record is complete. `None` once `input` is empty: give the next
-    /// chunk then, or call [`finish`](Self::finish).
+    /// Takes bytes from the front of `input` until a record is complete. Returns `None` once `input` is empty: pass the
+    /// next chunk then, or call [`finish`](Self::finish).
     pub fn read(&mut self, input: &mut &[u8]) -> Option<Record<'_>> {
         self.take_byte_order_mark(input);
         if !self.in_record {
@@ -149,33 +148,33 @@ impl RecordReader {
         }
         let end_line_number = self.parse(input)?;
         self.in_record = false;
-        let fault = (self.content_bytes > self.record_bytes_max).then_some(RecordFault::TooLong);
-        // A record always ends with the first byte of its line end.
-        Some(self.record(self.parsed_offset - 1, end_line_number, fault))
+        let defect = (self.content_bytes > self.record_bytes_max).then_some(RecordDefect::TooLong);
+        // A record ends with the first byte of its line break.
+        Some(self.record(self.parsed_offset - 1, end_line_number, defect))
     }
 
-    /// Says that the file ends here, and gives the last record if it has no line end. There is nothing to read after.
+    /// Ends the file, and returns the last record if it has no line break. Nothing can be read afterwards.
     pub fn finish(&mut self) -> Option<Record<'_>> {
         self.put_back_byte_order_mark();
         if !self.in_record {
             return None;
         }
         self.in_record = false;
-        let fault = if self.end_last_field() {
-            (self.content_bytes > self.record_bytes_max).then_some(RecordFault::TooLong)
+        let defect = if self.end_last_field() {
+            (self.content_bytes > self.record_bytes_max).then_some(RecordDefect::TooLong)
         } else {
-            Some(RecordFault::UnclosedQuote)
+            Some(RecordDefect::UnclosedQuote)
         };
-        Some(self.record(self.parsed_offset, self.lines.line_number, fault))
+        Some(self.record(self.parsed_offset, self.lines.line_number, defect))
     }
 
-    /// Bytes taken in all, from the start of the file.
+    /// Returns the file offset behind the bytes read.
     pub fn offset(&self) -> u64 {
-        self.parsed_offset + self.mark_bytes.unwrap_or(0) as u64
+        self.parsed_offset + self.bom_bytes.unwrap_or(0) as u64
     }
 
     fn take_byte_order_mark(&mut self, input: &mut &[u8]) {
-        while let Some(taken) = self.mark_bytes {
+        while let Some(taken) = self.bom_bytes {
             let Some((byte, rest)) = input.split_first() else {
                 return;
             };
@@ -184,22 +183,22 @@ impl RecordReader {
                 return;
             }
             *input = rest;
-            self.mark_bytes = Some(taken + 1);
+            self.bom_bytes = Some(taken + 1);
             if taken + 1 == BYTE_ORDER_MARK.len() {
-                self.mark_bytes = None;
+                self.bom_bytes = None;
                 self.parsed_offset += BYTE_ORDER_MARK.len() as u64;
             }
         }
     }
 
-    /// Parses the bytes that were taken for a byte-order mark and, as it turns out, belong to the first record.
+    /// Parses bytes that began like a byte-order mark but belong to the first record.
     fn put_back_byte_order_mark(&mut self) {
-        if let Some(taken @ 1..) = self.mark_bytes {
+        if let Some(taken @ 1..) = self.bom_bytes {
             self.begin_record();
-            // They are ordinary bytes, which cannot end a record.
+            // Bytes of a byte-order mark cannot end a record.
             self.parse(&mut &BYTE_ORDER_MARK[..taken]);
         }
-        self.mark_bytes = None;
+        self.bom_bytes = None;
     }
 
     fn skip_line_ends(&mut self, input: &mut &[u8]) {
@@ -218,7 +217,7 @@ impl RecordReader {
         self.field_count = 0;
     }
 
-    /// Parses until the record ends, and returns the line on which it does; `None` when the input ends first.
+    /// Parses until the record ends, and returns the line of its end; `None` if the input ends first.
     fn parse(&mut self, input: &mut &[u8]) -> Option<u64> {
         while !input.is_empty() {
             let (result, count) = self.parse_some(input);
@@ -236,7 +235,7 @@ impl RecordReader {
         None
     }
 
-    /// One call of csv-core, which stops early when the buffer is full; returns how many bytes it took.
+    /// Calls csv-core once, which stops early if the buffer is full. Returns how many bytes it read.
     fn parse_some(&mut self, input: &[u8]) -> (ReadRecordResult, usize) {
         let kept_bytes = self.content_bytes.min(self.record_bytes_max);
         if kept_bytes == self.buffer.len() {
@@ -256,8 +255,8 @@ impl RecordReader {
         self.buffer.resize(bytes, 0);
     }
 
-    /// Ends the record where the file does; returns whether that is outside quotes. csv-core would end it silently in
-    /// both cases, so it is given a line end, which only inside quotes ends nothing. (On a clone of it this wouldn't do:
+    /// Ends the last field at the end of the file; returns whether that is outside quotes. csv-core would end the record
+    /// silently in both cases. A line break ends it only outside quotes. (A clone of the reader cannot be used for this:
     /// csv-core 0.1.13 clones only part of its tables.)
     fn end_last_field(&mut self) -> bool {
         let last_end = &mut self.ends[self.field_count.min(IMPORT_COLUMNS_MAX)..];
@@ -267,7 +266,7 @@ impl RecordReader {
         result == ReadRecordResult::Record
     }
 
-    fn record(&mut self, end_offset: u64, end_line_number: u64, fault: Option<RecordFault>) -> Record<'_> {
+    fn record(&mut self, end_offset: u64, end_line_number: u64, defect: Option<RecordDefect>) -> Record<'_> {
         let row_number = self.next_row_number;
         self.next_row_number += 1;
         Record {
@@ -277,7 +276,7 @@ impl RecordReader {
             end_offset,
             end_line_number,
             field_count: self.field_count,
-            fault,
+            defect,
             content: &self.buffer[..self.content_bytes.min(self.record_bytes_max)],
             ends: &self.ends[..self.field_count.min(IMPORT_COLUMNS_MAX)],
         }
@@ -286,8 +285,8 @@ impl RecordReader {
 
 fn new_core(separator: u8) -> csv_core::Reader {
     let mut core = csv_core::ReaderBuilder::new().delimiter(separator).build();
-    // csv-core takes a byte-order mark out of its first input if it is whole there. That would depend on the cut (and be
-    // wrong in the middle of a file), so its first input is this one, which it has no room to read.
+    // csv-core strips a byte-order mark that is complete in its first input. That would depend on the chunks, and be wrong
+    // in the middle of a file. This first input has no effect, as there is no room for output.
     core.read_record(b"-", &mut [], &mut []);
     core
 }
@@ -299,16 +298,16 @@ impl Default for RecordReader {
 }
 
 impl<'a> Record<'a> {
-    /// A field's bytes, quotes undone; `None` if the record has no such field or it was not kept.
+    /// Returns a field's unquoted bytes; `None` if the record has no such field or it was not kept.
     pub fn field(&self, index: usize) -> Option<&'a [u8]> {
         let end = *self.ends.get(index)?;
         let begin = if index == 0 { 0 } else { self.ends[index - 1] };
-        // In a record that is too long, fields end behind what was kept.
+        // In a record that is too long, fields can end behind the kept bytes.
         let kept = self.content.len();
         Some(&self.content[begin.min(kept)..end.min(kept)])
     }
 
-    /// The fields that were kept, in the file's order.
+    /// Returns the kept fields, in the file's order.
     pub fn fields(&self) -> impl Iterator<Item = &'a [u8]> {
         let record = *self;
         (0..self.ends.len()).filter_map(move |index| record.field(index))

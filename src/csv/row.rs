@@ -1,13 +1,14 @@
-//! A record to a typed row, or to everything that is wrong with it.
+//! Parses a record into a typed row, or into all of its errors.
 
 use std::collections::HashSet;
 
 use chrono::{DateTime, Datelike, Utc};
 
+use super::column::Column;
 use super::error::{RowError, RowErrorCode, shorten};
 use super::format::Format;
-use super::header::{Column, Columns};
-use super::record_reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordFault};
+use super::header::Header;
+use super::record_reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordDefect};
 use crate::pb::{Priority, Status};
 use crate::request::{
     DESCRIPTION_CHARS_MAX, EXTERNAL_ID_CHARS_MAX, LABEL_NAME_CHARS_MAX, LABELS_PER_ISSUE_MAX, TITLE_CHARS_MAX,
@@ -17,42 +18,42 @@ use crate::request::{
 #[cfg(test)]
 mod tests;
 
-/// The years that a time may lie in, in UTC: what `google.protobuf.Timestamp` and RFC 3339 can say, from Unix time on.
+/// Bounds of the year of a time, in UTC: from the Unix epoch to the end of `google.protobuf.Timestamp`.
 pub const TIME_YEAR_MIN: i32 = 1970;
 pub const TIME_YEAR_MAX: i32 = 9999;
 
-/// An issue as the file has it. Whether the assignee and the labels exist is not known yet.
+/// A row of the file. The assignee and the labels are not looked up yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImportRow {
-    /// The first row after the header is 1.
+    /// Counted from 1, the first row after the header.
     pub row_number: u64,
-    /// The line of the file, from 1, on which the row begins.
+    /// The line of the file on which the row begins, counted from 1.
     pub line_number: u64,
-    /// Where in the file the row begins.
+    /// The byte of the file at which the row begins.
     pub byte_offset: u64,
-    /// Empty only if the file has no such column.
+    /// Empty only if the file does not have the column.
     pub title: String,
     pub description: String,
-    /// `Unspecified` = none.
+    /// `Unspecified` means none.
     pub priority: Priority,
-    /// None: the field is empty, or the file has no such column.
+    /// `None` if the field is empty or the file does not have the column.
     pub status: Option<Status>,
-    /// A username as written.
+    /// A username, in the file's case.
     pub assignee: Option<String>,
-    /// Names as written, none twice whatever the case of their ASCII letters.
+    /// Names in the file's case, without duplicates in ASCII case folding.
     pub labels: Vec<String>,
     pub external_id: Option<String>,
-    /// At microseconds.
+    /// Truncated to microseconds.
     pub create_time: Option<DateTime<Utc>>,
-    /// At microseconds. Given only where the issue, if it is a new one, is `Closed`, and never before `create_time`.
+    /// Truncated to microseconds. Set only if a new issue would be `Closed`; never before `create_time`.
     pub close_time: Option<DateTime<Utc>>,
 }
 
-/// Makes a record a row, or returns all of its errors, in the order of [`Column::ALL`]. A record that isn't cut into the
-/// header's fields has that one error, since its values would be taken for those of other columns.
-pub fn parse_row(format: &Format, columns: &Columns, record: &Record<'_>) -> Result<ImportRow, Vec<RowError>> {
-    let mut fields = Fields { format, columns, record, errors: Vec::new() };
-    if !fields.match_header() {
+/// Parses a record, or returns all of its errors in the order of [`Column::ALL`]. A record whose fields do not match the
+/// header has only that error, because its values would be attributed to the wrong columns.
+pub fn parse_row(format: &Format, header: &Header, record: &Record<'_>) -> Result<ImportRow, Vec<RowError>> {
+    let mut fields = FieldParser { format, header, record, errors: Vec::new() };
+    if !fields.check_record() {
         return Err(fields.errors);
     }
     let title = fields.title();
@@ -87,36 +88,36 @@ pub fn parse_row(format: &Format, columns: &Columns, record: &Record<'_>) -> Res
     }
 }
 
-/// One record on its way to a row. Each method takes a column's value and notes what is wrong with it.
-struct Fields<'a> {
+/// Parses the fields of one record. Each method parses one column and collects its errors.
+struct FieldParser<'a> {
     format: &'a Format,
-    columns: &'a Columns,
+    header: &'a Header,
     record: &'a Record<'a>,
     errors: Vec<RowError>,
 }
 
-impl<'a> Fields<'a> {
-    /// Whether the record as a whole can be trusted to have the header's fields.
-    fn match_header(&mut self) -> bool {
-        let (found, wanted) = (self.record.field_count, self.columns.field_count());
-        let (value, code, message) = match self.record.fault {
-            Some(RecordFault::UnclosedQuote) => {
-                let message = "a quote that opens in this row never closes before the end of the file".to_owned();
-                // The quote opened in the last field.
+impl<'a> FieldParser<'a> {
+    /// Returns whether the record is complete and has as many fields as the header.
+    fn check_record(&mut self) -> bool {
+        let (found, expected) = (self.record.field_count, self.header.field_count());
+        let (value, code, message) = match self.record.defect {
+            Some(RecordDefect::UnclosedQuote) => {
+                let message =
+                    "row: a quoted field is not closed before the end of the file; close the quote".to_owned();
+                // The unclosed field is always the last one.
                 let value = self.record.fields().last().unwrap_or_default();
                 (value, RowErrorCode::UnclosedQuote, message)
             }
-            Some(RecordFault::TooLong) => {
-                let message = format!(
-                    "the row has more than {IMPORT_RECORD_BYTES_MAX} bytes: a quote that opens in it may not be closed"
-                );
+            Some(RecordDefect::TooLong) => {
+                let message =
+                    format!("row: longer than {IMPORT_RECORD_BYTES_MAX} bytes; a quoted field may not be closed");
                 (b"".as_slice(), RowErrorCode::RecordTooLong, message)
             }
-            None if found != wanted => {
+            None if found != expected => {
                 let separator = if self.format.separator == b',' { "comma" } else { "separator" };
                 let message = format!(
-                    "the row has {found} fields where the header has {wanted}: a value with a {separator}, a quote or a \
-                     line end in it needs quotes around it"
+                    "row: has {found} fields where the header has {expected}; quote values that contain a {separator}, a \
+                     quote or a line break"
                 );
                 (b"".as_slice(), RowErrorCode::WrongFieldCount, message)
             }
@@ -126,14 +127,15 @@ impl<'a> Fields<'a> {
         false
     }
 
-    /// Empty unless valid; a row without a title has an error, unless the whole file is without.
+    /// Returns the title. An empty one is an error if the file has the column.
     fn title(&mut self) -> String {
-        if self.columns.index(Column::Title).is_none() {
+        if !self.header.has(Column::Title) {
             return String::new();
         }
         let title = self.bounded(Column::Title, TITLE_CHARS_MAX);
         if title.is_some_and(|title| title.trim().is_empty()) {
-            self.refuse(Column::Title, title.unwrap_or_default(), RowErrorCode::Required, "is required");
+            let value = title.unwrap_or_default();
+            self.push(Column::Title.name(), value.as_bytes(), RowErrorCode::Required, "title: required".to_owned());
         }
         title.unwrap_or_default().to_owned()
     }
@@ -141,13 +143,13 @@ impl<'a> Fields<'a> {
     fn priority(&mut self) -> Priority {
         let text = self.text(Column::Priority).unwrap_or_default().trim();
         priority_from_name(text).unwrap_or_else(|| {
-            let expected = "is not one of low, medium, high, critical (or empty for none)";
-            self.refuse(Column::Priority, text, RowErrorCode::InvalidPriority, expected);
+            let problem = "is not a priority; expected low, medium, high, critical or empty";
+            self.reject(Column::Priority, text, RowErrorCode::InvalidPriority, problem);
             Priority::Unspecified
         })
     }
 
-    /// `None` if there is an error, so that the close time isn't held against a status that is not known.
+    /// Returns `None` if the status is invalid; the close time is then not checked against it.
     fn status(&mut self) -> Option<Option<Status>> {
         let text = self.text(Column::Status)?.trim();
         if text.is_empty() {
@@ -160,8 +162,8 @@ impl<'a> Fields<'a> {
                 Status::Closed => "closed",
                 Status::Open | Status::Unspecified => "open",
             };
-            let expected = format!("is not one of open, in_progress, closed (or empty for {default})");
-            self.refuse(Column::Status, text, RowErrorCode::InvalidStatus, &expected);
+            let problem = format!("is not a status; expected open, in_progress, closed or empty ({default})");
+            self.reject(Column::Status, text, RowErrorCode::InvalidStatus, &problem);
         }
         status.map(Some)
     }
@@ -177,14 +179,14 @@ impl<'a> Fields<'a> {
         let mut seen = HashSet::new();
         let mut labels = Vec::new();
         for name in text.split(char::from(self.format.label_separator)).map(str::trim).filter(|name| !name.is_empty()) {
-            // Whether others are the same is for the database to say, whose lower case is not quite Rust's.
+            // Only ASCII: other letters are compared by the database, whose lower case differs from Rust's.
             if !seen.insert(name.to_ascii_lowercase()) {
                 continue;
             }
-            // Also bounds the errors that one row can have.
+            // This also bounds the number of errors per row.
             if labels.len() == LABELS_PER_ISSUE_MAX {
-                let expected = format!("has more than the {LABELS_PER_ISSUE_MAX} labels that are accepted");
-                self.refuse(Column::Labels, text, RowErrorCode::TooManyLabels, &expected);
+                let problem = format!("has too many labels; at most {LABELS_PER_ISSUE_MAX} are allowed");
+                self.reject(Column::Labels, text, RowErrorCode::TooManyLabels, &problem);
                 break;
             }
             self.check_length(Column::Labels, name, LABEL_NAME_CHARS_MAX);
@@ -208,13 +210,13 @@ impl<'a> Fields<'a> {
             return None;
         }
         let Some(time) = parse_time(text) else {
-            let expected = "is not a time like 2024-05-17T08:30:00Z (RFC 3339, with an offset from UTC)";
-            self.refuse(column, text, RowErrorCode::InvalidTime, expected);
+            let problem = "is not a time; expected RFC 3339 with a UTC offset, such as 2024-05-17T08:30:00Z";
+            self.reject(column, text, RowErrorCode::InvalidTime, problem);
             return None;
         };
         if !(TIME_YEAR_MIN..=TIME_YEAR_MAX).contains(&time.year()) {
-            let expected = format!("is not between the years {TIME_YEAR_MIN} and {TIME_YEAR_MAX} in UTC");
-            self.refuse(column, text, RowErrorCode::InvalidTime, &expected);
+            let problem = format!("is out of range; expected a year from {TIME_YEAR_MIN} to {TIME_YEAR_MAX} in UTC");
+            self.reject(column, text, RowErrorCode::InvalidTime, &problem);
             return None;
         }
         Some(time)
@@ -228,54 +230,54 @@ impl<'a> Fields<'a> {
     ) {
         let text = self.text(Column::CloseTime).unwrap_or_default().trim();
         if status.is_some_and(|status| status != Status::Closed) {
-            let expected = "is given, but status is not closed: only a closed issue has one";
-            self.refuse(Column::CloseTime, text, RowErrorCode::CloseTimeWithoutClosed, expected);
+            let problem = "requires status closed; expected that status, or an empty close_time";
+            self.reject(Column::CloseTime, text, RowErrorCode::CloseTimeWithoutClosed, problem);
         }
         if create_time.is_some_and(|create_time| close_time < create_time) {
-            let expected = "is before create_time: it has to be the same or later";
-            self.refuse(Column::CloseTime, text, RowErrorCode::CloseTimeBeforeCreateTime, expected);
+            let problem = "is before create_time; expected the same time or later";
+            self.reject(Column::CloseTime, text, RowErrorCode::CloseTimeBeforeCreateTime, problem);
         }
     }
 
-    /// As [`text`](Self::text), with at most `chars_max` characters.
+    /// Returns the column's value, and checks that it has at most `chars_max` characters.
     fn bounded(&mut self, column: Column, chars_max: usize) -> Option<&'a str> {
         let text = self.text(column)?;
         self.check_length(column, text, chars_max);
         Some(text)
     }
 
-    /// A column's value as written: empty if the file doesn't have the column, `None` if it isn't text.
+    /// Returns the column's value unchanged: empty if the file does not have the column, `None` if it is not valid text.
     fn text(&mut self, column: Column) -> Option<&'a str> {
-        let Some(index) = self.columns.index(column) else {
+        let Some(index) = self.header.field_index(column) else {
             return Some("");
         };
-        // The record has the header's number of fields, of which none are beyond those kept.
+        // `check_record` has compared the number of fields, and a valid header has no more fields than are kept.
         let bytes = self.record.field(index).unwrap_or_default();
         let Ok(text) = std::str::from_utf8(bytes) else {
-            self.refuse(column, bytes, RowErrorCode::InvalidUtf8, "is not UTF-8: save the file as UTF-8");
+            self.reject(column, bytes, RowErrorCode::InvalidUtf8, "is not UTF-8; save the file as UTF-8");
             return None;
         };
         if text.contains('\0') {
-            self.refuse(column, text, RowErrorCode::NulCharacter, "has a NUL character, which is not text");
+            self.reject(column, text, RowErrorCode::NulCharacter, "contains a NUL character; remove it");
             return None;
         }
         Some(text)
     }
 
     fn check_length(&mut self, column: Column, text: &str, chars_max: usize) {
-        // No text has more characters than bytes, so most need no counting.
+        // A text has at most as many characters as bytes: most need no counting.
         if text.len() <= chars_max {
             return;
         }
         let chars = text.chars().count();
         if chars > chars_max {
-            let expected = format!("has {chars} characters, at most {chars_max} are accepted");
-            self.refuse(column, text, RowErrorCode::TooLong, &expected);
+            let problem = format!("has {chars} characters; at most {chars_max} are allowed");
+            self.reject(column, text, RowErrorCode::TooLong, &problem);
         }
     }
 
-    fn refuse(&mut self, column: Column, value: impl AsRef<[u8]>, code: RowErrorCode, expected: &str) {
-        let message = format!("{} \"{}\" {expected}", column.name(), shorten(value.as_ref()));
+    fn reject(&mut self, column: Column, value: impl AsRef<[u8]>, code: RowErrorCode, problem: &str) {
+        let message = format!("{}: \"{}\" {problem}", column.name(), shorten(value.as_ref()));
         self.push(column.name(), value.as_ref(), code, message);
     }
 
@@ -292,7 +294,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Empty is `Unspecified`, which is how an issue without a priority has it.
+/// Parses a priority. The empty text is `Unspecified`, which means none.
 fn priority_from_name(text: &str) -> Option<Priority> {
     let name = without_prefix(text, "PRIORITY_");
     [
@@ -308,7 +310,7 @@ fn priority_from_name(text: &str) -> Option<Priority> {
     .filter(|_| text.is_empty() == name.is_empty())
 }
 
-/// No issue has the status `Unspecified`, so that is no name here.
+/// Parses a status. `UNSPECIFIED` is not accepted, because no issue has it.
 fn status_from_name(text: &str) -> Option<Status> {
     let name = without_prefix(text, "STATUS_");
     [
@@ -322,7 +324,7 @@ fn status_from_name(text: &str) -> Option<Status> {
     .find_map(|(known, status)| known.eq_ignore_ascii_case(name).then_some(status))
 }
 
-/// `prefix` is ASCII, in any case.
+/// Strips an ASCII prefix, in any case.
 fn without_prefix<'a>(text: &'a str, prefix: &str) -> &'a str {
     match text.split_at_checked(prefix.len()) {
         Some((head, rest)) if head.eq_ignore_ascii_case(prefix) => rest,
@@ -330,7 +332,8 @@ fn without_prefix<'a>(text: &'a str, prefix: &str) -> &'a str {
     }
 }
 
-/// Cut to microseconds, which is what PostgreSQL keeps; a leap second becomes the next minute's first, as there.
+/// Parses a time and truncates it to microseconds, as PostgreSQL stores it. A leap second becomes the first second of the
+/// next minute, as in PostgreSQL.
 fn parse_time(text: &str) -> Option<DateTime<Utc>> {
     let time = DateTime::parse_from_rfc3339(text).ok()?;
     DateTime::from_timestamp_micros(time.timestamp_micros())

@@ -1,4 +1,4 @@
-//! `ImportService`: a file that comes as a stream, and what can be asked of it and done with it later.
+//! `ImportService`: streamed CSV files, and the state, errors and reversal of an import. See `docs/imports.md`.
 
 mod options;
 mod stall_timeout;
@@ -6,12 +6,14 @@ mod stream;
 
 use std::sync::Arc;
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::{Request, Response, Streaming};
 use uuid::Uuid;
 
-use super::{Api, Reply, finish, fresh};
+use super::{
+    Api, Reply, finish, fresh,
+    streaming::{ResponseStream, respond},
+};
 use crate::{
     auth::Caller,
     db::imports,
@@ -23,7 +25,8 @@ use crate::{
     },
     request::{Check, mutation},
 };
-use stream::{Client, IMPORT_ANSWERS_WAITING_MAX};
+/// The maximum number of responses of an import that wait for the client.
+const IMPORT_RESPONSES_BUFFERED_MAX: usize = 16;
 
 mutation! {
     RevertImportRequest;
@@ -31,27 +34,16 @@ mutation! {
 
 #[tonic::async_trait]
 impl ImportService for Api {
-    type ImportIssuesStream = ReceiverStream<Result<ImportIssuesResponse, Status>>;
+    type ImportIssuesStream = ResponseStream<ImportIssuesResponse>;
 
     async fn import_issues(&self, request: Request<Streaming<ImportIssuesRequest>>) -> Reply<Self::ImportIssuesStream> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let permit = self.import_permit()?;
-        let (answers, stream) = mpsc::channel(IMPORT_ANSWERS_WAITING_MAX);
-        let (db, requests, stopping) = (self.db.clone(), request.into_inner(), self.stopping.clone());
-        tokio::spawn(async move {
-            let client = Client { answers };
-            let imported = tokio::select! {
-                imported = stream::import(&db, caller.user_id, requests, &client) => imported,
-                // The caller has gone, or its deadline has passed; one that has sent all still listens.
-                () = client.answers.closed() => Err(Error::Cancelled),
-                () = stopping.cancelled() => Err(Error::Stopping),
-            };
-            drop(permit);
-            if let Err(error) = imported {
-                client.fail(error).await;
-            }
+        let (db, requests) = (self.db.clone(), request.into_inner());
+        let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, permit, self.stopping.clone(), |sender| async move {
+            stream::import(&db, caller.user_id, requests, sender).await
         });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(Response::new(responses))
     }
 
     async fn get_import(&self, request: Request<GetImportRequest>) -> Reply<Import> {
@@ -90,13 +82,14 @@ impl ImportService for Api {
         let id = check.uuid("import_id", &request.import_id);
         check.done()?;
 
-        // It can take as long as an import.
+        // A revert holds a connection as long as an import.
         let _permit = self.import_permit()?;
         let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
         match imports::revert(&tx, id, owner(&caller), caller.user_id, request.force).await {
             Ok(response) => finish(tx, response).await,
             Err(error) => {
-                // Who calls again with `force` does so at once, and finds the import free. The error is what counts.
+                // Wait for the rollback, so that a retry with `force` finds the import unlocked. If the rollback fails, the
+                // connection is closed, and the first error is the one to report.
                 let _ = tx.rollback().await;
                 Err(error.into())
             }
@@ -105,15 +98,15 @@ impl ImportService for Api {
 }
 
 impl Api {
-    /// Of what holds a connection for long.
+    /// Takes a permit of --imports, for RPCs that hold a connection for long.
     fn import_permit(&self) -> Result<OwnedSemaphorePermit> {
         Arc::clone(&self.imports)
             .try_acquire_owned()
-            .map_err(|_| Error::Exhausted("as many imports as are taken at once are under way; try again".to_owned()))
+            .map_err(|_| Error::Exhausted("too many concurrent imports; retry later".to_owned()))
     }
 }
 
-/// Whose imports the caller may see and undo; none: anybody's.
+/// Returns the user whose imports the caller may read and revert; `None` means any user.
 fn owner(caller: &Caller) -> Option<Uuid> {
     if caller.is_admin() { None } else { Some(caller.user_id) }
 }

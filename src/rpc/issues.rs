@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     Api, Reply,
-    exports::{self, ExportStream, ExportTask},
+    exports::{self, ExportOptions, ExportStream},
     finish, fresh,
 };
 use crate::{
@@ -248,9 +248,9 @@ impl IssueService for Api {
 
         let permit = Arc::clone(&self.exports)
             .try_acquire_owned()
-            .map_err(|_| Error::Exhausted("as many exports as are made at once are under way; try again".to_owned()))?;
-        let task = ExportTask { filter, show_deleted, escape_formulas };
-        Ok(exports::start(self.db.clone(), task, permit, self.stopping.clone()).into())
+            .map_err(|_| Error::Exhausted("too many concurrent exports; retry later".to_owned()))?;
+        let options = ExportOptions { filter, show_deleted, escape_formulas };
+        Ok(exports::start(self.db.clone(), options, permit, self.stopping.clone()).into())
     }
 }
 

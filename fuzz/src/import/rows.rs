@@ -4,9 +4,9 @@ use std::collections::HashSet;
 
 use chrono::{DateTime, Datelike, Utc};
 use issue_tracker::{
-    csv::export_writer::{ExportRow, ExportWriter},
     csv::{
-        Column, Columns, Format, HeaderFault, IMPORT_COLUMNS_MAX, IMPORT_ERROR_VALUE_CHARS_MAX, ImportRow, RowError,
+        Column, ExportRow, ExportWriter, Format, Header, HeaderError, IMPORT_COLUMNS_MAX, IMPORT_ERROR_VALUE_CHARS_MAX,
+        ImportRow, RowError,
         row::{TIME_YEAR_MAX, TIME_YEAR_MIN},
     },
     pb::Status,
@@ -21,21 +21,21 @@ use super::{super::errors::assert_readable, OwnedRecord, Parsed, Start, read};
 /// The longest message contains a value and the list of all columns.
 const MESSAGE_CHARS_MAX: usize = 300;
 
-pub fn assert_header(format: &Format, header: &Result<Columns, Vec<HeaderFault>>) {
+pub fn assert_header(format: &Format, header: &Result<Header, Vec<HeaderError>>) {
     match header {
-        Ok(columns) => {
-            assert!((1..=IMPORT_COLUMNS_MAX).contains(&columns.field_count()));
-            assert!(format.title_optional || columns.index(Column::Title).is_some());
-            let places: Vec<usize> = Column::ALL.into_iter().filter_map(|column| columns.index(column)).collect();
-            assert!(places.iter().all(|place| *place < columns.field_count()));
+        Ok(header) => {
+            assert!((1..=IMPORT_COLUMNS_MAX).contains(&header.field_count()));
+            assert!(format.title_optional || header.field_index(Column::Title).is_some());
+            let places: Vec<usize> = Column::ALL.into_iter().filter_map(|column| header.field_index(column)).collect();
+            assert!(places.iter().all(|place| *place < header.field_count()));
             assert_eq!(places.iter().collect::<HashSet<_>>().len(), places.len(), "a field is one column");
         }
-        Err(faults) => {
+        Err(errors) => {
             let most = IMPORT_COLUMNS_MAX + format.column_names.len() + 2;
-            assert!((1..=most).contains(&faults.len()), "{} faults", faults.len());
-            for fault in faults {
-                assert_readable(&fault.column, IMPORT_ERROR_VALUE_CHARS_MAX);
-                assert_readable(&fault.message, MESSAGE_CHARS_MAX);
+            assert!((1..=most).contains(&errors.len()), "{} errors", errors.len());
+            for error in errors {
+                assert_readable(&error.column, IMPORT_ERROR_VALUE_CHARS_MAX);
+                assert_readable(&error.message, MESSAGE_CHARS_MAX);
             }
         }
     }
@@ -48,7 +48,7 @@ pub fn assert_row(format: &Format, record: &OwnedRecord, row: &Result<ImportRow,
                 (row.row_number, row.line_number, row.byte_offset),
                 (record.row_number, record.line_number, record.byte_offset)
             );
-            assert_eq!(record.fault, None);
+            assert_eq!(record.defect, None);
             assert_bounds(format, row);
             assert_written_row_is_the_same(format, row);
         }
@@ -109,7 +109,7 @@ fn assert_written_row_is_the_same(format: &Format, row: &ImportRow) {
     let create_time = row.create_time.or(row.close_time).unwrap_or(DateTime::<Utc>::UNIX_EPOCH);
     let status = row.status.unwrap_or(format.default_status);
     let mut writer = ExportWriter::new(false).expect("there is a header");
-    let piece = writer.write(&ExportRow {
+    let chunk = writer.write(&ExportRow {
         external_id: row.external_id.as_deref().unwrap_or_default(),
         title: &row.title,
         description: &row.description,
@@ -120,7 +120,7 @@ fn assert_written_row_is_the_same(format: &Format, row: &ImportRow) {
         create_time,
         close_time: row.close_time,
     });
-    let first = piece.expect("a row can be written").map(|piece| piece.data).unwrap_or_default();
+    let first = chunk.expect("a row can be written").map(|chunk| chunk.data).unwrap_or_default();
     let file = [first, writer.finish().expect("a file has an end").data].concat();
 
     let seen = read(&Format::default(), Start::file(), [file.as_slice()]);

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A record by value, to compare.
+/// An owned record, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     row_number: u64,
@@ -11,7 +11,7 @@ struct Seen {
     end_offset: u64,
     end_line_number: u64,
     field_count: usize,
-    fault: Option<RecordFault>,
+    defect: Option<RecordDefect>,
     fields: Vec<Vec<u8>>,
 }
 
@@ -24,7 +24,7 @@ impl From<Record<'_>> for Seen {
             end_offset: record.end_offset,
             end_line_number: record.end_line_number,
             field_count: record.field_count,
-            fault: record.fault,
+            defect: record.defect,
             fields: record.fields().map(<[u8]>::to_vec).collect(),
         }
     }
@@ -47,7 +47,7 @@ fn read_chunks<'a>(mut reader: RecordReader, chunks: impl IntoIterator<Item = &'
     seen
 }
 
-/// The file's records, the same however it is cut.
+/// Reads the file's records, and checks that they do not depend on how it is cut.
 fn read(file: &[u8]) -> Vec<Seen> {
     let whole = read_chunks(RecordReader::new(), [file]);
     for size in [1, 2, 3, 5] {
@@ -67,7 +67,7 @@ fn places(file: &[u8]) -> Vec<(u64, u64, u64, u64)> {
 }
 
 #[test]
-fn nothing_gives_no_record() {
+fn an_empty_file_has_no_record() {
     for file in [b"".as_slice(), b"\n", b"\r\n\r\n", b"\xEF\xBB\xBF", b"\xEF\xBB\xBF\r\n"] {
         assert_eq!(read(file), []);
     }
@@ -84,7 +84,7 @@ fn lines_end_with_lf_crlf_or_cr() {
 }
 
 #[test]
-fn the_last_record_needs_no_line_end() {
+fn the_last_record_needs_no_line_break() {
     assert_eq!(fields(b"a\nb"), [["a"], ["b"]]);
     assert_eq!(places(b"a\nb"), [(0, 1, 0, 1), (1, 2, 2, 3)]);
     assert_eq!(fields(b"a,"), [["a", ""]]);
@@ -102,7 +102,7 @@ fn a_line_of_spaces_is_a_record() {
 }
 
 #[test]
-fn quoted_fields_keep_commas_quotes_and_line_ends() {
+fn quoted_fields_keep_commas_quotes_and_line_breaks() {
     assert_eq!(fields(b"\"a,\"\"b\"\"\r\nc\",d\ne"), [vec!["a,\"b\"\r\nc", "d"], vec!["e"]]);
 }
 
@@ -119,12 +119,12 @@ fn a_trailing_comma_is_an_empty_field() {
 }
 
 #[test]
-fn records_may_differ_in_their_number_of_fields() {
+fn records_may_have_different_field_counts() {
     assert_eq!(fields(b"a,b\nc\nd,e,f\n"), [vec!["a", "b"], vec!["c"], vec!["d", "e", "f"]]);
 }
 
 #[test]
-fn quotes_inside_a_bare_field_are_content() {
+fn quotes_inside_an_unquoted_field_are_content() {
     assert_eq!(fields(b"a\"b\",c\n\"d\"e,f"), [["a\"b\"", "c"], ["de", "f"]]);
 }
 
@@ -150,36 +150,36 @@ fn bytes_that_are_not_utf_8_are_content() {
 }
 
 #[test]
-fn a_quote_that_never_closes_is_a_fault_of_the_last_record() {
+fn an_unclosed_quote_is_a_defect_of_the_last_record() {
     let seen = read(b"a,b\nc,\"d\ne,f\n");
-    assert_eq!(seen[1].fault, Some(RecordFault::UnclosedQuote));
+    assert_eq!(seen[1].defect, Some(RecordDefect::UnclosedQuote));
     assert_eq!(seen[1].fields, [b"c".as_slice(), b"d\ne,f\n"]);
     assert_eq!((seen[1].line_number, seen[1].byte_offset, seen[1].end_offset), (2, 4, 13));
-    assert_eq!(read(b"\"")[0].fault, Some(RecordFault::UnclosedQuote));
-    assert_eq!(read(b"\"a\"\"")[0].fault, Some(RecordFault::UnclosedQuote));
+    assert_eq!(read(b"\"")[0].defect, Some(RecordDefect::UnclosedQuote));
+    assert_eq!(read(b"\"a\"\"")[0].defect, Some(RecordDefect::UnclosedQuote));
 }
 
 #[test]
-fn a_quote_that_closes_at_the_end_is_no_fault() {
+fn a_quote_closed_at_the_end_of_the_file_is_no_defect() {
     for file in [b"a,\"b\"".as_slice(), b"\"a\"\"\"", b"a\"b", b"\"a\"b", b"\"\""] {
-        assert_eq!(read(file)[0].fault, None);
+        assert_eq!(read(file)[0].defect, None);
     }
 }
 
 #[test]
-fn a_record_is_too_long_from_the_first_byte_beyond_the_bound() {
-    for (length, fault) in
-        [(0, None), (1, Some(RecordFault::TooLong)), (OVERFLOW_BYTES + 2, Some(RecordFault::TooLong))]
+fn a_record_is_too_long_from_the_first_byte_over_the_limit() {
+    for (length, defect) in
+        [(0, None), (1, Some(RecordDefect::TooLong)), (OVERFLOW_BYTES + 2, Some(RecordDefect::TooLong))]
     {
         let content = b"x".repeat(IMPORT_RECORD_BYTES_MAX - 1 + length);
         let file = [b"h\n1,", content.as_slice(), b"\n2,y\n"].concat();
         let seen = read_chunks(RecordReader::new(), [file.as_slice()]);
-        assert_eq!(seen[1].fault, fault);
+        assert_eq!(seen[1].defect, defect);
         assert_eq!((seen[1].field_count, seen[1].byte_offset), (2, 2));
         assert_eq!(seen[1].end_offset, 4 + content.len() as u64);
         assert_eq!(seen[1].fields[1].len(), IMPORT_RECORD_BYTES_MAX - 1);
         assert_eq!(seen[2].fields, [b"2", b"y"]);
-        assert_eq!((seen[2].fault, seen[2].row_number, seen[2].line_number), (None, 2, 3));
+        assert_eq!((seen[2].defect, seen[2].row_number, seen[2].line_number), (None, 2, 3));
         for size in [1, 4095, 65_536] {
             assert_eq!(read_chunks(RecordReader::new(), file.chunks(size)), seen, "cut every {size} bytes");
         }
@@ -201,36 +201,36 @@ fn a_field_of_50_mb_takes_bounded_memory_and_the_next_record_is_read() {
     assert!(reader.buffer.capacity() <= IMPORT_RECORD_BYTES_MAX + OVERFLOW_BYTES);
     let mut closing = b"\",b\nc\n".as_slice();
     let record = reader.read(&mut closing).unwrap();
-    assert_eq!((record.fault, record.field_count), (Some(RecordFault::TooLong), 2));
+    assert_eq!((record.defect, record.field_count), (Some(RecordDefect::TooLong), 2));
     assert_eq!(record.field(0).map(<[u8]>::len), Some(IMPORT_RECORD_BYTES_MAX));
     assert_eq!(record.field(1), Some(b"".as_slice()));
     let next = reader.read(&mut closing).unwrap();
-    assert_eq!((next.field(0), next.fault), (Some(b"c".as_slice()), None));
+    assert_eq!((next.field(0), next.defect), (Some(b"c".as_slice()), None));
     assert_eq!((next.row_number, next.line_number), (2, lines + 3));
 }
 
 #[test]
-fn a_quote_that_never_closes_is_the_fault_also_beyond_the_bound() {
+fn an_unclosed_quote_takes_precedence_over_too_long() {
     let file = [b"h\n\"".to_vec(), b"x\n".repeat(IMPORT_RECORD_BYTES_MAX)].concat();
     let seen = read_chunks(RecordReader::new(), file.chunks(65_536));
-    assert_eq!(seen[1].fault, Some(RecordFault::UnclosedQuote));
+    assert_eq!(seen[1].defect, Some(RecordDefect::UnclosedQuote));
     assert_eq!(seen[1].fields[0].len(), IMPORT_RECORD_BYTES_MAX);
 }
 
 #[test]
-fn fields_beyond_the_bound_are_counted_and_not_kept() {
+fn fields_over_the_limit_are_counted_and_not_kept() {
     for count in [IMPORT_COLUMNS_MAX, IMPORT_COLUMNS_MAX + 1, IMPORT_COLUMNS_MAX + OVERFLOW_ENDS, 1000] {
         let file = ["x"].repeat(count).join(",") + "\ny,z\n";
         let seen = read(file.as_bytes());
         assert_eq!(seen[0].field_count, count);
         assert_eq!(seen[0].fields, vec![b"x".to_vec(); IMPORT_COLUMNS_MAX]);
-        assert_eq!(seen[0].fault, None);
+        assert_eq!(seen[0].defect, None);
         assert_eq!(seen[1].fields, [b"y", b"z"]);
     }
 }
 
 #[test]
-fn csv_core_is_never_at_a_loss_for_room_when_the_file_ends() {
+fn a_file_may_end_wherever_the_buffer_is_full() {
     let file = ["x"].repeat(IMPORT_COLUMNS_MAX + OVERFLOW_ENDS + 1).join(",");
     assert_eq!(read(file.as_bytes())[0].field_count, IMPORT_COLUMNS_MAX + OVERFLOW_ENDS + 1);
     let file = b"x".repeat(BUFFER_BYTES_INITIAL);
@@ -323,14 +323,14 @@ fn assert_same_place(file: &[u8], ours: &Seen, theirs: &csv::Position) {
 }
 
 /// Only a file's last record may have an open quote, and then a quote at the end of the file changes nothing but that.
-fn assert_faults(file: &[u8], seen: &[Seen]) {
+fn assert_defects(file: &[u8], seen: &[Seen]) {
     let Some((last, others)) = seen.split_last() else {
         return;
     };
-    assert!(others.iter().all(|record| record.fault.is_none()));
-    if last.fault.is_some() {
+    assert!(others.iter().all(|record| record.defect.is_none()));
+    if last.defect.is_some() {
         let closed = read_chunks(RecordReader::new(), [file, b"\""]);
-        let expected = Seen { fault: None, end_offset: last.end_offset + 1, ..last.clone() };
+        let expected = Seen { defect: None, end_offset: last.end_offset + 1, ..last.clone() };
         assert_eq!(closed.last(), Some(&expected));
     } else {
         // Outside quotes, a line end and one more record can be added.
@@ -359,7 +359,7 @@ proptest! {
             prop_assert_eq!(&ours.fields[..], &fields[..fields.len().min(IMPORT_COLUMNS_MAX)]);
             assert_same_place(&file, ours, position);
         }
-        assert_faults(&file, &seen);
+        assert_defects(&file, &seen);
     }
 }
 

@@ -1,24 +1,24 @@
 use super::super::record_reader::RecordReader;
 use super::*;
 
-/// Parses `row` below `header`; the row's numbers are 1 (row), 2 (line) and the header's length + 1 (byte).
+/// Parses `row` below `header`: row 1, on line 2, at the byte behind the header's line break.
 fn parse_bytes(header: &str, row: &[u8]) -> Result<ImportRow, Vec<RowError>> {
     let file = [header.as_bytes(), b"\n", row].concat();
     let mut input = file.as_slice();
     let mut reader = RecordReader::new();
     let format = Format::default();
-    let columns = Columns::parse(&reader.read(&mut input).unwrap(), &format).unwrap();
+    let header = Header::parse(&reader.read(&mut input).unwrap(), &format).unwrap();
     if let Some(record) = reader.read(&mut input) {
-        return parse_row(&format, &columns, &record);
+        return parse_row(&format, &header, &record);
     }
-    parse_row(&format, &columns, &reader.finish().unwrap())
+    parse_row(&format, &header, &reader.finish().unwrap())
 }
 
 fn parse(header: &str, row: &str) -> Result<ImportRow, Vec<RowError>> {
     parse_bytes(header, row.as_bytes())
 }
 
-/// The row with a title and this value in this column, quoted.
+/// Parses a row with a title and this value, quoted, in this column.
 fn with(column: Column, value: &str) -> Result<ImportRow, Vec<RowError>> {
     parse(&format!("title,{}", column.name()), &format!("t,\"{}\"", value.replace('"', "\"\"")))
 }
@@ -41,7 +41,7 @@ fn time(text: &str) -> Option<DateTime<Utc>> {
 const FULL_HEADER: &str = "title,description,priority,status,assignee,labels,external_id,create_time,close_time";
 
 #[test]
-fn a_full_row_is_read() {
+fn a_row_with_every_column_is_parsed() {
     let row = "\"Fix it, \"\"now\"\"\",\"two\r\nlines\",high,closed, ada ,bug; UI,J-1,\
                2024-05-17T08:30:00Z,2024-05-18T10:30:00.1234567+02:00\r\n";
     assert_eq!(
@@ -64,7 +64,7 @@ fn a_full_row_is_read() {
 }
 
 #[test]
-fn columns_that_are_absent_or_empty_have_their_defaults() {
+fn missing_columns_and_empty_fields_have_their_defaults() {
     for (header, row) in [("title", "t"), (FULL_HEADER, "t,,,,,,,,"), (FULL_HEADER, "t,, , , , ; ;, , , ")] {
         let row = parse(header, row).unwrap();
         assert_eq!((row.description.as_str(), row.priority, row.status), ("", Priority::Unspecified, None));
@@ -74,7 +74,7 @@ fn columns_that_are_absent_or_empty_have_their_defaults() {
 }
 
 #[test]
-fn all_errors_of_a_row_come_at_once_and_say_where_it_is() {
+fn all_errors_of_a_row_are_reported_with_its_position() {
     let row = format!("  ,{},urgent,done,{},{},a\0,yesterday,2024", "d".repeat(65_537), "u".repeat(51), "l".repeat(51));
     let errors = parse(FULL_HEADER, &row).unwrap_err();
     assert!(errors.iter().all(|error| error.row_number == 1 && error.line_number == 2));
@@ -96,12 +96,12 @@ fn all_errors_of_a_row_come_at_once_and_say_where_it_is() {
 }
 
 #[test]
-fn rows_too_short_and_too_long_have_that_one_error() {
+fn a_wrong_field_count_is_the_only_error_of_a_row() {
     for (row, count) in [("t", 1), ("t,nonsense,x", 3), (&",".repeat(99), 100)] {
         let error = the_error(parse("title,status", row));
         assert_eq!((error.code.as_str(), error.column.as_str()), ("WRONG_FIELD_COUNT", ""));
         assert!(
-            error.message.starts_with(&format!("the row has {count} fields where the header has 2")),
+            error.message.starts_with(&format!("row: has {count} fields where the header has 2; ")),
             "{}",
             error.message
         );
@@ -109,19 +109,19 @@ fn rows_too_short_and_too_long_have_that_one_error() {
 }
 
 #[test]
-fn a_trailing_comma_is_a_field_too_many() {
+fn a_trailing_comma_adds_a_field() {
     assert_eq!(codes(parse("title,status", "t,open,")), [("".into(), "WRONG_FIELD_COUNT")]);
 }
 
 #[test]
-fn a_quote_that_never_closes_is_the_only_error_and_shows_what_follows_it() {
+fn an_unclosed_quote_is_the_only_error_and_quotes_the_field() {
     let error = the_error(parse("title,status,labels", "t,\"nonsense\nnext,row"));
     assert_eq!(error.code.as_str(), "UNCLOSED_QUOTE");
     assert_eq!(error.value, "nonsense\\nnext,row");
 }
 
 #[test]
-fn a_record_beyond_the_bound_is_the_only_error() {
+fn a_record_over_the_size_limit_is_the_only_error() {
     let row = format!("\"{}\",nonsense\n", "x".repeat(IMPORT_RECORD_BYTES_MAX));
     let error = the_error(parse("title,status", &row));
     assert_eq!((error.code.as_str(), error.column.as_str()), ("RECORD_TOO_LONG", ""));
@@ -129,15 +129,15 @@ fn a_record_beyond_the_bound_is_the_only_error() {
 }
 
 #[test]
-fn latin_1_is_named_per_column_and_made_visible() {
+fn latin_1_is_reported_per_column_with_escaped_bytes() {
     let errors = parse_bytes("title,labels", b"caf\xE9,\xFC;b").unwrap_err();
-    assert_eq!(errors[0].message, "title \"caf\\xE9\" is not UTF-8: save the file as UTF-8");
+    assert_eq!(errors[0].message, "title: \"caf\\xE9\" is not UTF-8; save the file as UTF-8");
     assert_eq!(errors[1].value, "\\xFC;b");
     assert_eq!(codes(Err(errors)), [("title".into(), "INVALID_UTF8"), ("labels".into(), "INVALID_UTF8")]);
 }
 
 #[test]
-fn fields_that_are_utf_8_only_side_by_side_are_refused() {
+fn a_character_split_across_fields_is_rejected() {
     assert_eq!(
         codes(parse_bytes("title,description", b"\xC3,\xA9")),
         [("title".into(), "INVALID_UTF8"), ("description".into(), "INVALID_UTF8")]
@@ -145,14 +145,14 @@ fn fields_that_are_utf_8_only_side_by_side_are_refused() {
 }
 
 #[test]
-fn nul_is_refused_in_every_column() {
+fn nul_is_rejected_in_every_column() {
     let row = ["\0"; 9].join(",");
     let expected = Column::ALL.map(|column| (column.name().to_owned(), "NUL_CHARACTER"));
     assert_eq!(codes(parse(FULL_HEADER, &row)), expected);
 }
 
 #[test]
-fn a_title_is_kept_as_written_and_required() {
+fn a_title_is_kept_unchanged_and_required() {
     assert_eq!(parse("title", "  two  words ").unwrap().title, "  two  words ");
     for row in ["\"\"", "  ", "\"\n\"", "\u{A0}"] {
         assert_eq!(codes(parse("title", row)), [("title".into(), "REQUIRED")]);
@@ -168,7 +168,7 @@ fn lengths_are_counted_in_characters() {
         let error = the_error(with(column, &"é".repeat(chars + 1)));
         assert_eq!((error.column.as_str(), error.code), (column.name(), RowErrorCode::TooLong));
         assert!(
-            error.message.ends_with(&format!("has {} characters, at most {chars} are accepted", chars + 1)),
+            error.message.ends_with(&format!("has {} characters; at most {chars} are allowed", chars + 1)),
             "{}",
             error.message
         );
@@ -182,11 +182,11 @@ fn lengths_are_counted_in_characters() {
 fn values_in_errors_are_shortened() {
     let error = the_error(parse("title", &"x".repeat(256)));
     assert_eq!(error.value, "x".repeat(79) + "…");
-    assert!(error.message.starts_with(&format!("title \"{}\" has 256", error.value)), "{}", error.message);
+    assert!(error.message.starts_with(&format!("title: \"{}\" has 256", error.value)), "{}", error.message);
 }
 
 #[test]
-fn status_names_are_read_in_any_case_with_or_without_prefix() {
+fn status_names_are_accepted_in_any_case_with_or_without_prefix() {
     for (names, status) in [
         (["", " ", "\t", "  ", "\n"], None),
         (["open", "OPEN", "Open", "STATUS_OPEN", " Status_Open "], Some(Status::Open)),
@@ -203,19 +203,20 @@ fn status_names_are_read_in_any_case_with_or_without_prefix() {
 }
 
 #[test]
-fn other_statuses_are_refused() {
+fn other_statuses_are_rejected() {
     for name in
         ["done", "STATUS_", "STATUS_UNSPECIFIED", "inprogress", "status_status_open", "PRIORITY_OPEN", "оpen", "1"]
     {
         let error = the_error(with(Column::Status, name));
         assert_eq!(error.code.as_str(), "INVALID_STATUS");
-        let expected = format!("status \"{name}\" is not one of open, in_progress, closed (or empty for open)");
+        let expected =
+            format!("status: \"{name}\" is not a status; expected open, in_progress, closed or empty (open)");
         assert_eq!(error.message, expected);
     }
 }
 
 #[test]
-fn priority_names_are_read_in_any_case_with_or_without_prefix() {
+fn priority_names_are_accepted_in_any_case_with_or_without_prefix() {
     for (names, priority) in [
         (["", " ", "unspecified", "PRIORITY_UNSPECIFIED"], Priority::Unspecified),
         (["low", "Low", "PRIORITY_LOW", " priority_low "], Priority::Low),
@@ -233,7 +234,7 @@ fn priority_names_are_read_in_any_case_with_or_without_prefix() {
 }
 
 #[test]
-fn labels_are_trimmed_and_empty_or_repeated_ones_dropped() {
+fn labels_are_trimmed_and_empty_or_duplicate_labels_dropped() {
     let labels = with(Column::Labels, ";bug ; UI;;Bug;ui; Größe;GRÖSSE;größe;a,b;").unwrap().labels;
     assert_eq!(labels, ["bug", "UI", "Größe", "GRÖSSE", "a,b"]);
 }
@@ -247,7 +248,7 @@ fn at_most_100_different_labels_are_accepted() {
 }
 
 #[test]
-fn each_label_that_is_too_long_is_an_error_within_the_bound_on_labels() {
+fn every_label_that_is_too_long_is_an_error_up_to_the_label_limit() {
     let label = |n: usize| format!("{n:051}");
     let errors = with(Column::Labels, &[label(1), "ok".into(), label(2)].join(";")).unwrap_err();
     assert_eq!(errors.iter().map(|error| error.value.clone()).collect::<Vec<_>>(), [label(1), label(2)]);
@@ -256,13 +257,13 @@ fn each_label_that_is_too_long_is_an_error_within_the_bound_on_labels() {
 }
 
 #[test]
-fn an_external_id_is_kept_as_written() {
+fn an_external_id_is_kept_unchanged() {
     assert_eq!(with(Column::ExternalId, " 007 ").unwrap().external_id, Some(" 007 ".into()));
     assert_eq!(with(Column::ExternalId, "   ").unwrap().external_id, None);
 }
 
 #[test]
-fn times_are_rfc_3339_at_microseconds_in_utc() {
+fn times_are_rfc_3339_in_utc_truncated_to_microseconds() {
     for (text, expected) in [
         ("2024-02-29T23:59:59Z", "2024-02-29T23:59:59Z"),
         (" 2024-05-17t08:30:00.5z ", "2024-05-17T08:30:00.5Z"),
@@ -277,7 +278,7 @@ fn times_are_rfc_3339_at_microseconds_in_utc() {
 }
 
 #[test]
-fn other_times_are_refused() {
+fn other_times_are_rejected() {
     for text in [
         "2024-05-17",
         "2024-05-17T08:30:00",
@@ -293,12 +294,12 @@ fn other_times_are_refused() {
     ] {
         let error = the_error(with(Column::CreateTime, text));
         assert_eq!((error.code.as_str(), error.value.as_str()), ("INVALID_TIME", text));
-        assert!(error.message.starts_with(&format!("create_time \"{text}\" is not ")), "{}", error.message);
+        assert!(error.message.starts_with(&format!("create_time: \"{text}\" is ")), "{}", error.message);
     }
 }
 
 #[test]
-fn a_close_time_needs_the_status_closed() {
+fn a_close_time_requires_status_closed() {
     let header = "title,status,close_time";
     for (status, shown) in [("open", "open"), ("in progress", "in_progress"), ("", "open")] {
         let error = the_error(parse(header, &format!("t,{status},2024-05-17T08:30:00Z")));
@@ -310,7 +311,7 @@ fn a_close_time_needs_the_status_closed() {
 }
 
 #[test]
-fn a_status_that_is_not_known_is_not_held_against_the_close_time() {
+fn a_close_time_is_not_checked_against_an_invalid_status() {
     assert_eq!(
         codes(parse("title,status,close_time", "t,done,2024-05-17T08:30:00Z")),
         [("status".into(), "INVALID_STATUS")]
@@ -318,7 +319,7 @@ fn a_status_that_is_not_known_is_not_held_against_the_close_time() {
 }
 
 #[test]
-fn a_close_time_is_not_before_the_create_time() {
+fn a_close_time_before_the_create_time_is_rejected() {
     let row = |close_time: &str| {
         parse("title,status,create_time,close_time", &format!("t,closed,2024-05-17T08:30:00Z,{close_time}"))
     };

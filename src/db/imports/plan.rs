@@ -1,33 +1,33 @@
-//! What rows refer to: names to ids, external ids to issues, and the errors of the rows that refer to nothing.
+//! Decides what to do with each row of a batch: insert, update, skip or reject it.
 
 use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use uuid::Uuid;
 
-use super::{Conn, ImportSession, ImportTask};
+use super::{
+    Conn, ImportSpec,
+    references::{References, references_changed},
+};
 use crate::{
-    csv::{Column, Columns, ImportRow, RowError, RowErrorCode, shorten},
-    error::{Error, Result},
+    csv::{Batch, Column, ImportRow, RowError, RowErrorCode, shorten},
+    error::Result,
     pb::{OnExisting, Status},
 };
 
-/// How many usernames or labels are remembered during an import.
-const NAMES_REMEMBERED_MAX: usize = 10_000;
-
-/// What is to become of the rows of a batch.
-pub(super) struct Resolved<'a> {
-    pub new: Vec<NewRow<'a>>,
-    pub existing: Vec<ExistingRow<'a>>,
-    /// Issues that are left as they are.
-    pub skipped: Vec<Uuid>,
-    /// The first of them.
+/// What to do with the rows of a batch.
+pub(super) struct BatchPlan<'a> {
+    pub inserts: Vec<InsertRow<'a>>,
+    pub updates: Vec<UpdateRow<'a>>,
+    /// Existing issues that stay unchanged.
+    pub skips: Vec<Uuid>,
+    /// The first errors of the rejected rows.
     pub errors: Vec<RowError>,
     pub error_count: u64,
 }
 
-/// An issue to create.
-pub(super) struct NewRow<'a> {
+/// A row that creates an issue.
+pub(super) struct InsertRow<'a> {
     pub row: &'a ImportRow,
     pub id: Uuid,
     pub status: Status,
@@ -37,273 +37,189 @@ pub(super) struct NewRow<'a> {
     pub label_ids: Vec<Uuid>,
 }
 
-/// An issue that gets what the row has, where that is anything else.
-pub(super) struct ExistingRow<'a> {
+/// A row that updates an issue, if any value differs.
+pub(super) struct UpdateRow<'a> {
     pub row: &'a ImportRow,
     pub id: Uuid,
     pub assignee_id: Option<Uuid>,
     pub label_ids: Vec<Uuid>,
 }
 
-/// The user with this name, in any case.
-pub(super) async fn user_id(db: &Conn, username: &str) -> Result<Option<Uuid>> {
-    let mut known = HashMap::new();
-    look_up_users(db, &mut known, HashSet::from([username])).await?;
-    Ok(known.into_values().next().flatten())
-}
-
-async fn look_up_users(db: &Conn, known: &mut HashMap<String, Option<Uuid>>, wanted: HashSet<&str>) -> Result<()> {
-    const SQL: &str = "-- import_users
-        SELECT n.name, u.id FROM unnest($1::text[]) AS n (name) JOIN users u ON lower(u.username) = lower(n.name)";
-    look_up(db, SQL, known, wanted).await
-}
-
-async fn look_up_labels(db: &Conn, known: &mut HashMap<String, Option<Uuid>>, wanted: HashSet<&str>) -> Result<()> {
-    const SQL: &str = "-- import_labels
-        SELECT n.name, l.id FROM unnest($1::text[]) AS n (name) JOIN labels l ON lower(l.name) = lower(n.name)";
-    look_up(db, SQL, known, wanted).await
-}
-
-/// Asks for the names that are not known yet.
-async fn look_up(db: &Conn, sql: &str, known: &mut HashMap<String, Option<Uuid>>, wanted: HashSet<&str>) -> Result<()> {
-    let new: Vec<&str> = wanted.into_iter().filter(|name| !known.contains_key(*name)).collect();
-    if new.is_empty() {
-        return Ok(());
-    }
-    for row in db.query(sql, &[&new]).await? {
-        known.insert(row.get(0), Some(row.get(1)));
-    }
-    for name in new {
-        known.entry(name.to_owned()).or_insert(None);
-    }
-    Ok(())
-}
-
-/// An external id that is known.
+/// The owner of an external id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Known {
-    /// A row before this one has it.
-    InFile,
+enum ExternalIdOwner {
+    /// An earlier row of the file.
+    EarlierRow,
     Issue {
         id: Uuid,
         deleted: bool,
     },
 }
 
-impl ImportSession {
-    /// Looks up what the rows refer to, and holds it until the end of the transaction where it must not change.
-    pub(super) async fn resolve<'a>(
-        &mut self,
-        rows: &'a [ImportRow],
-        columns: &Columns,
-        errors_max: usize,
-    ) -> Result<Resolved<'a>> {
-        const NOW: &str = "-- import_time\nSELECT now()";
-
-        for known in [&mut self.users, &mut self.labels] {
-            if known.len() > NAMES_REMEMBERED_MAX {
-                known.clear();
-            }
-        }
-
-        let usernames: HashSet<&str> = rows.iter().filter_map(|row| row.assignee.as_deref()).collect();
-        look_up_users(&self.conn, &mut self.users, usernames).await?;
-        let labels: HashSet<&str> = rows.iter().flat_map(|row| row.labels.iter().map(String::as_str)).collect();
-        look_up_labels(&self.conn, &mut self.labels, labels).await?;
-        let known = self.look_up_external_ids(rows).await?;
-        let now: DateTime<Utc> = self.conn.query_one(NOW, &[]).await?.get(0);
-
-        let mut judge = Judge {
-            task: &self.task,
-            default_assignee_id: self.default_assignee_id,
-            users: &self.users,
-            labels: &self.labels,
-            known: known.clone(),
-            now,
-            resolved: Resolved {
-                new: Vec::with_capacity(rows.len()),
-                existing: Vec::new(),
-                skipped: Vec::new(),
-                errors: Vec::new(),
-                error_count: 0,
-            },
-            errors_max,
-        };
-        for row in rows {
-            judge.row(row);
-        }
-        let mut resolved = judge.resolved;
-        if self.task.create_labels {
-            self.create_labels(&resolved).await?;
-        }
-        self.set_label_ids(&mut resolved)?;
-        if !resolved.existing.is_empty() {
-            self.lock_existing(&resolved, &known, columns).await?;
-        }
-        Ok(resolved)
-    }
-
-    async fn look_up_external_ids(&self, rows: &[ImportRow]) -> Result<HashMap<String, Known>> {
-        const SQL: &str = "-- import_external_ids
-            SELECT i.external_id, i.id, i.delete_time IS NOT NULL, coalesce(i.import_id = $2, false)
-                OR EXISTS (SELECT FROM import_issues o WHERE o.import_id = $2 AND o.issue_id = i.id)
-            FROM issues i WHERE i.external_id = ANY($1)";
-        let external_ids: Vec<&str> = rows.iter().filter_map(|row| row.external_id.as_deref()).collect();
-        if external_ids.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let found = self.conn.query(SQL, &[&external_ids, &self.task.import_id]).await?;
-        let known = |row: &tokio_postgres::Row| match row.get(3) {
-            true => Known::InFile,
-            false => Known::Issue { id: row.get(1), deleted: row.get(2) },
-        };
-        Ok(found.iter().map(|row| (row.get(0), known(row))).collect())
-    }
-
-    /// Creates the labels that the rows name and that there are not.
-    async fn create_labels(&mut self, resolved: &Resolved<'_>) -> Result<()> {
-        // In an order, so that two imports that create the same ones wait for each other and not in a circle.
-        const SQL: &str = "-- create_labels
-            INSERT INTO labels (id, name)
-            SELECT id, name FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS n (id, name, nth) ORDER BY lower(name), nth
-            ON CONFLICT DO NOTHING";
-        let mut seen = HashSet::new();
-        let mut missing: Vec<&str> = resolved.labels().filter(|name| self.labels.get(*name) == Some(&None)).collect();
-        missing.retain(|name| seen.insert(*name));
-        if missing.is_empty() {
-            return Ok(());
-        }
-        let ids: Vec<Uuid> = missing.iter().map(|_| Uuid::now_v7()).collect();
-        self.conn.execute(SQL, &[&ids, &missing]).await?;
-        for name in &missing {
-            self.labels.remove(*name);
-        }
-        look_up_labels(&self.conn, &mut self.labels, seen).await
-    }
-
-    fn set_label_ids(&self, resolved: &mut Resolved<'_>) -> Result<()> {
-        let ids_of = |row: &ImportRow| {
-            let mut ids: Vec<Uuid> = Vec::with_capacity(row.labels.len());
-            for name in &row.labels {
-                // One that was found a moment ago and is gone: somebody has deleted it.
-                let id = self.labels.get(name).copied().flatten().ok_or_else(changed_meanwhile)?;
-                // Names that only the database takes for the same.
-                if !ids.contains(&id) {
-                    ids.push(id);
-                }
-            }
-            Ok::<_, Error>(ids)
-        };
-        for new in &mut resolved.new {
-            new.label_ids = ids_of(new.row)?;
-        }
-        for existing in &mut resolved.existing {
-            existing.label_ids = ids_of(existing.row)?;
-        }
-        Ok(())
-    }
-
-    /// Locks the issues that are to be changed, and makes sure that they are still what the rows were judged by.
-    async fn lock_existing(
-        &self,
-        resolved: &Resolved<'_>,
-        known: &HashMap<String, Known>,
-        columns: &Columns,
-    ) -> Result<()> {
-        // Labels before issues, as a deletion of a label locks them: the other order would deadlock with it.
-        const LABELS: &str =
-            "-- lock_labels_of_import\nSELECT id FROM labels WHERE id = ANY($1) ORDER BY id FOR KEY SHARE";
-        const ISSUES: &str = "-- lock_existing_issues
-            SELECT external_id, id, delete_time IS NOT NULL FROM issues WHERE id = ANY($1) ORDER BY id FOR NO KEY UPDATE";
-        if columns.index(Column::Labels).is_some() {
-            let of_existing = resolved.existing.iter().flat_map(|row| row.label_ids.iter().copied());
-            let ids: HashSet<Uuid> =
-                resolved.new.iter().flat_map(|row| row.label_ids.iter().copied()).chain(of_existing).collect();
-            let ids: Vec<Uuid> = ids.into_iter().collect();
-            self.conn.query(LABELS, &[&ids]).await?;
-        }
-        let ids: Vec<Uuid> = resolved.existing.iter().map(|row| row.id).collect();
-        let locked = self.conn.query(ISSUES, &[&ids]).await?;
-        let is_same = |row: &tokio_postgres::Row| {
-            let external_id: Option<&str> = row.get(0);
-            let now = Known::Issue { id: row.get(1), deleted: row.get(2) };
-            external_id.and_then(|external_id| known.get(external_id)) == Some(&now)
-        };
-        if locked.len() == ids.len() && locked.iter().all(is_same) { Ok(()) } else { Err(changed_meanwhile()) }
-    }
-}
-
-/// The batch is to be tried again.
-fn changed_meanwhile() -> Error {
-    Error::Aborted { reason: "CONFLICT", message: "what the rows refer to is being changed; try again".to_owned() }
-}
-
-impl Resolved<'_> {
-    /// The labels of the rows that go in.
-    fn labels(&self) -> impl Iterator<Item = &str> {
-        let rows = self.new.iter().map(|new| new.row).chain(self.existing.iter().map(|existing| existing.row));
-        rows.flat_map(|row| row.labels.iter().map(String::as_str))
-    }
-}
-
-/// What a row is about.
-#[derive(Clone, Copy)]
-enum Target {
-    New,
-    Existing(Uuid),
-    Skipped(Uuid),
-    /// Nothing that it could be about.
-    Bad(RowErrorCode),
-}
-
-struct Judge<'a, 'r> {
-    task: &'a ImportTask,
+/// Plans a batch. Creates missing labels if the import may, and locks the issues and labels that its updates depend on
+/// until the end of the transaction. At most `errors_max` errors are returned; all are counted.
+pub(super) async fn plan_batch<'a>(
+    db: &Conn,
+    spec: &ImportSpec,
+    references: &mut References,
     default_assignee_id: Option<Uuid>,
-    users: &'a HashMap<String, Option<Uuid>>,
-    labels: &'a HashMap<String, Option<Uuid>>,
-    known: HashMap<String, Known>,
+    batch: &'a Batch,
+    errors_max: usize,
+) -> Result<BatchPlan<'a>> {
+    const NOW: &str = "-- import_time\nSELECT now() AS now";
+
+    references.look_up(db, &batch.rows).await?;
+    let owners = find_external_ids(db, spec, &batch.rows).await?;
+    let now = db.query_one(NOW, &[]).await?.get("now");
+    let mut planner = Planner {
+        spec,
+        default_assignee_id,
+        references,
+        owners: owners.clone(),
+        now,
+        plan: BatchPlan {
+            inserts: Vec::with_capacity(batch.rows.len()),
+            updates: Vec::new(),
+            skips: Vec::new(),
+            errors: Vec::new(),
+            error_count: 0,
+        },
+        errors_max,
+    };
+    for row in &batch.rows {
+        planner.add(row);
+    }
+    let mut plan = planner.plan;
+    if spec.create_labels {
+        let rows = plan.inserts.iter().map(|insert| insert.row).chain(plan.updates.iter().map(|update| update.row));
+        references.create_labels(db, rows.flat_map(|row| row.labels.iter().map(String::as_str))).await?;
+    }
+    for insert in &mut plan.inserts {
+        insert.label_ids = references.label_ids(insert.row)?;
+    }
+    for update in &mut plan.updates {
+        update.label_ids = references.label_ids(update.row)?;
+    }
+    if !plan.updates.is_empty() {
+        let sets_labels = batch.header.as_ref().is_some_and(|header| header.has(Column::Labels));
+        lock_updated(db, &plan, &owners, sets_labels).await?;
+    }
+    Ok(plan)
+}
+
+async fn find_external_ids(
+    db: &Conn,
+    spec: &ImportSpec,
+    rows: &[ImportRow],
+) -> Result<HashMap<String, ExternalIdOwner>> {
+    // An issue that this import has created or touched is an earlier row's.
+    const SQL: &str = "-- import_external_ids
+        SELECT i.external_id, i.id, i.delete_time IS NOT NULL AS deleted,
+            coalesce(i.import_id = $2, false)
+                OR EXISTS (SELECT FROM import_issues o WHERE o.import_id = $2 AND o.issue_id = i.id) AS in_earlier_row
+        FROM issues i
+        WHERE i.external_id = ANY($1)";
+    let external_ids: Vec<&str> = rows.iter().filter_map(|row| row.external_id.as_deref()).collect();
+    if external_ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let found = db.query(SQL, &[&external_ids, &spec.import_id]).await?;
+    let owner = |row: &tokio_postgres::Row| match row.get("in_earlier_row") {
+        true => ExternalIdOwner::EarlierRow,
+        false => ExternalIdOwner::Issue { id: row.get("id"), deleted: row.get("deleted") },
+    };
+    Ok(found.iter().map(|row| (row.get("external_id"), owner(row))).collect())
+}
+
+/// Locks the issues to update, and fails with a `CONFLICT` unless they are as they were when the rows were planned.
+async fn lock_updated(
+    db: &Conn,
+    plan: &BatchPlan<'_>,
+    owners: &HashMap<String, ExternalIdOwner>,
+    sets_labels: bool,
+) -> Result<()> {
+    // Labels before issues, in the order in which DeleteLabel locks them: the opposite order would deadlock.
+    const LABELS: &str = "-- lock_labels_of_import
+        SELECT id FROM labels WHERE id = ANY($1) ORDER BY id FOR KEY SHARE";
+    const ISSUES: &str = "-- lock_existing_issues
+        SELECT external_id, id, delete_time IS NOT NULL AS deleted
+        FROM issues
+        WHERE id = ANY($1)
+        ORDER BY id FOR NO KEY UPDATE";
+    if sets_labels {
+        let of_inserts = plan.inserts.iter().flat_map(|insert| insert.label_ids.iter().copied());
+        let of_updates = plan.updates.iter().flat_map(|update| update.label_ids.iter().copied());
+        let ids: HashSet<Uuid> = of_inserts.chain(of_updates).collect();
+        let ids: Vec<Uuid> = ids.into_iter().collect();
+        db.query(LABELS, &[&ids]).await?;
+    }
+    let ids: Vec<Uuid> = plan.updates.iter().map(|update| update.id).collect();
+    let locked = db.query(ISSUES, &[&ids]).await?;
+    let is_unchanged = |row: &tokio_postgres::Row| {
+        let external_id: Option<&str> = row.get("external_id");
+        let owner = ExternalIdOwner::Issue { id: row.get("id"), deleted: row.get("deleted") };
+        external_id.and_then(|external_id| owners.get(external_id)) == Some(&owner)
+    };
+    if locked.len() == ids.len() && locked.iter().all(is_unchanged) { Ok(()) } else { Err(references_changed()) }
+}
+
+/// What to do with a row, as far as its external id decides it.
+#[derive(Clone, Copy)]
+enum RowAction {
+    Insert,
+    Update(Uuid),
+    Skip(Uuid),
+    Reject(RowErrorCode),
+}
+
+struct Planner<'a, 'r> {
+    spec: &'a ImportSpec,
+    default_assignee_id: Option<Uuid>,
+    references: &'a References,
+    owners: HashMap<String, ExternalIdOwner>,
     now: DateTime<Utc>,
-    resolved: Resolved<'r>,
+    plan: BatchPlan<'r>,
     errors_max: usize,
 }
 
-impl<'r> Judge<'_, 'r> {
-    fn row(&mut self, row: &'r ImportRow) {
-        let errors_before = self.resolved.error_count;
-        let target = self.target(row);
-        if row.title.is_empty() && matches!(target, Target::New) {
-            let message = "is required: the issue would be a new one";
-            self.error(row, "title", "", RowErrorCode::Required, message);
+impl<'r> Planner<'_, 'r> {
+    fn add(&mut self, row: &'r ImportRow) {
+        let errors_before = self.plan.error_count;
+        let action = self.action(row);
+        let is_insert = matches!(action, RowAction::Insert);
+        if row.title.is_empty() && is_insert {
+            let message = "title: required; the row creates an issue".to_owned();
+            self.push_error(row, "title", "", RowErrorCode::Required, message);
         }
-        let assignee_id = self.assignee(row);
+        let assignee_id = self.assignee_id(row);
         self.check_labels(row);
-        if let Target::Bad(code) = target {
-            let message = match code {
-                RowErrorCode::DuplicateExternalId => "a row before this one has the same external_id",
-                RowErrorCode::IssueDeleted => "the issue with this external_id is deleted; bring it back first",
-                _ => "another issue has this external_id",
+        if let RowAction::Reject(code) = action {
+            let problem = match code {
+                RowErrorCode::DuplicateExternalId => "is in an earlier row; expected a unique value",
+                RowErrorCode::IssueDeleted => "belongs to a deleted issue; undelete the issue first",
+                _ => "is taken by another issue; expected an unused value, or on_existing skip or update",
             };
-            self.error(row, "external_id", row.external_id.as_deref().unwrap_or_default(), code, message);
+            self.reject(row, "external_id", row.external_id.as_deref().unwrap_or_default(), code, problem);
         }
         let create_time = row.create_time.unwrap_or(self.now);
         if let Some(close_time) = row.close_time.filter(|close_time| *close_time < create_time)
-            && matches!(target, Target::New)
+            && is_insert
         {
             let value = close_time.to_rfc3339_opts(SecondsFormat::AutoSi, true);
-            let message = "the issue would be created now, after this; give its create_time";
-            self.error(row, "close_time", &value, RowErrorCode::CloseTimeBeforeCreateTime, message);
+            let problem = "is before create_time, which defaults to now; expected a create_time in the row";
+            self.reject(row, "close_time", &value, RowErrorCode::CloseTimeBeforeCreateTime, problem);
         }
-        if self.resolved.error_count > errors_before {
+        if self.plan.error_count > errors_before {
             return;
         }
         if let Some(external_id) = &row.external_id {
-            self.known.insert(external_id.clone(), Known::InFile);
+            self.owners.insert(external_id.clone(), ExternalIdOwner::EarlierRow);
         }
-        match target {
-            Target::New => {
-                let status = row.status.unwrap_or(self.task.format.default_status);
+        match action {
+            RowAction::Insert => {
+                let status = row.status.unwrap_or(self.spec.format.default_status);
                 let closed_now = (status == Status::Closed).then(|| self.now.max(create_time));
-                self.resolved.new.push(NewRow {
+                self.plan.inserts.push(InsertRow {
                     row,
                     id: issue_id(create_time, row.row_number),
                     status,
@@ -313,71 +229,78 @@ impl<'r> Judge<'_, 'r> {
                     label_ids: Vec::new(),
                 });
             }
-            Target::Existing(id) => {
-                self.resolved.existing.push(ExistingRow { row, id, assignee_id, label_ids: Vec::new() });
+            RowAction::Update(id) => {
+                self.plan.updates.push(UpdateRow { row, id, assignee_id, label_ids: Vec::new() });
             }
-            Target::Skipped(id) => self.resolved.skipped.push(id),
-            Target::Bad(_) => {}
+            RowAction::Skip(id) => self.plan.skips.push(id),
+            RowAction::Reject(_) => {}
         }
     }
 
-    fn target(&self, row: &ImportRow) -> Target {
-        let Some(external_id) = &row.external_id else { return Target::New };
-        match (self.known.get(external_id), self.task.on_existing) {
-            (None, _) => Target::New,
-            (Some(Known::InFile), _) => Target::Bad(RowErrorCode::DuplicateExternalId),
-            (Some(Known::Issue { id, .. }), OnExisting::Skip) => Target::Skipped(*id),
-            (Some(Known::Issue { id, deleted: false }), OnExisting::Update) => Target::Existing(*id),
-            (Some(Known::Issue { deleted: true, .. }), OnExisting::Update) => Target::Bad(RowErrorCode::IssueDeleted),
-            (Some(Known::Issue { .. }), OnExisting::Fail | OnExisting::Unspecified) => {
-                Target::Bad(RowErrorCode::ExternalIdTaken)
+    fn action(&self, row: &ImportRow) -> RowAction {
+        use ExternalIdOwner::{EarlierRow, Issue};
+        let Some(external_id) = &row.external_id else { return RowAction::Insert };
+        match (self.owners.get(external_id), self.spec.on_existing) {
+            (None, _) => RowAction::Insert,
+            (Some(EarlierRow), _) => RowAction::Reject(RowErrorCode::DuplicateExternalId),
+            (Some(Issue { id, .. }), OnExisting::Skip) => RowAction::Skip(*id),
+            (Some(Issue { id, deleted: false }), OnExisting::Update) => RowAction::Update(*id),
+            (Some(Issue { deleted: true, .. }), OnExisting::Update) => RowAction::Reject(RowErrorCode::IssueDeleted),
+            (Some(Issue { .. }), OnExisting::Fail | OnExisting::Unspecified) => {
+                RowAction::Reject(RowErrorCode::ExternalIdTaken)
             }
         }
     }
 
-    fn assignee(&mut self, row: &ImportRow) -> Option<Uuid> {
+    fn assignee_id(&mut self, row: &ImportRow) -> Option<Uuid> {
         let username = row.assignee.as_deref()?;
-        let id = self.users.get(username).copied().flatten();
+        let id = self.references.user_id(username);
         if id.is_none() {
-            let message = "there is no user with this username";
-            self.error(row, "assignee", username, RowErrorCode::UnknownAssignee, message);
+            let problem = "is not a user; expected an existing username";
+            self.reject(row, "assignee", username, RowErrorCode::UnknownAssignee, problem);
         }
         id
     }
 
     fn check_labels(&mut self, row: &ImportRow) {
         for name in &row.labels {
-            if self.labels.get(name).copied().flatten().is_some() {
+            if self.references.label_id(name).is_some() {
                 continue;
             }
-            if !self.task.create_labels {
-                self.error(row, "labels", name, RowErrorCode::UnknownLabel, "there is no label with this name");
+            if !self.spec.create_labels {
+                let problem = "is not a label; expected an existing label, or create_labels";
+                self.reject(row, "labels", name, RowErrorCode::UnknownLabel, problem);
             } else if name.contains(';') {
-                let message = "there is no label with this name, and none with a \";\" in it is created";
-                self.error(row, "labels", name, RowErrorCode::UnknownLabel, message);
+                let problem = "is not a label and cannot be created; expected a name without \";\"";
+                self.reject(row, "labels", name, RowErrorCode::UnknownLabel, problem);
             }
         }
     }
 
-    fn error(&mut self, row: &ImportRow, column: &str, value: &str, code: RowErrorCode, message: &str) {
-        self.resolved.error_count += 1;
-        if self.resolved.errors.len() >= self.errors_max {
+    fn reject(&mut self, row: &ImportRow, column: &str, value: &str, code: RowErrorCode, problem: &str) {
+        let message = format!("{column}: \"{}\" {problem}", shorten(value.as_bytes()));
+        self.push_error(row, column, value, code, message);
+    }
+
+    fn push_error(&mut self, row: &ImportRow, column: &str, value: &str, code: RowErrorCode, message: String) {
+        self.plan.error_count += 1;
+        if self.plan.errors.len() >= self.errors_max {
             return;
         }
-        self.resolved.errors.push(RowError {
+        self.plan.errors.push(RowError {
             row_number: row.row_number,
             line_number: row.line_number,
             byte_offset: row.byte_offset,
             column: column.to_owned(),
             value: shorten(value.as_bytes()),
             code,
-            message: message.to_owned(),
+            message,
         });
     }
 }
 
-/// An id of version 7 that sorts where an issue of this time belongs, and among those of the same time in the order of
-/// the file: 48 bits of milliseconds, the microseconds beyond, 32 bits of row number, 30 random bits.
+/// Returns a UUID of version 7 that sorts by creation time, and then by the file's order: 48 bits of milliseconds, the
+/// remaining microseconds, 32 bits of row number, 30 random bits.
 fn issue_id(time: DateTime<Utc>, row_number: u64) -> Uuid {
     const RANDOM_BITS: u32 = 30;
     let millis = time.timestamp_millis().cast_unsigned();
@@ -392,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_of_version_7_and_sort_by_time_and_then_by_row() {
+    fn ids_have_version_7_and_sort_by_time_and_then_by_row() {
         let micros = |micros: i64| DateTime::from_timestamp_micros(1_700_000_000_000_000 + micros).unwrap();
         let keys = [(0, 1), (0, 2), (0, 1 << 31), (1, 1), (999, 7), (1_000, 1), (1_000, 3), (2_000_001, 2)];
         let ids = keys.map(|(time, row)| issue_id(micros(time), row));

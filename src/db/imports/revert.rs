@@ -1,37 +1,25 @@
-//! Undoing an import.
+//! Reverts an import: COMMITTED, or interrupted with committed rows, to REVERTED.
 
 use uuid::Uuid;
 
 use super::{
-    Conn, running,
-    state::{check_owner, lock_in_transaction, state_column, state_from_row},
+    Conn, already_running,
+    read::check_owner,
+    state::{check_one_row, lock_for_transaction, state_from_row},
 };
 use crate::{
     error::{Error, Result},
     pb::{ImportMode, ImportState, RevertImportResponse},
 };
 
-/// How many of the issues that were changed since are named.
+/// The maximum number of issues changed since the import that a response or an error names.
 pub const IMPORT_CHANGED_SHOWN_MAX: i64 = 100;
 
-/// Whether an issue `i` that the import has created was changed or commented since.
-macro_rules! created_was_changed {
-    () => {
-        "(i.version <> 1 OR EXISTS (SELECT FROM comments c WHERE c.issue_id = i.id))"
-    };
-}
-
-/// Whether an issue `i` that the import has updated, with `b` kept of it, was changed or commented since.
-macro_rules! updated_was_changed {
-    () => {
-        "(i.version <> b.version OR (SELECT count(*) FROM comments c WHERE c.issue_id = i.id) <> b.comment_count)"
-    };
-}
-
-/// Undoes an import: one of `owner`'s, or anybody's if there is no `owner`. With `force` the issues that were changed
-/// since are left.
+/// Reverts an import: deletes the issues that it created, and restores those that it updated. `owner` restricts it to
+/// imports of that user. With `force`, issues that changed since the import are kept; without it, they fail the call with
+/// `ChangedSince`. An import that is reverted already returns its stored response.
 ///
-/// Takes more than one statement: call it in a transaction.
+/// Takes several statements: call it in a transaction.
 pub async fn revert(
     db: &Conn,
     import_id: Uuid,
@@ -39,19 +27,20 @@ pub async fn revert(
     actor_id: Uuid,
     force: bool,
 ) -> Result<RevertImportResponse> {
-    // Nobody else changes the record of an import while its lock is held.
-    let is_ours = lock_in_transaction(db, import_id).await?;
-    if let Some(reverted) = check_state(db, import_id, owner, is_ours).await? {
+    // While this call has the import's lock, no other call changes the import.
+    let is_locked = lock_for_transaction(db, import_id).await?;
+    if let Some(reverted) = check_state(db, import_id, owner, is_locked).await? {
         return Ok(reverted);
     }
-    // As long as a million issues take; a caller who gives up ends it. Most of a table is better read as a whole.
+    // A million issues take longer than the default limit; the caller's deadline still applies. An import can be most of a
+    // table, which a sequential scan reads fastest.
     db.enqueue("SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on")?;
     lock_issues(db, import_id).await?;
-    let (kept_count, kept_ids) = changed_since(db, import_id).await?;
+    let (kept_count, kept_ids) = find_changed(db, import_id).await?;
     if kept_count > 0 && !force {
         return Err(Error::ChangedSince { count: kept_count, ids: kept_ids });
     }
-    let removed_count = remove_created(db, import_id).await?;
+    let removed_count = delete_created(db, import_id).await?;
     let restored_count = restore_updated(db, import_id, actor_id).await?;
     let response = RevertImportResponse {
         removed_count,
@@ -59,154 +48,136 @@ pub async fn revert(
         kept_count,
         kept_ids: kept_ids.iter().map(Uuid::to_string).collect(),
     };
-    keep(db, import_id, &response, &kept_ids).await?;
+    finish_revert(db, import_id, &response, &kept_ids).await?;
     Ok(response)
 }
 
-/// The response of the call that has undone the import already, if one has.
+/// Returns the stored response if the import is reverted already. Fails if it cannot be reverted.
 async fn check_state(
     db: &Conn,
     import_id: Uuid,
     owner: Option<Uuid>,
-    is_ours: bool,
+    is_locked: bool,
 ) -> Result<Option<RevertImportResponse>> {
-    const SQL: &str = concat!(
-        "-- get_import_to_revert
-        SELECT caller_id, mode, ",
-        state_column!(),
-        ", removed_count, restored_count, kept_count, kept_ids FROM imports WHERE id = $1"
-    );
+    // Imports of older versions have no state: 4 is RUNNING, 1 is COMMITTED.
+    const SQL: &str = "-- get_import_to_revert
+        SELECT caller_id, mode, coalesce(state, CASE WHEN finish_time IS NULL THEN 4 ELSE 1 END::smallint) AS state,
+            removed_count, restored_count, kept_count, kept_ids
+        FROM imports
+        WHERE id = $1";
     let row = db.query_opt(SQL, &[&import_id]).await?;
     let row = row.ok_or_else(|| Error::not_found("import", "import_id", import_id))?;
-    check_owner(row.get(0), owner)?;
-    if !is_ours {
-        return Err(running(import_id));
+    check_owner(row.get("caller_id"), owner)?;
+    if !is_locked {
+        return Err(already_running(import_id));
     }
-    let state = state_from_row(&row, 2)?;
+    let state = state_from_row(&row)?;
     if state == ImportState::Reverted {
         return Ok(Some(RevertImportResponse {
-            removed_count: row.get(3),
-            restored_count: row.get(4),
-            kept_count: row.get(5),
-            kept_ids: row.get::<_, Vec<Uuid>>(6).iter().map(Uuid::to_string).collect(),
+            removed_count: row.get("removed_count"),
+            restored_count: row.get("restored_count"),
+            kept_count: row.get("kept_count"),
+            kept_ids: row.get::<_, Vec<Uuid>>("kept_ids").iter().map(Uuid::to_string).collect(),
         }));
     }
-    let has_rows = match state {
+    let has_committed_rows = match state {
         ImportState::Committed => true,
-        ImportState::Running => row.get::<_, i16>(1) == ImportMode::SkipInvalid as i16,
+        ImportState::Running => row.get::<_, i16>("mode") == ImportMode::SkipInvalid as i16,
         _ => false,
     };
-    if !has_rows {
-        let message = format!("no row of import \"{import_id}\" is in: there is nothing to undo");
+    if !has_committed_rows {
+        let message = format!("import \"{import_id}\" has no committed rows; expected a committed import");
         return Err(Error::precondition("IMPORT_NOT_COMMITTED", "import_id", message));
     }
     Ok(None)
 }
 
-/// Holds all that the import has made, so that it stays as it is found.
+/// Locks the issues of the import, and the labels that it may restore, until the end of the transaction.
 async fn lock_issues(db: &Conn, import_id: Uuid) -> Result<()> {
-    // Labels before issues, as a deletion of a label locks them: the other order would deadlock with it.
+    // Labels before issues, in the order in which DeleteLabel locks them: the opposite order would deadlock.
     const LABELS: &str = "-- lock_labels_to_restore
         SELECT count(*) FROM (
-            SELECT FROM labels WHERE id IN (SELECT unnest(label_ids) FROM import_issues WHERE import_id = $1)
-            ORDER BY id FOR KEY SHARE) locked";
+            SELECT FROM labels
+            WHERE id IN (SELECT unnest(label_ids) FROM import_issues WHERE import_id = $1)
+            ORDER BY id
+            FOR KEY SHARE
+        ) locked";
     const ISSUES: &str = "-- lock_issues_of_import
         SELECT count(*) FROM (
-            SELECT FROM issues WHERE id IN (
+            SELECT FROM issues
+            WHERE id IN (
                 SELECT id FROM issues WHERE import_id = $1
-                UNION ALL SELECT issue_id FROM import_issues WHERE import_id = $1 AND version IS NOT NULL)
-            ORDER BY id FOR UPDATE) locked";
+                UNION ALL
+                SELECT issue_id FROM import_issues WHERE import_id = $1 AND version IS NOT NULL)
+            ORDER BY id
+            FOR UPDATE
+        ) locked";
     db.query_one(LABELS, &[&import_id]).await?;
     db.query_one(ISSUES, &[&import_id]).await.map(drop)
 }
 
-/// How many of the import's issues were changed or commented since, and the first of them.
-async fn changed_since(db: &Conn, import_id: Uuid) -> Result<(i64, Vec<Uuid>)> {
-    const SQL: &str = concat!(
-        "-- changed_since_import
+/// Returns how many of the import's issues were changed or commented since, and the first
+/// [`IMPORT_CHANGED_SHOWN_MAX`] of them.
+async fn find_changed(db: &Conn, import_id: Uuid) -> Result<(i64, Vec<Uuid>)> {
+    const SQL: &str = "-- find_issues_changed_since_import
         WITH changed AS MATERIALIZED (
-            SELECT i.id FROM issues i WHERE i.import_id = $1 AND ",
-        created_was_changed!(),
-        " UNION ALL
-            SELECT i.id FROM import_issues b JOIN issues i ON i.id = b.issue_id
-            WHERE b.import_id = $1 AND b.version IS NOT NULL AND ",
-        updated_was_changed!(),
-        ")
-        SELECT (SELECT count(*) FROM changed), ARRAY(SELECT id FROM changed ORDER BY id LIMIT $2)"
-    );
+            SELECT i.id
+            FROM issues i
+            WHERE i.import_id = $1
+                AND (i.version <> 1 OR EXISTS (SELECT FROM comments c WHERE c.issue_id = i.id))
+            UNION ALL
+            SELECT i.id
+            FROM import_issues p JOIN issues i ON i.id = p.issue_id
+            WHERE p.import_id = $1 AND p.version IS NOT NULL
+                AND (i.version <> p.version
+                    OR (SELECT count(*) FROM comments c WHERE c.issue_id = i.id) <> p.comment_count)
+        )
+        SELECT (SELECT count(*) FROM changed) AS changed_count,
+            ARRAY(SELECT id FROM changed ORDER BY id LIMIT $2) AS changed_ids";
     let row = db.query_one(SQL, &[&import_id, &IMPORT_CHANGED_SHOWN_MAX]).await?;
-    Ok((row.get(0), row.get(1)))
+    Ok((row.get("changed_count"), row.get("changed_ids")))
 }
 
-async fn remove_created(db: &Conn, import_id: Uuid) -> Result<i64> {
-    // An issue in its first version has no history: every change of it would be another version.
-    const LABELS: &str = concat!(
-        "-- remove_labels_of_created_issues
-        DELETE FROM issue_labels il USING issues i WHERE i.id = il.issue_id AND i.import_id = $1 AND NOT ",
-        created_was_changed!()
-    );
-    const ISSUES: &str = concat!(
-        "-- remove_created_issues\nDELETE FROM issues i WHERE i.import_id = $1 AND NOT ",
-        created_was_changed!()
-    );
+/// Deletes the issues that the import has created and that have not changed since; returns their number.
+async fn delete_created(db: &Conn, import_id: Uuid) -> Result<i64> {
+    // Issues in version 1 without comments: nothing refers to them but their labels, and they have no events.
+    const LABELS: &str = "-- delete_labels_of_created_issues
+        DELETE FROM issue_labels il USING issues i
+        WHERE i.id = il.issue_id AND i.import_id = $1 AND i.version = 1
+            AND NOT EXISTS (SELECT FROM comments c WHERE c.issue_id = i.id)";
+    const ISSUES: &str = "-- delete_created_issues
+        DELETE FROM issues i
+        WHERE i.import_id = $1 AND i.version = 1
+            AND NOT EXISTS (SELECT FROM comments c WHERE c.issue_id = i.id)";
     db.execute(LABELS, &[&import_id]).await?;
     Ok(db.execute(ISSUES, &[&import_id]).await?.cast_signed())
 }
 
+/// Restores the issues that the import has updated and that have not changed since; returns how many have changed.
 async fn restore_updated(db: &Conn, import_id: Uuid, actor_id: Uuid) -> Result<i64> {
-    // A label that was deleted since cannot be put on again.
-    const SQL: &str = concat!(
-        "-- restore_updated_issues
-        WITH b AS MATERIALIZED (
-            SELECT b.* FROM import_issues b JOIN issues i ON i.id = b.issue_id
-            WHERE b.import_id = $1 AND b.version IS NOT NULL AND NOT ",
-        updated_was_changed!(),
-        "), removed AS (
-            DELETE FROM issue_labels il USING b WHERE il.issue_id = b.issue_id AND il.label_id <> ALL (b.label_ids)
-            RETURNING il.issue_id, il.label_id
-        ), added AS (
-            INSERT INTO issue_labels (issue_id, label_id)
-            SELECT b.issue_id, l.id FROM b CROSS JOIN unnest(b.label_ids) AS had (label_id) JOIN labels l ON l.id = had.label_id
-            ON CONFLICT DO NOTHING RETURNING issue_id, label_id
-        ), changed AS (
-            UPDATE issues i SET
-                change_actor_id = $2,
-                title = b.title,
-                description = b.description,
-                priority = b.priority,
-                status = b.status,
-                assignee_id = b.assignee_id,
-                close_time = b.close_time,
-                reopen_count = b.reopen_count
-            FROM b WHERE i.id = b.issue_id RETURNING i.id, i.version
-        ), told AS (
-            INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-            SELECT c.id, c.version, $2, 'label', r.old_value, r.new_value
-            FROM changed c JOIN (
-                SELECT issue_id, label_id::text AS old_value, NULL AS new_value FROM removed
-                UNION ALL SELECT issue_id, NULL, label_id::text FROM added
-            ) r ON r.issue_id = c.id
-        )
-        SELECT count(*) FROM changed"
-    );
+    const SQL: &str = include_str!("restore_updated_issues.sql");
+    // The trigger on issues then takes close_time and reopen_count from the statement.
     db.enqueue("SET LOCAL issue_tracker.restores_status = 'on'")?;
-    let restored = db.query_one(SQL, &[&import_id, &actor_id]).await?.get(0);
+    let restored = db.query_one(SQL, &[&import_id, &actor_id]).await?.get("restored_count");
     db.enqueue("SET LOCAL issue_tracker.restores_status = 'off'")?;
     Ok(restored)
 }
 
-/// Keeps what was answered; what the issues had is of no more use.
-async fn keep(db: &Conn, import_id: Uuid, response: &RevertImportResponse, kept_ids: &[Uuid]) -> Result<()> {
-    const KEEP: &str = "-- keep_reverted_import
-        UPDATE imports SET state = $2, revert_time = now(), removed_count = $3, restored_count = $4, kept_count = $5,
-            kept_ids = $6
-        WHERE id = $1";
-    const FORGET: &str = "-- forget_issues_of_import\nDELETE FROM import_issues WHERE import_id = $1";
+/// Moves the import to REVERTED, stores the response, and deletes the previous values of its issues.
+async fn finish_revert(db: &Conn, import_id: Uuid, response: &RevertImportResponse, kept_ids: &[Uuid]) -> Result<()> {
+    const SQL: &str = "-- finish_import_revert
+        UPDATE imports SET
+            state = /* state */ $2,
+            revert_time = now(),
+            removed_count = /* removed_count */ $3,
+            restored_count = /* restored_count */ $4,
+            kept_count = /* kept_count */ $5,
+            kept_ids = /* kept_ids */ $6
+        WHERE id = /* id */ $1";
+    const DELETE_ISSUES: &str = "-- delete_import_issues
+        DELETE FROM import_issues WHERE import_id = $1";
     let RevertImportResponse { removed_count, restored_count, kept_count, .. } = response;
     let state = ImportState::Reverted as i16;
-    let kept = db.execute(KEEP, &[&import_id, &state, removed_count, restored_count, kept_count, &kept_ids]).await?;
-    if kept != 1 {
-        return Err(Error::Internal("the record of an import is gone"));
-    }
-    db.execute(FORGET, &[&import_id]).await.map(drop)
+    check_one_row(db.execute(SQL, &[&import_id, &state, removed_count, restored_count, kept_count, &kept_ids]).await?)?;
+    db.execute(DELETE_ISSUES, &[&import_id]).await.map(drop)
 }

@@ -1,4 +1,4 @@
-//! The rows of a batch into the database: new issues by COPY, changes of issues in one statement.
+//! Executes the plan of a batch: new issues by COPY, updates in one statement.
 
 use tokio_postgres::{
     binary_copy::BinaryCopyInWriter,
@@ -7,24 +7,24 @@ use tokio_postgres::{
 use uuid::Uuid;
 
 use super::{
-    Conn, ImportTask,
-    plan::{ExistingRow, NewRow, Resolved},
+    Conn, ImportSpec,
+    plan::{BatchPlan, InsertRow, UpdateRow},
 };
 use crate::{
-    csv::{Column, Columns},
+    csv::{Column, Header},
     error::{Error, Result},
     pb::Priority,
 };
 
-/// Writes a batch, and answers how many issues it has updated.
-pub(super) async fn write(db: &Conn, task: &ImportTask, columns: &Columns, rows: &Resolved<'_>) -> Result<u64> {
-    copy_issues(db, task, &rows.new).await?;
-    copy_labels(db, &rows.new).await?;
-    leave(db, task, &rows.skipped).await?;
-    update(db, task, columns, &rows.existing).await
+/// Executes the plan of a batch in the connection's transaction, and returns how many issues were updated.
+pub(super) async fn execute(db: &Conn, spec: &ImportSpec, header: &Header, plan: &BatchPlan<'_>) -> Result<u64> {
+    copy_issues(db, spec, &plan.inserts).await?;
+    copy_labels(db, &plan.inserts).await?;
+    insert_skipped(db, spec, &plan.skips).await?;
+    update_issues(db, spec, header, &plan.updates).await
 }
 
-async fn copy_issues(db: &Conn, task: &ImportTask, rows: &[NewRow<'_>]) -> Result<()> {
+async fn copy_issues(db: &Conn, spec: &ImportSpec, inserts: &[InsertRow<'_>]) -> Result<()> {
     const SQL: &str = "-- copy_issues
         COPY issues (id, import_id, create_time, update_time, close_time, reporter_id, assignee_id, status, priority, title,
             description, external_id) FROM STDIN (FORMAT binary)";
@@ -42,19 +42,19 @@ async fn copy_issues(db: &Conn, task: &ImportTask, rows: &[NewRow<'_>]) -> Resul
         Type::TEXT,
         Type::TEXT,
     ];
-    if rows.is_empty() {
+    if inserts.is_empty() {
         return Ok(());
     }
     let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &TYPES));
-    for NewRow { row, id, status, create_time, close_time, assignee_id, .. } in rows {
-        let priority = if row.priority == Priority::Unspecified { task.default_priority } else { row.priority };
+    for InsertRow { row, id, status, create_time, close_time, assignee_id, .. } in inserts {
+        let priority = if row.priority == Priority::Unspecified { spec.default_priority } else { row.priority };
         let values: [&(dyn ToSql + Sync); 12] = [
             id,
-            &task.import_id,
+            &spec.import_id,
             create_time,
             create_time,
             close_time,
-            &task.caller_id,
+            &spec.caller_id,
             assignee_id,
             &(*status as i16),
             &(priority as i16),
@@ -64,126 +64,67 @@ async fn copy_issues(db: &Conn, task: &ImportTask, rows: &[NewRow<'_>]) -> Resul
         ];
         writer.as_mut().write(&values).await?;
     }
-    written(writer.as_mut().finish().await?, rows.len())
+    check_copied(writer.as_mut().finish().await?, inserts.len())
 }
 
-async fn copy_labels(db: &Conn, rows: &[NewRow<'_>]) -> Result<()> {
-    const SQL: &str = "-- copy_issue_labels\nCOPY issue_labels (issue_id, label_id) FROM STDIN (FORMAT binary)";
-    let count: usize = rows.iter().map(|row| row.label_ids.len()).sum();
+async fn copy_labels(db: &Conn, inserts: &[InsertRow<'_>]) -> Result<()> {
+    const SQL: &str = "-- copy_issue_labels
+        COPY issue_labels (issue_id, label_id) FROM STDIN (FORMAT binary)";
+    let count: usize = inserts.iter().map(|insert| insert.label_ids.len()).sum();
     if count == 0 {
         return Ok(());
     }
     let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &[Type::UUID, Type::UUID]));
-    for row in rows {
-        for label_id in &row.label_ids {
-            writer.as_mut().write(&[&row.id, label_id]).await?;
+    for insert in inserts {
+        for label_id in &insert.label_ids {
+            writer.as_mut().write(&[&insert.id, label_id]).await?;
         }
     }
-    written(writer.as_mut().finish().await?, count)
+    check_copied(writer.as_mut().finish().await?, count)
 }
 
-fn written(rows: u64, wanted: usize) -> Result<()> {
-    if rows == wanted as u64 { Ok(()) } else { Err(Error::Internal("COPY took another number of rows")) }
+fn check_copied(copied: u64, expected: usize) -> Result<()> {
+    if copied == expected as u64 { Ok(()) } else { Err(Error::Internal("COPY has written another number of rows")) }
 }
 
-/// Notes that the import has had a row for these issues, so that a second one is known as that.
-async fn leave(db: &Conn, task: &ImportTask, ids: &[Uuid]) -> Result<()> {
-    const SQL: &str = "-- leave_issues
+/// Stores that the file has rows for these issues, so that a second row for one of them is detected.
+async fn insert_skipped(db: &Conn, spec: &ImportSpec, ids: &[Uuid]) -> Result<()> {
+    const SQL: &str = "-- insert_skipped_issues
         INSERT INTO import_issues (import_id, issue_id) SELECT $1, unnest($2::uuid[])";
     if ids.is_empty() {
         return Ok(());
     }
-    db.execute(SQL, &[&task.import_id, &ids]).await.map(drop)
+    db.execute(SQL, &[&spec.import_id, &ids]).await.map(drop)
 }
 
-/// Gives issues, which are locked, what the file has of them, and keeps what they had; answers how many were changed.
-async fn update(db: &Conn, task: &ImportTask, columns: &Columns, rows: &[ExistingRow<'_>]) -> Result<u64> {
-    // A column that is null in `n` stays as it is. All parts see the issues as they were before the statement.
-    const SQL: &str = "-- import_update_issues
-        WITH n AS MATERIALIZED (
-            SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::int2[], $7::int2[], $8::uuid[])
-                AS n (id, title, description, priority, status, assignee_id)
-        ), wanted AS MATERIALIZED (
-            SELECT * FROM unnest($11::uuid[], $12::uuid[]) AS w (issue_id, label_id)
-        ), removed AS (
-            DELETE FROM issue_labels il USING n WHERE $10 AND il.issue_id = n.id
-                AND NOT EXISTS (SELECT FROM wanted w WHERE w.issue_id = il.issue_id AND w.label_id = il.label_id)
-            RETURNING il.issue_id, il.label_id
-        ), added AS (
-            INSERT INTO issue_labels (issue_id, label_id) SELECT issue_id, label_id FROM wanted
-            ON CONFLICT DO NOTHING RETURNING issue_id, label_id
-        ), relabelled AS (
-            SELECT issue_id, label_id::text AS old_value, NULL AS new_value FROM removed
-            UNION ALL SELECT issue_id, NULL, label_id::text FROM added
-        ), kept AS (
-            INSERT INTO import_issues (import_id, issue_id, version, title, description, priority, status, assignee_id,
-                close_time, reopen_count, label_ids, comment_count)
-            SELECT $1, i.id, i.version + 1, i.title, i.description, i.priority, i.status, i.assignee_id, i.close_time,
-                i.reopen_count, ARRAY(SELECT il.label_id FROM issue_labels il WHERE il.issue_id = i.id),
-                (SELECT count(*) FROM comments c WHERE c.issue_id = i.id)
-            FROM n JOIN issues i ON i.id = n.id
-            WHERE n.title <> i.title OR n.description <> i.description OR n.priority <> i.priority OR n.status <> i.status
-                OR $9 AND n.assignee_id IS DISTINCT FROM i.assignee_id
-                OR i.id IN (SELECT issue_id FROM relabelled)
-            RETURNING issue_id
-        ), left_alone AS (
-            INSERT INTO import_issues (import_id, issue_id)
-            SELECT $1, n.id FROM n WHERE n.id NOT IN (SELECT issue_id FROM kept)
-        ), changed AS (
-            UPDATE issues i SET
-                change_actor_id = $2,
-                title = coalesce(n.title, i.title),
-                description = coalesce(n.description, i.description),
-                priority = coalesce(n.priority, i.priority),
-                status = coalesce(n.status, i.status),
-                assignee_id = CASE WHEN $9 THEN n.assignee_id ELSE i.assignee_id END
-            FROM n JOIN kept k ON k.issue_id = n.id WHERE i.id = n.id
-            RETURNING i.id, i.version
-        ), told AS (
-            INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-            SELECT c.id, c.version, $2, 'label', r.old_value, r.new_value
-            FROM changed c JOIN relabelled r ON r.issue_id = c.id
-        )
-        SELECT count(*) FROM changed";
-    if rows.is_empty() {
+/// Updates locked issues whose values differ, and stores their previous values; returns how many were updated.
+async fn update_issues(db: &Conn, spec: &ImportSpec, header: &Header, updates: &[UpdateRow<'_>]) -> Result<u64> {
+    const SQL: &str = include_str!("update_existing_issues.sql");
+    if updates.is_empty() {
         return Ok(0);
     }
-    let has = |column: Column| columns.index(column).is_some();
-    let has_description = has(Column::Description);
-    let has_priority = has(Column::Priority);
-    let has_labels = has(Column::Labels);
-    let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
-    // No title is empty where the file has them.
+    let [has_description, has_priority, has_assignee, has_labels] =
+        [Column::Description, Column::Priority, Column::Assignee, Column::Labels].map(|column| header.has(column));
+    let ids: Vec<Uuid> = updates.iter().map(|update| update.id).collect();
+    // A title is empty only if the file does not have the column.
     let titles: Vec<Option<&str>> =
-        rows.iter().map(|row| Some(&*row.row.title).filter(|title| !title.is_empty())).collect();
+        updates.iter().map(|update| Some(&*update.row.title).filter(|title| !title.is_empty())).collect();
     let descriptions: Vec<Option<&str>> =
-        rows.iter().map(|row| has_description.then_some(&*row.row.description)).collect();
-    let priorities: Vec<Option<i16>> = rows.iter().map(|row| has_priority.then_some(row.row.priority as i16)).collect();
-    let statuses: Vec<Option<i16>> = rows.iter().map(|row| row.row.status.map(|status| status as i16)).collect();
-    let assignee_ids: Vec<Option<Uuid>> = rows.iter().map(|row| row.assignee_id).collect();
-    let labels = rows.iter().flat_map(|row| row.label_ids.iter().map(|label_id| (row.id, *label_id)));
+        updates.iter().map(|update| has_description.then_some(&*update.row.description)).collect();
+    let priorities: Vec<Option<i16>> =
+        updates.iter().map(|update| has_priority.then_some(update.row.priority as i16)).collect();
+    let statuses: Vec<Option<i16>> =
+        updates.iter().map(|update| update.row.status.map(|status| status as i16)).collect();
+    let assignee_ids: Vec<Option<Uuid>> = updates.iter().map(|update| update.assignee_id).collect();
+    let labels = updates.iter().flat_map(|update| update.label_ids.iter().map(|label_id| (update.id, *label_id)));
     let (labelled_ids, label_ids): (Vec<Uuid>, Vec<Uuid>) = labels.unzip();
-    // A plan for any number of rows would be one for ten.
+    // A generic plan assumes arrays of ten elements, and would be slow for thousands.
     db.enqueue("SET LOCAL plan_cache_mode = force_custom_plan")?;
-    let changed = db
-        .query_one(
-            SQL,
-            &[
-                &task.import_id,
-                &task.caller_id,
-                &ids,
-                &titles,
-                &descriptions,
-                &priorities,
-                &statuses,
-                &assignee_ids,
-                &has(Column::Assignee),
-                &has_labels,
-                &labelled_ids,
-                &label_ids,
-            ],
-        )
-        .await?;
+    #[rustfmt::skip]
+    let row = db.query_one(SQL, &[
+        &spec.import_id, &spec.caller_id, &ids, &titles, &descriptions, &priorities, &statuses, &assignee_ids,
+        &has_assignee, &has_labels, &labelled_ids, &label_ids,
+    ]).await?;
     db.enqueue("SET LOCAL plan_cache_mode = auto")?;
-    Ok(changed.get::<_, i64>(0).cast_unsigned())
+    Ok(row.get::<_, i64>("updated_count").cast_unsigned())
 }

@@ -1,4 +1,4 @@
-//! An import's options, checked before anything is read.
+//! Parses and checks the options of an import.
 
 use std::collections::BTreeMap;
 
@@ -6,17 +6,18 @@ use uuid::Uuid;
 
 use crate::{
     csv::{Column, Format, column_key},
-    db::imports::ImportTask,
+    db::imports::ImportSpec,
     error::{Result, quote},
     pb::{ImportMode, ImportOptions, OnExisting, Priority, Status},
     request::{Check, USERNAME_CHARS_MAX, sha256},
 };
 
+/// Bounds of `column_names`.
 const COLUMN_NAMES_MAX: usize = 100;
 const COLUMN_NAME_CHARS_MAX: usize = 255;
 
-/// What the options say, or all that is wrong with them.
-pub(super) fn read(caller_id: Uuid, options: ImportOptions) -> Result<ImportTask> {
+/// Parses the options, or fails with all of their violations.
+pub(super) fn parse(caller_id: Uuid, options: ImportOptions) -> Result<ImportSpec> {
     let mut check = Check::default();
     let import_id = check.optional_uuid("options.import_id", &options.import_id);
     let mode = match check.enumeration("options.mode", options.mode) {
@@ -25,7 +26,8 @@ pub(super) fn read(caller_id: Uuid, options: ImportOptions) -> Result<ImportTask
     };
     let total_bytes = check.take(
         "options.total_bytes",
-        u64::try_from(options.total_bytes).map_err(|_| format!("must not be negative, is {}", options.total_bytes)),
+        u64::try_from(options.total_bytes)
+            .map_err(|_| format!("{} is negative; expected 0 or more", options.total_bytes)),
     );
     let on_existing = match check.enumeration("options.on_existing", options.on_existing) {
         OnExisting::Unspecified => OnExisting::Fail,
@@ -41,7 +43,7 @@ pub(super) fn read(caller_id: Uuid, options: ImportOptions) -> Result<ImportTask
         check.text("options.default_assignee", options.default_assignee.trim().to_owned(), USERNAME_CHARS_MAX);
     check.done()?;
 
-    let mut task = ImportTask {
+    let mut spec = ImportSpec {
         import_id: import_id.unwrap_or_else(Uuid::now_v7),
         caller_id,
         mode,
@@ -54,19 +56,19 @@ pub(super) fn read(caller_id: Uuid, options: ImportOptions) -> Result<ImportTask
         create_labels: options.create_labels,
         fingerprint: [0; 32],
     };
-    task.fingerprint = fingerprint(&task);
-    Ok(task)
+    spec.fingerprint = fingerprint(&spec);
+    Ok(spec)
 }
 
 fn file_format(check: &mut Check, options: &ImportOptions) -> Format {
     let separator = check.take("options.separator", separator(&options.separator)).unwrap_or(b',');
-    // The comma and the semicolon stand in for each other, as spreadsheets have it.
+    // In files whose fields are separated by semicolons, spreadsheets put commas inside fields.
     let default_label_separator = if separator == b';' { b',' } else { b';' };
     let label_separator = check
         .take("options.label_separator", self::separator(&options.label_separator))
         .unwrap_or(default_label_separator);
     if label_separator == separator {
-        check.fail("options.label_separator", "must be another character than separator");
+        check.fail("options.label_separator", "is the same as separator; expected another character");
     }
     let default_status = match check.enumeration("options.default_status", options.default_status) {
         Status::Unspecified => Status::Open,
@@ -76,13 +78,13 @@ fn file_format(check: &mut Check, options: &ImportOptions) -> Format {
     Format { separator, label_separator, column_names, default_status, ..Format::default() }
 }
 
-/// Empty is none.
+/// Parses a separator; empty means the default.
 fn separator(text: &str) -> Result<Option<u8>, String> {
     match text.as_bytes() {
         [] => Ok(None),
         [byte] if byte.is_ascii() && !byte.is_ascii_alphanumeric() && !b"\"\r\n".contains(byte) => Ok(Some(*byte)),
         _ => Err(format!(
-            "\"{}\" is not one ASCII character other than quotes, letters, digits and line ends",
+            "\"{}\" is not a separator; expected one ASCII character other than a quote, letter, digit or line break",
             quote(text)
         )),
     }
@@ -92,39 +94,39 @@ fn column_names(check: &mut Check, options: &ImportOptions) -> BTreeMap<String, 
     const FIELD: &str = "options.column_names";
     let mut columns = BTreeMap::new();
     if options.column_names.len() > COLUMN_NAMES_MAX {
-        check.fail(FIELD, format!("has {} names, at most {COLUMN_NAMES_MAX} are taken", options.column_names.len()));
+        check.fail(FIELD, format!("has {} names; at most {COLUMN_NAMES_MAX} are allowed", options.column_names.len()));
         return columns;
     }
-    // In an order, so that the same options always get the same answer.
-    let named: BTreeMap<&String, &String> = options.column_names.iter().collect();
-    for (name, ours) in named {
-        let column = Column::from_name(ours.trim());
+    // Sorted, so that the same options always fail with the same violations.
+    let mapped: BTreeMap<&String, &String> = options.column_names.iter().collect();
+    for (name, column_name) in mapped {
+        let column = Column::from_name(column_name.trim());
         let key = column_key(name);
-        let fault = if key.is_empty() {
-            Some("has an empty name".to_owned())
+        let violation = if key.is_empty() {
+            Some("has an empty name; expected the name of a column of the file".to_owned())
         } else if name.chars().count() > COLUMN_NAME_CHARS_MAX {
-            Some(format!("\"{}\" has more than {COLUMN_NAME_CHARS_MAX} characters", quote(name)))
-        } else if column.is_none() && !ours.trim().is_empty() {
+            Some(format!("\"{}\" is too long; at most {COLUMN_NAME_CHARS_MAX} characters are allowed", quote(name)))
+        } else if column.is_none() && !column_name.trim().is_empty() {
             let known = Column::ALL.map(Column::name).join(", ");
-            Some(format!("\"{}\" is not a column: the columns are {known}, or empty for none", quote(ours)))
+            Some(format!("\"{}\" is not a column; expected {known}, or empty to ignore", quote(column_name)))
         } else if columns.contains_key(&key) {
-            Some(format!("\"{}\" is named twice", quote(name)))
+            Some(format!("\"{}\" is mapped twice; expected each name once", quote(name)))
         } else if column.is_some() && columns.values().any(|other| *other == column) {
-            Some(format!("\"{}\" is the name of two columns", quote(ours)))
+            Some(format!("two names are mapped to \"{}\"; expected at most one", quote(column_name)))
         } else {
             None
         };
-        match fault {
-            Some(fault) => check.fail(FIELD, fault),
+        match violation {
+            Some(violation) => check.fail(FIELD, violation),
             None => drop(columns.insert(key, column)),
         }
     }
     columns
 }
 
-/// Over all that has to be the same when the import is sent again.
-fn fingerprint(task: &ImportTask) -> [u8; 32] {
-    let ImportTask { mode, on_existing, format, default_priority, default_assignee, create_labels, .. } = task;
+/// Returns the SHA-256 of every option that must be the same when an import is sent again.
+fn fingerprint(spec: &ImportSpec) -> [u8; 32] {
+    let ImportSpec { mode, on_existing, format, default_priority, default_assignee, create_labels, .. } = spec;
     let numbers = [
         *mode as u8,
         *on_existing as u8,

@@ -1,4 +1,4 @@
-//! How long an import waits for its client. Meanwhile it holds a place, a connection and maybe a transaction.
+//! Bounds how long an import waits for its client, because it holds a permit, a connection and maybe a transaction.
 
 use std::time::Duration;
 
@@ -6,51 +6,53 @@ use tokio::time::{Instant, timeout};
 
 use crate::error::{Error, Result};
 
-/// How long an import waits for one message of its client, or for one to be read.
-pub(super) const IMPORT_IDLE_MAX: Duration = Duration::from_secs(60);
-/// How long it waits in all until [`IMPORT_PROGRESS_BYTES`] more of the file have come: a client whose own source is slow
-/// says so by empty chunks, which makes it last, but not for ever.
+/// How long an import waits for the client to send a message or to read a response.
+const IMPORT_IDLE_MAX: Duration = Duration::from_secs(60);
+/// How long it waits in total while fewer than [`IMPORT_STALL_BYTES`] of the file arrive. Empty chunks keep an import with
+/// a slow source alive only up to this limit.
 const IMPORT_STALL_MAX: Duration = Duration::from_secs(600);
-const IMPORT_PROGRESS_BYTES: u64 = 64 * 1024;
+const IMPORT_STALL_BYTES: u64 = 64 * 1024;
 
-/// What is left of it. Only the time of waiting counts, not what the service needs itself.
+/// Tracks the time spent waiting for the client; the service's own work does not count.
 #[derive(Default)]
-pub(super) struct Patience {
+pub(super) struct StallTimeout {
     waited: Duration,
     bytes: u64,
 }
 
-impl Patience {
-    /// Waits for the client; `failing` is what it has not done if that takes too long.
-    pub async fn wait<T>(&mut self, client: impl Future<Output = T>, failing: &str) -> Result<T> {
-        let left = IMPORT_STALL_MAX.saturating_sub(self.waited);
+impl StallTimeout {
+    /// Waits for the client. Fails with a `Timeout` that names `missing`, what the client has not done.
+    pub async fn wait<T>(&mut self, client: impl Future<Output = T>, missing: &str) -> Result<T> {
+        let remaining = IMPORT_STALL_MAX.saturating_sub(self.waited);
         let began = Instant::now();
-        let done = timeout(left.min(IMPORT_IDLE_MAX), client).await;
+        let done = timeout(remaining.min(IMPORT_IDLE_MAX), client).await;
         self.waited += began.elapsed();
-        done.map_err(|_| match left < IMPORT_IDLE_MAX {
+        done.map_err(|_| match remaining < IMPORT_IDLE_MAX {
             true => stalled(),
-            false => idle(failing),
+            false => idle(missing),
         })
     }
 
-    /// So much of the file has come.
-    pub fn progressed(&mut self, bytes: u64) {
+    /// Counts bytes of the file; the total wait starts anew at every [`IMPORT_STALL_BYTES`].
+    pub fn add_bytes(&mut self, bytes: u64) {
         self.bytes += bytes;
-        if self.bytes >= IMPORT_PROGRESS_BYTES {
+        if self.bytes >= IMPORT_STALL_BYTES {
             *self = Self::default();
         }
     }
 }
 
-fn idle(failing: &str) -> Error {
-    let message = format!("{failing} for {} s; nothing more is written", IMPORT_IDLE_MAX.as_secs());
+fn idle(missing: &str) -> Error {
+    let message =
+        format!("stream: {missing} for {} s; send the file again with the same import_id", IMPORT_IDLE_MAX.as_secs());
     Error::Timeout { reason: "IMPORT_IDLE", message }
 }
 
 fn stalled() -> Error {
-    let (seconds, kib) = (IMPORT_STALL_MAX.as_secs(), IMPORT_PROGRESS_BYTES / 1024);
-    let message =
-        format!("the client was waited for {seconds} s in which less than {kib} KiB came; nothing more is written");
+    let (seconds, kib) = (IMPORT_STALL_MAX.as_secs(), IMPORT_STALL_BYTES / 1024);
+    let message = format!(
+        "stream: fewer than {kib} KiB received in {seconds} s of waiting; send the file again with the same import_id"
+    );
     Error::Timeout { reason: "IMPORT_IDLE", message }
 }
 
@@ -62,12 +64,12 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// How long a client is waited for that sends so much each time it has waited so long, up to a day, and what it is told.
+    /// Returns when an import ends whose client sends `bytes` after every `pause`, and its error; `None` after a day.
     async fn waited_for(bytes: u64, pause: Duration) -> Option<(Duration, String)> {
-        let (mut patience, began) = (Patience::default(), Instant::now());
+        let (mut stall_timeout, began) = (StallTimeout::default(), Instant::now());
         while began.elapsed() < 24 * 3_600 * SECOND {
-            match patience.wait(sleep(pause), "nothing was sent").await {
-                Ok(()) => patience.progressed(bytes),
+            match stall_timeout.wait(sleep(pause), "no message received").await {
+                Ok(()) => stall_timeout.add_bytes(bytes),
                 Err(Error::Timeout { reason: "IMPORT_IDLE", message }) => return Some((began.elapsed(), message)),
                 Err(other) => panic!("{other:?}"),
             }
@@ -76,25 +78,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_says_nothing_is_waited_for_a_minute() {
+    async fn a_silent_client_times_out_after_60_s() {
         let (waited, message) = waited_for(1024 * 1024, 61 * SECOND).await.unwrap();
         assert!((60 * SECOND..61 * SECOND).contains(&waited), "{waited:?}");
-        assert_eq!(message, "nothing was sent for 60 s; nothing more is written");
+        assert_eq!(message, "stream: no message received for 60 s; send the file again with the same import_id");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_trickles_is_waited_for_ten_minutes() {
+    async fn a_client_that_trickles_times_out_after_600_s() {
         for (bytes, pause) in
             [(0, 59 * SECOND), (1, 59 * SECOND), (0, SECOND / 10), (109, SECOND), (6_000, 55 * SECOND)]
         {
             let (waited, message) = waited_for(bytes, pause).await.unwrap();
             assert!((600 * SECOND..603 * SECOND).contains(&waited), "{bytes} in {pause:?}: {waited:?}");
-            assert!(message.contains("600 s in which less than 64 KiB came"), "{message}");
+            assert!(message.contains("fewer than 64 KiB received in 600 s"), "{message}");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_is_slow_is_waited_for() {
+    async fn a_slow_client_does_not_time_out() {
         for (bytes, pause) in
             [(256 * 1024, 59 * SECOND), (256 * 1024, 30 * SECOND), (120, SECOND), (7_000, 59 * SECOND)]
         {
@@ -104,11 +106,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_the_service_needs_itself_is_no_waiting() {
-        let mut patience = Patience::default();
+        let mut stall_timeout = StallTimeout::default();
         for _ in 0..100 {
-            patience.wait(sleep(SECOND), "nothing was sent").await.unwrap();
+            stall_timeout.wait(sleep(SECOND), "no message received").await.unwrap();
             sleep(3_600 * SECOND).await;
         }
-        patience.wait(sleep(59 * SECOND), "nothing was sent").await.unwrap();
+        stall_timeout.wait(sleep(59 * SECOND), "no message received").await.unwrap();
     }
 }

@@ -1,95 +1,86 @@
-//! A file that is streamed in: its bytes to rows on one side, rows to the database on the other, a batch between them.
+//! `ImportService.ImportIssues`: one task parses the client's chunks into batches while another writes the batch before.
 
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
-use tonic::{Status, Streaming};
+use tonic::Streaming;
 use uuid::Uuid;
 
-use super::{
-    options,
-    stall_timeout::{IMPORT_IDLE_MAX, Patience},
-};
+use super::{options, stall_timeout::StallTimeout};
 use crate::{
-    csv::{Columns, HeaderFault, Record, RecordReader, RowError, parse_row},
+    csv::{Batch, BatchReader, FileError, HeaderError, RowError},
     db::{
         Db,
-        imports::{
-            Batch, IMPORT_ERRORS_KEPT_MAX, IMPORT_ERRORS_SENT_MAX, ImportSession, ImportTask, ImportTotals, Opened,
-        },
+        imports::{Checkpoint, IMPORT_ERRORS_SENT_MAX, IMPORT_ERRORS_STORED_MAX, ImportRun, ImportSpec, Started},
     },
     error::{Error, Result, Violation, quote},
     pb::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
         import_issues_response::Message,
     },
+    rpc::streaming::ResponseSender,
 };
 
-/// Bytes of a file in one message.
+/// The maximum size of the data of one chunk.
 const IMPORT_CHUNK_BYTES_MAX: usize = 1024 * 1024;
-/// Rows that are written at once, by whichever bound is reached first. Their number also decides where SKIP_INVALID
-/// commits, so it must not depend on how the stream is cut.
-const IMPORT_BATCH_ROWS_MAX: usize = 5_000;
-const IMPORT_BATCH_BYTES_MAX: u64 = 2 * 1024 * 1024;
-/// Messages that wait for the client to read them.
-pub(super) const IMPORT_ANSWERS_WAITING_MAX: usize = 16;
 
-/// The way back to the client.
-pub(super) struct Client {
-    pub answers: mpsc::Sender<Result<ImportIssuesResponse, Status>>,
+/// The client's end of the response stream.
+struct Responses {
+    sender: ResponseSender<ImportIssuesResponse>,
+    stall_timeout: StallTimeout,
 }
 
-impl Client {
-    async fn send(&self, message: Message, patience: &mut Patience) -> Result<()> {
-        let answer = ImportIssuesResponse { message: Some(message) };
-        let sent = patience.wait(self.answers.send(Ok(answer)), "the client has not read its answers").await?;
-        sent.map_err(|_| Error::Cancelled)
-    }
-
-    pub async fn fail(&self, error: Error) {
-        // If the client has gone away or does not read, there is nobody to tell.
-        let _ = tokio::time::timeout(IMPORT_IDLE_MAX, self.answers.send(Err(error.into()))).await;
+impl Responses {
+    async fn send(&mut self, message: Message) -> Result<()> {
+        let response = ImportIssuesResponse { message: Some(message) };
+        self.stall_timeout.wait(self.sender.send(response), "no response read").await?
     }
 }
 
-/// Makes an import, and tells the client how it goes.
+/// Runs an import, and sends progress, row errors and the summary.
 pub(super) async fn import(
     db: &Db,
     caller_id: Uuid,
     mut requests: Streaming<ImportIssuesRequest>,
-    client: &Client,
+    sender: ResponseSender<ImportIssuesResponse>,
 ) -> Result<()> {
-    let mut patience = Patience::default();
-    let first = next_message(&mut requests, &mut patience).await?;
+    let mut stall_timeout = StallTimeout::default();
+    let first = next_message(&mut requests, &mut stall_timeout).await?;
     let Some(import_issues_request::Message::Options(options)) = first else {
-        return Err(Error::invalid("options", "must be the first message of the stream"));
+        return Err(Error::invalid("options", "missing; expected as the first message of the stream"));
     };
-    let task = Arc::new(options::read(caller_id, options)?);
-    let session = match ImportSession::open(db, Arc::clone(&task)).await? {
-        Opened::Session(session) => *session,
-        Opened::Finished(summary) => return client.send(Message::Summary(summary), &mut patience).await,
+    let spec = Arc::new(options::parse(caller_id, options)?);
+    let mut responses = Responses { sender, stall_timeout: StallTimeout::default() };
+    let run = match ImportRun::start(db, Arc::clone(&spec)).await? {
+        Started::Running(run) => *run,
+        Started::AlreadyFinished(summary) => return responses.send(Message::Summary(summary)).await,
     };
-    client.send(progress(&task, session.totals()), &mut patience).await?;
-    let file = FileReader::new(Arc::clone(&task), &session);
-    // While a batch is written, the next is read.
-    let (batches, written) = mpsc::channel(1);
+    responses.send(progress(&spec, run.checkpoint())).await?;
+    let file = match run.header() {
+        None => BatchReader::new(spec.format.clone(), IMPORT_ERRORS_STORED_MAX),
+        Some(header) => {
+            let position = run.checkpoint().position();
+            BatchReader::resume(spec.format.clone(), Arc::clone(header), position, IMPORT_ERRORS_STORED_MAX)
+        }
+    };
+    let (batches, parsed) = mpsc::channel(1);
     tokio::try_join!(
-        async move { read_file(requests, file, batches).await },
-        write_batches(session, &task, written, client)
+        read_file(requests, file, spec.total_bytes, batches),
+        write_batches(run, &spec, parsed, responses)
     )?;
     Ok(())
 }
 
-/// None: the client has half-closed the stream.
+/// Returns the client's next message; `None` when it has half-closed the stream.
 async fn next_message(
     requests: &mut Streaming<ImportIssuesRequest>,
-    patience: &mut Patience,
+    stall_timeout: &mut StallTimeout,
 ) -> Result<Option<import_issues_request::Message>> {
-    match patience.wait(requests.message(), "nothing was sent").await? {
+    match stall_timeout.wait(requests.message(), "no message received").await? {
         Ok(None) => Ok(None),
         Ok(Some(ImportIssuesRequest { message: Some(message) })) => Ok(Some(message)),
         Ok(Some(ImportIssuesRequest { message: None })) => {
-            Err(Error::invalid("message", "has neither options nor a chunk"))
+            Err(Error::invalid("message", "empty; expected options or a chunk"))
         }
         Err(status) => Err(Error::from_bare(&status)
             .filter(|e| e.code() == tonic::Code::InvalidArgument)
@@ -97,191 +88,110 @@ async fn next_message(
     }
 }
 
-/// Reads the file to its end, and hands it on in batches.
+/// Parses the chunks into batches until the client half-closes the stream.
 async fn read_file(
     mut requests: Streaming<ImportIssuesRequest>,
-    mut file: FileReader,
+    mut file: BatchReader,
+    total_bytes: u64,
     batches: mpsc::Sender<Batch>,
 ) -> Result<()> {
-    let mut patience = Patience::default();
-    while let Some(message) = next_message(&mut requests, &mut patience).await? {
+    // A closed channel means that `write_batches` has failed. Its error is reported, not this one.
+    let send = async |batch| batches.send(batch).await.map_err(|_| Error::Cancelled);
+    let mut stall_timeout = StallTimeout::default();
+    while let Some(message) = next_message(&mut requests, &mut stall_timeout).await? {
         let import_issues_request::Message::Chunk(chunk) = message else {
-            return Err(Error::invalid("options", "must be sent once, as the first message"));
+            return Err(Error::invalid("options", "sent twice; expected only as the first message"));
         };
-        // What was received before counts as well: a client may send the file from its start again.
-        patience.progressed(chunk.data.len() as u64);
-        let data = new_bytes(&chunk, file.records.offset())?;
+        // Bytes received before count too: after a cut, a client may send the file from its start.
+        stall_timeout.add_bytes(chunk.data.len() as u64);
+        let data = new_bytes(&chunk, file.offset())?;
         let mut data = &data[..];
-        while let Some(batch) = file.read(&mut data)? {
-            // A receiver that is gone has failed, and says why.
-            batches.send(batch).await.map_err(|_| Error::Cancelled)?;
+        while let Some(batch) = file.read(&mut data).map_err(file_error)? {
+            send(batch).await?;
         }
     }
-    let (offset, total_bytes) = (file.records.offset(), file.task.total_bytes);
+    let offset = file.offset();
     if total_bytes != 0 && offset != total_bytes {
         return Err(Error::InvalidReason {
             reason: "IMPORT_TRUNCATED",
             field: "options.total_bytes",
             message: format!(
-                "the stream ended after {offset} of {total_bytes} bytes; send the file again with the same import_id"
+                "options.total_bytes: the stream ended after {offset} of {total_bytes} bytes; send the file again with the \
+                 same import_id"
             ),
         });
     }
-    let last = file.finish()?;
-    batches.send(last).await.map_err(|_| Error::Cancelled)
+    send(file.finish().map_err(file_error)?).await
 }
 
-/// The part of a chunk that was not received before.
+/// Checks a chunk, and returns the part of it behind the bytes received before.
 fn new_bytes(chunk: &ImportChunk, received: u64) -> Result<bytes::Bytes> {
     if chunk.data.len() > IMPORT_CHUNK_BYTES_MAX {
-        let message =
-            format!("has {} bytes, at most {IMPORT_CHUNK_BYTES_MAX} are taken in one message", chunk.data.len());
+        let message = format!("has {} bytes; at most {IMPORT_CHUNK_BYTES_MAX} are allowed", chunk.data.len());
         return Err(Error::invalid("chunk.data", message));
     }
     let Ok(offset) = u64::try_from(chunk.offset) else {
-        return Err(Error::invalid("chunk.offset", format!("must not be negative, is {}", chunk.offset)));
+        return Err(Error::invalid("chunk.offset", format!("{} is negative; expected 0 or more", chunk.offset)));
     };
-    let Some(known) = received.checked_sub(offset) else {
+    let Some(received_before) = received.checked_sub(offset) else {
         return Err(Error::OffsetGap {
-            message: format!("chunk.offset: is {offset}, but only {received} bytes were received; send from there"),
+            message: format!(
+                "chunk.offset: {offset} leaves a gap; {received} bytes were received, continue from there"
+            ),
             expected_offset: received.cast_signed(),
         });
     };
-    let known = usize::try_from(known).unwrap_or(usize::MAX).min(chunk.data.len());
-    Ok(chunk.data.slice(known..))
+    let skipped = usize::try_from(received_before).unwrap_or(usize::MAX).min(chunk.data.len());
+    Ok(chunk.data.slice(skipped..))
 }
 
-/// Bytes to batches.
-struct FileReader {
-    task: Arc<ImportTask>,
-    records: RecordReader,
-    columns: Option<Arc<Columns>>,
-    batch: Batch,
-    batch_start: u64,
-    /// Errors that were given to batches: those beyond the bound are only counted.
-    errors_given: usize,
-}
-
-impl FileReader {
-    /// From where the import begins or goes on.
-    fn new(task: Arc<ImportTask>, session: &ImportSession) -> Self {
-        let totals = session.totals();
-        let records = match session.columns() {
-            None => RecordReader::new(),
-            Some(_) => RecordReader::starting_at(totals.offset, totals.row_count + 1, totals.line_number),
-        };
-        Self {
-            records: records.separated_by(task.format.separator),
-            columns: session.columns().cloned(),
-            batch: Batch { offset: totals.offset, line_number: totals.line_number, ..Batch::default() },
-            batch_start: totals.offset,
-            errors_given: 0,
-            task,
-        }
-    }
-
-    /// A batch if one is full; none when the bytes are used up.
-    fn read(&mut self, data: &mut &[u8]) -> Result<Option<Batch>> {
-        while let Some(record) = self.records.read(data) {
-            let given = &mut self.errors_given;
-            take_record(&self.task, &mut self.columns, &mut self.batch, given, &record)?;
-            let rows = self.batch.rows.len() as u64 + self.batch.rejected_count;
-            if rows >= IMPORT_BATCH_ROWS_MAX as u64 || self.batch.offset - self.batch_start >= IMPORT_BATCH_BYTES_MAX {
-                self.batch_start = self.batch.offset;
-                let next = Batch { offset: self.batch.offset, line_number: self.batch.line_number, ..Batch::default() };
-                let full = std::mem::replace(&mut self.batch, next);
-                return Ok(Some(Batch { columns: self.columns.clone(), ..full }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// What is left at the end of the file.
-    fn finish(mut self) -> Result<Batch> {
-        if let Some(record) = self.records.finish() {
-            let given = &mut self.errors_given;
-            take_record(&self.task, &mut self.columns, &mut self.batch, given, &record)?;
-        }
-        if self.columns.is_none() {
-            return Err(Error::invalid(
-                "file",
-                "is empty; its first line must name the columns, such as title,description",
-            ));
-        }
-        Ok(Batch { columns: self.columns, offset: self.records.offset(), is_last: true, ..self.batch })
-    }
-}
-
-fn take_record(
-    task: &ImportTask,
-    columns: &mut Option<Arc<Columns>>,
-    batch: &mut Batch,
-    errors_given: &mut usize,
-    record: &Record<'_>,
-) -> Result<()> {
-    batch.offset = record.end_offset;
-    batch.line_number = record.end_line_number;
-    let Some(columns) = columns else {
-        *columns = Some(Arc::new(Columns::parse(record, &task.format).map_err(invalid_header)?));
-        return Ok(());
-    };
-    match parse_row(&task.format, columns, record) {
-        Ok(row) => batch.rows.push(row),
-        Err(errors) => {
-            batch.rejected_count += 1;
-            batch.error_count += errors.len() as u64;
-            let room = IMPORT_ERRORS_KEPT_MAX.saturating_sub(*errors_given);
-            *errors_given += errors.len().min(room);
-            batch.errors.extend(errors.into_iter().take(room));
-        }
-    }
-    Ok(())
-}
-
-fn invalid_header(faults: Vec<HeaderFault>) -> Error {
-    let violation = |fault: HeaderFault| {
-        let field = match &*fault.column {
+fn file_error(error: FileError) -> Error {
+    let violation = |error: HeaderError| {
+        let field = match &*error.column {
             "" => "header".to_owned(),
             column => format!("header.{}", quote(column)),
         };
-        Violation::new(field, fault.message)
+        Violation::new(field, error.message)
     };
-    Error::Invalid(faults.into_iter().map(violation).collect())
+    match error {
+        FileError::Header(errors) => Error::Invalid(errors.into_iter().map(violation).collect()),
+        FileError::Empty => Error::invalid("file", "empty; expected a header line, such as title,description"),
+    }
 }
 
+/// Writes each batch, and finishes the import behind the last one.
 async fn write_batches(
-    mut session: ImportSession,
-    task: &ImportTask,
+    mut run: ImportRun,
+    spec: &ImportSpec,
     mut batches: mpsc::Receiver<Batch>,
-    client: &Client,
+    mut responses: Responses,
 ) -> Result<()> {
-    // Of what was sent before a cut, some may be lost on the way; it is kept to be listed.
-    let mut sent = session.totals().error_count;
-    let mut patience = Patience::default();
+    // Errors sent before a cut may not have arrived. They are stored, and ListImportErrors returns them.
+    let mut sent = run.checkpoint().error_count;
     let mut is_last = false;
     while !is_last {
         let batch = batches.recv().await.ok_or(Error::Cancelled)?;
         is_last = batch.is_last;
-        patience.progressed(batch.offset - session.totals().offset);
-        for error in session.write(&batch).await? {
+        responses.stall_timeout.add_bytes(batch.end_offset - run.checkpoint().offset);
+        for error in run.write_batch(&batch).await? {
             if sent < IMPORT_ERRORS_SENT_MAX {
-                client.send(Message::RowError(row_error(error)), &mut patience).await?;
+                responses.send(Message::RowError(row_error(error))).await?;
                 sent += 1;
             }
         }
-        client.send(progress(task, session.totals()), &mut patience).await?;
+        responses.send(progress(spec, run.checkpoint())).await?;
     }
-    let summary = session.finish().await?;
-    client.send(Message::Summary(summary), &mut patience).await
+    let summary = run.finish().await?;
+    responses.send(Message::Summary(summary)).await
 }
 
-fn progress(task: &ImportTask, totals: &ImportTotals) -> Message {
+fn progress(spec: &ImportSpec, checkpoint: &Checkpoint) -> Message {
     Message::Progress(ImportProgress {
-        import_id: task.import_id.to_string(),
-        offset: totals.offset.cast_signed(),
-        row_count: totals.row_count.cast_signed(),
-        rejected_count: totals.rejected_count.cast_signed(),
-        committed_offset: task.committed_offset(totals).cast_signed(),
+        import_id: spec.import_id.to_string(),
+        offset: checkpoint.offset.cast_signed(),
+        row_count: checkpoint.row_count.cast_signed(),
+        rejected_count: checkpoint.rejected_count.cast_signed(),
+        committed_offset: spec.committed_offset(checkpoint).cast_signed(),
     })
 }
 

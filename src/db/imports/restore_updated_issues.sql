@@ -1,0 +1,41 @@
+-- restore_updated_issues
+-- Restores issues that an import has updated and that have not changed since. A label that was deleted since cannot be
+-- restored. An issue without any other difference stays unchanged.
+WITH previous AS MATERIALIZED (
+    SELECT p.*
+    FROM import_issues p JOIN issues i ON i.id = p.issue_id
+    WHERE p.import_id = /* import_id */ $1 AND p.version = i.version
+        AND p.comment_count = (SELECT count(*) FROM comments c WHERE c.issue_id = i.id)
+), removed_labels AS (
+    DELETE FROM issue_labels il USING previous p
+    WHERE il.issue_id = p.issue_id AND il.label_id <> ALL (p.label_ids)
+    RETURNING il.issue_id, il.label_id
+), added_labels AS (
+    INSERT INTO issue_labels (issue_id, label_id)
+    SELECT p.issue_id, l.id
+    FROM previous p CROSS JOIN unnest(p.label_ids) AS had (label_id) JOIN labels l ON l.id = had.label_id
+    ON CONFLICT DO NOTHING
+    RETURNING issue_id, label_id
+), label_changes AS (
+    SELECT issue_id, label_id::text AS old_value, NULL AS new_value FROM removed_labels
+    UNION ALL
+    SELECT issue_id, NULL, label_id::text FROM added_labels
+), restored AS (
+    UPDATE issues i SET
+        change_actor_id = /* actor_id */ $2,
+        title = p.title,
+        description = p.description,
+        priority = p.priority,
+        status = p.status,
+        assignee_id = p.assignee_id,
+        close_time = p.close_time,
+        reopen_count = p.reopen_count
+    FROM previous p
+    WHERE i.id = p.issue_id
+    RETURNING i.id, i.version
+), label_events AS (
+    INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
+    SELECT r.id, r.version, /* actor_id */ $2, 'label', c.old_value, c.new_value
+    FROM restored r JOIN label_changes c ON c.issue_id = r.id
+)
+SELECT count(*) AS restored_count FROM restored
