@@ -25,11 +25,12 @@ pub use self::{
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    #[command(flatten)]
-    serve: ServeArgs,
+    // Before the flattened flags, whose last heading would apply to it.
     /// Least severe level that is logged to standard error: error, warn, info, debug or off
     #[arg(long, env = "ISSUE_TRACKER_LOG", default_value = "info", value_name = "LEVEL", global = true)]
     pub log_level: LevelFilter,
+    #[command(flatten)]
+    serve: ServeArgs,
 }
 
 impl Cli {
