@@ -21,14 +21,15 @@ use uuid::Uuid;
 pub use self::passwords::Line;
 use self::passwords::Passwords;
 use crate::{
-    batching::coalescer::{Bounds, Coalescer, Company, Outcome},
+    batching::coalescer::{BatchAffinity, Bounds, Coalescer, Outcome},
     db::{
         Db,
-        tokens::{self, FoundCaller},
+        tokens::{self, TokenOwner},
     },
     error::{Error, Result},
+    hash::sha256,
+    limits::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
     pb::Role,
-    request::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
 };
 
 /// How long a token is believed without asking the database: what was revoked on one replica ends on the others within
@@ -39,7 +40,7 @@ const TOKENS_REMEMBERED_MAX: u64 = 10_000;
 /// Tokens are looked up by one statement at a time, so that of the connections for this the others stay for logins: whoever
 /// sends tokens that nobody has keeps nobody from signing in. Nor from calling: who waits for this has no slot of the gate
 /// yet, and so has a bound of its own. Nor do they cost connections when they are taken back at once: anybody can.
-const LOOKUPS: Bounds = Bounds { items_max: 256, rounds_max: 1, waiting_max: 4_096, by_caller: false };
+const LOOKUPS: Bounds = Bounds { items_max: 256, batches_max: 1, waiting_max: 4_096, runs_inline: false };
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// What a token begins with, so that a leaked one is recognised.
@@ -77,7 +78,7 @@ impl Caller {
     }
 }
 
-type Lookups = Coalescer<[u8; TOKEN_BYTES], Option<FoundCaller>, ()>;
+type Lookups = Coalescer<[u8; TOKEN_BYTES], Option<TokenOwner>, ()>;
 
 /// What is known of a token.
 #[derive(Clone, Copy)]
@@ -169,9 +170,10 @@ impl Auth {
         }
         // Boxed, as it happens seldom and would make the future of every request large: they are moved about.
         let found = Box::pin(self.lookups.call(sha256)).await?;
-        let FoundCaller { caller, valid_for } = found.ok_or(Error::Unauthenticated(
+        let TokenOwner { token_id, user_id, role, valid_for } = found.ok_or(Error::Unauthenticated(
             "the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
+        let caller = Caller { user_id, role, token_id };
         // From before the database was asked, and so rather too early. Too long to reckon with is for ever.
         let valid_until = valid_for.and_then(|valid_for| now.checked_add(valid_for));
         self.callers.insert(sha256, Known { caller, generation, valid_until }).await;
@@ -184,11 +186,11 @@ fn lookups(db: &Db) -> Lookups {
     let (of_round, of_one) = (db.clone(), db.clone());
     Coalescer::new(
         LOOKUPS,
-        |_| Company::Any,
+        |_| BatchAffinity::Any,
         Box::new(move |wanted| {
             let db = of_round.clone();
             Box::pin(async move {
-                let found = async { tokens::find_callers(&*db.conn().await?, &wanted).await };
+                let found = async { tokens::find_owners(&db.conn().await?, &wanted).await };
                 // What fails is told to all of them: each alone would take the connections that are not for this.
                 let found = found.await.unwrap_or_else(|error| vec![Err(error); wanted.len()]);
                 Ok(found.into_iter().map(Outcome::Done).collect())
@@ -197,7 +199,7 @@ fn lookups(db: &Db) -> Lookups {
         Box::new(move |sha256| {
             let db = of_one.clone();
             Box::pin(async move {
-                let found = tokens::find_callers(&*db.conn().await?, &[sha256]).await?.pop();
+                let found = tokens::find_owners(&db.conn().await?, &[sha256]).await?.pop();
                 found.ok_or(Error::Internal("a token was not looked up"))?
             })
         }),
@@ -213,7 +215,7 @@ pub fn hash_password(password: &SecretString, cost: u32) -> Result<SecretString,
 pub fn new_token() -> anyhow::Result<(String, [u8; 32])> {
     let mut bytes = [0; TOKEN_BYTES];
     getrandom::fill(&mut bytes)?;
-    Ok((format!("{TOKEN_PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(bytes)), crate::request::sha256(&[&bytes])))
+    Ok((format!("{TOKEN_PREFIX}{}", BASE64_URL_SAFE_NO_PAD.encode(bytes)), sha256(&[&bytes])))
 }
 
 /// Of the token in "Bearer <token>". None: that is not what it says, or it cannot be a token of this service.
@@ -227,7 +229,7 @@ pub fn token_sha256(token: &str) -> Option<[u8; 32]> {
     let mut bytes = [0; TOKEN_BYTES];
     let encoded = token.strip_prefix(TOKEN_PREFIX)?;
     match BASE64_URL_SAFE_NO_PAD.decode_slice(encoded, &mut bytes) {
-        Ok(TOKEN_BYTES) => Some(crate::request::sha256(&[&bytes])),
+        Ok(TOKEN_BYTES) => Some(sha256(&[&bytes])),
         _ => None,
     }
 }

@@ -1,34 +1,40 @@
 //! The database: a pool of connections that keep their prepared statements, and transactions on them.
 //!
-//! A query is a free function in the file of its noun, over [`Conn`]; a [`Tx`] dereferences to [`Conn`], so the same
-//! function serves both. Nothing here knows of gRPC.
+//! A query is a free function on [`Conn`], in the file of its noun. A [`Tx`] dereferences to [`Conn`]: the same function
+//! runs with or without a transaction. Nothing in this module depends on gRPC.
+
+mod admission;
+mod conn;
+mod manager;
+mod page;
+mod pool;
+mod session;
+mod tls;
+mod transaction;
+
+pub mod batchers;
+pub mod connection_string;
+pub mod idempotency;
+pub mod migrate;
+pub mod row_locks;
+pub mod time;
 
 pub mod audit;
 pub mod comments;
-
-mod admission;
-pub mod batchers;
-mod conn;
-pub mod connection_string;
-pub mod idempotency;
 pub mod imports;
 pub mod issues;
 pub mod labels;
-mod manager;
-pub mod migrate;
-mod pool;
 pub mod reports;
-mod tls;
 pub mod tokens;
-mod transaction;
 pub mod users;
 
 pub use self::{
-    conn::{Conn, Page, PageBounds, Params},
-    connection_string::Target,
-    pool::{Db, PoolOptions, PooledConn},
+    conn::{Conn, Params},
+    connection_string::ConnectionString,
+    page::{Page, PageBounds},
+    pool::{Db, PoolOptions},
     transaction::Tx,
 };
 
-/// How many rows are pruned by one statement.
-pub const PRUNED_AT_ONCE: i64 = 10_000;
+/// How many rows one statement prunes.
+pub const PRUNE_BATCH_ROWS: i64 = 10_000;

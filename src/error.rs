@@ -310,6 +310,11 @@ impl Resource {
 }
 
 impl Resource {
+    /// Returns whether the resource does not exist. Otherwise it is taken.
+    pub fn is_missing(&self) -> bool {
+        self.taken.is_empty()
+    }
+
     fn problem(&self) -> &'static str {
         if self.taken.is_empty() { "does not exist" } else { "is taken" }
     }

@@ -25,6 +25,10 @@ pub mod error;
 #[cfg(feature = "internals")]
 pub mod filter;
 #[cfg(feature = "internals")]
+pub mod hash;
+#[cfg(feature = "internals")]
+pub mod limits;
+#[cfg(feature = "internals")]
 pub mod middleware;
 #[cfg(feature = "internals")]
 pub mod postgres;
@@ -55,6 +59,10 @@ mod db;
 mod error;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod filter;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod hash;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod limits;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod middleware;
 #[cfg(all(feature = "server", not(feature = "internals")))]

@@ -13,7 +13,7 @@ use crate::{
     auth::throttle::LoginLimits,
     config::Limits,
     db::{
-        Conn, Db, PRUNED_AT_ONCE, audit::prune_audit_events, batchers::Rounds, idempotency::prune_requests,
+        Conn, Db, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
         tokens::prune_tokens,
     },
     error::Result,
@@ -56,7 +56,7 @@ pub async fn run(
         db: db.clone(),
         auth: auth.clone(),
         login_limits: LoginLimits::new(limits.free_login_failures()),
-        rounds: Rounds::new(db.clone()),
+        batchers: Batchers::new(db.clone()),
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
         exports: Arc::new(Semaphore::new(limits.exports as usize)),
@@ -158,6 +158,6 @@ async fn prune(db: Db) {
 
 /// Prunes until there is less than one statement takes.
 async fn pruned(db: &Db, prune: impl AsyncFn(&Conn) -> Result<u64>) -> Result<()> {
-    while prune(&*db.conn().await?).await? == PRUNED_AT_ONCE as u64 {}
+    while prune(&db.conn().await?).await? == PRUNE_BATCH_ROWS as u64 {}
     Ok(())
 }

@@ -4,12 +4,12 @@ use secrecy::ExposeSecret;
 
 use crate::{
     config::MigrateArgs,
-    db::{Target, migrate as migrations},
+    db::{ConnectionString, migrate as migrations},
 };
 
 /// Applies pending migrations, then grants the rights of the service to `--grant-to`.
 pub async fn migrate(args: MigrateArgs) -> anyhow::Result<()> {
-    let target: Target = args.database_url.expose_secret().parse()?;
+    let target: ConnectionString = args.database_url.expose_secret().parse()?;
     migrations::migrate(target.clone()).await?;
     match args.grant_to {
         Some(role) => migrations::grant_rights(target, &role).await,

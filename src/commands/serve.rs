@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::{Limits, ServeArgs},
-    db::{Db, Target, migrate::migrate, users},
+    db::{ConnectionString, Db, migrate::migrate, users},
     postgres::{Cluster, Durability},
     server,
     transport::{connections::Listener, tls::Acceptor},
@@ -76,7 +76,7 @@ async fn serve_when(
 }
 
 async fn prepare_external(args: &ServeArgs, url: &SecretString, address: SocketAddr) -> anyhow::Result<Db> {
-    let target: Target = url.expose_secret().parse()?;
+    let target: ConnectionString = url.expose_secret().parse()?;
     migrate(target.clone()).await?;
     let db = Db::new(target, args.limits.pool());
     warn_without_users(&db).await?;
@@ -174,7 +174,7 @@ fn stop_at_signals() -> anyhow::Result<CancellationToken> {
 }
 
 async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
-    if !users::exist(&*db.conn().await?).await? {
+    if !users::exist(&db.conn().await?).await? {
         tracing::warn!("no users exist; create one with: issue-tracker user create --role admin NAME");
     }
     Ok(())

@@ -10,7 +10,7 @@ use crate::{
     auth::{check_password, hash_password},
     config::{Database, ResetPasswordArgs, UserCreateArgs},
     db::{
-        Db, PoolOptions, Target,
+        ConnectionString, Db, PoolOptions,
         audit::By,
         migrate::migrate,
         users::{self, NewUser},
@@ -26,7 +26,7 @@ pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
     let password_hash = hash_password(&password, args.bcrypt.cost)?;
     let new = NewUser { username: &username, role: args.role.into(), disabled: false, password_hash: &password_hash };
     let user =
-        with_database(&args.database, async |db| Ok(users::create(&*db.conn().await?, new, By::COMMAND_LINE).await?))
+        with_database(&args.database, async |db| Ok(users::create(&db.conn().await?, new, By::COMMAND_LINE).await?))
             .await?;
     println!("{}", user.id);
     Ok(())
@@ -69,7 +69,7 @@ fn read_new_password() -> anyhow::Result<SecretString> {
 /// after it, unless a service is running it.
 async fn with_database<T>(database: &Database, work: impl AsyncFnOnce(Db) -> anyhow::Result<T>) -> anyhow::Result<T> {
     if let Some(url) = &database.database_url {
-        let target: Target = url.expose_secret().parse()?;
+        let target: ConnectionString = url.expose_secret().parse()?;
         migrate(target.clone()).await?;
         return work(Db::new(target, PoolOptions::SMALL)).await;
     }

@@ -9,11 +9,11 @@ use super::error::{RowError, RowErrorCode, shorten};
 use super::format::Format;
 use super::header::Header;
 use super::record_reader::{IMPORT_RECORD_BYTES_MAX, Record, RecordDefect};
-use crate::pb::{Priority, Status};
-use crate::request::{
+use crate::limits::{
     DESCRIPTION_CHARS_MAX, EXTERNAL_ID_CHARS_MAX, LABEL_NAME_CHARS_MAX, LABELS_PER_ISSUE_MAX, TITLE_CHARS_MAX,
     USERNAME_CHARS_MAX,
 };
+use crate::pb::{Priority, Status};
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! Those who wait for something of which there is not enough. Who would wait for too long is told so at once.
+//! Admission control for a bounded queue: a caller that would wait too long is rejected at once.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -7,84 +7,86 @@ use std::{
 
 use tokio::time::Instant;
 
-/// A queue that has not moved for this long is reckoned to be as slow as it is now.
+/// A queue in which nobody was admitted for this long counts as slow as that wait.
 const STANDSTILL_MIN: Duration = Duration::from_millis(250);
-/// How much the latest turn counts: one in so many.
-const TURNS_REMEMBERED: u32 = 8;
+/// The weight of the latest interval in the moving average: one in so many.
+const INTERVALS_AVERAGED: u32 = 8;
 
-/// How long it takes is reckoned from how fast the queue has moved of late.
-pub(super) struct Queue {
-    /// How many are served at the same time.
-    served_at_once: u32,
+/// Estimates the wait of a new caller: the number of waiters times the average interval between two admissions.
+pub(super) struct AdmissionControl {
+    /// How many callers are served concurrently.
+    concurrency: u32,
     wait_max: Duration,
     state: Mutex<State>,
 }
 
 struct State {
     waiting: u32,
-    /// Between two who were served, while others waited.
-    turn: Duration,
-    /// When somebody was served last, or the first of the queue came.
-    moved: Instant,
-    /// Whether somebody has waited ever since.
-    is_turn: bool,
+    /// The moving average of the time between two admissions while other callers waited.
+    interval: Duration,
+    /// When a caller was admitted last, or the first caller entered an empty queue.
+    progress_time: Instant,
+    /// Whether callers have waited for the whole time since `progress_time`.
+    is_whole_interval: bool,
 }
 
-impl Queue {
-    pub fn new(served_at_once: u32, wait_max: Duration) -> Self {
-        let state = State { waiting: 0, turn: Duration::ZERO, moved: Instant::now(), is_turn: false };
-        Self { served_at_once: served_at_once.max(1), wait_max, state: Mutex::new(state) }
+impl AdmissionControl {
+    pub fn new(concurrency: u32, wait_max: Duration) -> Self {
+        let state =
+            State { waiting: 0, interval: Duration::ZERO, progress_time: Instant::now(), is_whole_interval: false };
+        Self { concurrency: concurrency.max(1), wait_max, state: Mutex::new(state) }
     }
 
-    /// A place at the end. None: it would take longer than anybody is to wait.
-    pub fn join(&self) -> Option<Place<'_>> {
+    /// Returns a waiter, or `None` if the estimated wait exceeds `wait_max`.
+    pub fn enter(&self) -> Option<Waiter<'_>> {
         let now = Instant::now();
         let mut state = self.lock();
-        let standstill = now.duration_since(state.moved);
-        let turn = match state.waiting > 0 && standstill >= STANDSTILL_MIN {
-            true => state.turn.max(standstill / self.served_at_once),
-            false => state.turn,
+        let standstill = now.duration_since(state.progress_time);
+        let interval = match state.waiting > 0 && standstill >= STANDSTILL_MIN {
+            true => state.interval.max(standstill / self.concurrency),
+            false => state.interval,
         };
-        if turn.saturating_mul(state.waiting) > self.wait_max {
+        if interval.saturating_mul(state.waiting) > self.wait_max {
             return None;
         }
         if state.waiting == 0 {
-            state.moved = now;
-            state.is_turn = false;
+            state.progress_time = now;
+            state.is_whole_interval = false;
         }
         state.waiting += 1;
-        Some(Place { queue: self })
+        Some(Waiter { admission: self })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is whole whatever happened to a holder of the lock.
+        // A panic of another holder leaves the state valid.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A place in a queue, given up when it is dropped.
-pub(super) struct Place<'a> {
-    queue: &'a Queue,
+/// A caller in the queue. Dropped, it leaves the queue.
+pub(super) struct Waiter<'a> {
+    admission: &'a AdmissionControl,
 }
 
-impl Place<'_> {
-    /// It is one's turn.
-    pub fn served(self) {
+impl Waiter<'_> {
+    /// Leaves the queue because the caller is served now.
+    pub fn admitted(self) {
         let now = Instant::now();
-        let mut state = self.queue.lock();
-        let turn = now.duration_since(state.moved);
-        // The first of a queue has waited for a part of a turn only: it can show that turns are shorter, not longer.
-        if state.is_turn || turn < state.turn {
-            state.turn = (state.turn * (TURNS_REMEMBERED - 1) + turn) / TURNS_REMEMBERED;
+        let mut state = self.admission.lock();
+        let interval = now.duration_since(state.progress_time);
+        // The first caller of a queue has waited for a part of an interval only, which can show that intervals are
+        // shorter than the average, and not that they are longer.
+        if state.is_whole_interval || interval < state.interval {
+            state.interval = (state.interval * (INTERVALS_AVERAGED - 1) + interval) / INTERVALS_AVERAGED;
         }
-        state.moved = now;
-        state.is_turn = true;
+        state.progress_time = now;
+        state.is_whole_interval = true;
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
-        self.queue.lock().waiting -= 1;
+        self.admission.lock().waiting -= 1;
     }
 }
 
@@ -99,81 +101,81 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_is_taken_whole_until_it_has_not_moved_for_a_while() {
-        let queue = Queue::new(2, 2 * SECOND);
-        let mut places = Vec::new();
+    async fn burst_is_accepted_until_the_queue_stands_still() {
+        let queue = AdmissionControl::new(2, 2 * SECOND);
+        let mut waiters = Vec::new();
         for _ in 0..1_000 {
-            places.push(queue.join().expect("nothing is known of how slow it goes"));
+            waiters.push(queue.enter().expect("no interval is known yet"));
             advance(STANDSTILL_MIN / 1_001).await;
         }
         advance(STANDSTILL_MIN / 1_000).await;
-        assert!(queue.join().is_none(), "a thousand turns of this length take too long");
+        assert!(queue.enter().is_none(), "a thousand intervals of this length exceed the maximum wait");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_is_taken_as_far_as_it_is_served_in_time() {
-        const TURN: Duration = Duration::from_millis(1);
-        let queue = Queue::new(2, 2 * SECOND);
-        let mut places: VecDeque<_> = (0..200).map(|_| queue.join().unwrap()).collect();
-        while let Some(place) = places.pop_front() {
-            advance(TURN).await;
-            place.served();
+    async fn burst_is_accepted_as_far_as_it_is_served_in_time() {
+        const INTERVAL: Duration = Duration::from_millis(1);
+        let queue = AdmissionControl::new(2, 2 * SECOND);
+        let mut waiters: VecDeque<_> = (0..200).map(|_| queue.enter().unwrap()).collect();
+        while let Some(waiter) = waiters.pop_front() {
+            advance(INTERVAL).await;
+            waiter.admitted();
         }
-        places.extend(std::iter::from_fn(|| queue.join()).take(10_000));
-        let taken = u32::try_from(places.len()).unwrap();
-        assert!((1_900..=2_100).contains(&taken), "{taken} turns of a millisecond in two seconds");
-        // What is given back makes room again.
-        drop(places.pop_back());
-        let last = queue.join().expect("there is room for as many as before");
-        assert!(queue.join().is_none());
+        waiters.extend(std::iter::from_fn(|| queue.enter()).take(10_000));
+        let accepted = u32::try_from(waiters.len()).unwrap();
+        assert!((1_900..=2_100).contains(&accepted), "{accepted} intervals of a millisecond in two seconds");
+        // A waiter that leaves makes room for another.
+        drop(waiters.pop_back());
+        let last = queue.enter().expect("there is room for as many waiters as before");
+        assert!(queue.enter().is_none());
         drop(last);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_would_wait_too_long_is_refused_and_who_would_not_is_taken() {
-        let queue = Queue::new(2, 2 * SECOND);
-        let mut places: Vec<_> = (0..100).map(|_| queue.join().unwrap()).collect();
-        // A turn takes 100 ms, so that 20 are served within the two seconds.
+    async fn caller_is_rejected_only_if_its_estimated_wait_is_too_long() {
+        let queue = AdmissionControl::new(2, 2 * SECOND);
+        let mut waiters: Vec<_> = (0..100).map(|_| queue.enter().unwrap()).collect();
+        // An interval takes 100 ms: 20 callers are served within two seconds.
         for _ in 0..60 {
             advance(SECOND / 10).await;
-            places.pop().unwrap().served();
+            waiters.pop().unwrap().admitted();
         }
-        assert!(queue.join().is_none());
-        places.truncate(15);
-        assert!(queue.join().is_some());
+        assert!(queue.enter().is_none());
+        waiters.truncate(15);
+        assert!(queue.enter().is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_queue_that_stands_still_is_taken_for_slow() {
-        let queue = Queue::new(2, 2 * SECOND);
-        let places: Vec<_> = (0..10).map(|_| queue.join().unwrap()).collect();
+    async fn queue_that_stands_still_counts_as_slow() {
+        let queue = AdmissionControl::new(2, 2 * SECOND);
+        let waiters: Vec<_> = (0..10).map(|_| queue.enter().unwrap()).collect();
         advance(SECOND / 5).await;
-        assert!(queue.join().is_some());
+        assert!(queue.enter().is_some());
         advance(SECOND).await;
-        assert!(queue.join().is_none());
-        drop(places);
-        assert!(queue.join().is_some());
+        assert!(queue.enter().is_none());
+        drop(waiters);
+        assert!(queue.enter().is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_slow_once_is_fast_again_when_it_has_moved() {
-        let queue = Queue::new(1, SECOND);
-        let mut places: Vec<_> = (0..3).map(|_| queue.join().unwrap()).collect();
+    async fn average_recovers_after_fast_admissions() {
+        let queue = AdmissionControl::new(1, SECOND);
+        let mut waiters: Vec<_> = (0..3).map(|_| queue.enter().unwrap()).collect();
         for _ in 0..3 {
             advance(5 * SECOND).await;
-            places.pop().unwrap().served();
+            waiters.pop().unwrap().admitted();
         }
-        // The first is always taken, and its like show how fast it goes now.
+        // The first caller of a queue is always accepted, and shortens the average.
         for _ in 0..100 {
-            let first = queue.join().unwrap();
-            let second = queue.join();
+            let first = queue.enter().unwrap();
+            let second = queue.enter();
             advance(SECOND / 1_000).await;
-            first.served();
+            first.admitted();
             if let Some(second) = second {
-                second.served();
+                second.admitted();
             }
         }
-        let _first = queue.join().unwrap();
-        assert!(queue.join().is_some());
+        let _first = queue.enter().unwrap();
+        assert!(queue.enter().is_some());
     }
 }

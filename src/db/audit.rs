@@ -1,22 +1,28 @@
-//! Who signed in, and who changed users and tokens. The events are written by the statements that make the changes, in
-//! the files of their nouns, so that there is no change without its event; here are those without a change.
+//! The audit log: logins, and changes of users and tokens.
+//!
+//! The statement that makes a change also writes its event, in the file of its noun: no change is without an event. This
+//! file writes the events without a change.
 
 use std::net::IpAddr;
 
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, PRUNED_AT_ONCE, Page, PageBounds};
+use super::{
+    PRUNE_BATCH_ROWS,
+    conn::Conn,
+    page::{Page, PageBounds},
+    time::timestamp,
+};
 use crate::{
     error::{Error, Result},
     pb::{AuditAction, AuditEvent},
-    request::timestamp,
 };
 
-/// How long events are kept; the table's trigger refuses to delete younger ones.
+/// How long events are kept. A trigger refuses to delete younger ones.
 pub const AUDIT_EVENTS_KEPT_DAYS: i32 = 400;
 
-/// Who makes a change, and from where, as events tell it.
+/// The actor of a change and its address, as events record them.
 #[derive(Clone, Copy, Debug)]
 pub struct By {
     actor_id: Option<Uuid>,
@@ -24,15 +30,15 @@ pub struct By {
 }
 
 impl By {
-    /// Whoever runs the program: the first administrator, `issue-tracker user create`.
+    /// A command of the program, such as `issue-tracker user create`.
     pub const COMMAND_LINE: Self = Self { actor_id: None, address: None };
 
     pub fn user(id: Uuid, address: Option<IpAddr>) -> Self {
         Self { actor_id: Some(id), address }
     }
 
-    /// Somebody who has not signed in.
-    pub fn nobody(address: Option<IpAddr>) -> Self {
+    /// An unauthenticated caller.
+    pub fn unauthenticated(address: Option<IpAddr>) -> Self {
         Self { actor_id: None, address }
     }
 
@@ -40,28 +46,21 @@ impl By {
         self.actor_id
     }
 
-    /// For a parameter of `::text::inet`.
+    /// Returns the address for a parameter of `::text::inet`.
     pub(super) fn address(&self) -> Option<String> {
         self.address.map(|address| address.to_canonical().to_string())
     }
 }
 
-/// Somebody has tried to sign in: as this user, if there is one of the name that he gave. The name itself is not kept, as
-/// people type passwords there.
+/// Logs a failed login: as this user, if one has the given name. The name itself is not logged, because people type
+/// passwords there.
 pub async fn login_failed(db: &Conn, user_id: Option<Uuid>, by: By) -> Result<()> {
     const SQL: &str = "-- login_failed
         INSERT INTO audit_events (action, actor_id, address, user_id) VALUES ('LOGIN_FAILED', $1, $2::text::inet, $3)";
     db.execute(SQL, &[&by.actor_id(), &by.address(), &user_id]).await.map(drop)
 }
 
-/// The columns of [`from_row`].
-macro_rules! event_columns {
-    () => {
-        "id, create_time, action, actor_id, user_id, token_id, host(address), old_value, new_value"
-    };
-}
-
-/// Events about a user, or about all, newest first, from below the id `after`.
+/// Returns a page of the events about a user, or of all events, newest first, with ids below `after`.
 pub async fn list(
     db: &Conn,
     user_id: Option<Uuid>,
@@ -69,45 +68,41 @@ pub async fn list(
     limit: i64,
     bounds: PageBounds,
 ) -> Result<Page<AuditEvent>> {
-    const ALL: &str = concat!(
-        "-- list_audit_events\nSELECT ",
-        event_columns!(),
-        " FROM audit_events WHERE id < $1 ORDER BY id DESC LIMIT $2"
-    );
-    // A statement of its own, so that its plan goes by the index of users.
-    const OF_USER: &str = concat!(
-        "-- list_audit_events_of_user\nSELECT ",
-        event_columns!(),
-        " FROM audit_events WHERE user_id = $3 AND id < $1 ORDER BY id DESC LIMIT $2"
-    );
+    const ALL: &str = "-- list_audit_events
+        SELECT id, create_time, action, actor_id, user_id, token_id, host(address) AS address, old_value, new_value
+        FROM audit_events WHERE id < $1 ORDER BY id DESC LIMIT $2";
+    // A statement of its own: its plan uses the index by user.
+    const OF_USER: &str = "-- list_audit_events_of_user
+        SELECT id, create_time, action, actor_id, user_id, token_id, host(address) AS address, old_value, new_value
+        FROM audit_events WHERE user_id = $3 AND id < $1 ORDER BY id DESC LIMIT $2";
     match user_id {
         None => db.query_page(ALL, &[&after, &limit], bounds, from_row, prost::Message::encoded_len).await,
         Some(id) => db.query_page(OF_USER, &[&after, &limit, &id], bounds, from_row, prost::Message::encoded_len).await,
     }
 }
 
-/// Forgets events that are old enough, and how many these were.
+/// Deletes up to [`PRUNE_BATCH_ROWS`] events that are older than [`AUDIT_EVENTS_KEPT_DAYS`]. Returns how many.
 pub async fn prune_audit_events(db: &Conn) -> Result<u64> {
     const SQL: &str = "-- prune_audit_events
         DELETE FROM audit_events WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM audit_events WHERE create_time < now() - make_interval(days => $1) LIMIT $2))";
-    db.execute(SQL, &[&AUDIT_EVENTS_KEPT_DAYS, &PRUNED_AT_ONCE]).await
+    db.execute(SQL, &[&AUDIT_EVENTS_KEPT_DAYS, &PRUNE_BATCH_ROWS]).await
 }
 
 fn from_row(row: &Row) -> Result<AuditEvent> {
-    let action = format!("AUDIT_ACTION_{}", row.get::<_, &str>(2));
+    let action = format!("AUDIT_ACTION_{}", row.get::<_, &str>("action"));
     let action = AuditAction::from_str_name(&action).ok_or(Error::Internal("unknown audit action"))?;
-    let id = |column| row.get::<_, Option<Uuid>>(column).map(|id| id.to_string()).unwrap_or_default();
-    let text = |column| row.get::<_, Option<String>>(column).unwrap_or_default();
+    let id = |column: &str| row.get::<_, Option<Uuid>>(column).map(|id| id.to_string()).unwrap_or_default();
+    let text = |column: &str| row.get::<_, Option<String>>(column).unwrap_or_default();
     Ok(AuditEvent {
-        id: row.get(0),
-        create_time: Some(timestamp(row.get(1))),
+        id: row.get("id"),
+        create_time: Some(timestamp(row.get("create_time"))),
         action: action.into(),
-        actor_id: id(3),
-        user_id: id(4),
-        token_id: id(5),
-        address: text(6),
-        old_value: text(7),
-        new_value: text(8),
+        actor_id: id("actor_id"),
+        user_id: id("user_id"),
+        token_id: id("token_id"),
+        address: text("address"),
+        old_value: text("old_value"),
+        new_value: text("new_value"),
     })
 }

@@ -1,238 +1,269 @@
-//! The calls that come most often, many at a time: see [`crate::coalesce`].
+//! Batchers of the most frequent calls: concurrent calls of a kind share a transaction or a query. See
+//! [`crate::batching`].
 
 use prost::Message;
 use uuid::Uuid;
 
 use super::{
-    Conn, Db, Page,
     comments::{self, NewComment},
-    idempotency::{Begun, Claim, KeptReply, RequestKey, claim_many, commit_with_replies, decode_reply},
+    conn::Conn,
+    idempotency::{KeyLock, MutationOptions, StoredResponse, commit_with_responses, try_lock_keys},
     issues::{self, IssueChange, IssueList, NewIssue},
+    page::Page,
+    pool::Db,
+    row_locks::RowLocks,
 };
 use crate::{
-    batching::coalescer::{Bounds, Coalescer, Company, Outcome},
-    batching::shared_read::Flights,
+    batching::{
+        coalescer::{BatchAffinity, Bounds, Coalescer, Outcome},
+        shared_read::SharedReads,
+    },
     error::{Error, Result},
     pb::{Comment, Issue, IssueView},
 };
 
-/// Rounds share the pool with everything else, and more of them at once only make each smaller.
-const BOUNDS: Bounds = Bounds { items_max: 64, rounds_max: 2, waiting_max: 4_096, by_caller: true };
+/// Batches share the pool with all other requests. More concurrent batches would only make each smaller.
+const BOUNDS: Bounds = Bounds { items_max: 64, batches_max: 2, waiting_max: 4_096, runs_inline: true };
 
-/// Whether a statement waits for rows that others have locked, or leaves them alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Locked {
-    Wait,
-    Skip,
-}
+/// A mutation that can be executed for many callers in one statement.
+pub trait BatchMutation: Clone + Send + Sync + 'static {
+    type Response: Message + Default + 'static;
 
-/// A mutation that can be made for many callers at once.
-pub trait Mutate: Clone + Send + Sync + 'static {
-    type Reply: Message + Default + 'static;
-
-    /// Makes the mutations, in one statement and so all or none, and answers what became of each, in order. What fails
-    /// without touching the others is an outcome; an error means that nothing was done for any.
+    /// Executes the mutations in one statement, all or none. Returns the outcome of each, in order.
+    ///
+    /// A mutation that fails without effect on the others is an outcome. An error means that none was executed.
     fn apply(
         db: &Conn,
-        items: &[Self],
-        locked: Locked,
-    ) -> impl Future<Output = Result<Vec<Outcome<Self::Reply>>>> + Send;
+        mutations: &[Self],
+        row_locks: RowLocks,
+    ) -> impl Future<Output = Result<Vec<Outcome<Self::Response>>>> + Send;
 
-    /// What might wait for others' locks goes alone, so that nobody has to wait with it.
-    fn company(&self) -> Company<Uuid>;
+    /// Returns which mutations may be in the same batch. Those that can wait for locks of other transactions run
+    /// individually, so that no other caller waits with them.
+    fn affinity(&self) -> BatchAffinity<Uuid>;
 }
 
-impl Mutate for NewIssue {
-    type Reply = Issue;
+impl BatchMutation for NewIssue {
+    type Response = Issue;
 
-    async fn apply(db: &Conn, items: &[Self], _: Locked) -> Result<Vec<Outcome<Issue>>> {
-        Ok(issues::create(db, items).await?.into_iter().map(|issue| Outcome::Done(Ok(issue))).collect())
+    async fn apply(db: &Conn, mutations: &[Self], _: RowLocks) -> Result<Vec<Outcome<Issue>>> {
+        Ok(issues::create(db, mutations).await?.into_iter().map(|issue| Outcome::Done(Ok(issue))).collect())
     }
 
-    fn company(&self) -> Company<Uuid> {
-        // Another transaction may be about to take the external id, or to delete a label.
-        if self.external_id.is_some() || !self.label_ids.is_empty() { Company::Alone } else { Company::Any }
-    }
-}
-
-impl Mutate for IssueChange {
-    type Reply = Issue;
-
-    async fn apply(db: &Conn, items: &[Self], locked: Locked) -> Result<Vec<Outcome<Issue>>> {
-        issues::update_many(db, items, "issue.id", locked).await
-    }
-
-    fn company(&self) -> Company<Uuid> {
-        if self.external_id.is_some() { Company::Alone } else { Company::Distinct(self.id) }
+    fn affinity(&self) -> BatchAffinity<Uuid> {
+        // Another transaction may be inserting the same external id, or deleting one of the labels.
+        let can_wait = self.external_id.is_some() || !self.label_ids.is_empty();
+        if can_wait { BatchAffinity::Individual } else { BatchAffinity::Any }
     }
 }
 
-impl Mutate for NewComment {
-    type Reply = Comment;
+impl BatchMutation for IssueChange {
+    type Response = Issue;
 
-    async fn apply(db: &Conn, items: &[Self], locked: Locked) -> Result<Vec<Outcome<Comment>>> {
-        comments::create_many(db, items, locked).await
+    async fn apply(db: &Conn, mutations: &[Self], row_locks: RowLocks) -> Result<Vec<Outcome<Issue>>> {
+        issues::update_many(db, mutations, "issue.id", row_locks).await
     }
 
-    fn company(&self) -> Company<Uuid> {
-        Company::Any
+    fn affinity(&self) -> BatchAffinity<Uuid> {
+        if self.external_id.is_some() { BatchAffinity::Individual } else { BatchAffinity::Distinct(self.id) }
     }
 }
 
-/// A mutation with who asks for it, and how.
+impl BatchMutation for NewComment {
+    type Response = Comment;
+
+    async fn apply(db: &Conn, mutations: &[Self], row_locks: RowLocks) -> Result<Vec<Outcome<Comment>>> {
+        comments::create_many(db, mutations, row_locks).await
+    }
+
+    fn affinity(&self) -> BatchAffinity<Uuid> {
+        BatchAffinity::Any
+    }
+}
+
+/// A mutation with its caller and options.
 #[derive(Clone)]
-pub struct Call<M> {
+pub struct MutationCall<M> {
     pub caller_id: Uuid,
-    pub key: RequestKey,
-    pub item: M,
+    pub options: MutationOptions,
+    pub mutation: M,
 }
 
-type Mutations<M> = Coalescer<Call<M>, <M as Mutate>::Reply, Uuid>;
+type MutationBatcher<M> = Coalescer<MutationCall<M>, <M as BatchMutation>::Response, Uuid>;
 
-/// The coalescers of a service.
-pub struct Rounds {
+/// The batchers of a server.
+pub struct Batchers {
     db: Db,
     gets: Coalescer<(Uuid, IssueView), Issue, ()>,
-    lists: Flights<IssueList, Page<Issue>>,
-    pub creates: Mutations<NewIssue>,
-    pub updates: Mutations<IssueChange>,
-    pub comments: Mutations<NewComment>,
+    lists: SharedReads<IssueList, Page<Issue>>,
+    pub creates: MutationBatcher<NewIssue>,
+    pub updates: MutationBatcher<IssueChange>,
+    pub comments: MutationBatcher<NewComment>,
 }
 
-impl Rounds {
+impl Batchers {
     pub fn new(db: Db) -> Self {
-        let (of_round, of_one) = (db.clone(), db.clone());
-        let gets = Coalescer::new(
-            BOUNDS,
-            |_| Company::Any,
-            Box::new(move |wanted| {
-                let db = of_round.clone();
-                Box::pin(async move {
-                    let conn = db.conn().await?;
-                    match wanted[..] {
-                        // Two statements instead of three.
-                        [(id, view)] => Ok(vec![Outcome::Done(issues::get_in_view(&conn, id, view).await)]),
-                        _ => issues::get_many(&conn, &wanted).await,
-                    }
-                })
-            }),
-            Box::new(move |(id, view)| {
-                let db = of_one.clone();
-                Box::pin(async move { issues::get_in_view(&*db.conn().await?, id, view).await })
-            }),
-        );
-        let of_list = db.clone();
-        let lists = Flights::new(Box::new(move |list: IssueList| {
-            let db = of_list.clone();
-            Box::pin(async move {
-                let _slot = if list.filter.searches() { Some(db.heavy_slot().await?) } else { None };
-                issues::list(&*db.conn().await?, &list).await
-            })
-        }));
-        Self { gets, lists, creates: mutations(&db), updates: mutations(&db), comments: mutations(&db), db }
+        Self {
+            gets: get_batcher(&db),
+            lists: list_reads(&db),
+            creates: mutation_batcher(&db),
+            updates: mutation_batcher(&db),
+            comments: mutation_batcher(&db),
+            db,
+        }
     }
 
+    /// Returns an issue. See [`issues::get_in_view`].
     pub async fn get(&self, id: Uuid, view: IssueView) -> Result<Issue> {
         self.gets.call((id, view)).await
     }
 
+    /// Returns a page of issues. See [`issues::list`].
     pub async fn list(&self, list: IssueList) -> Result<Page<Issue>> {
         self.lists.read(list).await
     }
 
-    /// Makes a mutation with those that are asked for at the same time. A trial is made alone, and rolled back.
-    pub async fn make<M: Mutate>(&self, mutations: &Mutations<M>, call: Call<M>) -> Result<M::Reply> {
-        if call.key.validate_only {
-            // Boxed, as what happens seldom should not make the future of every call large: they are moved about.
-            return Box::pin(make_alone(&self.db, call)).await;
+    /// Executes a mutation in the next batch of its kind. A dry run is executed individually and rolled back.
+    pub async fn mutate<M: BatchMutation>(
+        &self,
+        batcher: &MutationBatcher<M>,
+        call: MutationCall<M>,
+    ) -> Result<M::Response> {
+        if call.options.validate_only {
+            // Boxed: dry runs are rare and must not enlarge the future of every call.
+            return Box::pin(mutate_individually(&self.db, call)).await;
         }
-        let key = call.key;
-        mutations.call(call).await.map_err(|error| key.explain(error))
+        let options = call.options;
+        batcher.call(call).await.map_err(|error| options.explain(error))
     }
 }
 
-fn mutations<M: Mutate>(db: &Db) -> Mutations<M> {
-    let (of_round, of_one) = (db.clone(), db.clone());
+fn get_batcher(db: &Db) -> Coalescer<(Uuid, IssueView), Issue, ()> {
+    let (batch_db, individual_db) = (db.clone(), db.clone());
     Coalescer::new(
         BOUNDS,
-        |call: &Call<M>| call.item.company(),
-        Box::new(move |calls| {
-            let db = of_round.clone();
-            Box::pin(async move { make_many(&db, calls).await })
+        |_| BatchAffinity::Any,
+        Box::new(move |requested| {
+            let db = batch_db.clone();
+            Box::pin(async move {
+                let conn = db.conn().await?;
+                match requested[..] {
+                    // Two statements instead of three.
+                    [(id, view)] => Ok(vec![Outcome::Done(issues::get_in_view(&conn, id, view).await)]),
+                    _ => issues::get_many(&conn, &requested).await,
+                }
+            })
         }),
-        Box::new(move |call| {
-            let db = of_one.clone();
-            Box::pin(async move { make_alone(&db, call).await })
+        Box::new(move |(id, view)| {
+            let db = individual_db.clone();
+            Box::pin(async move { issues::get_in_view(&db.conn().await?, id, view).await })
         }),
     )
 }
 
-async fn make_alone<M: Mutate>(db: &Db, call: Call<M>) -> Result<M::Reply> {
-    let tx = match db.begin_single(call.caller_id, call.key).await? {
-        Begun::Fresh(tx) => tx,
-        Begun::Replayed(reply) => return decode_reply(&reply),
-    };
-    match M::apply(&tx, std::slice::from_ref(&call.item), Locked::Wait).await?.pop() {
-        Some(Outcome::Done(outcome)) => {
-            let reply = outcome?;
-            tx.finish(|| reply.encode_to_vec()).await?;
-            Ok(reply)
-        }
-        Some(Outcome::Alone) | None => Err(Error::Internal("a mutation gave no outcome")),
-    }
+fn list_reads(db: &Db) -> SharedReads<IssueList, Page<Issue>> {
+    let db = db.clone();
+    SharedReads::new(Box::new(move |list: IssueList| {
+        let db = db.clone();
+        Box::pin(async move {
+            let _permit = if list.filter.searches() { Some(db.heavy_permit().await?) } else { None };
+            issues::list(&db.conn().await?, &list).await
+        })
+    }))
 }
 
-/// Mutations without request ids are one statement; with some, a transaction that also keeps their replies.
-async fn make_many<M: Mutate>(db: &Db, calls: Vec<Call<M>>) -> Result<Vec<Outcome<M::Reply>>> {
-    if calls.iter().all(|call| call.key.request_id.is_none()) {
-        let items: Vec<M> = calls.into_iter().map(|call| call.item).collect();
-        return M::apply(&*db.autocommit_conn().await?, &items, Locked::Skip).await;
+fn mutation_batcher<M: BatchMutation>(db: &Db) -> MutationBatcher<M> {
+    let (batch_db, individual_db) = (db.clone(), db.clone());
+    Coalescer::new(
+        BOUNDS,
+        |call: &MutationCall<M>| call.mutation.affinity(),
+        Box::new(move |calls| {
+            let db = batch_db.clone();
+            Box::pin(async move { mutate_batch(&db, calls).await })
+        }),
+        Box::new(move |call| {
+            let db = individual_db.clone();
+            Box::pin(async move { mutate_individually(&db, call).await })
+        }),
+    )
+}
+
+async fn mutate_individually<M: BatchMutation>(db: &Db, call: MutationCall<M>) -> Result<M::Response> {
+    let MutationCall { caller_id, options, mutation } = call;
+    db.mutate_by_statement(caller_id, options, async |conn| {
+        match M::apply(conn, std::slice::from_ref(&mutation), RowLocks::Wait).await?.pop() {
+            Some(Outcome::Done(outcome)) => outcome,
+            Some(Outcome::Individual) | None => Err(Error::Internal("a mutation has no outcome")),
+        }
+    })
+    .await
+}
+
+/// Executes a batch: one statement if no call has an idempotency key, else a transaction that also stores the responses.
+async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) -> Result<Vec<Outcome<M::Response>>> {
+    if calls.iter().all(|call| call.options.key.is_none()) {
+        let mutations: Vec<M> = calls.into_iter().map(|call| call.mutation).collect();
+        return M::apply(&db.autocommit_conn().await?, &mutations, RowLocks::Skip).await;
     }
-    let mut claims = vec![Claim::Fresh; calls.len()];
+    let mut locks = vec![KeyLock::Acquired; calls.len()];
     let tx = db.begin().await?;
     loop {
-        let fresh = calls.iter().zip(&claims).filter(|(_, claim)| **claim == Claim::Fresh).map(|(call, _)| call);
-        let (keys, items): (Vec<_>, Vec<M>) = fresh.map(|call| ((call.caller_id, call.key), call.item.clone())).unzip();
-        if items.is_empty() {
-            return Ok(calls.iter().map(|_| Outcome::Alone).collect());
+        let remaining = calls.iter().zip(&locks).filter(|(_, lock)| **lock == KeyLock::Acquired).map(|(call, _)| call);
+        let (keys, mutations): (Vec<_>, Vec<M>) =
+            remaining.map(|call| ((call.caller_id, call.options), call.mutation.clone())).unzip();
+        if mutations.is_empty() {
+            return Ok(calls.iter().map(|_| Outcome::Individual).collect());
         }
-        // Together, as the ids are new but for retries.
-        let (found, made) = tokio::join!(biased; claim_many(&tx, &keys), M::apply(&tx, &items, Locked::Skip));
-        let found = found?;
-        if found.contains(&Claim::Taken) {
-            // Made again without these: the others may be fresh no more then, but become fewer.
+        // Pipelined: except for retries, the keys are new.
+        let (acquired, applied) =
+            tokio::join!(biased; try_lock_keys(&tx, &keys), M::apply(&tx, &mutations, RowLocks::Skip));
+        let acquired = acquired?;
+        if acquired.contains(&KeyLock::Unavailable) {
+            // Repeated without these calls. Other keys may be unavailable by then, but the calls become fewer each time.
             tx.restart()?;
-            let mut found = found.into_iter();
-            for claim in claims.iter_mut().filter(|claim| **claim == Claim::Fresh) {
-                *claim = found.next().unwrap_or(Claim::Taken);
+            let mut acquired = acquired.into_iter();
+            for lock in locks.iter_mut().filter(|lock| **lock == KeyLock::Acquired) {
+                *lock = acquired.next().unwrap_or(KeyLock::Unavailable);
             }
             continue;
         }
-        let made = made?;
-        let kept: Vec<KeptReply> =
-            keys.iter().zip(&made).filter_map(|(key, outcome)| kept_reply(key, outcome)).collect();
-        commit_with_replies(tx, &kept).await?;
-        let mut made = made.into_iter();
-        let outcome_of = |(call, claim): (&Call<M>, Claim)| match claim {
-            Claim::Taken => Outcome::Alone,
-            Claim::Fresh => match made.next() {
-                // It may have failed because the first call with its id was just made.
-                Some(Outcome::Done(Err(_))) if call.key.request_id.is_some() => Outcome::Alone,
-                Some(outcome) => outcome,
-                None => Outcome::Done(Err(Error::Internal("a mutation gave no outcome"))),
-            },
-        };
-        return Ok(calls.iter().zip(claims).map(outcome_of).collect());
+        let applied = applied?;
+        let stored: Vec<StoredResponse> =
+            keys.iter().zip(&applied).filter_map(|(key, outcome)| stored_response(key, outcome)).collect();
+        commit_with_responses(tx, &stored).await?;
+        return Ok(outcomes(&calls, &locks, applied));
     }
 }
 
-/// None: there is no request id, or nothing that a retry should get.
-fn kept_reply<R: Message>((caller_id, key): &(Uuid, RequestKey), outcome: &Outcome<R>) -> Option<KeptReply> {
-    let (request_id, fingerprint) = key.request_id?;
+/// Returns the outcome of every call of a batch, given those of the calls whose keys were locked.
+fn outcomes<M: BatchMutation>(
+    calls: &[MutationCall<M>],
+    locks: &[KeyLock],
+    applied: Vec<Outcome<M::Response>>,
+) -> Vec<Outcome<M::Response>> {
+    let mut applied = applied.into_iter();
+    let outcome_of = |(call, lock): (&MutationCall<M>, &KeyLock)| match lock {
+        KeyLock::Unavailable => Outcome::Individual,
+        KeyLock::Acquired => match applied.next() {
+            // The first call with the same key may have just been committed, and be the reason for the failure.
+            Some(Outcome::Done(Err(_))) if call.options.key.is_some() => Outcome::Individual,
+            Some(outcome) => outcome,
+            None => Outcome::Done(Err(Error::Internal("a mutation has no outcome"))),
+        },
+    };
+    calls.iter().zip(locks).map(outcome_of).collect()
+}
+
+/// Returns what to store for a retry, or `None` without a key or after a failure.
+fn stored_response<R: Message>(
+    (caller_id, options): &(Uuid, MutationOptions),
+    outcome: &Outcome<R>,
+) -> Option<StoredResponse> {
+    let key = options.key?;
     match outcome {
-        Outcome::Done(Ok(reply)) => {
-            Some(KeptReply { caller_id: *caller_id, request_id, fingerprint, reply: reply.encode_to_vec() })
+        Outcome::Done(Ok(response)) => {
+            Some(StoredResponse { caller_id: *caller_id, key, response: response.encode_to_vec() })
         }
-        Outcome::Done(Err(_)) | Outcome::Alone => None,
+        Outcome::Done(Err(_)) | Outcome::Individual => None,
     }
 }

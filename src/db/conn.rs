@@ -1,78 +1,78 @@
 //! A connection with its prepared statements.
 
-use std::{
-    collections::HashMap,
-    future::Future,
-    pin::pin,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    task::Poll,
-};
+use std::{future::Future, ops::Deref, pin::pin, task::Poll};
 
 use futures_util::TryStreamExt;
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
-use super::tls::Connector;
+use super::{
+    manager::Manager,
+    page::{Page, PageBounds},
+};
 use crate::error::{Error, Result};
-
-/// Statements kept prepared with each connection. Only the shapes of a filter can be more than a few dozen; past the bound
-/// any one makes room for a new one.
-const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
-
-/// A connection with its prepared statements. Statements whose futures are polled together go out together.
-pub struct Conn {
-    pub(super) client: Client,
-    /// What the connection was made with, for what is said beside it.
-    connector: Connector,
-    statements: Mutex<HashMap<String, Statement>>,
-    /// Statements whose answer is waited for; at rest, those whose caller has given up.
-    unanswered: AtomicU32,
-    discard: AtomicBool,
-    /// Whether each statement is committed by itself, and what it writes with it.
-    autocommits: AtomicBool,
-}
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
-impl Conn {
-    pub(super) fn new(client: Client, connector: Connector) -> Self {
-        Self {
-            client,
-            connector,
-            statements: Mutex::default(),
-            unanswered: AtomicU32::new(0),
-            discard: AtomicBool::new(false),
-            autocommits: AtomicBool::new(false),
+/// A connection that is checked out of the pool.
+///
+/// Statements whose futures are polled together are pipelined: they go to the server in the order of their first polls.
+pub struct Conn {
+    session: bb8::PooledConnection<'static, Manager>,
+    commit_mode: CommitMode,
+}
+
+/// When a connection commits what its statements write. Fixed when the connection is checked out: it decides what a lost
+/// connection means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CommitMode {
+    /// With a COMMIT, or never because the statements only read. If the connection is lost before, nothing is written.
+    Explicit,
+    /// With each statement. If the connection is lost, the outcome of the statement is unknown.
+    EachStatement,
+}
+
+impl CommitMode {
+    fn classify(self, error: Error) -> Error {
+        match self {
+            Self::Explicit => error,
+            Self::EachStatement => error.in_commit(),
         }
     }
+}
 
+impl Conn {
+    pub(super) fn new(session: bb8::PooledConnection<'static, Manager>, commit_mode: CommitMode) -> Self {
+        Self { session, commit_mode }
+    }
+
+    /// Returns all rows.
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
-        self.watch(self.client.query(&statement, params)).await
+        self.run(self.client().query(&statement, params)).await
     }
 
-    /// Exactly one row.
+    /// Returns the only row. Zero rows or several are an error.
     pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
         let statement = self.statement(sql).await?;
-        self.watch(self.client.query_one(&statement, params)).await
+        self.run(self.client().query_one(&statement, params)).await
     }
 
-    /// One row or none.
+    /// Returns the row, or `None` if there is none. Several rows are an error.
     pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
         let statement = self.statement(sql).await?;
-        self.watch(self.client.query_opt(&statement, params)).await
+        self.run(self.client().query_opt(&statement, params)).await
     }
 
-    /// How many rows were touched.
+    /// Returns the number of affected rows.
     pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
         let statement = self.statement(sql).await?;
-        self.watch(self.client.execute(&statement, params)).await
+        self.run(self.client().execute(&statement, params)).await
     }
 
-    /// Reads rows until there are `rows_max`, or their sizes add up to `bytes_max`; at least one if there is one. The
-    /// statement should ask for one row more than `rows_max`, so that it is known whether there are more.
+    /// Reads rows until there are `rows_max` or their sizes exceed `bytes_max`; at least one row if there is any.
+    ///
+    /// The statement should select one row more than `rows_max`, so that `more` is known. A page that ends because of
+    /// `bytes_max` abandons its statement, and the pool closes the connection.
     pub async fn query_page<T>(
         &self,
         sql: &str,
@@ -83,7 +83,7 @@ impl Conn {
     ) -> Result<Page<T>> {
         let statement = self.statement(sql).await?;
         let read = async {
-            let mut rows = pin!(self.client.query_raw(&statement, params.iter().copied()).await?);
+            let mut rows = pin!(self.client().query_raw(&statement, params.iter().copied()).await?);
             let mut items = Vec::new();
             let mut bytes = 0;
             while let Some(row) = rows.try_next().await? {
@@ -92,18 +92,20 @@ impl Conn {
                 let has_room = items.len() < bounds.rows_max;
                 let fits = has_room && bytes <= bounds.bytes_max;
                 if !items.is_empty() && !fits {
-                    // What else the statement asks for is not to be waited for by whoever comes next.
-                    self.set_discard(has_room);
+                    if has_room {
+                        // The server may have many rows left to send, which the next statement would wait for.
+                        self.session.begin_statement();
+                    }
                     return Ok::<_, Error>(Page { items, more: true });
                 }
                 items.push(item);
             }
             Ok(Page { items, more: false })
         };
-        self.watch(read).await
+        self.run(read).await
     }
 
-    /// Prepares statements, so that they reach the server in the order in which they are polled.
+    /// Prepares statements, so that those that are polled together afterwards reach the server in that order.
     pub async fn prepare(&self, statements: &[&str]) -> Result<()> {
         for sql in statements {
             self.statement(sql).await?;
@@ -111,113 +113,79 @@ impl Conn {
         Ok(())
     }
 
-    /// Commits what was begun. If the connection is lost meanwhile, whether it was committed is not known.
-    pub(super) async fn commit(&self) -> Result<()> {
-        if self.client.is_closed() {
-            return Err(Error::ConnectionLost);
-        }
-        self.watch(self.client.batch_execute("COMMIT")).await.map_err(Error::in_commit)
-    }
-
-    /// A sink for rows in COPY's format.
+    /// Returns a sink for rows in the format of COPY.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
-        Ok(self.client.copy_in(&statement).await?)
+        Ok(self.client().copy_in(&statement).await?)
     }
 
-    /// Waits for a statement's answer. A caller that gives up (its deadline has passed, its client is gone) drops this
-    /// half-way, and is noticed by the count that stays.
-    pub(super) async fn watch<T, E: Into<Error>>(&self, answer: impl Future<Output = Result<T, E>>) -> Result<T> {
-        if self.client.is_closed() {
-            // Nothing was sent.
+    /// Commits the transaction that was begun with [`Conn::enqueue`]. If the connection is lost meanwhile, the outcome is
+    /// unknown.
+    pub(super) async fn commit(&self) -> Result<()> {
+        if self.client().is_closed() {
             return Err(Error::ConnectionLost);
         }
-        self.unanswered.fetch_add(1, Ordering::Relaxed);
-        let answer = answer.await;
-        self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        answer.map_err(|error| match self.autocommits.load(Ordering::Relaxed) {
-            true => error.into().in_commit(),
-            false => error.into(),
-        })
+        self.run(self.client().batch_execute("COMMIT")).await.map_err(Error::in_commit)
     }
 
-    pub(super) fn set_autocommits(&self, autocommits: bool) {
-        self.autocommits.store(autocommits, Ordering::Relaxed);
+    /// Waits for the response of a statement.
+    ///
+    /// A caller that stops waiting (its deadline has passed, its client is gone) drops the future, and the statement
+    /// stays counted as in flight: the pool closes the connection.
+    pub(super) async fn run<T, E: Into<Error>>(&self, response: impl Future<Output = Result<T, E>>) -> Result<T> {
+        if self.client().is_closed() {
+            // The statement is not sent: nothing is written, whatever the commit mode.
+            return Err(Error::ConnectionLost);
+        }
+        self.session.begin_statement();
+        let response = response.await;
+        self.session.end_statement();
+        response.map_err(|error| self.commit_mode.classify(error.into()))
     }
 
+    /// Returns the prepared statement, and prepares it if this connection has not yet.
     pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
-        let kept = self.lock_statements().get(sql).cloned();
-        if let Some(statement) = kept {
-            return Ok(statement);
-        }
-        // Left half-way, it may be waiting for a lock as any statement.
-        self.unanswered.fetch_add(1, Ordering::Relaxed);
-        let statement = self.client.prepare(sql).await;
-        self.unanswered.fetch_sub(1, Ordering::Relaxed);
-        let statement = statement?;
-        let mut statements = self.lock_statements();
-        if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
-            && let Some(any) = statements.keys().next().cloned()
-        {
-            statements.remove(&any);
-        }
-        statements.insert(sql.to_owned(), statement.clone());
-        Ok(statement)
+        self.session.statement(sql).await
     }
 
-    fn lock_statements(&self) -> std::sync::MutexGuard<'_, HashMap<String, Statement>> {
-        // The map is whole whatever happened to a holder of the lock.
-        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn client(&self) -> &Client {
+        self.session.client()
     }
 
-    /// Whether the connection is to be closed instead of going back to the pool. Closing it ends whatever it holds: a
-    /// transaction, locks.
-    pub(super) fn set_discard(&self, discard: bool) {
-        self.discard.store(discard, Ordering::Relaxed);
-    }
-
-    /// Whether something may still be running on the connection, for nobody. What comes next would wait behind it.
-    pub(super) fn is_left_busy(&self) -> bool {
-        self.discard.load(Ordering::Relaxed) || self.unanswered.load(Ordering::Relaxed) > 0
-    }
-
-    /// Sends a command ahead of whatever is sent next on this connection, without waiting for its answer: its first poll
-    /// puts it in the connection's queue.
+    /// Sends a command ahead of whatever is sent next on this connection, without waiting for its response: its first
+    /// poll puts it into the queue of the connection.
     pub(super) fn enqueue(&self, command: &str) -> Result<()> {
-        let mut sending = pin!(self.client.batch_execute(command));
+        let mut sending = pin!(self.client().batch_execute(command));
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         match sending.as_mut().poll(&mut context) {
             Poll::Ready(result) => Ok(result?),
             Poll::Pending => Ok(()),
         }
     }
-}
 
-impl Drop for Conn {
-    fn drop(&mut self) {
-        // The server notices that its client is gone only when it next reads or writes, which may be long after: it is
-        // told, so that it rolls back and frees its locks now.
-        if self.is_left_busy()
-            && !self.client.is_closed()
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            let running = self.client.cancel_token();
-            let connector = self.connector.clone();
-            runtime.spawn(async move { running.cancel_query(connector).await });
-        }
+    /// Returns the connection as one that is closed on drop.
+    pub(super) fn into_exclusive(self) -> ExclusiveConn {
+        // Counts as a statement in flight until the connection is released.
+        self.session.begin_statement();
+        ExclusiveConn(self)
     }
 }
 
-/// How much [`Conn::query_page`] reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PageBounds {
-    pub rows_max: usize,
-    pub bytes_max: usize,
+/// A connection with state of its own, such as an open transaction, an advisory lock or a half-read result. Dropped, it is
+/// closed, and its running statement is cancelled. [`ExclusiveConn::release`] returns it to the pool.
+pub(super) struct ExclusiveConn(Conn);
+
+impl ExclusiveConn {
+    /// Returns the connection to the pool. The caller has ended everything that it began on the connection.
+    pub(super) fn release(self) {
+        self.0.session.end_statement();
+    }
 }
 
-/// Some rows, and whether there are more.
-#[derive(Clone, Debug)]
-pub struct Page<T> {
-    pub items: Vec<T>,
-    pub more: bool,
+impl Deref for ExclusiveConn {
+    type Target = Conn;
+
+    fn deref(&self) -> &Conn {
+        &self.0
+    }
 }

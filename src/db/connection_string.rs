@@ -1,6 +1,6 @@
-//! Where the database is and how the way there is secured: `--database-url`, read as libpq reads it.
+//! Connection strings (`--database-url`), interpreted as libpq does.
 //!
-//! tokio-postgres' own parser takes everything but what names certificates; that is taken out of its text first.
+//! The parser of tokio-postgres does not know the parameters that name certificates. They are removed from its text first.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -13,10 +13,10 @@ use tokio_postgres::{
 
 use super::tls::{self, Connector, Files, RootsFrom, Verify};
 
-const UNREADABLE: &str = "the database URL cannot be read; it is like postgresql://user:password@host/database";
+const UNREADABLE: &str = "the database URL is malformed; expected postgresql://user:password@host/database";
 
-/// What libpq has besides. Refused by name, as nobody should think that they work.
-const UNKNOWN: [&str; 9] = [
+/// Parameters of libpq that are refused by name, because ignoring them could weaken security.
+const UNSUPPORTED: [&str; 9] = [
     "requiressl",
     "sslcertmode",
     "sslcompression",
@@ -28,15 +28,15 @@ const UNKNOWN: [&str; 9] = [
     "ssl_min_protocol_version",
 ];
 
-/// A database, and what connections to it are made with.
+/// A database and how to connect to it.
 #[derive(Clone)]
-pub struct Target {
+pub struct ConnectionString {
     pub config: Config,
     pub connector: Connector,
 }
 
-/// TLS if the server offers it, without verifying whose it is.
-impl From<Config> for Target {
+/// Uses TLS if the server offers it, without verifying the server.
+impl From<Config> for ConnectionString {
     fn from(mut config: Config) -> Self {
         if is_on_sockets(&config) {
             config.ssl_mode(SslMode::Disable);
@@ -45,19 +45,19 @@ impl From<Config> for Target {
     }
 }
 
-impl From<&Config> for Target {
+impl From<&Config> for ConnectionString {
     fn from(config: &Config) -> Self {
         config.clone().into()
     }
 }
 
-impl FromStr for Target {
+impl FromStr for ConnectionString {
     type Err = anyhow::Error;
 
-    /// Reads the files that the text names. Errors quote neither it nor what is in them.
+    /// Parses a connection string, and reads the files that it names. Errors quote neither the text nor the files.
     fn from_str(text: &str) -> anyhow::Result<Self> {
         let (rest, parameters) = Parameters::take_from(text)?;
-        // The parser's own message can quote the password.
+        // The message of the parser can quote the password.
         let mut config: Config = rest.parse().map_err(|_| anyhow!(UNREADABLE))?;
         let mode = parameters.mode()?;
         config.ssl_mode(match mode {
@@ -69,10 +69,10 @@ impl FromStr for Target {
             return Ok(config.into());
         }
         if mode != Mode::Prefer && config.get_hosts().iter().any(is_socket) {
-            bail!("sslmode={mode} cannot be had on a Unix socket, and the database URL names one beside other hosts");
+            bail!("sslmode={mode} is not possible on a Unix socket, and the database URL names one beside other hosts");
         }
         if config.get_hosts().is_empty() {
-            // What certificates are looked up by.
+            // Certificates are verified against the host name.
             for address in config.get_hostaddrs().to_vec() {
                 config.host(address.to_string());
             }
@@ -81,9 +81,9 @@ impl FromStr for Target {
     }
 }
 
-/// There PostgreSQL speaks no TLS: nobody is in between.
+/// Returns whether all hosts are Unix sockets. PostgreSQL does not offer TLS on these.
 fn is_on_sockets(config: &Config) -> bool {
-    // An address goes before the host.
+    // An address takes precedence over the host.
     let hosts = config.get_hosts();
     config.get_hostaddrs().is_empty() && !hosts.is_empty() && hosts.iter().all(is_socket)
 }
@@ -92,7 +92,7 @@ fn is_socket(host: &Host) -> bool {
     matches!(host, Host::Unix(_))
 }
 
-/// `sslmode`, but for `allow`, which is for servers that would rather have no TLS.
+/// The values of `sslmode` without `allow`, which prefers connections without TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
 enum Mode {
     Disable,
@@ -116,7 +116,7 @@ impl fmt::Display for Mode {
     }
 }
 
-/// What tokio-postgres does not know, or knows less of.
+/// The parameters that are parsed here instead of by tokio-postgres.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Parameters {
     mode: Option<String>,
@@ -125,7 +125,7 @@ struct Parameters {
 }
 
 impl Parameters {
-    /// The text without them, and them. The last of several is the one that counts.
+    /// Returns the text without the parameters, and the parameters. The last of equal ones wins.
     fn take_from(text: &str) -> anyhow::Result<(String, Self)> {
         let mut parameters = Self::default();
         let is_url = ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme));
@@ -134,11 +134,11 @@ impl Parameters {
     }
 
     fn take_from_url(&mut self, url: &str) -> anyhow::Result<String> {
-        // A password may have a question mark.
+        // A password may contain a question mark.
         let behind_user = url.find('@').unwrap_or(0);
         let authority = url.find("://").map_or(0, |at| at + 3);
         if url[authority..].find('/').is_some_and(|slash| authority + slash < behind_user) {
-            bail!("the database URL has an @ behind a /; in names and values they are written %40 and %2F");
+            bail!("the database URL has an @ after a /; encode them as %40 and %2F in names and values");
         }
         let Some(question_mark) = url[behind_user..].find('?').map(|at| behind_user + at) else {
             return Ok(url.to_owned());
@@ -167,7 +167,7 @@ impl Parameters {
             }
             rest = behind;
         }
-        // What is no pair is for the parser to complain of.
+        // The parser reports what is not a pair.
         Ok(kept + rest)
     }
 
@@ -178,7 +178,7 @@ impl Parameters {
             "sslrootcert" => self.roots = value.map(str::to_owned),
             "sslcert" => self.files.certificate = value.map(PathBuf::from),
             "sslkey" => self.files.key = value.map(PathBuf::from),
-            _ if UNKNOWN.contains(&key) => bail!("the database URL has {key}, which is not supported"),
+            _ if UNSUPPORTED.contains(&key) => bail!("the database URL has {key}, which is not supported"),
             _ => return Ok(false),
         }
         Ok(true)
@@ -190,16 +190,16 @@ impl Parameters {
             return Ok(if is_system { Mode::VerifyFull } else { Mode::Prefer });
         };
         let Some((mode, name)) = MODES.iter().find(|(_, known)| known == name) else {
-            bail!("the database URL's sslmode is none of disable, prefer, require, verify-ca, verify-full");
+            bail!("the database URL's sslmode is unknown; expected disable, prefer, require, verify-ca or verify-full");
         };
         if is_system && *mode < Mode::VerifyFull {
-            // Anybody gets a certificate for some name from one of the platform's authorities.
+            // Anyone can get a certificate for some name from one of these authorities.
             bail!("sslmode={name} is too weak for sslrootcert=system; use verify-full");
         }
         Ok(*mode)
     }
 
-    /// As in libpq, a given authority is verified whatever the mode.
+    /// Returns what to verify. As in libpq, a given authority is verified in every mode.
     fn verify(&self, mode: Mode) -> anyhow::Result<Verify> {
         let roots = match self.roots.as_deref() {
             Some("system") => RootsFrom::System,
@@ -213,7 +213,7 @@ impl Parameters {
     }
 }
 
-/// The first `key = 'va\'lue'`, and what is behind it.
+/// Returns the first `key = 'va\'lue'`, and the rest of the text.
 fn first_pair(text: &str) -> Option<(&str, String, &str)> {
     let text = text.trim_start();
     let (key, rest) = text.split_at(text.find(|char: char| char == '=' || char.is_whitespace())?);
@@ -244,24 +244,24 @@ mod tests {
     }
 
     fn error(text: &str) -> String {
-        format!("{:#}", text.parse::<Target>().err().unwrap())
+        format!("{:#}", text.parse::<ConnectionString>().err().unwrap())
     }
 
     #[test]
-    fn a_user_behind_the_host_is_refused_as_it_would_move_the_host() {
+    fn user_after_the_host_is_refused() {
         for url in ["postgresql://db:5432/app?sslmode=verify-full&user=me@srv", "postgres://u:a/b@h/d"] {
             assert!(error(url).contains("%40"), "{url}");
         }
     }
 
     #[test]
-    fn an_address_beside_a_socket_is_spoken_to_as_the_mode_says() {
+    fn address_beside_a_socket_uses_the_mode() {
         let target = "host=/var/run/postgresql hostaddr=10.0.0.1 user=u sslmode=verify-full";
-        assert!(error(target).contains("cannot be had on a Unix socket"));
+        assert!(error(target).contains("is not possible on a Unix socket"));
     }
 
     #[test]
-    fn parameters_of_tls_are_taken_out_of_a_url_and_the_others_stay() {
+    fn tls_parameters_are_removed_from_a_url() {
         for (url, rest, [mode, roots, certificate, key]) in [
             ("postgresql://u:p@h/d", "postgresql://u:p@h/d", [""; 4]),
             ("postgresql://h/d?sslmode=verify-full", "postgresql://h/d", ["verify-full", "", "", ""]),
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_of_tls_are_taken_out_of_pairs_and_the_others_stay() {
+    fn tls_parameters_are_removed_from_pairs() {
         for (pairs, rest, [mode, roots, certificate, key]) in [
             ("host=h user=u", "host=h user=u", [""; 4]),
             ("host=h sslmode=verify-full user=u", "host=h user=u", ["verify-full", "", "", ""]),
@@ -301,18 +301,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_without_the_text_and_its_password() {
+    fn errors_do_not_quote_the_password() {
         for (text, why) in [
             ("postgresql://u:sesame@h:port/d", UNREADABLE),
             ("host=h password='sesame", UNREADABLE),
             ("host=h password=sesame ses=ame", UNREADABLE),
             ("postgresql://u:sesame@h/d?sslmode=%ff", UNREADABLE),
-            ("postgresql://u:sesame@h/d?sslmode=sesame", "none of disable, prefer, require"),
-            ("postgresql://u:sesame@h/d?sslmode=allow", "none of disable, prefer, require"),
+            ("postgresql://u:sesame@h/d?sslmode=sesame", "expected disable, prefer, require"),
+            ("postgresql://u:sesame@h/d?sslmode=allow", "expected disable, prefer, require"),
             ("postgresql://u:sesame@h/d?sslcrl=sesame", "has sslcrl, which is not supported"),
             ("postgresql://u:sesame@h/d?sslmode=verify-ca", "sslmode=verify-ca needs sslrootcert"),
             ("postgresql://u:sesame@h/d?sslmode=require&sslrootcert=system", "too weak for sslrootcert=system"),
-            ("host=h,/tmp password=sesame sslmode=require", "cannot be had on a Unix socket"),
+            ("host=h,/tmp password=sesame sslmode=require", "is not possible on a Unix socket"),
             ("host=h password=sesame sslmode=verify-full sslrootcert=/nowhere.pem", "cannot read sslrootcert /nowhere"),
             ("host=h password=sesame sslrootcert=/dev/null", "sslrootcert /dev/null has no certificate in PEM"),
             ("host=h password=sesame sslcert=/dev/null", "sslcert needs sslkey"),
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mode_says_whether_there_is_tls_and_unix_sockets_have_none() {
+    fn tls_follows_the_mode_and_is_off_on_unix_sockets() {
         for (text, mode) in [
             ("host=h", SslMode::Prefer),
             ("host=h sslmode=disable", SslMode::Disable),
@@ -334,13 +334,13 @@ mod tests {
             ("host=/tmp sslmode=verify-full sslrootcert=/nowhere.pem", SslMode::Disable),
             ("postgresql:///d?host=/tmp&sslmode=require", SslMode::Disable),
         ] {
-            assert_eq!(text.parse::<Target>().unwrap().config.get_ssl_mode(), mode, "{text}");
+            assert_eq!(text.parse::<ConnectionString>().unwrap().config.get_ssl_mode(), mode, "{text}");
         }
     }
 
     #[test]
-    fn an_address_alone_is_also_the_name_that_a_certificate_must_have() {
-        let target: Target = "hostaddr=127.0.0.1 sslmode=require".parse().unwrap();
+    fn address_without_host_is_the_name_in_the_certificate() {
+        let target: ConnectionString = "hostaddr=127.0.0.1 sslmode=require".parse().unwrap();
         assert_eq!(target.config.get_hosts(), [Host::Tcp("127.0.0.1".to_owned())]);
     }
 }

@@ -1,239 +1,212 @@
-//! Request ids: a mutation's reply is kept with what it wrote, so that a retry gets the same answer and writes nothing.
+//! Idempotency keys: the response of a mutation is stored in the transaction of the mutation, so that a retry with the same
+//! key returns the same response and writes nothing.
 
 use std::collections::HashSet;
 
 use prost::Message;
-use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
-use super::{Conn, Db, PRUNED_AT_ONCE, PooledConn, Tx};
+use super::{PRUNE_BATCH_ROWS, conn::Conn, pool::Db, transaction::Tx};
 use crate::error::{Error, Result};
 
-/// How long request ids are kept at least.
-pub const REQUEST_KEPT_HOURS: i32 = 24;
+/// How long responses are stored at least.
+pub const RESPONSES_STORED_HOURS: i32 = 24;
 
-/// What a mutation's request says about itself.
+/// The idempotency key of a mutation.
+#[derive(Clone, Copy, Debug)]
+pub struct IdempotencyKey {
+    /// Chosen by the caller. Keys of different callers are independent.
+    pub request_id: Uuid,
+    /// SHA-256 of the method and the payload: the same id with another payload is an error.
+    pub fingerprint: [u8; 32],
+}
+
+/// How a mutation is to be executed.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct RequestKey {
-    /// The request id, and the SHA-256 of method and payload.
-    pub request_id: Option<(Uuid, [u8; 32])>,
-    /// Do everything, then roll back.
+pub struct MutationOptions {
+    pub key: Option<IdempotencyKey>,
+    /// A dry run: execute everything, then roll back.
     pub validate_only: bool,
 }
 
-impl RequestKey {
-    /// With a request id, an outcome that is not known can be found out.
-    pub fn explain(&self, error: Error) -> Error {
-        if self.request_id.is_some() { error.with_request_id() } else { error }
+impl MutationOptions {
+    /// Adds to an unknown outcome that a retry with the same key returns it.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        if self.key.is_some() { error.with_request_id() } else { error }
     }
-}
-
-/// The transaction of a mutation: it commits together with its reply, or not at all.
-pub struct MutationTx {
-    scope: Scope,
-    caller_id: Uuid,
-    key: RequestKey,
-    /// It may wait for others' locks.
-    _slot: OwnedSemaphorePermit,
-}
-
-enum Scope {
-    Transaction(Tx),
-    /// One statement, which is its own transaction.
-    Statement(PooledConn),
-}
-
-/// A mutation that is to be done, or the reply of the one that was.
-#[expect(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
-pub enum Begun {
-    Fresh(MutationTx),
-    Replayed(Vec<u8>),
 }
 
 impl Db {
-    /// Begins a mutation, which may be several statements.
+    /// Executes a mutation in a transaction, and returns its response.
     ///
-    /// With a request id that was used before, answers the reply of that time; a call with the same id that is still
-    /// under way is waited for.
-    pub async fn begin_mutation(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
-        let slot = self.lock_slot().await?;
+    /// With a key that was used before, `work` is not called: returns the stored response, after the transaction of a
+    /// call in flight with the same key has ended. If `work` fails, the transaction is rolled back and its locks are
+    /// released before the error is returned.
+    pub async fn mutate<R: Message + Default>(
+        &self,
+        caller_id: Uuid,
+        options: MutationOptions,
+        work: impl AsyncFnOnce(&Tx) -> Result<R>,
+    ) -> Result<R> {
+        // The transaction may wait for row locks, or for a call with the same key.
+        let _permit = self.lock_permit().await?;
         let tx = self.begin().await?;
-        if let Some((request_id, fingerprint)) = key.request_id {
-            let stored = stored_reply(&tx, caller_id, request_id, fingerprint);
-            let stored = match key.validate_only {
-                true => stored.await?,
-                false => {
-                    // They go out together, and the second looks when the first has waited.
-                    tx.prepare(&[LOCK, STORED_REPLY]).await?;
-                    let (locked, stored) = tokio::join!(biased; lock(&tx, caller_id, request_id), stored);
-                    locked.and(stored)?
-                }
-            };
-            if let Some(reply) = stored {
-                return Ok(Begun::Replayed(reply));
+        if let Some(key) = options.key
+            && let Some(stored) = find_response(&tx, caller_id, key, options.validate_only).await?
+        {
+            return R::decode(&*stored).map_err(|_| Error::Internal("a stored response cannot be decoded"));
+        }
+        let response = match work(&tx).await {
+            Ok(response) => response,
+            Err(error) => {
+                // The error of the work matters to the caller, whatever happens to the rollback.
+                let _ = tx.rollback().await;
+                return Err(error);
             }
+        };
+        if options.validate_only {
+            tx.rollback().await?;
+            return Ok(response);
         }
-        Ok(Begun::Fresh(MutationTx { scope: Scope::Transaction(tx), caller_id, key, _slot: slot }))
+        let stored = options.key.map(|key| StoredResponse { caller_id, key, response: response.encode_to_vec() });
+        commit_with_responses(tx, stored.as_slice()).await.map_err(|error| options.explain(error))?;
+        Ok(response)
     }
 
-    /// As [`Db::begin_mutation`], for a mutation that is exactly one statement: it needs no transaction around it, unless
-    /// its reply is to be kept or it is to be rolled back.
-    pub async fn begin_single(&self, caller_id: Uuid, key: RequestKey) -> Result<Begun> {
-        if key.request_id.is_some() || key.validate_only {
-            return self.begin_mutation(caller_id, key).await;
+    /// As [`Db::mutate`], for `work` that executes exactly one statement. Without key and dry run the statement is its own
+    /// transaction, which saves a round trip.
+    pub async fn mutate_by_statement<R: Message + Default>(
+        &self,
+        caller_id: Uuid,
+        options: MutationOptions,
+        work: impl AsyncFnOnce(&Conn) -> Result<R>,
+    ) -> Result<R> {
+        if options.key.is_some() || options.validate_only {
+            return self.mutate(caller_id, options, async |tx| work(tx).await).await;
         }
-        let slot = self.lock_slot().await?;
-        let scope = Scope::Statement(self.autocommit_conn().await?);
-        Ok(Begun::Fresh(MutationTx { scope, caller_id, key, _slot: slot }))
+        let _permit = self.lock_permit().await?;
+        work(&self.autocommit_conn().await?).await
+    }
+
+    /// Returns whether the caller has used the key of these options before. Waits for a call in flight with it.
+    pub async fn is_replay(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
+        let Some(key) = options.key else { return Ok(false) };
+        let _permit = self.lock_permit().await?;
+        let tx = self.begin().await?;
+        Ok(find_response(&tx, caller_id, key, options.validate_only).await?.is_some())
     }
 }
 
-impl MutationTx {
-    /// Keeps the reply if there is a request id, and commits; rolls back if it was only a trial.
-    pub async fn finish(self, reply: impl FnOnce() -> Vec<u8>) -> Result<()> {
-        let Scope::Transaction(tx) = self.scope else { return Ok(()) };
-        if self.key.validate_only {
-            return tx.rollback().await;
-        }
-        let kept = self.key.request_id.map(|(request_id, fingerprint)| KeptReply {
-            caller_id: self.caller_id,
-            request_id,
-            fingerprint,
-            reply: reply(),
-        });
-        let committed = commit_with_replies(tx, kept.as_slice()).await;
-        committed.map_err(|error| self.key.explain(error))
-    }
+const LOCK_KEY: &str = "-- lock_idempotency_key
+    SELECT pg_advisory_xact_lock(uuid_hash_extended(requested.request_id, uuid_hash_extended(requested.caller_id, 0)))
+    FROM (VALUES ($1::uuid, $2::uuid)) AS requested (caller_id, request_id)";
 
-    /// See [`Tx::rollback`].
-    pub async fn rollback(self) -> Result<()> {
-        match self.scope {
-            Scope::Transaction(tx) => tx.rollback().await,
-            Scope::Statement(_) => Ok(()),
-        }
-    }
-}
-
-impl std::ops::Deref for MutationTx {
-    type Target = Conn;
-
-    fn deref(&self) -> &Conn {
-        match &self.scope {
-            Scope::Transaction(tx) => tx,
-            Scope::Statement(conn) => conn,
-        }
-    }
-}
-
-/// Taken by whoever makes a mutation with a request id, until the end of its transaction.
-macro_rules! request_lock {
-    () => {
-        "uuid_hash_extended(n.request_id, uuid_hash_extended(n.caller_id, 0))"
-    };
-}
-
-const LOCK: &str = concat!(
-    "-- lock_request\nSELECT pg_advisory_xact_lock(",
-    request_lock!(),
-    ") FROM (VALUES ($1::uuid, $2::uuid)) AS n (caller_id, request_id)"
-);
-
-/// Waits for a transaction with the same request id that is not yet done.
-async fn lock(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<()> {
-    db.execute(LOCK, &[&caller_id, &request_id]).await.map(drop)
-}
-
-/// Whether a mutation can be made with others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Claim {
-    /// Its request id is new, or it has none.
-    Fresh,
-    /// Its request id was used before, or another call with it is under way.
-    Taken,
-}
-
-/// As [`lock`], for many, and without waiting. Of those with the same id the first may be fresh.
-pub(super) async fn claim_many(db: &Conn, keys: &[(Uuid, RequestKey)]) -> Result<Vec<Claim>> {
-    // What was committed between the statement's snapshot and the lock is not seen: then keeping the reply fails, or the
-    // mutation has, and is looked at alone.
-    const SQL: &str = concat!(
-        "-- claim_requests
-        SELECT n.caller_id, n.request_id FROM unnest($1::uuid[], $2::uuid[]) AS n (caller_id, request_id)
-        LEFT JOIN requests r ON r.caller_id = n.caller_id AND r.request_id = n.request_id
-        WHERE r.request_id IS NULL AND pg_try_advisory_xact_lock(",
-        request_lock!(),
-        ")"
-    );
-    let wanted: HashSet<(Uuid, Uuid)> =
-        keys.iter().filter_map(|(caller_id, key)| Some((*caller_id, key.request_id?.0))).collect();
-    let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = wanted.into_iter().unzip();
-    let rows = db.query(SQL, &[&caller_ids, &request_ids]).await?;
-    let mut fresh: HashSet<(Uuid, Uuid)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let claim_of = |(caller_id, key): &(Uuid, RequestKey)| match key.request_id {
-        // The second of two with one id comes after the first, which is under way.
-        Some((request_id, _)) if !fresh.remove(&(*caller_id, request_id)) => Claim::Taken,
-        Some(_) | None => Claim::Fresh,
-    };
-    Ok(keys.iter().map(claim_of).collect())
-}
-
-/// What a retry of a mutation is to get.
-pub(super) struct KeptReply {
-    pub caller_id: Uuid,
-    pub request_id: Uuid,
-    pub fingerprint: [u8; 32],
-    pub reply: Vec<u8>,
-}
-
-/// Commits mutations together with their replies.
-pub(super) async fn commit_with_replies(tx: Tx, kept: &[KeptReply]) -> Result<()> {
-    const SQL: &str = "-- keep_replies
-        INSERT INTO requests (caller_id, request_id, fingerprint, reply)
-        SELECT caller_id, request_id, fingerprint, reply
-        FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::bytea[]) AS n (caller_id, request_id, fingerprint, reply)";
-    if kept.is_empty() {
-        return tx.commit().await;
-    }
-    let caller_ids: Vec<Uuid> = kept.iter().map(|kept| kept.caller_id).collect();
-    let request_ids: Vec<Uuid> = kept.iter().map(|kept| kept.request_id).collect();
-    let fingerprints: Vec<&[u8]> = kept.iter().map(|kept| &kept.fingerprint[..]).collect();
-    let replies: Vec<&[u8]> = kept.iter().map(|kept| &kept.reply[..]).collect();
-    tx.commit_after(SQL, &[&caller_ids, &request_ids, &fingerprints, &replies]).await.map_err(|error| {
-        error.on_constraint("requests_pkey", || {
-            Error::Conflict("another call with the request id was made at this moment")
-        })
-    })
-}
-
-const STORED_REPLY: &str = "-- stored_reply
+const STORED_RESPONSE: &str = "-- stored_response
     SELECT fingerprint, reply FROM requests WHERE caller_id = $1 AND request_id = $2";
 
-/// None: the id was not used yet.
-async fn stored_reply(db: &Conn, caller_id: Uuid, request_id: Uuid, fingerprint: [u8; 32]) -> Result<Option<Vec<u8>>> {
-    let Some(row) = db.query_opt(STORED_REPLY, &[&caller_id, &request_id]).await? else { return Ok(None) };
-    if row.get::<_, &[u8]>(0) != fingerprint {
-        return Err(request_id_reused(request_id));
+/// Returns the stored response of a key, or `None` if the key is new. A dry run does not lock the key.
+async fn find_response(tx: &Tx, caller_id: Uuid, key: IdempotencyKey, validate_only: bool) -> Result<Option<Vec<u8>>> {
+    if validate_only {
+        return stored_response(tx, caller_id, key).await;
     }
-    row.get::<_, Option<Vec<u8>>>(1).map(Some).ok_or(Error::Internal("a request was committed without its reply"))
+    // Pipelined: the second statement takes its snapshot when the first one has the lock.
+    tx.prepare(&[LOCK_KEY, STORED_RESPONSE]).await?;
+    let (locked, stored) =
+        tokio::join!(biased; lock_key(tx, caller_id, key.request_id), stored_response(tx, caller_id, key));
+    locked.and(stored)
 }
 
-/// Returns the error of a request id that was used for a request with another payload.
+/// Locks a key until the transaction ends. Waits for another transaction with the same key.
+async fn lock_key(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<()> {
+    db.execute(LOCK_KEY, &[&caller_id, &request_id]).await.map(drop)
+}
+
+async fn stored_response(db: &Conn, caller_id: Uuid, key: IdempotencyKey) -> Result<Option<Vec<u8>>> {
+    let Some(row) = db.query_opt(STORED_RESPONSE, &[&caller_id, &key.request_id]).await? else { return Ok(None) };
+    if row.get::<_, &[u8]>("fingerprint") != key.fingerprint {
+        return Err(request_id_reused(key.request_id));
+    }
+    let response: Option<Vec<u8>> = row.get("reply");
+    response.map(Some).ok_or(Error::Internal("a mutation was committed without its response"))
+}
+
+/// Returns the error for a request id that was used with another payload.
 pub fn request_id_reused(request_id: Uuid) -> Error {
     Error::InvalidReason {
         reason: "REQUEST_ID_REUSED",
         field: "request_id",
-        message: format!("request_id: \"{request_id}\" was used for another request; use a new UUID for a new request"),
+        message: format!(
+            "request_id: \"{request_id}\" was used for a request with another payload; use a new UUID for a new request"
+        ),
     }
 }
 
-pub fn decode_reply<R: Message + Default>(reply: &[u8]) -> Result<R> {
-    R::decode(reply).map_err(|_| Error::Internal("a stored reply cannot be decoded"))
+/// Whether a mutation of a batch has its key for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyLock {
+    /// The key is new and locked until the transaction ends, or the mutation has none.
+    Acquired,
+    /// The key was used before, or another call with it is in flight.
+    Unavailable,
 }
 
-/// Forgets request ids of more than a day ago, and how many these were.
+/// Locks the keys of a batch without waiting, in order. Of mutations with the same key, the first may acquire it.
+pub(super) async fn try_lock_keys(db: &Conn, mutations: &[(Uuid, MutationOptions)]) -> Result<Vec<KeyLock>> {
+    // A response that is committed between the snapshot of this statement and the lock is not seen. Then storing the
+    // response fails, or the mutation does, and each mutation is executed individually.
+    const SQL: &str = "-- try_lock_idempotency_keys
+        SELECT requested.caller_id, requested.request_id
+        FROM unnest($1::uuid[], $2::uuid[]) AS requested (caller_id, request_id)
+        LEFT JOIN requests stored
+            ON stored.caller_id = requested.caller_id AND stored.request_id = requested.request_id
+        WHERE stored.request_id IS NULL
+            AND pg_try_advisory_xact_lock(
+                uuid_hash_extended(requested.request_id, uuid_hash_extended(requested.caller_id, 0)))";
+    let requested: HashSet<(Uuid, Uuid)> =
+        mutations.iter().filter_map(|(caller_id, options)| Some((*caller_id, options.key?.request_id))).collect();
+    let (caller_ids, request_ids): (Vec<Uuid>, Vec<Uuid>) = requested.into_iter().unzip();
+    let rows = db.query(SQL, &[&caller_ids, &request_ids]).await?;
+    let mut locked: HashSet<(Uuid, Uuid)> =
+        rows.iter().map(|row| (row.get("caller_id"), row.get("request_id"))).collect();
+    let lock_of = |(caller_id, options): &(Uuid, MutationOptions)| match options.key {
+        Some(key) if !locked.remove(&(*caller_id, key.request_id)) => KeyLock::Unavailable,
+        Some(_) | None => KeyLock::Acquired,
+    };
+    Ok(mutations.iter().map(lock_of).collect())
+}
+
+/// The response that a retry of a mutation returns.
+pub(super) struct StoredResponse {
+    pub caller_id: Uuid,
+    pub key: IdempotencyKey,
+    pub response: Vec<u8>,
+}
+
+/// Commits mutations together with their responses.
+pub(super) async fn commit_with_responses(tx: Tx, stored: &[StoredResponse]) -> Result<()> {
+    const SQL: &str = "-- store_responses
+        INSERT INTO requests (caller_id, request_id, fingerprint, reply)
+        SELECT caller_id, request_id, fingerprint, response
+        FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::bytea[])
+            AS stored (caller_id, request_id, fingerprint, response)";
+    if stored.is_empty() {
+        return tx.commit().await;
+    }
+    let caller_ids: Vec<Uuid> = stored.iter().map(|stored| stored.caller_id).collect();
+    let request_ids: Vec<Uuid> = stored.iter().map(|stored| stored.key.request_id).collect();
+    let fingerprints: Vec<&[u8]> = stored.iter().map(|stored| &stored.key.fingerprint[..]).collect();
+    let responses: Vec<&[u8]> = stored.iter().map(|stored| &stored.response[..]).collect();
+    tx.commit_after(SQL, &[&caller_ids, &request_ids, &fingerprints, &responses]).await.map_err(|error| {
+        error.on_constraint("requests_pkey", || {
+            Error::Conflict("another call with the same request id was committed concurrently")
+        })
+    })
+}
+
+/// Deletes up to [`PRUNE_BATCH_ROWS`] stored responses that are older than [`RESPONSES_STORED_HOURS`]. Returns how many.
 pub async fn prune_requests(db: &Conn) -> Result<u64> {
     const SQL: &str = "-- prune_requests
         DELETE FROM requests WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM requests WHERE create_time < now() - make_interval(hours => $1) LIMIT $2))";
-    db.execute(SQL, &[&REQUEST_KEPT_HOURS, &PRUNED_AT_ONCE]).await
+    db.execute(SQL, &[&RESPONSES_STORED_HOURS, &PRUNE_BATCH_ROWS]).await
 }

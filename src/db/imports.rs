@@ -18,7 +18,7 @@ pub use run::{ImportRun, Started};
 
 use uuid::Uuid;
 
-use super::Conn;
+use super::conn::Conn;
 use crate::{
     csv::{FilePosition, Format},
     error::{Error, Result},

@@ -5,17 +5,22 @@ use std::collections::HashSet;
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Conn, Page, PageBounds, Params};
+use super::{
+    conn::{Conn, Params},
+    page::{Page, PageBounds},
+};
 use crate::{
     error::{Error, Resource, Result, StaleVersion},
+    limits::LABELS_PER_ISSUE_MAX,
     pb::Label,
-    request::LABELS_PER_ISSUE_MAX,
 };
 
-fn from_row(row: &Row) -> Label {
-    Label { id: row.get::<_, Uuid>(0).to_string(), name: row.get(1), description: row.get(2) }
+/// Returns the label in a row with `id`, `name` and `description`.
+pub(super) fn from_row(row: &Row) -> Label {
+    Label { id: row.get::<_, Uuid>("id").to_string(), name: row.get("name"), description: row.get("description") }
 }
 
+/// Creates a label. `AlreadyExists` names `label.name`.
 pub async fn create(db: &Conn, name: &str, description: &str) -> Result<Label> {
     const SQL: &str = "-- create_label
         INSERT INTO labels (id, name, description) VALUES ($1, $2, $3) RETURNING id, name, description";
@@ -27,7 +32,7 @@ fn name_taken(error: Error, name: &str) -> Error {
     error.on_constraint("labels_name_key", || Error::already_exists("label", "name", "label.name", name))
 }
 
-/// By name, behind the label named `after`.
+/// Returns a page of labels by name, after the label named `after`.
 pub async fn list(db: &Conn, after: Option<&str>, limit: i64, bounds: PageBounds) -> Result<Page<Label>> {
     const SQL: &str = "-- list_labels
         SELECT id, name, description FROM labels
@@ -35,7 +40,7 @@ pub async fn list(db: &Conn, after: Option<&str>, limit: i64, bounds: PageBounds
     db.query_page(SQL, &[&after, &limit], bounds, |row| Ok(from_row(row)), prost::Message::encoded_len).await
 }
 
-/// Sets what is given.
+/// Changes the given values. `NotFound` names `label.id`, `AlreadyExists` `label.name`.
 pub async fn update(db: &Conn, id: Uuid, name: Option<&str>, description: Option<&str>) -> Result<Label> {
     const SQL: &str = "-- update_label
         UPDATE labels SET name = coalesce($2, name), description = coalesce($3, description) WHERE id = $1
@@ -45,54 +50,58 @@ pub async fn update(db: &Conn, id: Uuid, name: Option<&str>, description: Option
     row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("label", "label.id", id))
 }
 
-/// Deletes a label and, if it is forced, takes it off the issues that carry it; answers how many these were.
+/// Deletes a label, and with `force` removes it from the issues that carry it. Returns how many these were.
 ///
 /// Takes more than one statement: call it in a transaction.
 pub async fn delete(db: &Conn, id: Uuid, actor_id: Uuid, force: bool) -> Result<i64> {
-    // Nobody can put the label on an issue from here on.
-    const LOCK: &str = "-- lock_label\nSELECT name FROM labels WHERE id = $1 FOR UPDATE";
-    const COUNT: &str = "-- count_labelled\nSELECT count(*) FROM issue_labels WHERE label_id = $1";
-    const LOCK_ISSUES: &str = "-- lock_labelled
+    // From here on, no other transaction adds the label to an issue.
+    const LOCK_LABEL: &str = "-- lock_label\nSELECT name FROM labels WHERE id = $1 FOR UPDATE";
+    const COUNT_ISSUES: &str = "-- count_issues_of_label
+        SELECT count(*) AS issue_count FROM issue_labels WHERE label_id = $1";
+    // In the order in which all statements lock issues.
+    const LOCK_ISSUES: &str = "-- lock_issues_of_label
         SELECT count(*) FROM (
             SELECT FROM issues WHERE id IN (SELECT issue_id FROM issue_labels WHERE label_id = $1)
             ORDER BY id FOR NO KEY UPDATE) locked";
-    const TAKE_OFF: &str = "-- take_label_off
-        WITH removed AS (DELETE FROM issue_labels WHERE label_id = $1 RETURNING issue_id),
-        changed AS (
-            UPDATE issues i SET change_actor_id = $2 FROM removed r WHERE i.id = r.issue_id RETURNING i.id, i.version
+    const REMOVE_FROM_ISSUES: &str = "-- remove_label_from_issues
+        WITH removed AS (
+            DELETE FROM issue_labels WHERE label_id = $1 RETURNING issue_id
+        ), changed AS (
+            UPDATE issues issue SET change_actor_id = $2 FROM removed WHERE issue.id = removed.issue_id
+            RETURNING issue.id, issue.version
         )
         INSERT INTO issue_events (issue_id, version, actor_id, field, old_value)
         SELECT id, version, $2, 'label', $1 FROM changed";
-    const DELETE: &str = "-- delete_label\nDELETE FROM labels WHERE id = $1";
+    const DELETE_LABEL: &str = "-- delete_label\nDELETE FROM labels WHERE id = $1";
 
-    let row = db.query_opt(LOCK, &[&id]).await?;
-    let name: String = row.map(|row| row.get(0)).ok_or_else(|| Error::not_found("label", "id", id))?;
-    let count: i64 = db.query_one(COUNT, &[&id]).await?.get(0);
+    let row = db.query_opt(LOCK_LABEL, &[&id]).await?;
+    let name: String = row.map(|row| row.get("name")).ok_or_else(|| Error::not_found("label", "id", id))?;
+    let count: i64 = db.query_one(COUNT_ISSUES, &[&id]).await?.get("issue_count");
     if count > 0 {
         if !force {
             return Err(Error::precondition(
                 "LABEL_IN_USE",
                 "id",
-                format!("{count} issues carry label \"{name}\"; set force to take it off them"),
+                format!("{count} issues carry label \"{name}\"; set force to remove it from them"),
             ));
         }
         db.query_one(LOCK_ISSUES, &[&id]).await?;
-        db.execute(TAKE_OFF, &[&id, &actor_id]).await?;
+        db.execute(REMOVE_FROM_ISSUES, &[&id, &actor_id]).await?;
     }
-    db.execute(DELETE, &[&id]).await?;
+    db.execute(DELETE_LABEL, &[&id]).await?;
     Ok(count)
 }
 
-/// What [`change_issue_labels`] does with the labels that it is given.
+/// What [`change_issue_labels`] does with the given labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LabelChange {
     Add,
     Remove,
-    /// Exactly these.
+    /// The issue carries exactly these labels afterwards.
     Replace,
 }
 
-/// Changes which labels an issue carries; its version grows by one if that is any change.
+/// Changes the labels of an issue. Its version grows by one if its labels change.
 ///
 /// Takes more than one statement: call it in a transaction.
 pub async fn change_issue_labels(
@@ -103,64 +112,71 @@ pub async fn change_issue_labels(
     change: LabelChange,
     label_ids: &[Uuid],
 ) -> Result<()> {
-    // The labels are read by a statement of its own behind the lock: one statement would see them as they were before it
-    // waited for the lock.
-    const LOCK: &str = "-- lock_issue
-        SELECT version, delete_time IS NOT NULL FROM issues WHERE id = $1 FOR NO KEY UPDATE";
-    const KNOWN: &str = "-- known_labels_locked\nSELECT id FROM labels WHERE id = ANY($1) ORDER BY id FOR KEY SHARE";
-    const CARRIED: &str = "-- carried_labels\nSELECT label_id FROM issue_labels WHERE issue_id = $1";
-    const WRITE: &str = "-- write_issue_labels
-        WITH removed AS (DELETE FROM issue_labels WHERE issue_id = $1 AND label_id = ANY($3)),
-        added AS (INSERT INTO issue_labels (issue_id, label_id) SELECT $1, unnest($4::uuid[])),
-        changed AS (UPDATE issues SET change_actor_id = $2 WHERE id = $1 RETURNING version)
+    const LOCK_LABELS: &str = "-- lock_labels\nSELECT id FROM labels WHERE id = ANY($1) ORDER BY id FOR KEY SHARE";
+    const LOCK_ISSUE: &str = "-- lock_issue
+        SELECT version, delete_time IS NOT NULL AS is_deleted FROM issues WHERE id = $1 FOR NO KEY UPDATE";
+    // A statement of its own, after the lock: a statement that waits for a lock reads other rows as they were before.
+    const CARRIED_LABELS: &str = "-- carried_labels\nSELECT label_id FROM issue_labels WHERE issue_id = $1";
+    const WRITE_LABELS: &str = "-- write_issue_labels
+        WITH removed AS (
+            DELETE FROM issue_labels WHERE issue_id = /* issue_id */ $1 AND label_id = ANY(/* removed */ $3)
+        ), added AS (
+            INSERT INTO issue_labels (issue_id, label_id) SELECT /* issue_id */ $1, unnest(/* added */ $4::uuid[])
+        ), changed AS (
+            UPDATE issues SET change_actor_id = /* actor_id */ $2 WHERE id = /* issue_id */ $1 RETURNING version
+        )
         INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-        SELECT $1, version, $2, 'label', old_value, new_value
-        FROM changed, (SELECT unnest($3::uuid[])::text, NULL UNION ALL SELECT NULL, unnest($4::uuid[])::text)
-            AS n (old_value, new_value)";
+        SELECT /* issue_id */ $1, changed.version, /* actor_id */ $2, 'label', event.old_value, event.new_value
+        FROM changed, (
+            SELECT unnest(/* removed */ $3::uuid[])::text, NULL
+            UNION ALL SELECT NULL, unnest(/* added */ $4::uuid[])::text
+        ) AS event (old_value, new_value)";
 
-    // Labels before issues, as a deletion of a label locks them: the other order would deadlock with it.
-    db.prepare(&[KNOWN, LOCK, CARRIED]).await?;
-    let (of_issue, of_labels): (Params, Params) = (&[&issue_id], &[&label_ids]);
+    // Labels are locked before issues, as in the deletion of a label: the other order could deadlock with it.
+    db.prepare(&[LOCK_LABELS, LOCK_ISSUE, CARRIED_LABELS]).await?;
+    let (issue_params, label_params): (Params, Params) = (&[&issue_id], &[&label_ids]);
     let (known, issue, carried) = tokio::join!(
         biased;
-        db.query(KNOWN, of_labels),
-        db.query_opt(LOCK, of_issue),
-        db.query(CARRIED, of_issue)
+        db.query(LOCK_LABELS, label_params),
+        db.query_opt(LOCK_ISSUE, issue_params),
+        db.query(CARRIED_LABELS, issue_params)
     );
-    // The first that fails is why the others do.
-    let known: HashSet<Uuid> = known?.iter().map(|row| row.get(0)).collect();
+    // The first error is the reason for those that follow.
+    let known: HashSet<Uuid> = known?.iter().map(|row| row.get("id")).collect();
     let issue = issue?.ok_or_else(|| Error::not_found("issue", "issue_id", issue_id))?;
-    check_issue(issue_id, issue.get(0), issue.get(1), expected_version)?;
+    check_issue(issue_id, issue.get("version"), issue.get("is_deleted"), expected_version)?;
     let missing: Vec<Resource> = (label_ids.iter().enumerate())
         .filter(|(_, id)| !known.contains(id))
-        .map(|(nth, id)| Resource::missing("label", format!("label_ids[{nth}]"), id))
+        .map(|(index, id)| Resource::missing("label", format!("label_ids[{index}]"), id))
         .collect();
     if !missing.is_empty() {
         return Err(Error::NotFound(missing));
     }
 
-    let carried: HashSet<Uuid> = carried?.iter().map(|row| row.get(0)).collect();
-    let added: Vec<Uuid> = match change {
-        LabelChange::Add | LabelChange::Replace => known.difference(&carried).copied().collect(),
-        LabelChange::Remove => Vec::new(),
-    };
-    let removed: Vec<Uuid> = match change {
-        LabelChange::Add => Vec::new(),
-        LabelChange::Remove => carried.intersection(&known).copied().collect(),
-        LabelChange::Replace => carried.difference(&known).copied().collect(),
-    };
+    let carried: HashSet<Uuid> = carried?.iter().map(|row| row.get("label_id")).collect();
+    let (added, removed) = difference(change, &carried, &known);
     let labels = carried.len() + added.len() - removed.len();
     if labels > LABELS_PER_ISSUE_MAX {
         return Err(Error::precondition(
             "TOO_MANY_LABELS",
             "label_ids",
-            format!("the issue would carry {labels} labels, at most {LABELS_PER_ISSUE_MAX} are allowed"),
+            format!("the issue would carry {labels} labels; at most {LABELS_PER_ISSUE_MAX} are allowed"),
         ));
     }
     if !added.is_empty() || !removed.is_empty() {
-        db.execute(WRITE, &[&issue_id, &actor_id, &removed, &added]).await?;
+        db.execute(WRITE_LABELS, &[&issue_id, &actor_id, &removed, &added]).await?;
     }
     Ok(())
+}
+
+/// Returns the labels to add to an issue and those to remove from it.
+fn difference(change: LabelChange, carried: &HashSet<Uuid>, given: &HashSet<Uuid>) -> (Vec<Uuid>, Vec<Uuid>) {
+    let new = || given.difference(carried).copied().collect();
+    match change {
+        LabelChange::Add => (new(), Vec::new()),
+        LabelChange::Remove => (Vec::new(), carried.intersection(given).copied().collect()),
+        LabelChange::Replace => (new(), carried.difference(given).copied().collect()),
+    }
 }
 
 fn check_issue(issue_id: Uuid, version: i64, deleted: bool, expected_version: i64) -> Result<()> {

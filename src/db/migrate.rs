@@ -1,4 +1,4 @@
-//! Brings the schema up to date, and the rights on it.
+//! Migrates the schema, and grants the privileges on it.
 
 use std::error::Error;
 
@@ -6,28 +6,29 @@ use anyhow::{Context, anyhow, bail};
 use refinery::{Migration, Runner};
 use tokio_postgres::{Client, error::SqlState};
 
-use super::Target;
+use super::connection_string::ConnectionString;
 
 mod migrations {
     refinery::embed_migrations!("migrations");
 }
 
-/// Held while migrations run, so that replicas which start together take turns: "issuetra" in ASCII.
+/// The key of the advisory lock that serializes migrations of replicas that start together: "issuetra" in ASCII.
 const MIGRATION_LOCK_KEY: i64 = 0x6973_7375_6574_7261;
-/// The oldest PostgreSQL that the service is tested on.
+/// The oldest supported version of PostgreSQL.
 const SERVER_VERSION_MIN: i32 = 150_000;
 
-/// Applies the migrations that are missing, as a role that may; any role that may read will do where none is.
+/// Applies the missing migrations. If none is missing, the role only needs to read.
 ///
-/// Refuses a server older than PostgreSQL 15, a schema newer than this binary, and one whose applied migrations are not
-/// those of this binary.
-pub async fn migrate(target: impl Into<Target>) -> anyhow::Result<()> {
-    connected(target.into(), migrate_with).await
+/// Fails if the server is older than PostgreSQL 15, if the schema is newer than this program, or if an applied migration
+/// differs from the one in this program.
+pub async fn migrate(database: impl Into<ConnectionString>) -> anyhow::Result<()> {
+    with_client(database.into(), migrate_with).await
 }
 
-/// Gives the role what it needs to serve, and takes what it does not need: see `rights.sql`. As the tables' owner.
-pub async fn grant_rights(target: impl Into<Target>, role: &str) -> anyhow::Result<()> {
-    connected(target.into(), async |client| {
+/// Grants the role the privileges that serving needs, and revokes all others: see `rights.sql`. Requires the owner of the
+/// tables.
+pub async fn grant_rights(database: impl Into<ConnectionString>, role: &str) -> anyhow::Result<()> {
+    with_client(database.into(), async |client| {
         lock(client).await?;
         client.execute("SELECT set_config('issue_tracker.role', $1, false)", &[&role]).await?;
         client
@@ -38,9 +39,12 @@ pub async fn grant_rights(target: impl Into<Target>, role: &str) -> anyhow::Resu
     .await
 }
 
-/// On a connection of its own, whose end frees the lock.
-async fn connected(target: Target, work: impl AsyncFnOnce(&mut Client) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let Target { config, connector } = target;
+/// Works on a connection of its own. Closing it releases the lock.
+async fn with_client(
+    database: ConnectionString,
+    work: impl AsyncFnOnce(&mut Client) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let ConnectionString { config, connector } = database;
     let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
     let result = work(&mut client).await;
@@ -49,10 +53,10 @@ async fn connected(target: Target, work: impl AsyncFnOnce(&mut Client) -> anyhow
     result
 }
 
-/// Until the connection ends.
+/// Locks until the connection is closed.
 async fn lock(client: &Client) -> anyhow::Result<()> {
     client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
-    // A change that waits for a long transaction holds up all that comes after it.
+    // A migration that waits for a lock blocks all statements behind it.
     client.batch_execute("SET lock_timeout = '10s'").await?;
     Ok(())
 }
@@ -60,10 +64,10 @@ async fn lock(client: &Client) -> anyhow::Result<()> {
 async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
     let version: i32 = client.query_one("SELECT current_setting('server_version_num')::int4", &[]).await?.get(0);
     if version < SERVER_VERSION_MIN {
-        bail!("the server is PostgreSQL {}, 15 or newer is needed", version / 10_000);
+        bail!("the server is PostgreSQL {}; expected 15 or newer", version / 10_000);
     }
     let runner = migrations::migrations::runner().set_abort_divergent(true).set_abort_missing(true);
-    // Only what is missing needs more rights than reading.
+    // Only missing migrations need more than the privilege to read.
     if first_missing(client, &runner).await?.is_none() {
         return Ok(());
     }
@@ -78,7 +82,7 @@ async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first migration that is not applied, if any. Those that are must be known, with the contents that they have here.
+/// Returns the first migration that is not applied. Those that are applied must equal the ones in this program.
 async fn first_missing(client: &mut Client, runner: &Runner) -> anyhow::Result<Option<Migration>> {
     let history = client.query_one("SELECT to_regclass('refinery_schema_history') IS NOT NULL", &[]).await?;
     let applied = match history.get(0) {
@@ -91,8 +95,8 @@ async fn first_missing(client: &mut Client, runner: &Runner) -> anyhow::Result<O
     for migration in &applied {
         match known.iter().find(|known| known.version() == migration.version()) {
             None => bail!(
-                "the database's schema is newer than this program: it has migration {} ({}), which this program does not \
-                 know; run the newer program",
+                "the schema of the database is newer than this program: it has migration {} ({}), which this program does not \
+                 have; run a newer program",
                 migration.version(),
                 migration.name()
             ),

@@ -1,24 +1,30 @@
-//! The pool of connections, and the shares of it that keep some of them free.
+//! The pool of connections, and permits that reserve shares of it.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::{admission::Queue, connection_string::Target, manager::Manager};
+use super::{
+    admission::AdmissionControl,
+    conn::{CommitMode, Conn},
+    connection_string::ConnectionString,
+    manager::Manager,
+};
 use crate::error::{Error, Result};
 
-/// How long a statement waits for what another transaction has locked.
-const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
-/// How long a transaction may wait for its next statement.
-const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(60);
-/// How long a database on the network may be silent when it should answer.
+/// PostgreSQL's `lock_timeout`: how long a statement waits for a lock that another transaction holds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// PostgreSQL's `idle_in_transaction_session_timeout`: how long a transaction may wait for its next statement.
+const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a database server may not acknowledge data before its connections count as lost.
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How long a new connection may take to be made.
+/// Time allowed for a new connection, the TLS handshake and authentication included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that only see who calls: they are not behind what else is asked for.
+/// Connections of the pool that authenticates callers. It is separate, so that authentication does not wait behind
+/// requests.
 const AUTH_CONNECTIONS_MAX: u32 = 3;
 
-/// How many connections, and how long things may take.
+/// The size and the timeouts of a pool.
 #[derive(Clone, Debug)]
 pub struct PoolOptions {
     pub connections_max: u32,
@@ -29,49 +35,47 @@ pub struct PoolOptions {
 }
 
 impl PoolOptions {
-    /// For a program that does one thing and ends.
+    /// For a command that runs a few statements and exits.
     pub const SMALL: Self =
         Self { connections_max: 2, wait_max: Duration::from_secs(2), statement_max: Duration::from_secs(30) };
 }
 
-/// The pool. Cheap to clone.
+/// The pool. Clones share it.
 #[derive(Clone)]
 pub struct Db {
     pool: bb8::Pool<Manager>,
     manager: Manager,
-    /// Whether the database answers, and has done so for a moment.
+    /// Whether the database has responded to the latest probes.
     healthy: watch::Receiver<bool>,
     options: PoolOptions,
-    lock_slots: Arc<Slots>,
-    heavy_slots: Arc<Slots>,
-    queue: Arc<Queue>,
+    lock_permits: Arc<Permits>,
+    heavy_permits: Arc<Permits>,
+    admission: Arc<AdmissionControl>,
 }
 
-pub type PooledConn = bb8::PooledConnection<'static, Manager>;
-
 impl Db {
-    /// Makes the pool, without waiting for the database to be there.
-    pub fn new(target: impl Into<Target>, options: PoolOptions) -> Self {
-        let Target { mut config, connector } = target.into();
-        // jit compiles expensive-looking plans, which costs more than short statements ever gain.
+    /// Returns a pool. Connects in the background: the database need not be available yet.
+    pub fn new(database: impl Into<ConnectionString>, options: PoolOptions) -> Self {
+        let ConnectionString { mut config, connector } = database.into();
+        // Just-in-time compilation costs short statements more than it saves.
         let settings = format!(
             "{} -c jit=off -c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout={}",
             config.get_options().unwrap_or_default(),
             options.statement_max.as_millis(),
-            LOCK_WAIT_MAX.as_millis(),
-            IDLE_IN_TRANSACTION_MAX.as_millis(),
+            LOCK_TIMEOUT.as_millis(),
+            IDLE_IN_TRANSACTION_TIMEOUT.as_millis(),
         );
         config.options(settings.trim());
         config.application_name("issue-tracker");
         config.connect_timeout(CONNECT_TIMEOUT);
-        // A server that is cut off without a word is noticed by what is sent to it, or by asking.
+        // Detects a server that vanishes without closing its connections: by unacknowledged data, or by keepalives.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
         let (manager, healthy) = Manager::start(config, connector);
         Self::with_manager(manager, healthy, options)
     }
 
-    /// A pool of its own on the same database, for finding out who calls.
+    /// Returns a separate pool on the same database, for authentication.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
         Self::with_manager(self.manager.clone(), self.healthy.clone(), options)
@@ -81,8 +85,8 @@ impl Db {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
-            // A round trip at every checkout would double the cost of a short call; dead connections are noticed by
-            // `has_broken`, and a waiting call is told at once through `up`.
+            // A round trip at every checkout would double the cost of a short call. `has_broken` finds dead connections, and
+            // `up` ends the wait when the database becomes unavailable.
             .test_on_check_out(false)
             .retry_connection(false)
             .build_unchecked(manager.clone());
@@ -91,60 +95,56 @@ impl Db {
             pool,
             manager,
             healthy,
-            lock_slots: Arc::new(Slots::new(connections / 2, options.wait_max)),
-            heavy_slots: Arc::new(Slots::new(connections / 4, options.wait_max)),
-            queue: Arc::new(Queue::new(connections, options.wait_max)),
+            lock_permits: Arc::new(Permits::new(connections / 2, options.wait_max)),
+            heavy_permits: Arc::new(Permits::new(connections / 4, options.wait_max)),
+            admission: Arc::new(AdmissionControl::new(connections, options.wait_max)),
             options,
         }
     }
 
-    /// Taken by what may wait for others' locks, so that half of the connections stay for what does not.
-    pub async fn lock_slot(&self) -> Result<OwnedSemaphorePermit> {
-        self.lock_slots.take("too many requests wait for what others are changing; try again").await
+    /// Returns a permit for work that can wait for row locks. Half of the connections stay free for other work.
+    pub async fn lock_permit(&self) -> Result<OwnedSemaphorePermit> {
+        self.lock_permits.acquire("too many requests wait for row locks; try again").await
     }
 
-    /// Taken by what keeps the database at work for long, so that most of the connections stay for what does not.
-    pub async fn heavy_slot(&self) -> Result<OwnedSemaphorePermit> {
-        self.heavy_slots.take("too many reports and searches are under way; try again").await
+    /// Returns a permit for a query that can run for seconds. Three quarters of the connections stay free for other work.
+    pub async fn heavy_permit(&self) -> Result<OwnedSemaphorePermit> {
+        self.heavy_permits.acquire("too many concurrent reports and searches; try again").await
     }
 
-    /// A connection for statements that only read.
+    /// Returns a connection for statements that only read.
     ///
-    /// `Unavailable` at once when the database is away, `Exhausted` when no connection became free in time, and at once
-    /// when none will.
-    pub async fn conn(&self) -> Result<PooledConn> {
-        let conn = self.checkout().await?;
-        conn.set_autocommits(false);
-        Ok(conn)
+    /// Fails with `Unavailable` at once if the database is unavailable; with `Exhausted` if no connection becomes free
+    /// in time, or at once if the wait would be too long.
+    pub async fn conn(&self) -> Result<Conn> {
+        self.checkout(CommitMode::Explicit).await
     }
 
-    /// A connection for single statements that write, each of which is its own transaction. If it is lost, whether the
-    /// statement was executed is not known.
-    pub async fn autocommit_conn(&self) -> Result<PooledConn> {
-        let conn = self.checkout().await?;
-        conn.set_autocommits(true);
-        Ok(conn)
+    /// Returns a connection for statements that write, each of which is a transaction of its own. If the connection is
+    /// lost, the outcome of the statement is unknown.
+    pub async fn autocommit_conn(&self) -> Result<Conn> {
+        self.checkout(CommitMode::EachStatement).await
     }
 
-    async fn checkout(&self) -> Result<PooledConn> {
-        let place = self.queue.join().ok_or_else(|| {
-            Error::Exhausted("too many requests wait for a database connection already; try again".to_owned())
+    async fn checkout(&self, commit_mode: CommitMode) -> Result<Conn> {
+        let waiter = self.admission.enter().ok_or_else(|| {
+            Error::Exhausted("too many requests wait for a database connection; try again".to_owned())
         })?;
         let mut up = self.manager.watch_up();
         loop {
-            let conn = tokio::select! {
+            let session = tokio::select! {
                 biased;
-                conn = self.pool.get_owned() => conn,
+                session = self.pool.get_owned() => session,
                 Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
             };
-            match conn {
-                // It died while idle; dropping it makes room for a new one.
-                Ok(conn) if conn.client.is_closed() => continue,
-                Ok(conn) => {
-                    place.served();
-                    return Ok(conn);
+            match session {
+                // It was closed while it was idle. Dropping it makes room for a new one.
+                Ok(session) if session.client().is_closed() => continue,
+                Ok(session) => {
+                    waiter.admitted();
+                    return Ok(Conn::new(session, commit_mode));
                 }
-                // None could be made.
+                // No connection could be made.
                 Err(bb8::RunError::TimedOut) if self.pool.state().connections == 0 => return Err(Error::Unavailable),
                 Err(bb8::RunError::TimedOut) => {
                     return Err(Error::Exhausted(format!(
@@ -158,32 +158,35 @@ impl Db {
         }
     }
 
-    /// Whether the database answers, as it changes.
+    /// Returns whether the database responds, as it changes.
     pub fn watch_health(&self) -> watch::Receiver<bool> {
         self.healthy.clone()
     }
 }
 
-/// A share of the connections: who does not get one in time is told so, and at once if too many wait.
-struct Slots {
-    free: Arc<Semaphore>,
-    queue: Queue,
+/// A limited number of permits behind admission control.
+struct Permits {
+    semaphore: Arc<Semaphore>,
+    admission: AdmissionControl,
     wait_max: Duration,
 }
 
-impl Slots {
-    /// At least one.
+impl Permits {
+    /// Returns `count` permits, at least one.
     fn new(count: u32, wait_max: Duration) -> Self {
         let count = count.max(1);
-        Self { free: Arc::new(Semaphore::new(count as usize)), queue: Queue::new(count, wait_max), wait_max }
+        let semaphore = Arc::new(Semaphore::new(count as usize));
+        Self { semaphore, admission: AdmissionControl::new(count, wait_max), wait_max }
     }
 
-    async fn take(&self, busy: &str) -> Result<OwnedSemaphorePermit> {
-        let busy = || Error::Exhausted(busy.to_owned());
-        let place = self.queue.join().ok_or_else(busy)?;
-        let slot = tokio::time::timeout(self.wait_max, Arc::clone(&self.free).acquire_owned()).await;
-        let slot = slot.map_err(|_| busy())?.map_err(|_| busy())?;
-        place.served();
-        Ok(slot)
+    /// Waits for a permit. Fails with `Exhausted` and this message if none becomes free in time, or at once if the wait
+    /// would be too long.
+    async fn acquire(&self, message: &str) -> Result<OwnedSemaphorePermit> {
+        let exhausted = || Error::Exhausted(message.to_owned());
+        let waiter = self.admission.enter().ok_or_else(exhausted)?;
+        let permit = tokio::time::timeout(self.wait_max, Arc::clone(&self.semaphore).acquire_owned()).await;
+        let permit = permit.map_err(|_| exhausted())?.map_err(|_| exhausted())?;
+        waiter.admitted();
+        Ok(permit)
     }
 }

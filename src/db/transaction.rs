@@ -2,15 +2,18 @@
 
 use std::ops::Deref;
 
-use super::{Conn, Db, Params, PooledConn};
+use super::{
+    conn::{Conn, Params},
+    pool::Db,
+};
 use crate::error::{Error, Result};
 
-/// Mutations find their rows by keys. Plans are kept with a connection: one that was made while a table was small would go
-/// on to read all of it when it has grown.
+/// Mutations find their rows by keys. A plan that was cached while a table was small must not scan it sequentially when it
+/// has grown.
 const BEGIN: &str = "BEGIN; SET LOCAL enable_seqscan = off";
 
 impl Db {
-    /// Begins a transaction. It is rolled back unless it is committed.
+    /// Begins a transaction.
     pub async fn begin(&self) -> Result<Tx> {
         let conn = self.conn().await?;
         conn.enqueue(BEGIN)?;
@@ -18,42 +21,44 @@ impl Db {
     }
 }
 
-/// A transaction (READ COMMITTED). Dropped without [`Tx::commit`], it is rolled back.
+/// A transaction at isolation level READ COMMITTED. Dropped without [`Tx::commit`], it is rolled back.
 pub struct Tx {
-    conn: PooledConn,
+    conn: Conn,
     open: bool,
 }
 
 impl Tx {
-    /// After an error of a statement there is nothing to commit: return it instead.
+    /// Commits. If the connection is lost meanwhile, the error is `OutcomeUnknown`.
+    ///
+    /// After a statement has failed, PostgreSQL rolls back instead: return the error of the statement.
     pub async fn commit(mut self) -> Result<()> {
         self.conn.commit().await?;
         self.open = false;
         Ok(())
     }
 
-    /// Rolls back, and waits for it: what was locked is free then.
+    /// Rolls back, and waits until the locks are released.
     pub async fn rollback(mut self) -> Result<()> {
-        self.conn.watch(self.conn.client.batch_execute("ROLLBACK")).await?;
+        self.conn.run(self.conn.client().batch_execute("ROLLBACK")).await?;
         self.open = false;
         Ok(())
     }
 
-    /// Rolls back what was done, and begins anew.
+    /// Rolls back and begins a new transaction on the same connection.
     pub fn restart(&self) -> Result<()> {
         self.conn.enqueue("ROLLBACK")?;
         self.conn.enqueue(BEGIN)
     }
 
-    /// Commits behind a last statement, without waiting for its answer in between.
+    /// Executes a last statement and commits, in one round trip.
     pub async fn commit_after(mut self, sql: &str, params: Params<'_>) -> Result<()> {
-        // Prepared first: nothing may hold it up when the COMMIT is sent.
+        // Prepared first, so that nothing delays the statement when the COMMIT is sent.
         let statement = self.conn.statement(sql).await?;
-        let conn = &*self.conn;
-        let written = conn.watch(conn.client.execute(&statement, params));
+        let conn = &self.conn;
+        let written = conn.run(conn.client().execute(&statement, params));
         let (written, committed) = tokio::join!(biased; written, conn.commit());
-        // If it fails, so does the transaction: the server takes its COMMIT for a ROLLBACK. If the connection was lost,
-        // whether the COMMIT was sent is what counts.
+        // If the statement fails, the server rolls back at the COMMIT. If the connection is lost, the outcome depends on
+        // whether the COMMIT was sent.
         match written {
             Ok(_) | Err(Error::ConnectionLost) => committed?,
             Err(error) => return Err(error),
@@ -73,8 +78,8 @@ impl Deref for Tx {
 
 impl Drop for Tx {
     fn drop(&mut self) {
-        // The connection goes back to the pool with the rollback queued in front of whatever comes next. If it is closed,
-        // the server has rolled back and the pool drops it.
+        // The connection returns to the pool with the rollback queued in front of the next statement. A closed connection
+        // needs none: the server has rolled back.
         if self.open {
             let _ = self.conn.enqueue("ROLLBACK");
         }

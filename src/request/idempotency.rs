@@ -1,28 +1,28 @@
-//! Idempotency keys of mutations.
+//! Idempotency keys and dry runs of mutations.
 
 use super::Check;
-use crate::db::idempotency::RequestKey;
+use crate::db::idempotency::{IdempotencyKey, MutationOptions};
 
 impl Check {
-    /// Whether a mutation is to be remembered, or only tried.
-    pub fn mutation(&mut self, request: &impl Mutation) -> RequestKey {
+    /// Parses `request_id` and `validate_only`.
+    pub fn mutation_options(&mut self, request: &impl Mutation) -> MutationOptions {
         let request_id = self.optional_uuid("request_id", request.request_id());
-        RequestKey {
-            request_id: request_id.map(|id| (id, request.fingerprint())),
+        MutationOptions {
+            key: request_id.map(|request_id| IdempotencyKey { request_id, fingerprint: request.fingerprint() }),
             validate_only: request.validate_only(),
         }
     }
 }
 
-/// A request that changes something.
+/// A request that changes data.
 pub trait Mutation {
     fn request_id(&self) -> &str;
     fn validate_only(&self) -> bool;
-    /// SHA-256 over the method's name and the payload, without request id, `validate_only` and secrets.
+    /// Returns the SHA-256 of the name of the message and its payload, without `request_id`, `validate_only` and secrets.
     fn fingerprint(&self) -> [u8; 32];
 }
 
-/// Implements [`Mutation`] for a request message; the fields after `without` are secrets.
+/// Implements [`Mutation`] for request messages. The fields after `without` are secrets.
 macro_rules! mutation {
     ($($request:ident $(without $($secret:ident),+)?;)+) => {$(
         impl $crate::request::Mutation for $crate::pb::$request {
@@ -37,7 +37,7 @@ macro_rules! mutation {
                 payload.request_id.clear();
                 payload.validate_only = false;
                 $($(payload.$secret.clear();)+)?
-                $crate::request::sha256(&[stringify!($request).as_bytes(), &prost::Message::encode_to_vec(&payload)])
+                $crate::hash::sha256(&[stringify!($request).as_bytes(), &prost::Message::encode_to_vec(&payload)])
             }
         }
     )+};

@@ -1,25 +1,27 @@
-//! Update masks.
+//! Update masks (AIP-134).
 
 use prost_types::FieldMask;
 
-use super::{Check, UPDATE_MASK_PATHS_MAX};
+use super::Check;
 use crate::error::quote;
 
+/// Maximum paths of an update mask. Bounds the work and the size of the error; each field once is far fewer.
+pub const UPDATE_MASK_PATHS_MAX: usize = 100;
+
 impl Check {
-    /// The paths of a mask, `*` standing for all; without a mask those that are populated.
+    /// Returns the fields to update: those of the mask, all for `*`, and without a mask those that are populated.
     pub fn mask(
         &mut self,
         mask: Option<FieldMask>,
         known: &'static [&'static str],
-        populated: impl Fn(&str) -> bool,
+        is_populated: impl Fn(&str) -> bool,
     ) -> Vec<&'static str> {
         let Some(mask) = mask.filter(|mask| !mask.paths.is_empty()) else {
-            return known.iter().copied().filter(|path| populated(path)).collect();
+            return known.iter().copied().filter(|path| is_populated(path)).collect();
         };
-        // Also bounds what is said of the unknown ones.
         if mask.paths.len() > UPDATE_MASK_PATHS_MAX {
             let count = mask.paths.len();
-            self.fail("update_mask", format!("has {count} paths, at most {UPDATE_MASK_PATHS_MAX} are read"));
+            self.fail("update_mask", format!("has {count} paths; expected at most {UPDATE_MASK_PATHS_MAX}"));
             return Vec::new();
         }
         if mask.paths == ["*"] {
@@ -30,13 +32,17 @@ impl Check {
             match known.iter().find(|known| *known == path) {
                 Some(path) if paths.contains(path) => {}
                 Some(path) => paths.push(*path),
-                None => self.fail(
-                    format!("update_mask.paths[{index}]"),
-                    format!("\"{}\" cannot be updated; known are {}, and * for all", quote(path), known.join(", ")),
-                ),
+                None => self.fail(format!("update_mask.paths[{index}]"), unknown_path(path, known)),
             }
         }
         paths
+    }
+}
+
+fn unknown_path(path: &str, known: &[&str]) -> String {
+    match path {
+        "*" => "\"*\" stands for all fields; send it as the only path".to_owned(),
+        _ => format!("unknown path \"{}\"; expected {}, or \"*\" alone", quote(path), known.join(", ")),
     }
 }
 
@@ -53,11 +59,25 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_is_bounded_and_so_is_what_is_said_of_it() {
+    fn mask_and_its_error_are_bounded() {
         assert_eq!(mask(["title"; UPDATE_MASK_PATHS_MAX]).unwrap(), ["title"]);
         let error = mask(["title"; UPDATE_MASK_PATHS_MAX + 1]).unwrap_err().to_string();
-        assert_eq!(error, "update_mask: has 101 paths, at most 100 are read");
+        assert_eq!(error, "update_mask: has 101 paths; expected at most 100");
         let error = mask(["x", "title"].into_iter().cycle().take(100_000)).unwrap_err().to_string();
-        assert_eq!(error, "update_mask: has 100000 paths, at most 100 are read");
+        assert_eq!(error, "update_mask: has 100000 paths; expected at most 100");
+    }
+
+    #[test]
+    fn star_beside_other_paths_is_refused_as_such() {
+        for paths in [["*", "title"], ["title", "*"], ["*", "*"]] {
+            let error = mask(paths).unwrap_err().to_string();
+            assert!(error.contains("\"*\" stands for all fields; send it as the only path"), "{error}");
+        }
+    }
+
+    #[test]
+    fn unknown_path_is_refused_with_the_known_ones() {
+        let error = mask(["status", "x"]).unwrap_err().to_string();
+        assert_eq!(error, "update_mask.paths[1]: unknown path \"x\"; expected title, status, or \"*\" alone");
     }
 }

@@ -6,14 +6,14 @@ use secrecy::SecretString;
 use tonic::Request;
 use uuid::Uuid;
 
-use super::{Api, Reply, address_of, finish, fresh, replay};
+use super::{Api, RpcResult, client_address, id_key};
 use crate::{
     auth::throttle::{Subject, Try},
     auth::{Caller, Line, check_password, new_token},
     db::{
         Conn,
         audit::{self, By},
-        idempotency::{Begun, RequestKey, request_id_reused},
+        idempotency::{MutationOptions, request_id_reused},
         tokens::{self, NewSession},
         users::{self, Credentials},
     },
@@ -23,8 +23,7 @@ use crate::{
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
         RevokeApiTokenRequest, Role, User, WhoAmIRequest, auth_service_server::AuthService,
     },
-    request::{Check, TOKEN_NAME_CHARS_MAX, mutation, timestamp},
-    rpc::issues::last_id,
+    request::{Check, TOKEN_NAME_CHARS_MAX, mutation},
 };
 
 mutation! {
@@ -35,15 +34,15 @@ mutation! {
 
 #[tonic::async_trait]
 impl AuthService for Api {
-    async fn login(&self, request: Request<LoginRequest>) -> Reply<LoginResponse> {
-        let address = address_of(&request);
+    async fn login(&self, request: Request<LoginRequest>) -> RpcResult<LoginResponse> {
+        let address = client_address(&request);
         let LoginRequest { username, password, validate_only } = request.into_inner();
         let password = password.into();
         let mut attempt = self.login_limits.begin(Subject::Username(&username), address)?;
-        let by = By::nobody(address);
+        let by = By::unauthenticated(address);
         let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
         match self.check_credentials(line, &username, &password).await {
-            Ok(Checked::Right(credentials)) => {
+            Ok(CredentialCheck::Valid(credentials)) => {
                 attempt.succeeded();
                 if validate_only {
                     let user = Some(credentials.user);
@@ -51,8 +50,8 @@ impl AuthService for Api {
                 }
                 self.open_session(credentials, by).await
             }
-            Ok(Checked::Wrong(user_id)) => {
-                audit::login_failed(&*self.auth.db().autocommit_conn().await?, user_id, by).await?;
+            Ok(CredentialCheck::Invalid(user_id)) => {
+                audit::login_failed(&self.auth.db().autocommit_conn().await?, user_id, by).await?;
                 Err(wrong_credentials().into())
             }
             Err(error) => {
@@ -62,78 +61,82 @@ impl AuthService for Api {
         }
     }
 
-    async fn logout(&self, request: Request<LogoutRequest>) -> Reply<LogoutResponse> {
+    async fn logout(&self, request: Request<LogoutRequest>) -> RpcResult<LogoutResponse> {
         let caller = Caller::of(&request)?;
-        let by = By::user(caller.user_id, address_of(&request));
+        let by = By::user(caller.user_id, client_address(&request));
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        tokens::revoke(&tx, caller.token_id, by).await?;
-        let reply = finish(tx, LogoutResponse {}).await;
-        if !key.validate_only {
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            tokens::revoke(conn, caller.token_id, by).await?;
+            Ok(LogoutResponse {})
+        });
+        let response = response.await;
+        // Also after an error: the outcome of the statement can be unknown.
+        if !options.validate_only {
             self.auth.forget_tokens();
         }
-        reply
+        Ok(response?.into())
     }
 
-    async fn who_am_i(&self, request: Request<WhoAmIRequest>) -> Reply<User> {
+    async fn who_am_i(&self, request: Request<WhoAmIRequest>) -> RpcResult<User> {
         let caller = Caller::of(&request)?;
         let db = self.db.conn().await?;
         Ok(users::get(&db, caller.user_id).await?.into())
     }
 
-    async fn change_password(&self, request: Request<ChangePasswordRequest>) -> Reply<ChangePasswordResponse> {
+    async fn change_password(&self, request: Request<ChangePasswordRequest>) -> RpcResult<ChangePasswordResponse> {
         let caller = Caller::of(&request)?;
-        let address = address_of(&request);
+        let address = client_address(&request);
         let mut request = request.into_inner();
         let current_password = SecretString::from(mem::take(&mut request.current_password));
         let new_password = SecretString::from(mem::take(&mut request.new_password));
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         check.take("new_password", check_password(&new_password));
         check.done()?;
 
-        let wrong = || Error::invalid("current_password", "is not the current password");
-        let old_hash = users::password_hash(&*self.db.conn().await?, caller.user_id).await?;
-        // A retry is answered before the current password is checked, which is another one by now. The hash is read
-        // first: it is still the old one if the first call commits after this look-up.
-        if key.request_id.is_some()
-            && let Begun::Replayed(reply) = self.db.begin_mutation(caller.user_id, key).await?
-        {
-            self.check_replayed_password(&caller, caller.user_id, key, &new_password, address).await?;
-            return replay(&reply);
+        let wrong_password = || Error::invalid("current_password", "wrong password; expected the current one");
+        let old_hash = users::password_hash(&self.db.conn().await?, caller.user_id).await?;
+        // The first call has changed the current password, which a retry is therefore not checked against. The hash is
+        // read before the look-up: it is still the old one if the first call commits in between.
+        if self.db.is_replay(caller.user_id, options).await? {
+            self.check_replayed_password(&caller, caller.user_id, options, &new_password, address).await?;
+            return Ok(ChangePasswordResponse {}.into());
         }
-        let by = By::user(caller.user_id, address);
+        // In progress until the new password is hashed: bounds the concurrent password work of a user.
         let attempt = self.try_password(&caller, caller.user_id, &current_password, &old_hash, address).await?;
-        let Some(attempt) = attempt else { return Err(wrong().into()) };
-        let password_hash = self.auth.hash_password(&new_password).await?;
-        let tx = match self.db.begin_mutation(caller.user_id, key).await? {
-            Begun::Fresh(tx) => tx,
-            Begun::Replayed(reply) => {
-                // Ended first: this call must not count twice towards the limit of concurrent attempts.
-                drop(attempt);
-                self.check_replayed_password(&caller, caller.user_id, key, &new_password, address).await?;
-                return replay(&reply);
+        let Some(attempt) = attempt else { return Err(wrong_password().into()) };
+        let new_hash = self.auth.hash_password(&new_password).await?;
+        drop(attempt);
+        let by = By::user(caller.user_id, address);
+        let mut is_replay = true;
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            is_replay = false;
+            // Another change may have been committed since the password was checked.
+            if !users::change_password_hash(tx, caller.user_id, &old_hash, &new_hash, by).await? {
+                return Err(wrong_password());
             }
-        };
-        // Another change may have been made since the password was checked.
-        if !users::change_password_hash(&tx, caller.user_id, &old_hash, &password_hash, by).await? {
-            return Err(wrong().into());
-        }
-        tokens::end_sessions(&tx, caller.user_id, Some(caller.token_id), by).await?;
-        let reply = finish(tx, ChangePasswordResponse {}).await;
-        if !key.validate_only {
+            tokens::end_sessions(tx, caller.user_id, Some(caller.token_id), by).await?;
+            Ok(ChangePasswordResponse {})
+        });
+        let response = response.await;
+        // Also after an error: the outcome of a commit can be unknown.
+        if !options.validate_only {
             self.auth.forget_tokens();
         }
-        reply
+        let response = response?;
+        if is_replay {
+            self.check_replayed_password(&caller, caller.user_id, options, &new_password, address).await?;
+        }
+        Ok(response.into())
     }
 
-    async fn create_api_token(&self, request: Request<CreateApiTokenRequest>) -> Reply<CreateApiTokenResponse> {
+    async fn create_api_token(&self, request: Request<CreateApiTokenRequest>) -> RpcResult<CreateApiTokenResponse> {
         let caller = Caller::of(&request)?;
-        let by = By::user(caller.user_id, address_of(&request));
+        let by = By::user(caller.user_id, client_address(&request));
         let request = request.into_inner();
         let mut check = Check::default();
         let api_token = check.required("api_token", request.api_token);
@@ -143,23 +146,26 @@ impl AuthService for Api {
         let expire_time = check.time("api_token.expire_time", api_token.expire_time);
         check.done()?;
 
-        let key = RequestKey { request_id: None, validate_only: request.validate_only };
+        let options = MutationOptions { key: None, validate_only: request.validate_only };
         let (token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        // Locked, so that of two that are made at once the second counts the first.
-        lock_enabled(&tx, user_id).await?;
-        if tokens::count_api_tokens(&tx, user_id).await? >= API_TOKENS_PER_USER_MAX {
-            let message = format!("the user has {API_TOKENS_PER_USER_MAX} API tokens already; revoke one first");
-            return Err(Error::precondition("TOO_MANY_API_TOKENS", "api_token.user_id", message).into());
-        }
-        let api_token = tokens::create_api_token(&tx, user_id, &sha256, &name, expire_time, by)
-            .await?
-            .ok_or_else(|| Error::invalid("api_token.expire_time", "must be in the future"))?;
-        let access_token = if request.validate_only { String::new() } else { token };
-        finish(tx, CreateApiTokenResponse { api_token: Some(api_token), access_token }).await
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            // Locks the user: of two concurrent calls, the second counts the token of the first.
+            lock_enabled(tx, user_id).await?;
+            if tokens::count_api_tokens(tx, user_id).await? >= API_TOKENS_PER_USER_MAX {
+                let message = format!("the user has {API_TOKENS_PER_USER_MAX} valid API tokens; revoke one first");
+                return Err(Error::precondition("TOO_MANY_API_TOKENS", "api_token.user_id", message));
+            }
+            let api_token =
+                tokens::create_api_token(tx, user_id, &sha256, &name, expire_time, by).await?.ok_or_else(|| {
+                    Error::invalid("api_token.expire_time", "is in the past; expected a time in the future")
+                })?;
+            let access_token = if request.validate_only { String::new() } else { token };
+            Ok(CreateApiTokenResponse { api_token: Some(api_token), access_token })
+        });
+        Ok(response.await?.into())
     }
 
-    async fn list_api_tokens(&self, request: Request<ListApiTokensRequest>) -> Reply<ListApiTokensResponse> {
+    async fn list_api_tokens(&self, request: Request<ListApiTokensRequest>) -> RpcResult<ListApiTokensResponse> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -171,44 +177,47 @@ impl AuthService for Api {
 
         let db = self.db.conn().await?;
         let found = tokens::list_api_tokens(&db, user_id, after, page.limit(), page.bounds()).await?;
-        let next_page_token = page.next_token(found.more, last_id(found.items.last().map(|item| &*item.id)).as_deref());
+        let next_page_token = page.next_token(found.more, id_key(found.items.last().map(|item| &*item.id)).as_deref());
         Ok(ListApiTokensResponse { api_tokens: found.items, next_page_token }.into())
     }
 
-    async fn revoke_api_token(&self, request: Request<RevokeApiTokenRequest>) -> Reply<ApiToken> {
+    async fn revoke_api_token(&self, request: Request<RevokeApiTokenRequest>) -> RpcResult<ApiToken> {
         let caller = Caller::of(&request)?;
-        let by = By::user(caller.user_id, address_of(&request));
+        let by = By::user(caller.user_id, client_address(&request));
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let id = check.uuid("id", &request.id);
         check.done()?;
 
         let owner = if caller.is_admin() { None } else { Some(caller.user_id) };
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let (api_token, was_valid) = tokens::revoke_api_token(&tx, id, owner, by).await?;
-        let reply = finish(tx, api_token).await;
-        if was_valid && !key.validate_only {
+        let mut was_valid = false;
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            let (api_token, was_revoked_now) = tokens::revoke_api_token(conn, id, owner, by).await?;
+            was_valid = was_revoked_now;
+            Ok(api_token)
+        });
+        let response = response.await;
+        if was_valid && !options.validate_only {
             self.auth.forget_tokens();
         }
-        reply
+        Ok(response?.into())
     }
 }
 
-/// Valid ones: what one user may add to the table.
+/// Maximum valid API tokens of a user: bounds what one user can add to the table.
 const API_TOKENS_PER_USER_MAX: i64 = 100;
 
-/// What came of a username and a password.
-enum Checked {
-    Right(Credentials),
-    /// The user of that name, if there is one.
-    Wrong(Option<Uuid>),
+/// The result of checking a username and a password.
+enum CredentialCheck {
+    Valid(Credentials),
+    /// The id of the user with that name, if there is one.
+    Invalid(Option<Uuid>),
 }
 
 impl Api {
     /// Checks a password that the caller gives for a user against this hash. Throttled as a login is; a wrong password is
-    /// logged as one, and returns `None`. The attempt is in progress until it is dropped: a caller that goes on to hash
-    /// another password keeps it until then.
+    /// logged as one, and returns `None`. The attempt is in progress until it is dropped.
     async fn try_password(
         &self,
         caller: &Caller,
@@ -225,7 +234,7 @@ impl Api {
             }
             Ok(false) => {
                 let by = By::user(caller.user_id, address);
-                audit::login_failed(&*self.auth.db().autocommit_conn().await?, Some(user_id), by).await?;
+                audit::login_failed(&self.auth.db().autocommit_conn().await?, Some(user_id), by).await?;
                 Ok(None)
             }
             Err(error) => {
@@ -241,35 +250,35 @@ impl Api {
         &self,
         caller: &Caller,
         user_id: Uuid,
-        key: RequestKey,
+        options: MutationOptions,
         new_password: &SecretString,
         address: Option<IpAddr>,
     ) -> Result<()> {
-        let hash = users::password_hash(&*self.db.conn().await?, user_id).await?;
+        let hash = users::password_hash(&self.db.conn().await?, user_id).await?;
         let is_same = self.try_password(caller, user_id, new_password, &hash, address).await?.is_some();
-        match key.request_id {
-            Some((request_id, _)) if !is_same => Err(request_id_reused(request_id)),
+        match options.key {
+            Some(key) if !is_same => Err(request_id_reused(key.request_id)),
             Some(_) | None => Ok(()),
         }
     }
 
-    async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<Checked> {
-        // Whatever the two are, they are only wrong: nothing is told about what a user or a password looks like. The
-        // connection is not held while the password is checked.
+    async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<CredentialCheck> {
+        // Malformed credentials are only wrong: the error must not reveal what valid ones look like. The connection is
+        // returned to the pool before the password is checked.
         let credentials = match username.contains('\0') || !username.is_ascii() {
-            // Usernames are ASCII, and to the database some other letters are the same in lower case.
+            // Usernames are ASCII. The database lower-cases some other letters to ASCII ones.
             true => None,
-            false => users::find_credentials(&*self.auth.db().conn().await?, username).await?,
+            false => users::find_credentials(&self.auth.db().conn().await?, username).await?,
         };
         let hash = credentials.as_ref().map(|credentials| &credentials.password_hash);
         let verified = self.auth.verify_password(line, password, hash).await?;
         Ok(match credentials {
-            Some(credentials) if verified && !credentials.user.disabled => Checked::Right(credentials),
-            credentials => Checked::Wrong(credentials.map(|credentials| credentials.user_id)),
+            Some(credentials) if verified && !credentials.user.disabled => CredentialCheck::Valid(credentials),
+            credentials => CredentialCheck::Invalid(credentials.map(|credentials| credentials.user_id)),
         })
     }
 
-    async fn open_session(&self, credentials: Credentials, by: By) -> Reply<LoginResponse> {
+    async fn open_session(&self, credentials: Credentials, by: By) -> RpcResult<LoginResponse> {
         let Credentials { user, user_id, password_hash } = credentials;
         let (access_token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
         let db = self.auth.db().autocommit_conn().await?;
@@ -278,7 +287,7 @@ impl Api {
             audit::login_failed(&db, Some(user_id), by).await?;
             return Err(wrong_credentials().into());
         };
-        Ok(LoginResponse { access_token, expire_time: Some(timestamp(expire_time)), user: Some(user) }.into())
+        Ok(LoginResponse { access_token, expire_time: Some(expire_time), user: Some(user) }.into())
     }
 }
 
@@ -289,7 +298,7 @@ fn wrong_credentials() -> Error {
 fn may_manage_tokens(caller: &Caller, user_id: Uuid) -> Result<()> {
     if user_id != caller.user_id && !caller.is_admin() {
         let role = Role::Admin.as_str_name();
-        return Err(Error::PermissionDenied(format!("somebody else's API tokens take the role {role}")));
+        return Err(Error::PermissionDenied(format!("API tokens of other users require {role}")));
     }
     Ok(())
 }

@@ -2,11 +2,11 @@
 
 use tonic::Request;
 
-use super::{Api, Reply, finish, fresh, issues::last_id};
+use super::{Api, RpcResult, id_key};
 use crate::{
     auth::Caller,
     db::{
-        batchers::Call,
+        batchers::MutationCall,
         comments::{self, CommentChange, NewComment},
     },
     error::Error,
@@ -25,23 +25,23 @@ mutation! {
 
 #[tonic::async_trait]
 impl CommentService for Api {
-    async fn create_comment(&self, request: Request<CreateCommentRequest>) -> Reply<Comment> {
+    async fn create_comment(&self, request: Request<CreateCommentRequest>) -> RpcResult<Comment> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let comment = check.required("comment", request.comment);
         let issue_id = check.uuid("comment.issue_id", &comment.issue_id);
         let parent_id = check.optional_uuid("comment.parent_id", &comment.parent_id);
         let content = check.required_text("comment.content", comment.content, COMMENT_CHARS_MAX);
         check.done()?;
 
-        let item = NewComment { author_id: caller.user_id, issue_id, parent_id, content };
-        let call = Call { caller_id: caller.user_id, key, item };
-        Ok(self.rounds.make(&self.rounds.comments, call).await?.into())
+        let mutation = NewComment { author_id: caller.user_id, issue_id, parent_id, content };
+        let call = MutationCall { caller_id: caller.user_id, options, mutation };
+        Ok(self.batchers.mutate(&self.batchers.comments, call).await?.into())
     }
 
-    async fn list_comments(&self, request: Request<ListCommentsRequest>) -> Reply<ListCommentsResponse> {
+    async fn list_comments(&self, request: Request<ListCommentsRequest>) -> RpcResult<ListCommentsResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -55,42 +55,45 @@ impl CommentService for Api {
         if found.items.is_empty() && !comments::issue_exists(&db, issue_id).await? {
             return Err(Error::not_found("issue", "issue_id", issue_id).into());
         }
-        let next_page_token = page.next_token(found.more, last_id(found.items.last().map(|item| &*item.id)).as_deref());
+        let next_page_token = page.next_token(found.more, id_key(found.items.last().map(|item| &*item.id)).as_deref());
         Ok(ListCommentsResponse { comments: found.items, next_page_token }.into())
     }
 
-    async fn update_comment(&self, request: Request<UpdateCommentRequest>) -> Reply<Comment> {
+    async fn update_comment(&self, request: Request<UpdateCommentRequest>) -> RpcResult<Comment> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let comment = check.required("comment", request.comment);
         let id = check.uuid("comment.id", &comment.id);
         check.mask(request.update_mask, &["content"], |_| true);
         let content = check.required_text("comment.content", comment.content, COMMENT_CHARS_MAX);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let change = CommentChange::SetContent(&content);
-        let comment = comments::change(&tx, id, author(&caller), change, "comment.id").await?;
-        finish(tx, comment).await
+        let author = required_author(&caller);
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            comments::change(conn, id, author, CommentChange::SetContent(&content), "comment.id").await
+        });
+        Ok(response.await?.into())
     }
 
-    async fn delete_comment(&self, request: Request<DeleteCommentRequest>) -> Reply<Comment> {
+    async fn delete_comment(&self, request: Request<DeleteCommentRequest>) -> RpcResult<Comment> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let id = check.uuid("id", &request.id);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let comment = comments::change(&tx, id, author(&caller), CommentChange::Delete, "id").await?;
-        finish(tx, comment).await
+        let author = required_author(&caller);
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            comments::change(conn, id, author, CommentChange::Delete, "id").await
+        });
+        Ok(response.await?.into())
     }
 }
 
-/// Whose comments the caller may change; none: anybody's.
-fn author(caller: &Caller) -> Option<uuid::Uuid> {
+/// Returns whose comments the caller may change. `None`: those of any user.
+fn required_author(caller: &Caller) -> Option<uuid::Uuid> {
     if caller.is_admin() { None } else { Some(caller.user_id) }
 }

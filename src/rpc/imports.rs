@@ -11,7 +11,7 @@ use tonic::{Request, Response, Streaming};
 use uuid::Uuid;
 
 use super::{
-    Api, Reply, finish, fresh,
+    Api, RpcResult,
     streaming::{ResponseStream, respond},
 };
 use crate::{
@@ -36,7 +36,10 @@ mutation! {
 impl ImportService for Api {
     type ImportIssuesStream = ResponseStream<ImportIssuesResponse>;
 
-    async fn import_issues(&self, request: Request<Streaming<ImportIssuesRequest>>) -> Reply<Self::ImportIssuesStream> {
+    async fn import_issues(
+        &self,
+        request: Request<Streaming<ImportIssuesRequest>>,
+    ) -> RpcResult<Self::ImportIssuesStream> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let permit = self.import_permit()?;
         let (db, requests) = (self.db.clone(), request.into_inner());
@@ -46,7 +49,7 @@ impl ImportService for Api {
         Ok(Response::new(responses))
     }
 
-    async fn get_import(&self, request: Request<GetImportRequest>) -> Reply<Import> {
+    async fn get_import(&self, request: Request<GetImportRequest>) -> RpcResult<Import> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -57,7 +60,10 @@ impl ImportService for Api {
         Ok(imports::get(&db, id, owner(&caller), "id").await?.into())
     }
 
-    async fn list_import_errors(&self, request: Request<ListImportErrorsRequest>) -> Reply<ListImportErrorsResponse> {
+    async fn list_import_errors(
+        &self,
+        request: Request<ListImportErrorsRequest>,
+    ) -> RpcResult<ListImportErrorsResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -74,26 +80,20 @@ impl ImportService for Api {
         Ok(ListImportErrorsResponse { errors, next_page_token }.into())
     }
 
-    async fn revert_import(&self, request: Request<RevertImportRequest>) -> Reply<RevertImportResponse> {
+    async fn revert_import(&self, request: Request<RevertImportRequest>) -> RpcResult<RevertImportResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let id = check.uuid("import_id", &request.import_id);
         check.done()?;
 
         // A revert holds a connection as long as an import.
         let _permit = self.import_permit()?;
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        match imports::revert(&tx, id, owner(&caller), caller.user_id, request.force).await {
-            Ok(response) => finish(tx, response).await,
-            Err(error) => {
-                // Wait for the rollback, so that a retry with `force` finds the import unlocked. If the rollback fails, the
-                // connection is closed, and the first error is the one to report.
-                let _ = tx.rollback().await;
-                Err(error.into())
-            }
-        }
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            imports::revert(tx, id, owner(&caller), caller.user_id, request.force).await
+        });
+        Ok(response.await?.into())
     }
 }
 

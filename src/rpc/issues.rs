@@ -6,19 +6,20 @@ use tonic::Request;
 use uuid::Uuid;
 
 use super::{
-    Api, Reply,
+    Api, RpcResult,
     exports::{self, ExportOptions, ExportStream},
-    finish, fresh,
+    id_key,
 };
 use crate::{
     auth::Caller,
     batching::coalescer::Outcome,
     db::{
         Conn, PageBounds,
-        batchers::{Call, Locked},
+        batchers::MutationCall,
         comments,
-        idempotency::RequestKey,
+        idempotency::MutationOptions,
         issues::{self, IssueChange, IssueList, NewIssue},
+        row_locks::RowLocks,
     },
     error::{Error, Resource, Result},
     filter,
@@ -48,17 +49,17 @@ mutation! {
 
 #[tonic::async_trait]
 impl IssueService for Api {
-    async fn create_issue(&self, request: Request<CreateIssueRequest>) -> Reply<Issue> {
+    async fn create_issue(&self, request: Request<CreateIssueRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let issue = check.required("issue", request.issue);
         let issue = new_issue(&mut check, &caller, "issue", issue);
         check.done()?;
 
-        let call = Call { caller_id: caller.user_id, key, item: issue.clone() };
-        match self.rounds.make(&self.rounds.creates, call).await {
+        let call = MutationCall { caller_id: caller.user_id, options, mutation: issue.clone() };
+        match self.batchers.mutate(&self.batchers.creates, call).await {
             Ok(issue) => Ok(issue.into()),
             Err(error) => {
                 let explained =
@@ -71,40 +72,36 @@ impl IssueService for Api {
     async fn batch_create_issues(
         &self,
         request: Request<BatchCreateIssuesRequest>,
-    ) -> Reply<BatchCreateIssuesResponse> {
+    ) -> RpcResult<BatchCreateIssuesResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let count = request.issues.len();
         if !(1..=BATCH_ITEMS_MAX).contains(&count) {
-            let message = format!("takes 1 to {BATCH_ITEMS_MAX} issues, not {count}");
-            return Err(Error::invalid("issues", message).into());
+            check.fail("issues", format!("has {count} issues; expected 1 to {BATCH_ITEMS_MAX}"));
         }
         let field = |index: usize| format!("issues[{index}]");
-        let new: Vec<NewIssue> = (request.issues.into_iter().enumerate())
+        let new: Vec<NewIssue> = (request.issues.into_iter().enumerate().take(BATCH_ITEMS_MAX))
             .map(|(index, issue)| new_issue(&mut check, &caller, &field(index), issue))
             .collect();
         check.done()?;
 
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        match issues::create(&tx, &new).await {
-            Ok(issues) => {
-                let reply = BatchCreateIssuesResponse { issues };
-                // Checked before the commit: a client that cannot take the answer would not know what was filed.
-                if prost::Message::encoded_len(&reply) > RESPONSE_BYTES_MAX {
-                    return Err(response_too_large("issues").into());
-                }
-                finish(tx, reply).await
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            let response = BatchCreateIssuesResponse { issues: issues::create(tx, &new).await? };
+            // Checked before the commit: a client that cannot receive the response would not know what was created.
+            if prost::Message::encoded_len(&response) > RESPONSE_BYTES_MAX {
+                return Err(response_too_large("issues"));
             }
-            Err(error) => {
-                drop(tx);
-                Err(issues::explain_create(&self.db, error, &new, field).await.into())
-            }
+            Ok(response)
+        });
+        match response.await {
+            Ok(response) => Ok(response.into()),
+            Err(error) => Err(issues::explain_create(&self.db, error, &new, field).await.into()),
         }
     }
 
-    async fn get_issue(&self, request: Request<GetIssueRequest>) -> Reply<Issue> {
+    async fn get_issue(&self, request: Request<GetIssueRequest>) -> RpcResult<Issue> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -112,10 +109,10 @@ impl IssueService for Api {
         let view = check.enumeration("view", request.view);
         check.done()?;
 
-        Ok(self.rounds.get(id, view).await?.into())
+        Ok(self.batchers.get(id, view).await?.into())
     }
 
-    async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> Reply<BatchGetIssuesResponse> {
+    async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> RpcResult<BatchGetIssuesResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -145,7 +142,7 @@ impl IssueService for Api {
         Ok(BatchGetIssuesResponse { issues }.into())
     }
 
-    async fn list_issues(&self, request: Request<ListIssuesRequest>) -> Reply<ListIssuesResponse> {
+    async fn list_issues(&self, request: Request<ListIssuesRequest>) -> RpcResult<ListIssuesResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -158,88 +155,91 @@ impl IssueService for Api {
         check.done()?;
         let list =
             IssueList { filter, show_deleted: request.show_deleted, after: page.after_id()?, bounds: page.bounds() };
-        let found = self.rounds.list(list).await?;
+        let found = self.batchers.list(list).await?;
         let next_page_token =
-            page.next_token(found.more, last_id(found.items.last().map(|issue| &*issue.id)).as_deref());
+            page.next_token(found.more, id_key(found.items.last().map(|issue| &*issue.id)).as_deref());
         Ok(ListIssuesResponse { issues: found.items, next_page_token }.into())
     }
 
-    async fn update_issue(&self, request: Request<UpdateIssueRequest>) -> Reply<Issue> {
+    async fn update_issue(&self, request: Request<UpdateIssueRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let change = issue_change(&mut check, &caller, &request);
         let comment = comment_text(&mut check, request.comment);
         check.done()?;
 
         let Some(content) = comment else {
-            let call = Call { caller_id: caller.user_id, key, item: change };
-            return Ok(self.rounds.make(&self.rounds.updates, call).await?.into());
+            let call = MutationCall { caller_id: caller.user_id, options, mutation: change };
+            return Ok(self.batchers.mutate(&self.batchers.updates, call).await?.into());
         };
-        Box::pin(self.update_with_comment(caller, key, change, content)).await
+        // Boxed: comments with an update are rare and must not enlarge the future of every update.
+        Box::pin(self.update_with_comment(caller, options, change, content)).await
     }
 
-    async fn delete_issue(&self, request: Request<DeleteIssueRequest>) -> Reply<Issue> {
+    async fn delete_issue(&self, request: Request<DeleteIssueRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let change = deletion(&mut check, &caller, &request.id, request.expected_version, true);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let issue = update_one(&tx, &change, "id").await?;
-        finish(tx, issue).await
+        let response =
+            self.db.mutate_by_statement(caller.user_id, options, async |conn| update_one(conn, &change, "id").await);
+        Ok(response.await?.into())
     }
 
-    async fn undelete_issue(&self, request: Request<UndeleteIssueRequest>) -> Reply<Issue> {
+    async fn undelete_issue(&self, request: Request<UndeleteIssueRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let change = deletion(&mut check, &caller, &request.id, request.expected_version, false);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let issue = update_one(&tx, &change, "id").await?;
-        finish(tx, issue).await
+        let response =
+            self.db.mutate_by_statement(caller.user_id, options, async |conn| update_one(conn, &change, "id").await);
+        Ok(response.await?.into())
     }
 
-    async fn bulk_update_status(&self, request: Request<BulkUpdateStatusRequest>) -> Reply<BulkUpdateStatusResponse> {
+    async fn bulk_update_status(
+        &self,
+        request: Request<BulkUpdateStatusRequest>,
+    ) -> RpcResult<BulkUpdateStatusResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let changes = status_changes(&mut check, &caller, &request);
         let comment = comment_text(&mut check, request.comment);
         check.done()?;
 
-        let begun = match comment {
-            None => self.db.begin_single(caller.user_id, key).await?,
-            Some(_) => self.db.begin_mutation(caller.user_id, key).await?,
+        let field = |index| format!("ids[{index}]");
+        let results = match comment {
+            None => {
+                let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+                    Ok(bulk_response(issues::bulk_update(conn, &changes, field).await?))
+                });
+                response.await?
+            }
+            Some(content) => {
+                let response = self.db.mutate(caller.user_id, options, async |tx| {
+                    let results = issues::bulk_update(tx, &changes, field).await?;
+                    let changed: Vec<Uuid> = results.iter().filter(|r| r.changed).map(|result| result.id).collect();
+                    comments::create_on_each(tx, caller.user_id, &changed, &content).await?;
+                    Ok(bulk_response(results))
+                });
+                response.await?
+            }
         };
-        let tx = fresh!(begun);
-        let results = issues::bulk_update(&tx, &changes, |index| format!("ids[{index}]")).await?;
-        let changed: Vec<Uuid> = results.iter().filter(|result| result.changed).map(|result| result.id).collect();
-        if let Some(content) = comment {
-            comments::create_on_each(&tx, caller.user_id, &changed, &content).await?;
-        }
-        let result = |result: issues::Changed| bulk_update_status_response::Result {
-            id: result.id.to_string(),
-            version: result.version,
-            changed: result.changed,
-        };
-        let reply = BulkUpdateStatusResponse {
-            changed_count: changed.len() as i32,
-            results: results.into_iter().map(result).collect(),
-        };
-        finish(tx, reply).await
+        Ok(results.into())
     }
 
     type ExportIssuesStream = ExportStream;
 
-    async fn export_issues(&self, request: Request<ExportIssuesRequest>) -> Reply<ExportStream> {
+    async fn export_issues(&self, request: Request<ExportIssuesRequest>) -> RpcResult<ExportStream> {
         Caller::with_role(&request, Role::Viewer)?;
         let ExportIssuesRequest { filter, show_deleted, escape_formulas } = request.into_inner();
         let mut check = Check::default();
@@ -258,22 +258,34 @@ impl Api {
     async fn update_with_comment(
         &self,
         caller: Caller,
-        key: RequestKey,
+        options: MutationOptions,
         change: IssueChange,
         content: String,
-    ) -> Reply<Issue> {
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let mut issue = update_one(&tx, &change, "issue.id").await?;
-        comments::create_on_each(&tx, caller.user_id, &[change.id], &content).await?;
-        issue.comment_count += 1;
-        finish(tx, issue).await
+    ) -> RpcResult<Issue> {
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            let mut issue = update_one(tx, &change, "issue.id").await?;
+            comments::create_on_each(tx, caller.user_id, &[change.id], &content).await?;
+            issue.comment_count += 1;
+            Ok(issue)
+        });
+        Ok(response.await?.into())
     }
 }
 
+fn bulk_response(results: Vec<issues::Changed>) -> BulkUpdateStatusResponse {
+    let changed_count = results.iter().filter(|result| result.changed).count() as i32;
+    let result = |result: issues::Changed| bulk_update_status_response::Result {
+        id: result.id.to_string(),
+        version: result.version,
+        changed: result.changed,
+    };
+    BulkUpdateStatusResponse { changed_count, results: results.into_iter().map(result).collect() }
+}
+
 async fn update_one(db: &Conn, change: &IssueChange, field: &str) -> Result<Issue> {
-    match issues::update_many(db, std::slice::from_ref(change), field, Locked::Wait).await?.pop() {
+    match issues::update_many(db, std::slice::from_ref(change), field, RowLocks::Wait).await?.pop() {
         Some(Outcome::Done(outcome)) => outcome,
-        Some(Outcome::Alone) | None => Err(Error::Internal("a change gave no outcome")),
+        Some(Outcome::Individual) | None => Err(Error::Internal("a change has no outcome")),
     }
 }
 
@@ -281,13 +293,8 @@ fn response_too_large(field: &'static str) -> Error {
     Error::InvalidReason {
         reason: "RESPONSE_TOO_LARGE",
         field,
-        message: format!("{field}: the answer would have more than {RESPONSE_BYTES_MAX} bytes; take fewer at once"),
+        message: format!("{field}: the response exceeds {RESPONSE_BYTES_MAX} bytes; send fewer items per request"),
     }
-}
-
-/// The key of the next page in lists by id.
-pub(super) fn last_id(id: Option<&str>) -> Option<Vec<u8>> {
-    Some(Uuid::try_parse(id?).ok()?.into_bytes().to_vec())
 }
 
 fn new_issue(check: &mut Check, caller: &Caller, field: &str, issue: Issue) -> NewIssue {
@@ -324,7 +331,7 @@ fn issue_change(check: &mut Check, caller: &Caller, request: &UpdateIssueRequest
     let masked = request.update_mask.as_ref().is_some_and(|mask| !mask.paths.is_empty());
     let paths = check.mask(request.update_mask.clone(), UPDATABLE, populated);
     if paths.is_empty() && !masked && request.comment.is_empty() {
-        check.fail("update_mask", format!("nothing to change: set any of {}, or a comment", UPDATABLE.join(", ")));
+        check.fail("update_mask", format!("nothing to change; set any of {}, or a comment", UPDATABLE.join(", ")));
     }
     for path in paths {
         match path {
@@ -365,7 +372,7 @@ fn status_changes(check: &mut Check, caller: &Caller, request: &BulkUpdateStatus
     let versions = &request.expected_versions;
     if !versions.is_empty() && versions.len() != request.ids.len() {
         let message =
-            format!("takes one version for each of the {} ids, or none; not {}", request.ids.len(), versions.len());
+            format!("has {} versions; expected none, or one for each of the {} ids", versions.len(), request.ids.len());
         check.fail("expected_versions", message);
     }
     let mut change = |(index, id): (usize, Uuid)| IssueChange {
@@ -382,18 +389,18 @@ fn status_changes(check: &mut Check, caller: &Caller, request: &BulkUpdateStatus
 
 fn required_status(check: &mut Check, field: &str, status: i32) -> Status {
     if status == Status::Unspecified as i32 {
-        check.fail(field, "must be one of STATUS_OPEN, STATUS_IN_PROGRESS, STATUS_CLOSED");
+        check.fail(field, "required; expected STATUS_OPEN, STATUS_IN_PROGRESS or STATUS_CLOSED");
     }
     check.enumeration(field, status)
 }
 
-/// Empty is none.
+/// Parses an external id. An empty one is `None`.
 fn external_id(check: &mut Check, field: impl Into<String>, id: String) -> Option<String> {
-    // Of whitespace alone, it would be none in an import of what was exported.
+    // Only whitespace is refused: exported to CSV and imported again, it would be no external id.
     if id.is_empty() { None } else { Some(check.required_text(field, id, EXTERNAL_ID_CHARS_MAX)) }
 }
 
-/// Empty is none.
+/// Parses a comment. An empty one is `None`.
 fn comment_text(check: &mut Check, comment: String) -> Option<String> {
     if comment.is_empty() { None } else { Some(check.required_text("comment", comment, COMMENT_CHARS_MAX)) }
 }

@@ -2,11 +2,11 @@
 
 use tonic::Request;
 
-use super::{Api, Reply, finish, fresh};
+use super::{Api, RpcResult};
 use crate::{
     auth::Caller,
     db::{
-        idempotency::RequestKey,
+        idempotency::MutationOptions,
         issues,
         labels::{self, LabelChange},
     },
@@ -29,22 +29,23 @@ mutation! {
 
 #[tonic::async_trait]
 impl LabelService for Api {
-    async fn create_label(&self, request: Request<CreateLabelRequest>) -> Reply<Label> {
+    async fn create_label(&self, request: Request<CreateLabelRequest>) -> RpcResult<Label> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let label = check.required("label", request.label);
         let name = label_name(&mut check, label.name);
         let description = check.text("label.description", label.description, LABEL_DESCRIPTION_CHARS_MAX);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let label = labels::create(&tx, &name, &description).await?;
-        finish(tx, label).await
+        let response = self
+            .db
+            .mutate_by_statement(caller.user_id, options, async |conn| labels::create(conn, &name, &description).await);
+        Ok(response.await?.into())
     }
 
-    async fn list_labels(&self, request: Request<ListLabelsRequest>) -> Reply<ListLabelsResponse> {
+    async fn list_labels(&self, request: Request<ListLabelsRequest>) -> RpcResult<ListLabelsResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -58,11 +59,11 @@ impl LabelService for Api {
         Ok(ListLabelsResponse { labels: found.items, next_page_token }.into())
     }
 
-    async fn update_label(&self, request: Request<UpdateLabelRequest>) -> Reply<Label> {
+    async fn update_label(&self, request: Request<UpdateLabelRequest>) -> RpcResult<Label> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let label = check.required("label", request.label);
         let id = check.uuid("label.id", &label.id);
         let populated = |path: &str| match path {
@@ -71,7 +72,7 @@ impl LabelService for Api {
         };
         let paths = check.mask(request.update_mask, &["name", "description"], populated);
         if paths.is_empty() {
-            check.fail("update_mask", "nothing to change: set any of name, description");
+            check.fail("update_mask", "nothing to change; set any of name, description");
         }
         let name = paths.contains(&"name").then(|| label_name(&mut check, label.name.clone()));
         let description = paths
@@ -79,56 +80,59 @@ impl LabelService for Api {
             .then(|| check.text("label.description", label.description.clone(), LABEL_DESCRIPTION_CHARS_MAX));
         check.done()?;
 
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let label = labels::update(&tx, id, name.as_deref(), description.as_deref()).await?;
-        finish(tx, label).await
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            labels::update(conn, id, name.as_deref(), description.as_deref()).await
+        });
+        Ok(response.await?.into())
     }
 
-    async fn delete_label(&self, request: Request<DeleteLabelRequest>) -> Reply<DeleteLabelResponse> {
+    async fn delete_label(&self, request: Request<DeleteLabelRequest>) -> RpcResult<DeleteLabelResponse> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let id = check.uuid("id", &request.id);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let issue_count = labels::delete(&tx, id, caller.user_id, request.force).await? as i32;
-        finish(tx, DeleteLabelResponse { issue_count }).await
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            let issue_count = labels::delete(tx, id, caller.user_id, request.force).await? as i32;
+            Ok(DeleteLabelResponse { issue_count })
+        });
+        Ok(response.await?.into())
     }
 
-    async fn add_issue_labels(&self, request: Request<AddIssueLabelsRequest>) -> Reply<Issue> {
+    async fn add_issue_labels(&self, request: Request<AddIssueLabelsRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let AddIssueLabelsRequest { issue_id, label_ids, expected_version, .. } = request;
         let ids = IssueLabels { issue_id, label_ids, expected_version };
-        self.change_issue_labels(caller, check, key, LabelChange::Add, ids).await
+        self.change_issue_labels(caller, check, options, LabelChange::Add, ids).await
     }
 
-    async fn remove_issue_labels(&self, request: Request<RemoveIssueLabelsRequest>) -> Reply<Issue> {
+    async fn remove_issue_labels(&self, request: Request<RemoveIssueLabelsRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let RemoveIssueLabelsRequest { issue_id, label_ids, expected_version, .. } = request;
         let ids = IssueLabels { issue_id, label_ids, expected_version };
-        self.change_issue_labels(caller, check, key, LabelChange::Remove, ids).await
+        self.change_issue_labels(caller, check, options, LabelChange::Remove, ids).await
     }
 
-    async fn replace_issue_labels(&self, request: Request<ReplaceIssueLabelsRequest>) -> Reply<Issue> {
+    async fn replace_issue_labels(&self, request: Request<ReplaceIssueLabelsRequest>) -> RpcResult<Issue> {
         let caller = Caller::with_role(&request, Role::Member)?;
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let ReplaceIssueLabelsRequest { issue_id, label_ids, expected_version, .. } = request;
         let ids = IssueLabels { issue_id, label_ids, expected_version };
-        self.change_issue_labels(caller, check, key, LabelChange::Replace, ids).await
+        self.change_issue_labels(caller, check, options, LabelChange::Replace, ids).await
     }
 }
 
-/// What the three requests that change an issue's labels have in common.
+/// The fields that the three requests for the labels of an issue have in common.
 struct IssueLabels {
     issue_id: String,
     label_ids: Vec<String>,
@@ -140,28 +144,29 @@ impl Api {
         &self,
         caller: Caller,
         mut check: Check,
-        key: RequestKey,
+        options: MutationOptions,
         change: LabelChange,
         ids: IssueLabels,
-    ) -> Reply<Issue> {
+    ) -> RpcResult<Issue> {
         let issue_id = check.uuid("issue_id", &ids.issue_id);
         let label_ids_min = if change == LabelChange::Replace { 0 } else { 1 };
         let label_ids = check.uuids("label_ids", &ids.label_ids, label_ids_min, LABELS_PER_ISSUE_MAX);
         let expected_version = check.expected_version("expected_version", ids.expected_version);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        labels::change_issue_labels(&tx, caller.user_id, issue_id, expected_version, change, &label_ids).await?;
-        let issue = issues::get(&tx, issue_id).await?;
-        finish(tx, issue).await
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            labels::change_issue_labels(tx, caller.user_id, issue_id, expected_version, change, &label_ids).await?;
+            issues::get(tx, issue_id).await
+        });
+        Ok(response.await?.into())
     }
 }
 
 fn label_name(check: &mut Check, name: String) -> String {
     let name = check.required_text("label.name", name, LABEL_NAME_CHARS_MAX);
     if name.contains(';') || name.trim() != name {
-        // In a CSV's `labels` column they are separated by it, and the spaces around them do not count.
-        check.fail("label.name", "must not contain \";\", nor begin or end with a space");
+        // The `labels` column of a CSV file separates names by semicolons and ignores the spaces around them.
+        check.fail("label.name", "contains \";\", or starts or ends with a space; expected a name without");
     }
     name
 }

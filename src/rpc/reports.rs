@@ -2,7 +2,7 @@
 
 use tonic::Request;
 
-use super::{Api, Reply};
+use super::{Api, RpcResult};
 use crate::{
     auth::Caller,
     db::reports,
@@ -18,13 +18,13 @@ const ASSIGNEES_MAX: i64 = 100;
 
 #[tonic::async_trait]
 impl ReportService for Api {
-    async fn get_top_assignees(&self, request: Request<GetTopAssigneesRequest>) -> Reply<GetTopAssigneesResponse> {
+    async fn get_top_assignees(&self, request: Request<GetTopAssigneesRequest>) -> RpcResult<GetTopAssigneesResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let limit = match i64::from(request.limit) {
             negative @ ..0 => {
-                check.fail("limit", format!("must not be negative, is {negative}"));
+                check.fail("limit", format!("{negative} is negative; expected 0 to {ASSIGNEES_MAX}"));
                 0
             }
             0 => ASSIGNEES_DEFAULT,
@@ -34,7 +34,7 @@ impl ReportService for Api {
         let scope: IssueScope = check.enumeration("scope", request.scope);
         check.done()?;
 
-        let _slot = self.db.heavy_slot().await?;
+        let _permit = self.db.heavy_permit().await?;
         let db = self.db.conn().await?;
         Ok(reports::top_assignees(&db, limit, window, scope != IssueScope::All).await?.into())
     }
@@ -42,7 +42,7 @@ impl ReportService for Api {
     async fn get_resolution_latency(
         &self,
         request: Request<GetResolutionLatencyRequest>,
-    ) -> Reply<GetResolutionLatencyResponse> {
+    ) -> RpcResult<GetResolutionLatencyResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -50,7 +50,7 @@ impl ReportService for Api {
         let group_by = check.enumeration("group_by", request.group_by);
         check.done()?;
 
-        let _slot = self.db.heavy_slot().await?;
+        let _permit = self.db.heavy_permit().await?;
         let db = self.db.conn().await?;
         let groups = reports::resolution_latency(&db, window, group_by).await?;
         Ok(GetResolutionLatencyResponse { groups }.into())

@@ -5,15 +5,15 @@ use std::mem;
 use secrecy::SecretString;
 use tonic::Request;
 
-use super::{Api, Reply, address_of, finish, fresh, replay};
+use super::{Api, RpcResult, client_address};
 use crate::{
     auth::{Caller, check_password},
     db::{
         audit::{self, By},
-        idempotency::Begun,
         tokens,
         users::{self, NewUser},
     },
+    error::quote,
     pb::{
         CreateUserRequest, GetUserRequest, ListAuditEventsRequest, ListAuditEventsResponse, ListUsersRequest,
         ListUsersResponse, ResetPasswordRequest, ResetPasswordResponse, Role, UpdateUserRequest, User,
@@ -30,13 +30,13 @@ mutation! {
 
 #[tonic::async_trait]
 impl UserService for Api {
-    async fn create_user(&self, request: Request<CreateUserRequest>) -> Reply<User> {
+    async fn create_user(&self, request: Request<CreateUserRequest>) -> RpcResult<User> {
         let caller = Caller::with_role(&request, Role::Admin)?;
-        let by = By::user(caller.user_id, address_of(&request));
+        let by = By::user(caller.user_id, client_address(&request));
         let mut request = request.into_inner();
         let password = SecretString::from(mem::take(&mut request.password));
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let user = check.required("user", request.user);
         let disabled = user.disabled;
         let username = check.take("user.username", check_username(user.username));
@@ -46,13 +46,14 @@ impl UserService for Api {
         let role = if role == Role::Unspecified { Role::Member } else { role };
 
         let password_hash = self.auth.hash_password(&password).await?;
-        let tx = fresh!(self.db.begin_single(caller.user_id, key).await?);
-        let new = NewUser { username: &username, role, disabled, password_hash: &password_hash };
-        let user = users::create(&tx, new, by).await?;
-        finish(tx, user).await
+        let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
+            let new = NewUser { username: &username, role, disabled, password_hash: &password_hash };
+            users::create(conn, new, by).await
+        });
+        Ok(response.await?.into())
     }
 
-    async fn get_user(&self, request: Request<GetUserRequest>) -> Reply<User> {
+    async fn get_user(&self, request: Request<GetUserRequest>) -> RpcResult<User> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -60,7 +61,7 @@ impl UserService for Api {
         let id = check.optional_uuid("id", &request.id);
         let username = check.text("username", request.username, USERNAME_CHARS_MAX);
         if by_id == by_name {
-            check.fail("id", "exactly one of id and username is required");
+            check.fail("id", "set exactly one of id and username");
         }
         check.done()?;
 
@@ -72,7 +73,7 @@ impl UserService for Api {
         Ok(user.into())
     }
 
-    async fn list_users(&self, request: Request<ListUsersRequest>) -> Reply<ListUsersResponse> {
+    async fn list_users(&self, request: Request<ListUsersRequest>) -> RpcResult<ListUsersResponse> {
         Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -86,12 +87,12 @@ impl UserService for Api {
         Ok(ListUsersResponse { users: found.items, next_page_token }.into())
     }
 
-    async fn update_user(&self, request: Request<UpdateUserRequest>) -> Reply<User> {
+    async fn update_user(&self, request: Request<UpdateUserRequest>) -> RpcResult<User> {
         let caller = Caller::with_role(&request, Role::Admin)?;
-        let by = By::user(caller.user_id, address_of(&request));
+        let by = By::user(caller.user_id, client_address(&request));
         let request = request.into_inner();
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let user = check.required("user", request.user);
         let id = check.uuid("user.id", &user.id);
         let populated = |path: &str| match path {
@@ -101,55 +102,64 @@ impl UserService for Api {
         let masked = request.update_mask.as_ref().is_some_and(|mask| !mask.paths.is_empty());
         let paths = check.mask(request.update_mask, &["role", "disabled"], populated);
         if paths.is_empty() && !masked {
-            check.fail("update_mask", "nothing to change: set any of role, disabled");
+            check.fail("update_mask", "nothing to change; set any of role, disabled");
         }
         let role = paths.contains(&"role").then(|| {
             let role = Role::try_from(user.role).ok().filter(|role| *role != Role::Unspecified);
-            check.take("user.role", role.ok_or_else(|| "must be ROLE_VIEWER, ROLE_MEMBER or ROLE_ADMIN".to_owned()))
+            check.take(
+                "user.role",
+                role.ok_or_else(|| "required; expected ROLE_VIEWER, ROLE_MEMBER or ROLE_ADMIN".to_owned()),
+            )
         });
         let disabled = paths.contains(&"disabled").then_some(user.disabled);
         check.done()?;
 
-        let tx = fresh!(self.db.begin_mutation(caller.user_id, key).await?);
-        let user = users::update(&tx, id, role, disabled, by).await?;
-        if user.disabled {
-            tokens::end_sessions(&tx, id, None, by).await?;
-        }
-        let reply = finish(tx, user).await;
-        if !key.validate_only {
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            let user = users::update(tx, id, role, disabled, by).await?;
+            if user.disabled {
+                tokens::end_sessions(tx, id, None, by).await?;
+            }
+            Ok(user)
+        });
+        let response = response.await;
+        // Also after an error: the outcome of a commit can be unknown.
+        if !options.validate_only {
             self.auth.forget_tokens();
         }
-        reply
+        Ok(response?.into())
     }
 
-    async fn reset_password(&self, request: Request<ResetPasswordRequest>) -> Reply<ResetPasswordResponse> {
+    async fn reset_password(&self, request: Request<ResetPasswordRequest>) -> RpcResult<ResetPasswordResponse> {
         let caller = Caller::with_role(&request, Role::Admin)?;
-        let address = address_of(&request);
+        let address = client_address(&request);
         let mut request = request.into_inner();
         let new_password = SecretString::from(mem::take(&mut request.new_password));
         let mut check = Check::default();
-        let key = check.mutation(&request);
+        let options = check.mutation_options(&request);
         let user_id = check.uuid("user_id", &request.user_id);
         check.take("new_password", check_password(&new_password));
         check.done()?;
 
         let password_hash = self.auth.hash_password(&new_password).await?;
-        let tx = match self.db.begin_mutation(caller.user_id, key).await? {
-            Begun::Fresh(tx) => tx,
-            Begun::Replayed(reply) => {
-                self.check_replayed_password(&caller, user_id, key, &new_password, address).await?;
-                return replay(&reply);
-            }
-        };
-        users::reset_password(&tx, user_id, &password_hash, By::user(caller.user_id, address)).await?;
-        let reply = finish(tx, ResetPasswordResponse {}).await;
-        if !key.validate_only {
+        let mut is_replay = true;
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            is_replay = false;
+            users::reset_password(tx, user_id, &password_hash, By::user(caller.user_id, address)).await?;
+            Ok(ResetPasswordResponse {})
+        });
+        let response = response.await;
+        // Also after an error: the outcome of a commit can be unknown.
+        if !options.validate_only {
             self.auth.forget_tokens();
         }
-        reply
+        let response = response?;
+        if is_replay {
+            self.check_replayed_password(&caller, user_id, options, &new_password, address).await?;
+        }
+        Ok(response.into())
     }
 
-    async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> Reply<ListAuditEventsResponse> {
+    async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> RpcResult<ListAuditEventsResponse> {
         Caller::with_role(&request, Role::Admin)?;
         let request = request.into_inner();
         let mut check = Check::default();
@@ -167,13 +177,15 @@ impl UserService for Api {
     }
 }
 
-/// What a username must be.
+/// Checks a username: 1 to 50 ASCII letters, digits and `._-@+`, of which the first is a letter or digit.
 pub fn check_username(username: String) -> Result<String, String> {
-    let known = |char: char| char.is_ascii_alphanumeric() || "._-@+".contains(char);
-    let formed = username.starts_with(|char: char| char.is_ascii_alphanumeric()) && username.chars().all(known);
-    if !formed || username.len() > USERNAME_CHARS_MAX {
+    let is_allowed = |char: char| char.is_ascii_alphanumeric() || "._-@+".contains(char);
+    let is_valid = username.starts_with(|char: char| char.is_ascii_alphanumeric()) && username.chars().all(is_allowed);
+    if !is_valid || username.len() > USERNAME_CHARS_MAX {
         return Err(format!(
-            "must have 1 to {USERNAME_CHARS_MAX} characters, letters and digits of ASCII and any of ._-@+, the first a letter or digit"
+            "\"{}\" is not a username; expected 1 to {USERNAME_CHARS_MAX} ASCII letters, digits and any of ._-@+, the first \
+             a letter or digit",
+            quote(&username)
         ));
     }
     Ok(username)

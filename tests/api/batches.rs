@@ -3,8 +3,8 @@
 mod bulk_status;
 
 use issue_tracker::pb::{
-    BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, DeleteIssueRequest, Issue, IssueView,
-    Label,
+    BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, CreateIssueRequest, DeleteIssueRequest,
+    Issue, IssueView, Label,
 };
 use tonic::Code;
 use uuid::Uuid;
@@ -80,6 +80,42 @@ async fn batch_create_takes_1_to_1000_issues() {
         assert_invalid(create(&tracker.member, numbered(count)).await, &["issues"]);
     }
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}
+
+#[tokio::test]
+async fn wrong_item_count_is_named_beside_every_other_violation() {
+    let tracker = Tracker::start().await;
+    let mut issues = numbered(1_001);
+    issues[3].title.clear();
+    for (issues, fields) in
+        [(Vec::new(), &["request_id", "issues"][..]), (issues, &["request_id", "issues", "issues[3].title"])]
+    {
+        let request = BatchCreateIssuesRequest { issues, request_id: "1".to_owned(), ..Default::default() };
+        assert_invalid(tracker.member.issues().batch_create_issues(request).await, fields);
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}
+
+#[tokio::test]
+async fn missing_references_and_taken_external_ids_are_named_together() {
+    let tracker = Tracker::start().await;
+    tracker.member.file_as(Issue { external_id: "taken".to_owned(), ..titled("first") }).await;
+    let mut issues = numbered(3);
+    issues[0].external_id = "taken".to_owned();
+    issues[1].assignee_id = new_id();
+    issues[2].label_ids = vec![new_id()];
+
+    let batch = assert_error(create(&tracker.member, issues.clone()).await, Code::NotFound, "NOT_FOUND");
+    let one =
+        Issue { external_id: "taken".to_owned(), assignee_id: new_id(), label_ids: vec![new_id()], ..titled("x") };
+    let request = CreateIssueRequest { issue: Some(one), ..Default::default() };
+    let single = assert_error(tracker.member.issues().create_issue(request).await, Code::NotFound, "NOT_FOUND");
+
+    assert_eq!(bad_fields(&batch), ["issues[0].external_id", "issues[1].assignee_id", "issues[2].label_ids[0]"]);
+    let kinds: Vec<String> = resources(&batch).into_iter().map(|(kind, _)| kind).collect();
+    assert_eq!(kinds, ["issue", "user", "label"]);
+    assert_eq!(bad_fields(&single), ["issue.assignee_id", "issue.label_ids[0]", "issue.external_id"]);
+    assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use std::{
 };
 
 use issue_tracker::{
-    db::{Db, Target, migrate::migrate},
+    db::{ConnectionString, Db, migrate::migrate},
     postgres::{Cluster, Durability},
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
@@ -95,7 +95,7 @@ impl Server {
         }
         let log = File::create(server.path("log")).unwrap();
         server.process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
-        let plain = server.url("sslmode=disable").parse::<Target>().unwrap().config;
+        let plain = server.url("sslmode=disable").parse::<ConnectionString>().unwrap().config;
         eventually("the server accepts connections", async || plain.connect(NoTls).await.is_ok()).await;
         server
     }
@@ -128,7 +128,7 @@ impl Server {
     }
 
     async fn execute(&self, sql: &str) {
-        let plain = self.url("sslmode=disable").parse::<Target>().unwrap().config;
+        let plain = self.url("sslmode=disable").parse::<ConnectionString>().unwrap().config;
         session(&plain).await.batch_execute(sql).await.unwrap();
     }
 }
@@ -149,7 +149,7 @@ async fn connect(url: &str) -> Result<bool, String> {
         assert!(!message.contains(PASSWORD), "{message}");
         message
     };
-    let Target { config, connector } = url.parse::<Target>().map_err(message)?;
+    let ConnectionString { config, connector } = url.parse::<ConnectionString>().map_err(message)?;
     let (client, connection) = config.connect(connector).await.map_err(|error| message(error.into()))?;
     tokio::spawn(connection);
     let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
@@ -243,7 +243,7 @@ async fn server_without_tls_is_rejected_if_tls_is_required() {
     ] {
         assert_outcome(&connect(&server.url(&parameters)).await, &expected, &parameters);
     }
-    let error = migrate(server.url("sslmode=require").parse::<Target>().unwrap()).await.unwrap_err();
+    let error = migrate(server.url("sslmode=require").parse::<ConnectionString>().unwrap()).await.unwrap_err();
     let error = format!("{error:#}");
     assert!(error.contains("cannot connect to the database") && error.contains("does not support TLS"), "{error}");
 }
@@ -315,7 +315,7 @@ async fn abandoned_statement_is_cancelled_over_tls() {
         "postgresql://postgres@localhost:{}/postgres?sslmode=verify-full&sslrootcert={ca}",
         proxy.address.port()
     );
-    let db = Db::new(url.parse::<Target>().unwrap(), limits(&[]).pool());
+    let db = Db::new(url.parse::<ConnectionString>().unwrap(), limits(&[]).pool());
     let running = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(100)' AND state = 'active'";
     let watcher = db.conn().await.unwrap();
     let count = async || watcher.query_one(running, &[]).await.unwrap().get::<_, i64>(0);

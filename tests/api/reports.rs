@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use issue_tracker::{
+    db::time::timestamp,
     pb::{
         BulkUpdateStatusRequest, DeleteIssueRequest, GetResolutionLatencyRequest, GetTopAssigneesRequest,
         GetTopAssigneesResponse, Issue, IssueScope, LatencyGroupBy, Priority, Role,
@@ -11,7 +12,6 @@ use issue_tracker::{
         UndeleteIssueRequest, UpdateIssueRequest,
         get_resolution_latency_response::{Group, group::Key},
     },
-    request::timestamp,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
 use prost_types::{Duration, Timestamp};

@@ -59,7 +59,7 @@ async fn rejected_database_login_is_logged_with_its_sqlstate_and_without_the_ser
     // SQLSTATE 28000 is invalid_authorization_specification.
     eventually("the rejected login is logged", async || {
         sql.batch_execute(terminate).await.unwrap();
-        service.log().contains("the database refuses a connection sqlstate=\"28000\"")
+        service.log().contains("database refused connection sqlstate=\"28000\"")
     })
     .await;
     assert!(!service.log().contains("serving\""), "{}", service.log());

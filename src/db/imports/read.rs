@@ -6,10 +6,9 @@ use uuid::Uuid;
 
 use super::{Conn, state};
 use crate::{
-    db::{Page, PageBounds},
+    db::{Page, PageBounds, time::timestamp},
     error::{Error, Result},
     pb::{Import, ImportMode, ImportRowError, ImportState},
-    request::timestamp,
 };
 
 /// Returns an import. `owner` restricts it to imports of that user; `field` names the id in errors.

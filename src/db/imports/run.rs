@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     csv::{Batch, Header, RowError},
-    db::{Db, PooledConn},
+    db::{Db, conn::ExclusiveConn},
     error::{Error, Result, quote},
     pb::{ImportMode, ImportState, ImportSummary},
 };
@@ -32,7 +32,7 @@ pub enum Started {
 /// import is INTERRUPTED.
 pub struct ImportRun {
     db: Db,
-    conn: PooledConn,
+    conn: ExclusiveConn,
     spec: Arc<ImportSpec>,
     checkpoint: Checkpoint,
     header: Option<Arc<Header>>,
@@ -48,8 +48,7 @@ impl ImportRun {
     /// Fails with `IMPORT_RUNNING` if another call has the lock, `IMPORT_MISMATCH` if the stored import differs, and
     /// `Invalid` if the default assignee does not exist.
     pub async fn start(db: &Db, spec: Arc<ImportSpec>) -> Result<Started> {
-        let conn = db.conn().await?;
-        conn.set_discard(true);
+        let conn = db.conn().await?.into_exclusive();
         if !state::lock_for_session(&conn, spec.import_id).await? {
             return Err(already_running(spec.import_id));
         }
@@ -124,7 +123,7 @@ impl ImportRun {
                     if self.spec.is_single_transaction() || attempt == BATCH_ATTEMPTS_MAX {
                         break;
                     }
-                    self.conn.client.batch_execute("ROLLBACK").await?;
+                    self.conn.client().batch_execute("ROLLBACK").await?;
                     self.references.clear();
                 }
                 written => return written,
@@ -194,7 +193,7 @@ impl ImportRun {
                 state::save_checkpoint(&self.conn, spec, checkpoint, header, true).await?;
                 self.conn.commit().await.map_err(Error::with_request_id)?;
             } else {
-                self.conn.client.batch_execute("ROLLBACK").await?;
+                self.conn.client().batch_execute("ROLLBACK").await?;
             }
             if state == ImportState::Rejected && !spec.validate_only {
                 self.conn.enqueue("BEGIN")?;
@@ -210,8 +209,8 @@ impl ImportRun {
     /// Releases the lock and returns the connection to the pool. If that fails, the connection is closed, which releases
     /// the lock too.
     async fn release(self) {
-        if self.conn.client.batch_execute("SELECT pg_advisory_unlock_all()").await.is_ok() {
-            self.conn.set_discard(false);
+        if self.conn.client().batch_execute("SELECT pg_advisory_unlock_all()").await.is_ok() {
+            self.conn.release();
         }
     }
 }

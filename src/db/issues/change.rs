@@ -1,36 +1,40 @@
-//! Changing issues: one statement judges and applies, the trigger on issues keeps version, times and history.
+//! Changing issues: one statement judges and applies the changes. The trigger on `issues` maintains version, times and
+//! history.
 
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{from_row_at, get, issue_columns, labels_of};
+use super::{get::get, row::issue_with_labels};
 use crate::{
     batching::coalescer::Outcome,
-    db::{Conn, Params, batchers::Locked},
+    db::{
+        conn::{Conn, Params},
+        row_locks::RowLocks,
+    },
     error::{Error, Resource, Result, StaleVersion, Violation},
     pb::{Issue, Priority, Status},
 };
 
-/// A change of one issue: what is none stays as it is.
+/// A change of one issue. Fields that are `None` stay unchanged.
 #[derive(Clone, Debug, Default)]
 pub struct IssueChange {
-    /// Who makes it.
+    /// The user who changes the issue.
     pub actor_id: Uuid,
     pub id: Uuid,
-    /// 0: any.
+    /// 0: any version.
     pub expected_version: i64,
     pub title: Option<String>,
     pub description: Option<String>,
     pub status: Option<Status>,
     pub priority: Option<Priority>,
     pub assignee_id: Option<Option<Uuid>>,
-    /// Empty: none.
+    /// Empty removes the external id.
     pub external_id: Option<String>,
-    /// True deletes the issue, false brings it back; everything else takes an issue that is not deleted.
+    /// True deletes the issue, false undeletes it. Without it, the issue must not be deleted.
     pub delete: Option<bool>,
 }
 
-/// What became of one issue.
+/// The result of a change in [`bulk_update`].
 #[derive(Clone, Copy, Debug)]
 pub struct Changed {
     pub id: Uuid,
@@ -38,80 +42,14 @@ pub struct Changed {
     pub changed: bool,
 }
 
-/// The beginning of every statement that changes columns of issues: judges each change, and applies those that
-/// have no problem, or all or none. No issue may be in it twice.
-///
-/// Changes are judged by `locked`, which has the rows as they are once the locks are held; `issues` itself is seen as it
-/// was before the statement waited for them.
-macro_rules! change_issues {
-    ($name:literal, $lock:literal, $select:expr) => {
-        concat!(
-            "-- ",
-            $name,
-            "
-        WITH wanted AS (
-            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int8[], $4::text[], $5::text[], $6::int2[], $7::int2[], $8::bool[],
-                $9::uuid[], $10::text[], $11::bool[]) WITH ORDINALITY AS n (actor_id, id, expected_version, title, description,
-                status, priority, sets_assignee, assignee_id, external_id, delete, nth)
-        ), locked AS (
-            SELECT i.* FROM issues i WHERE i.id = ANY($2) ORDER BY i.id FOR NO KEY UPDATE",
-            $lock,
-            "
-        ), judged AS (
-            SELECT n.*, o.version, CASE
-                WHEN o.id IS NULL AND EXISTS (SELECT FROM issues i WHERE i.id = n.id) THEN 'busy'
-                WHEN o.id IS NULL THEN 'missing'
-                WHEN n.expected_version NOT IN (0, o.version) THEN 'stale'
-                WHEN n.delete IS NOT FALSE AND o.delete_time IS NOT NULL THEN 'deleted'
-                WHEN n.delete IS FALSE AND o.delete_time IS NULL THEN 'not deleted'
-            END AS problem,
-            n.title <> o.title OR n.description <> o.description OR n.status <> o.status OR n.priority <> o.priority
-                OR n.sets_assignee AND n.assignee_id IS DISTINCT FROM o.assignee_id
-                OR n.external_id <> coalesce(o.external_id, '') OR n.delete IS NOT NULL AS differs
-            FROM wanted n LEFT JOIN locked o ON o.id = n.id
-        ), changed AS (
-            UPDATE issues i SET
-                change_actor_id = n.actor_id,
-                title = coalesce(n.title, i.title),
-                description = coalesce(n.description, i.description),
-                status = coalesce(n.status, i.status),
-                priority = coalesce(n.priority, i.priority),
-                assignee_id = CASE WHEN n.sets_assignee THEN n.assignee_id ELSE i.assignee_id END,
-                external_id = CASE WHEN n.external_id IS NULL THEN i.external_id ELSE nullif(n.external_id, '') END,
-                delete_time = CASE WHEN n.delete IS NULL THEN i.delete_time WHEN n.delete THEN now() END
-            FROM judged n
-            WHERE i.id = n.id AND n.differs AND n.problem IS NULL
-                AND NOT ($12 AND EXISTS (SELECT FROM judged WHERE problem IS NOT NULL))
-            RETURNING i.*
-        )
-        ",
-            $select
-        )
-    };
-}
+/// Issues that are locked by another transaction are waited for.
+const UPDATE_ISSUES: &str = include_str!("update_issues.sql");
+/// As [`UPDATE_ISSUES`]. Issues that are locked by another transaction are `busy`.
+const UPDATE_ISSUES_NOT_LOCKED: &str = include_str!("update_issues_not_locked.sql");
+const BULK_UPDATE_ISSUES: &str = include_str!("bulk_update_issues.sql");
 
-/// Answers each issue as it is then.
-macro_rules! update_issues {
-    ($name:literal, $lock:literal) => {
-        change_issues!(
-            $name,
-            $lock,
-            concat!(
-                "SELECT n.problem, n.version, n.version <> (SELECT version FROM issues WHERE id = n.id), ",
-                issue_columns!(),
-                " FROM judged n LEFT JOIN (
-                    SELECT * FROM changed
-                    UNION ALL SELECT * FROM locked o WHERE NOT EXISTS (SELECT FROM changed c WHERE c.id = o.id)
-                ) i ON i.id = n.id",
-                labels_of!("n.id"),
-                " ORDER BY n.nth"
-            )
-        )
-    };
-}
-
-/// Runs a statement of `change_issues!`.
-async fn run_change(db: &Conn, sql: &str, changes: &[IssueChange], all_or_none: bool) -> Result<Vec<Row>> {
+/// Runs one of the statements above. Returns a row for each change, in order.
+async fn query_changes(db: &Conn, sql: &str, changes: &[IssueChange]) -> Result<Vec<Row>> {
     let actor_ids: Vec<Uuid> = changes.iter().map(|change| change.actor_id).collect();
     let ids: Vec<Uuid> = changes.iter().map(|change| change.id).collect();
     let expected_versions: Vec<i64> = changes.iter().map(|change| change.expected_version).collect();
@@ -135,48 +73,47 @@ async fn run_change(db: &Conn, sql: &str, changes: &[IssueChange], all_or_none: 
         &assignee_ids,
         &external_ids,
         &deletes,
-        &all_or_none,
     ];
     db.query(sql, params).await
 }
 
-/// Changes issues independently of each other, each at most once; answers them as they are then. `field` names an
-/// issue's id in errors.
+/// Changes issues independently of each other, each at most once. Returns the outcome of each, in order. `field` names the
+/// id of an issue in errors.
 ///
-/// An unknown assignee or a taken external id fails all: it is only explained where there is one change.
+/// A missing assignee or a taken external id fails the whole statement, and is only explained if there is one change.
 pub async fn update_many(
     db: &Conn,
     changes: &[IssueChange],
     field: &str,
-    locked: Locked,
+    row_locks: RowLocks,
 ) -> Result<Vec<Outcome<Issue>>> {
-    let sql = match locked {
-        Locked::Wait => update_issues!("update_issues", ""),
-        Locked::Skip => update_issues!("update_issues_not_locked", " SKIP LOCKED"),
+    let sql = match row_locks {
+        RowLocks::Wait => UPDATE_ISSUES,
+        RowLocks::Skip => UPDATE_ISSUES_NOT_LOCKED,
     };
-    let rows = run_change(db, sql, changes, false).await.map_err(|error| match changes {
+    let rows = query_changes(db, sql, changes).await.map_err(|error| match changes {
         [change] => explain_update(error, change),
         _ => error,
     })?;
     let mut outcomes = Vec::with_capacity(changes.len());
     for (row, change) in rows.iter().zip(changes) {
-        let problem: Option<&str> = row.get(0);
+        let problem: Option<&str> = row.get("problem");
         if problem == Some("busy") {
-            outcomes.push(Outcome::Alone);
+            outcomes.push(Outcome::Individual);
             continue;
         }
-        let judged = check_problems([(problem, row.get(1), change, field.to_owned())]);
+        let judged = check_problems([(problem, row.get("judged_version"), change, field.to_owned())]);
         outcomes.push(Outcome::Done(match judged {
-            Ok(()) if row.get(2) => reread(db, change.id, from_row_at(row, 3)?).await,
-            Ok(()) => from_row_at(row, 3),
+            Ok(()) if row.get("was_changed_meanwhile") => reread(db, change.id, issue_with_labels(row)).await,
+            Ok(()) => Ok(issue_with_labels(row)),
             Err(error) => Err(error),
         }));
     }
     Ok(outcomes)
 }
 
-/// The issue was changed while the statement waited for it, and its labels are seen as they were before. The change is
-/// made by now: whatever becomes of the reading, it is told.
+/// Reads an issue again that was changed while the statement waited for its lock: the statement has read its labels as
+/// they were before. The change is applied, so an error of this read is not returned.
 async fn reread(db: &Conn, id: Uuid, changed: Issue) -> Result<Issue> {
     match get(db, id).await {
         Ok(read) if read.version == changed.version => Ok(read),
@@ -194,26 +131,22 @@ fn explain_update(error: Error, change: &IssueChange) -> Error {
         })
 }
 
-/// Changes issues, all or none; answers in order. `field(n)` names the nth id in errors.
+/// Changes issues, all or none. Returns the results in order. `field(n)` names the id of the nth issue in errors.
 pub async fn bulk_update(db: &Conn, changes: &[IssueChange], field: impl Fn(usize) -> String) -> Result<Vec<Changed>> {
-    const SQL: &str = change_issues!(
-        "bulk_update_issues",
-        "",
-        "SELECT n.problem, coalesce(i.version, n.version), i.id IS NOT NULL
-         FROM judged n LEFT JOIN changed i ON i.id = n.id ORDER BY n.nth"
-    );
-    let rows = run_change(db, SQL, changes, true).await?;
+    let rows = query_changes(db, BULK_UPDATE_ISSUES, changes).await?;
+    let judged = rows.iter().zip(changes).enumerate();
     check_problems(
-        rows.iter()
-            .zip(changes)
-            .enumerate()
-            .map(|(index, (row, change))| (row.get(0), row.get(1), change, field(index))),
+        judged.map(|(index, (row, change))| (row.get("problem"), row.get("version"), change, field(index))),
     )?;
-    let changed = rows.iter().zip(changes);
-    Ok(changed.map(|(row, change)| Changed { id: change.id, version: row.get(1), changed: row.get(2) }).collect())
+    let result = |(row, change): (&Row, &IssueChange)| Changed {
+        id: change.id,
+        version: row.get("version"),
+        changed: row.get("is_changed"),
+    };
+    Ok(rows.iter().zip(changes).map(result).collect())
 }
 
-/// Tells everything of the gravest kind that is wrong: missing before stale before deleted.
+/// Returns an error with all problems of the most severe kind: missing before stale before deleted.
 fn check_problems<'a>(
     judged: impl IntoIterator<Item = (Option<&'a str>, Option<i64>, &'a IssueChange, String)>,
 ) -> Result<()> {
@@ -244,4 +177,20 @@ fn check_problems<'a>(
         return Err(Error::Precondition { reason: "ISSUE_STATE", violations: misplaced });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statements_that_update_issues_differ_only_in_what_they_do_about_locked_rows() {
+        let waiting = UPDATE_ISSUES_NOT_LOCKED
+            .replace("-- update_issues_not_locked", "-- update_issues")
+            .replace("FOR NO KEY UPDATE SKIP LOCKED", "FOR NO KEY UPDATE");
+        assert_eq!(waiting, UPDATE_ISSUES);
+        let judged =
+            |sql: &'static str| sql.split_once("WITH requested").unwrap().1.split_once("), changed AS").unwrap().0;
+        assert_eq!(judged(BULK_UPDATE_ISSUES), judged(UPDATE_ISSUES));
+    }
 }

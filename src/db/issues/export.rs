@@ -1,111 +1,154 @@
-//! Issues as they are at one instant, one by one.
+//! Exporting issues from one snapshot, row by row.
 
 use std::{collections::HashMap, pin::Pin};
 
 use futures_util::TryStreamExt;
-use tokio_postgres::{Row, RowStream, types::ToSql};
+use tokio_postgres::{Row, RowStream, Statement, types::ToSql};
 use uuid::Uuid;
 
-use super::ListQuery;
+use super::list::FilterQuery;
 use crate::{
     csv::export_writer::ExportRow,
-    db::{Conn, Db, PooledConn},
+    db::{
+        conn::{Conn, ExclusiveConn},
+        pool::Db,
+    },
     error::{Error, Result},
     filter::Filter,
 };
 
-/// The connection of an export. Dropped before [`ExportSession::finish`], the connection is closed, and its statement
-/// cancelled. Rows are read as they are asked for: while nobody asks, the database waits.
+/// An export. Rows are read as they are requested: while none is requested, the database waits.
+///
+/// Dropped before [`ExportSession::finish`], it cancels its statement and closes its connection.
 pub struct ExportSession {
-    conn: PooledConn,
-    labels: Labels,
+    conn: ExclusiveConn,
+    labels: LabelNames,
+    columns: ExportColumns,
     rows: Pin<Box<RowStream>>,
     row: Option<Row>,
-    /// The labels of `row`.
+    /// The names of the labels of `row`.
     label_names: String,
 }
 
 impl ExportSession {
-    /// Oldest first.
+    /// Starts an export, oldest issue first.
     pub async fn open(db: &Db, filter: &Filter, show_deleted: bool) -> Result<Self> {
-        let query = ListQuery::new(filter, show_deleted);
-        // Names of labels are put in where the rows are read: joined and sorted for each issue, they would take the
-        // database as long again as all the rest.
+        let FilterQuery { joins, conditions, params } = FilterQuery::new(filter, show_deleted);
+        let conditions = conditions.join(" AND ");
+        // Only the ids of labels: joining and sorting their names would double the time of the query.
         let sql = format!(
-            "-- export_issues\nSELECT i.external_id, i.title, i.description, i.priority, i.status, u.username,
-                (SELECT array_agg(il.label_id) FROM issue_labels il WHERE il.issue_id = i.id), i.create_time, i.close_time
-            FROM issues i{} LEFT JOIN users u ON u.id = i.assignee_id WHERE {} ORDER BY i.create_time, i.id",
-            query.joins,
-            query.conditions.join(" AND "),
+            "-- export_issues
+            SELECT issue.external_id, issue.title, issue.description, issue.priority, issue.status,
+                assignee.username AS assignee,
+                (SELECT array_agg(issue_label.label_id) FROM issue_labels issue_label
+                    WHERE issue_label.issue_id = issue.id) AS label_ids,
+                issue.create_time, issue.close_time
+            FROM issues issue{joins} LEFT JOIN users assignee ON assignee.id = issue.assignee_id
+            WHERE {conditions} ORDER BY issue.create_time, issue.id"
         );
-        let params: Vec<&(dyn ToSql + Sync)> = query.params.iter().map(|param| &**param as _).collect();
+        let params: Vec<&(dyn ToSql + Sync)> = params.iter().map(|param| &**param as _).collect();
 
-        let conn = db.conn().await?;
-        conn.set_discard(true);
-        // How long it may take is a matter of its client. All statements see what the first one sees.
+        let conn = db.conn().await?.into_exclusive();
+        // The client decides how long the export takes. All statements read the snapshot of the first one.
         conn.enqueue("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL statement_timeout = 0")?;
-        let labels = Labels::load(&conn).await?;
+        let labels = LabelNames::load(&conn).await?;
         let statement = conn.statement(&sql).await?;
-        let rows = Box::pin(conn.client.query_raw(&statement, params.iter().copied()).await?);
-        Ok(Self { conn, labels, rows, row: None, label_names: String::new() })
+        let columns = ExportColumns::of(&statement)?;
+        let rows = Box::pin(conn.client().query_raw(&statement, params.iter().copied()).await?);
+        Ok(Self { conn, labels, columns, rows, row: None, label_names: String::new() })
     }
 
+    /// Returns the next row, or `None` at the end.
     pub async fn next(&mut self) -> Result<Option<ExportRow<'_>>> {
         self.row = self.rows.try_next().await?;
         let Some(row) = &self.row else { return Ok(None) };
+        let columns = &self.columns;
         self.label_names.clear();
-        if let Some(ids) = row.get::<_, Option<Vec<Uuid>>>(6) {
+        if let Some(ids) = row.get::<_, Option<Vec<Uuid>>>(columns.label_ids) {
             self.labels.join(&ids, &mut self.label_names);
         }
         let unknown = |_| Error::Internal("an issue has an unknown status or priority");
         Ok(Some(ExportRow {
-            external_id: row.get::<_, Option<_>>(0).unwrap_or_default(),
-            title: row.get(1),
-            description: row.get(2),
-            priority: i32::from(row.get::<_, i16>(3)).try_into().map_err(unknown)?,
-            status: i32::from(row.get::<_, i16>(4)).try_into().map_err(unknown)?,
-            assignee: row.get::<_, Option<_>>(5).unwrap_or_default(),
+            external_id: row.get::<_, Option<_>>(columns.external_id).unwrap_or_default(),
+            title: row.get(columns.title),
+            description: row.get(columns.description),
+            priority: i32::from(row.get::<_, i16>(columns.priority)).try_into().map_err(unknown)?,
+            status: i32::from(row.get::<_, i16>(columns.status)).try_into().map_err(unknown)?,
+            assignee: row.get::<_, Option<_>>(columns.assignee).unwrap_or_default(),
             labels: &self.label_names,
-            create_time: row.get(7),
-            close_time: row.get(8),
+            create_time: row.get(columns.create_time),
+            close_time: row.get(columns.close_time),
         }))
     }
 
-    /// Gives the connection back, when there are no more rows.
+    /// Returns the connection to the pool, after the last row.
     pub async fn finish(self) -> Result<()> {
-        self.conn.client.batch_execute("COMMIT").await?;
-        self.conn.set_discard(false);
+        self.conn.client().batch_execute("COMMIT").await?;
+        self.conn.release();
         Ok(())
     }
 }
 
-/// The names of all labels.
-struct Labels {
-    /// In order.
-    names: Vec<String>,
-    /// Where each is in `names`.
-    places: HashMap<Uuid, usize>,
+/// The positions of the columns, resolved once per export instead of once per row.
+struct ExportColumns {
+    external_id: usize,
+    title: usize,
+    description: usize,
+    priority: usize,
+    status: usize,
+    assignee: usize,
+    label_ids: usize,
+    create_time: usize,
+    close_time: usize,
 }
 
-impl Labels {
+impl ExportColumns {
+    fn of(statement: &Statement) -> Result<Self> {
+        let position = |name: &str| {
+            let position = statement.columns().iter().position(|column| column.name() == name);
+            position.ok_or(Error::Internal("a column of the export is missing"))
+        };
+        Ok(Self {
+            external_id: position("external_id")?,
+            title: position("title")?,
+            description: position("description")?,
+            priority: position("priority")?,
+            status: position("status")?,
+            assignee: position("assignee")?,
+            label_ids: position("label_ids")?,
+            create_time: position("create_time")?,
+            close_time: position("close_time")?,
+        })
+    }
+}
+
+/// The names of all labels.
+struct LabelNames {
+    /// Sorted.
+    names: Vec<String>,
+    /// The position of each label in `names`.
+    positions: HashMap<Uuid, usize>,
+}
+
+impl LabelNames {
     async fn load(db: &Conn) -> Result<Self> {
-        // In an order that does not depend on the database's locale.
+        // Sorted independently of the locale of the database.
         const SQL: &str = "-- export_labels\nSELECT name, id FROM labels ORDER BY lower(name) COLLATE \"C\"";
         let rows = db.query(SQL, &[]).await?;
         Ok(Self {
-            names: rows.iter().map(|row| row.get(0)).collect(),
-            places: rows.iter().enumerate().map(|(place, row)| (row.get(1), place)).collect(),
+            names: rows.iter().map(|row| row.get("name")).collect(),
+            positions: rows.iter().enumerate().map(|(position, row)| (row.get("id"), position)).collect(),
         })
     }
 
     fn join(&self, ids: &[Uuid], joined: &mut String) {
-        let mut places: Vec<usize> = ids.iter().filter_map(|id| self.places.get(id).copied()).collect();
-        places.sort_unstable();
-        for (nth, place) in places.into_iter().enumerate() {
-            if nth > 0 {
+        let mut positions: Vec<usize> = ids.iter().filter_map(|id| self.positions.get(id).copied()).collect();
+        positions.sort_unstable();
+        for (index, position) in positions.into_iter().enumerate() {
+            if index > 0 {
                 joined.push(';');
             }
-            joined.push_str(&self.names[place]);
+            joined.push_str(&self.names[position]);
         }
     }
 }

@@ -8,8 +8,9 @@ use crate::{
     csv::{Column, Format, column_key},
     db::imports::ImportSpec,
     error::{Result, quote},
+    hash::sha256,
     pb::{ImportMode, ImportOptions, OnExisting, Priority, Status},
-    request::{Check, USERNAME_CHARS_MAX, sha256},
+    request::{Check, USERNAME_CHARS_MAX},
 };
 
 /// Bounds of `column_names`.

@@ -1,0 +1,100 @@
+//! What the pool keeps of a connection between checkouts.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use tokio_postgres::{Client, Statement};
+
+use super::tls::Connector;
+use crate::error::Result;
+
+/// Maximum prepared statements of a connection. Only the shapes of filters are more than a few dozen; past the bound, an
+/// arbitrary statement makes room for a new one.
+const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
+
+/// A connection to the server with its prepared statements.
+pub struct Session {
+    client: Client,
+    /// What the connection was made with; a cancel request needs a connection of its own.
+    connector: Connector,
+    statements: Mutex<HashMap<String, Statement>>,
+    /// Statements that were sent and whose response has not arrived. After the checkout has ended: statements whose
+    /// callers have stopped waiting.
+    statements_in_flight: AtomicU32,
+}
+
+impl Session {
+    pub(super) fn new(client: Client, connector: Connector) -> Self {
+        Self { client, connector, statements: Mutex::default(), statements_in_flight: AtomicU32::new(0) }
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Counts a statement as in flight.
+    pub(super) fn begin_statement(&self) {
+        self.statements_in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Ends what [`Session::begin_statement`] has counted.
+    pub(super) fn end_statement(&self) {
+        self.statements_in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Returns whether the session cannot be used again: it is closed, or a statement may still be running, which the next
+    /// one would wait for.
+    pub(super) fn is_broken(&self) -> bool {
+        self.client.is_closed() || self.has_statement_in_flight()
+    }
+
+    fn has_statement_in_flight(&self) -> bool {
+        self.statements_in_flight.load(Ordering::Relaxed) > 0
+    }
+
+    /// Returns the prepared statement, and prepares it if the session has not yet.
+    pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
+        let prepared = self.lock_statements().get(sql).cloned();
+        if let Some(statement) = prepared {
+            return Ok(statement);
+        }
+        // Preparing can wait for a lock on a table, too.
+        self.begin_statement();
+        let statement = self.client.prepare(sql).await;
+        self.end_statement();
+        let statement = statement?;
+        let mut statements = self.lock_statements();
+        if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
+            && let Some(any) = statements.keys().next().cloned()
+        {
+            statements.remove(&any);
+        }
+        statements.insert(sql.to_owned(), statement.clone());
+        Ok(statement)
+    }
+
+    fn lock_statements(&self) -> MutexGuard<'_, HashMap<String, Statement>> {
+        // A panic of another holder leaves the map valid.
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // PostgreSQL notices a closed connection only when it next reads or writes. A cancel request makes it roll back
+        // and release its locks now.
+        if self.has_statement_in_flight()
+            && !self.client.is_closed()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let running = self.client.cancel_token();
+            let connector = self.connector.clone();
+            runtime.spawn(async move { running.cancel_query(connector).await });
+        }
+    }
+}
