@@ -1,10 +1,10 @@
-//! The `filter` of a list of issues: text to terms that must all hold, after AIP-160
-//! (<https://google.aip.dev/160> and its EBNF).
+//! The `filter` of a list of issues: a subset of AIP-160 (<https://google.aip.dev/160>). Parses text to terms, which must
+//! all hold.
 //!
 //! # The language
 //!
-//! A filter is a list of terms, joined by `AND` or just by whitespace, which mean the same: an issue is listed if every
-//! term holds for it. An empty filter lists everything.
+//! A filter is a list of terms, joined by `AND` or by whitespace, which mean the same. It matches an issue if every term
+//! holds. An empty filter matches every issue.
 //!
 //! ```text
 //! status = OPEN AND priority = CRITICAL
@@ -15,21 +15,21 @@
 //! |---|---|
 //! | `status = OPEN` | issues of that status: `OPEN`, `IN_PROGRESS`, `CLOSED` |
 //! | `priority = HIGH` | issues of that priority: `NONE`, `LOW`, `MEDIUM`, `HIGH`, `CRITICAL` |
-//! | `assignee = alice` | issues assigned to the user of that name or UUID; `assignee = ""`: to nobody |
-//! | `reporter = alice` | issues filed by the user of that name or UUID |
-//! | `label = bug` | issues with the label of that name or UUID; several such terms want all of the labels |
-//! | `crash`, `"login page"` | issues whose text has the word or the phrase |
+//! | `assignee = alice` | issues assigned to the user of that name or UUID; `assignee = ""`: unassigned issues |
+//! | `reporter = alice` | issues reported by the user of that name or UUID |
+//! | `label = bug` | issues with the label of that name or UUID; several such terms require all of the labels |
+//! | `crash`, `"login page"` | issues whose title or description contains the text |
 //!
-//! Statuses and priorities are read in any case and under their full names too (`STATUS_OPEN`, `PRIORITY_UNSPECIFIED`).
-//! `labels` is another name for `label`; `assignee_id`, `reporter_id` and `label_id` take only a UUID. A UUID is written
-//! with its hyphens; a name that has the form of one is read as one. Names of fields are lower case.
+//! Statuses and priorities are case-insensitive, and also accepted under their full names (`STATUS_OPEN`,
+//! `PRIORITY_UNSPECIFIED`). `labels` is an alias of `label`; `assignee_id`, `reporter_id` and `label_id` accept only a
+//! UUID. A UUID has hyphens; a name in the form of a UUID is parsed as a UUID. Names of fields are lower case.
 //!
-//! **Words.** A word runs up to whitespace or one of `( ) , = < > ! :`, which have to be quoted to be searched for. It
-//! doesn't begin with `"`, `'` or `-` and has no `"` inside. Everything else stands for itself, so `don't`, `foo.bar`,
+//! **Words.** A word ends before whitespace or one of `( ) , = < > ! :`; text with these must be quoted. It does not
+//! start with `"`, `'` or `-`, and contains no `"`. All other characters stand for themselves, so `don't`, `foo.bar`,
 //! `re-open`, `C++`, `#42`, `100%`, `a/b`, `x_y`, `a;b`, `\d` and `me@example.com` are words. Whitespace around `=` is
 //! optional. A value is one word or one phrase: `assignee = alice bob` is a field and a search for `bob`.
 //!
-//! **Phrases.** Whatever else is to be searched for or compared with goes between `"` and `"` or between `'` and `'`.
+//! **Phrases.** Any other text is written between `"` and `"` or between `'` and `'`.
 //! Inside, `\"`, `\'` and `\\` stand for the second character; any other character after a backslash is an error. After
 //! the closing quote comes whitespace, an operator or the end. A phrase is not blank, except in `assignee = ""`.
 //!
@@ -45,36 +45,35 @@ use std::fmt;
 
 use uuid::Uuid;
 
-use self::lexer::{Kind, Lexer, Token};
-use crate::{
-    error::is_invisible,
-    pb::{Priority, Status},
+pub use self::error::FilterError;
+use self::{
+    error::quote,
+    lexer::{Kind, Lexer, Token},
 };
+use crate::pb::{Priority, Status};
 
+mod error;
 mod lexer;
 #[cfg(test)]
 mod tests;
 
-/// The longest filter that is read, in characters.
+/// Maximum length of a filter in characters.
 pub const FILTER_CHARS_MAX: usize = 2_000;
 
-/// The most terms that a filter may have.
+/// Maximum terms of a filter.
 pub const FILTER_TERMS_MAX: usize = 32;
 
-/// How much of the filter an error quotes, in characters.
-const PIECE_CHARS_MAX: usize = 40;
-
-/// What an issue has to satisfy: all of the terms. Without terms, every issue does.
+/// A filter: matches the issues for which all terms hold.
 ///
-/// `Display` writes canonical text: `parse` reads it back as an equal filter if this one came from `parse` and the text
-/// stays within [`FILTER_CHARS_MAX`], which added spaces, `AND`s and escapes can push it past.
+/// `Display` writes canonical text, which [`parse`] parses to an equal filter. Its spaces, `AND`s and escapes can exceed
+/// [`FILTER_CHARS_MAX`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Filter {
     pub terms: Vec<Term>,
 }
 
 impl Filter {
-    /// Whether the text of issues has to be looked through, for which there is no index.
+    /// Returns whether the filter searches the text of issues, for which there is no index.
     pub fn searches(&self) -> bool {
         self.terms.iter().any(|term| matches!(term, Term::Search(_)))
     }
@@ -88,23 +87,24 @@ pub enum Term {
     /// `Unspecified` is no priority.
     Priority(Priority),
     Assignee(UserRef),
-    /// Never `Nobody` when parsed.
+    /// Never [`UserRef::None`] when parsed.
     Reporter(UserRef),
     Label(LabelRef),
-    /// A word or phrase to look for; not blank.
+    /// A word or phrase to search for; not blank.
     Search(String),
 }
 
-/// The user that a term speaks of. Whether there is one is for the database to say.
+/// The user in a term, who may not exist.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum UserRef {
-    Nobody,
+    /// No user: unassigned issues.
+    None,
     Id(Uuid),
     /// Not blank, and not in the form of a UUID.
     Username(String),
 }
 
-/// The label that a term speaks of. Whether there is one is for the database to say.
+/// The label in a term, which may not exist.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum LabelRef {
     Id(Uuid),
@@ -112,26 +112,9 @@ pub enum LabelRef {
     Name(String),
 }
 
-/// Why a text is not a filter, fit to be shown to whoever wrote it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct FilterError {
-    /// In characters from 0; the number of characters in the text if the trouble is at its end.
-    pub position: usize,
-    /// Begins with the place, `at character 7: `, where the first character is 1, as people count.
-    pub message: String,
-}
-
-impl FilterError {
-    fn new(position: usize, what: impl fmt::Display) -> Self {
-        let message = format!("at character {}: {what}", position + 1);
-        FilterError { position, message }
-    }
-}
-
-/// Reads a filter; the language is described at the top of this module.
+/// Parses a filter. The module documentation describes the language.
 ///
-/// The error is the first one from the left, except that too long a text and a NUL are found before anything is read.
+/// Returns the leftmost error. A text that is too long or contains NUL is refused before it is parsed.
 pub fn parse(text: &str) -> Result<Filter, FilterError> {
     if text.chars().nth(FILTER_CHARS_MAX).is_some() {
         let what = format!("the filter is longer than {FILTER_CHARS_MAX} characters");
@@ -144,8 +127,8 @@ pub fn parse(text: &str) -> Result<Filter, FilterError> {
     Parser { lexer: Lexer::new(&characters), peeked: None }.filter()
 }
 
-/// Recursive descent, a function for a production of AIP-160. One token of lookahead, read only when it is needed, so
-/// that errors come from left to right.
+/// A recursive-descent parser with one function per production of AIP-160. The token of lookahead is read only when it is
+/// needed, so that the leftmost error is found first.
 struct Parser<'a> {
     lexer: Lexer<'a>,
     peeked: Option<Token>,
@@ -200,11 +183,11 @@ impl Parser<'_> {
                 field.term(value).map_err(|what| FilterError::new(start, what))
             }
             Kind::Phrase(name) if self.peek()?.kind == Kind::Equals => {
-                fail(format!("the name of a field is not quoted: {}", piece(&name)))
+                fail(format!("the name of a field is not quoted: {}", quote(&name)))
             }
             Kind::Word(text) => Ok(Term::Search(text)),
             Kind::Phrase(text) if is_blank(&text) => {
-                fail(format!("a phrase to search for is not blank: {}", piece(&quoted(&text))))
+                fail(format!("a phrase to search for is not blank: {}", quote(&quoted(&text))))
             }
             Kind::Phrase(text) => Ok(Term::Search(text)),
             Kind::And => fail("AND needs a term before it".into()),
@@ -214,13 +197,13 @@ impl Parser<'_> {
         }
     }
 
-    /// The value of a field, and where it begins.
+    /// Returns the value of a field and its position.
     fn value(&mut self) -> Result<(String, usize), FilterError> {
         let Token { kind, start } = self.take()?;
         let found = match kind {
             Kind::Word(text) if text.contains('*') => {
                 let what = "wildcards (`*`) are not supported";
-                format!("{what}, in quotes `*` stands for itself: {}", piece(&text))
+                format!("{what}, in quotes `*` stands for itself: {}", quote(&text))
             }
             Kind::Word(text) | Kind::Phrase(text) => return Ok((text, start)),
             Kind::And => "expected a value after `=`, found AND".into(),
@@ -284,21 +267,21 @@ impl Field {
         let known = FIELDS.iter().find(|(known, _)| *known == name);
         known
             .map(|&(_, field)| field)
-            .ok_or_else(|| format!("unknown field {}; the fields are {}", piece(name), names(&FIELDS)))
+            .ok_or_else(|| format!("unknown field {}; the fields are {}", quote(name), names(&FIELDS)))
     }
 
-    /// The term `self = value`; the error says what is wrong with the value.
+    /// Returns the term `self = value`, or what is wrong with the value.
     fn term(self, value: String) -> Result<Term, String> {
         match self {
             Field::Status => one_of("status", &STATUSES, Status::as_str_name, &value).map(Term::Status),
             Field::Priority => one_of("priority", &PRIORITIES, Priority::as_str_name, &value).map(Term::Priority),
-            Field::Assignee if value.is_empty() => Ok(Term::Assignee(UserRef::Nobody)),
+            Field::Assignee if value.is_empty() => Ok(Term::Assignee(UserRef::None)),
             Field::Assignee => user("assignee", value).map(Term::Assignee),
             Field::AssigneeId => id("assignee_id", &value).map(UserRef::Id).map(Term::Assignee),
             Field::Reporter => user("reporter", value).map(Term::Reporter),
             Field::ReporterId => id("reporter_id", &value).map(UserRef::Id).map(Term::Reporter),
             Field::Label if is_blank(&value) => {
-                Err(format!("label needs a name or a UUID, not {}", piece(&quoted(&value))))
+                Err(format!("label needs a name or a UUID, not {}", quote(&quoted(&value))))
             }
             Field::Label => Ok(Term::Label(uuid(&value).map_or_else(|| LabelRef::Name(value), LabelRef::Id))),
             Field::LabelId => id("label_id", &value).map(LabelRef::Id).map(Term::Label),
@@ -306,7 +289,7 @@ impl Field {
     }
 }
 
-/// The choice whose short name or full name in the proto is `value`, in any case.
+/// Returns the choice whose short name or full name in the proto equals `value`, ignoring case.
 fn one_of<E: Copy>(
     field: &str,
     choices: &[(&'static str, E)],
@@ -317,7 +300,7 @@ fn one_of<E: Copy>(
     let choice = choices.iter().find(|(name, choice)| is_value(name) || is_value(full_name(choice)));
     choice
         .map(|&(_, choice)| choice)
-        .ok_or_else(|| format!("unknown {field} {}; the values are {}", piece(value), names(choices)))
+        .ok_or_else(|| format!("unknown {field} {}; the values are {}", quote(value), names(choices)))
 }
 
 fn names<T>(choices: &[(&'static str, T)]) -> String {
@@ -327,17 +310,17 @@ fn names<T>(choices: &[(&'static str, T)]) -> String {
 fn user(field: &str, value: String) -> Result<UserRef, String> {
     if is_blank(&value) {
         let nobody = "only assignee = \"\" has a meaning (nobody)";
-        let value = piece(&quoted(&value));
+        let value = quote(&quoted(&value));
         return Err(format!("{field} needs a username or a UUID, not {value}; {nobody}"));
     }
     Ok(uuid(&value).map_or_else(|| UserRef::Username(value), UserRef::Id))
 }
 
 fn id(field: &str, value: &str) -> Result<Uuid, String> {
-    uuid(value).ok_or_else(|| format!("{field} needs a UUID, not {}", piece(&quoted(value))))
+    uuid(value).ok_or_else(|| format!("{field} needs a UUID, not {}", quote(&quoted(value))))
 }
 
-/// Only the form with hyphens: 32 hexadecimal digits in a row may be somebody's name.
+/// Parses only the form with hyphens: 32 hexadecimal digits without hyphens may be a name.
 fn uuid(value: &str) -> Option<Uuid> {
     const HYPHENATED_BYTES: usize = 36;
     if value.len() != HYPHENATED_BYTES {
@@ -348,19 +331,6 @@ fn uuid(value: &str) -> Option<Uuid> {
 
 fn is_blank(text: &str) -> bool {
     text.trim().is_empty()
-}
-
-/// Text from the filter as an error shows it: in backticks, on one line, not too long.
-fn piece(text: &str) -> String {
-    let visible = |c: char| {
-        if is_invisible(c) { char::REPLACEMENT_CHARACTER } else { c }
-    };
-    let mut shown: String = text.chars().map(visible).take(PIECE_CHARS_MAX).collect();
-    if text.chars().nth(PIECE_CHARS_MAX).is_some() {
-        shown.pop();
-        shown.push('…');
-    }
-    format!("`{shown}`")
 }
 
 impl fmt::Display for Filter {
@@ -390,7 +360,7 @@ impl fmt::Display for Term {
 impl fmt::Display for UserRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            UserRef::Nobody => f.write_str("\"\""),
+            UserRef::None => f.write_str("\"\""),
             UserRef::Id(id) => write!(f, "{id}"),
             UserRef::Username(name) => f.write_str(&word_or_phrase(name)),
         }

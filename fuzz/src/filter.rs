@@ -47,7 +47,7 @@ fn assert_terms_are_valid(filter: &Filter) {
     for term in &filter.terms {
         match term {
             Term::Status(status) => assert_ne!(*status, Status::Unspecified),
-            Term::Reporter(UserRef::Nobody) => panic!("every issue has a reporter"),
+            Term::Reporter(UserRef::None) => panic!("every issue has a reporter"),
             Term::Assignee(UserRef::Username(name)) | Term::Reporter(UserRef::Username(name)) => assert_name(name),
             Term::Label(LabelRef::Name(name)) => assert_name(name),
             Term::Search(text) => assert!(!text.trim().is_empty() && !text.contains('\0'), "{text:?}"),
@@ -106,7 +106,7 @@ fn list(filter: Filter) -> IssueList {
 
 fn with_another_value(term: &Term) -> Term {
     let user = |user: &UserRef| match user {
-        UserRef::Nobody => UserRef::Nobody,
+        UserRef::None => UserRef::None,
         UserRef::Id(_) => UserRef::Id(Uuid::nil()),
         UserRef::Username(_) => UserRef::Username("another".to_owned()),
     };

@@ -1,32 +1,32 @@
-//! Characters to tokens. What the language has and the parser doesn't support is a token of its own, which carries the
-//! sentence that refuses it, so that it is never mistaken for a word.
+//! The lexer: characters to tokens. Unsupported syntax of AIP-160 is a token with the message that refuses it, so that it
+//! is never parsed as a word.
 
-use super::{FilterError, piece};
+use super::error::{FilterError, quote as quoted};
 
 pub(super) struct Token {
     pub kind: Kind,
-    /// Where the token begins, in characters from 0.
+    /// The position of the token in characters, from 0.
     pub start: usize,
 }
 
 #[derive(Debug, PartialEq)]
 pub(super) enum Kind {
     Word(String),
-    /// What stood in quotes, without them and its escapes undone.
+    /// The text of a quoted phrase, unescaped.
     Phrase(String),
     And,
     Equals,
-    /// A part of AIP-160 that is not read yet, or something like it from another language, and why it is refused.
+    /// Syntax of AIP-160 or of a similar language that is not supported, with the reason.
     Unsupported(String),
     End,
 }
 
-/// The longer ones first.
+/// Operators that start with another operator come before it.
 const OPERATORS: [&str; 11] = ["==", "!=", "<=", ">=", "<>", "=", "<", ">", "!", ":", ","];
 
 pub(super) struct Lexer<'a> {
     characters: &'a [char],
-    /// The first character that is not part of a token yet; at most the number of characters.
+    /// The position of the next character, at most the number of characters.
     at: usize,
 }
 
@@ -35,7 +35,7 @@ impl<'a> Lexer<'a> {
         Lexer { characters, at: 0 }
     }
 
-    /// The next token; at the end, `End` every time.
+    /// Returns the next token. At the end, always `End`.
     pub fn token(&mut self) -> Result<Token, FilterError> {
         while self.peek().is_some_and(char::is_whitespace) {
             self.at += 1;
@@ -46,7 +46,7 @@ impl<'a> Lexer<'a> {
             Some(quote @ ('"' | '\'')) => self.phrase(quote)?,
             Some('“' | '”' | '„' | '‘') => {
                 let what = "curly quotes are not supported, only \" and '";
-                let what = format!("{what}: {}", self.piece_from(start));
+                let what = format!("{what}: {}", self.quote_from(start));
                 return Err(FilterError::new(start, what));
             }
             Some('(' | ')') => {
@@ -81,7 +81,7 @@ impl<'a> Lexer<'a> {
         Some(operator)
     }
 
-    /// A word, a keyword, or the name of a function with its parenthesis.
+    /// Reads a word, a keyword, or the name of a function with its parenthesis.
     fn word(&mut self) -> Result<Kind, FilterError> {
         let start = self.at;
         while self.peek().is_some_and(is_word_character) {
@@ -90,21 +90,21 @@ impl<'a> Lexer<'a> {
         let text: String = self.characters[start..self.at].iter().collect();
         if self.peek() == Some('"') {
             let what = "a word has no \" inside; put a space before it, or all of it in quotes";
-            let what = format!("{what}: {}", self.piece_from(start));
+            let what = format!("{what}: {}", self.quote_from(start));
             return Err(FilterError::new(self.at, what));
         }
         Ok(match keyword(&text) {
             Some(kind) => kind,
             None if self.peek() == Some('(') => {
                 self.at += 1;
-                let call = piece(&format!("{text}("));
+                let call = quoted(&format!("{text}("));
                 Kind::Unsupported(format!("functions are not supported; put text with parentheses in quotes: {call}"))
             }
             None => Kind::Word(text),
         })
     }
 
-    /// A phrase, from its opening quote to its closing one.
+    /// Reads a phrase, from its opening quote to its closing one.
     fn phrase(&mut self, quote: char) -> Result<Kind, FilterError> {
         let start = self.at;
         let mut text = String::new();
@@ -119,7 +119,7 @@ impl<'a> Lexer<'a> {
                         text.push(escaped);
                     }
                     other => {
-                        let escape = piece(&format!("\\{other}"));
+                        let escape = quoted(&format!("\\{other}"));
                         let known = r#"in quotes only \", \' and \\ are escapes"#;
                         let what = format!("unknown escape {escape}; {known}");
                         return Err(FilterError::new(self.at - 1, what));
@@ -133,7 +133,7 @@ impl<'a> Lexer<'a> {
             Some(next) if is_word_character(next) || next == '"' => {
                 let what = format!("a space is missing after the closing {quote}");
                 let inside = format!("inside, a quote is written \\{quote}");
-                let what = format!("{what}, or {inside}: {}", self.piece_from(start));
+                let what = format!("{what}, or {inside}: {}", self.quote_from(start));
                 Err(FilterError::new(self.at, what))
             }
             _ => Ok(Kind::Phrase(text)),
@@ -142,23 +142,23 @@ impl<'a> Lexer<'a> {
 
     fn unclosed(&self, quote: char, start: usize) -> FilterError {
         let what = format!("this {quote} is not closed by another {quote}");
-        FilterError::new(start, format!("{what}: {}", self.piece_from(start)))
+        FilterError::new(start, format!("{what}: {}", self.quote_from(start)))
     }
 
-    /// The rest of the filter, shortened.
-    fn piece_from(&self, start: usize) -> String {
-        piece(&self.characters[start..].iter().collect::<String>())
+    /// Quotes the rest of the filter, shortened.
+    fn quote_from(&self, start: usize) -> String {
+        quoted(&self.characters[start..].iter().collect::<String>())
     }
 }
 
-/// Whether `text` as it stands is one word, so that it needs no quotes.
+/// Returns whether `text` is one word and needs no quotes.
 pub(super) fn is_word(text: &str) -> bool {
     let characters: Vec<char> = text.chars().collect();
     let mut lexer = Lexer::new(&characters);
     lexer.token().is_ok_and(|token| token.kind == Kind::Word(text.to_owned()))
 }
 
-/// May stand inside a word; `'`, `-` and curly quotes may not begin one.
+/// Returns whether a word can contain the character. `'`, `-` and curly quotes cannot start one.
 fn is_word_character(c: char) -> bool {
     !c.is_whitespace() && !matches!(c, '(' | ')' | ',' | '=' | '<' | '>' | '!' | ':' | '"')
 }

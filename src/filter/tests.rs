@@ -109,8 +109,8 @@ fn only_a_hyphenated_uuid_is_one() {
 
 #[test]
 fn the_empty_assignee_is_nobody_and_nothing_else_may_be_blank() {
-    assert_eq!(terms("assignee = \"\""), [Term::Assignee(UserRef::Nobody)]);
-    assert_eq!(terms("assignee=''"), [Term::Assignee(UserRef::Nobody)]);
+    assert_eq!(terms("assignee = \"\""), [Term::Assignee(UserRef::None)]);
+    assert_eq!(terms("assignee=''"), [Term::Assignee(UserRef::None)]);
     refused("assignee = \" \"", 11, &["assignee needs a username", "nobody"]);
     refused("reporter = \"\"", 11, &["reporter needs a username", "nobody"]);
     refused("label = \"\"", 8, &["label needs a name"]);
@@ -349,7 +349,7 @@ fn term() -> impl Strategy<Value = Term> {
     prop_oneof![
         prop::sample::select(STATUSES.map(|(_, status)| status).to_vec()).prop_map(Term::Status),
         prop::sample::select(PRIORITIES.map(|(_, it)| it).to_vec()).prop_map(Term::Priority),
-        Just(Term::Assignee(UserRef::Nobody)),
+        Just(Term::Assignee(UserRef::None)),
         user().prop_map(Term::Assignee),
         user().prop_map(Term::Reporter),
         id().prop_map(|id| Term::Label(LabelRef::Id(id))),

@@ -174,7 +174,7 @@ impl FilterQuery {
 
     fn user(&mut self, column: &str, user: &UserRef) {
         match user {
-            UserRef::Nobody => self.conditions.push(format!("{column} IS NULL")),
+            UserRef::None => self.conditions.push(format!("{column} IS NULL")),
             UserRef::Id(id) => self.and(|n| format!("{column} = ${n}"), *id),
             UserRef::Username(username) => self.and(
                 |n| format!("{column} = (SELECT id FROM users WHERE lower(username) = lower(${n}))"),
