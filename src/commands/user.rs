@@ -21,7 +21,7 @@ use crate::{
 
 /// Creates a user and prints its id.
 pub async fn create_user(args: UserCreateArgs) -> anyhow::Result<()> {
-    let username = check_username(args.username).map_err(|message| anyhow!("the username {message}"))?;
+    let username = check_username(args.username).map_err(|message| anyhow!("username: {message}"))?;
     let password = read_new_password()?;
     let password_hash = hash_password(&password, args.bcrypt.cost)?;
     let new = NewUser { username: &username, role: args.role.into(), disabled: false, password_hash: &password_hash };
