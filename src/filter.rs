@@ -309,9 +309,10 @@ fn names<T>(choices: &[(&'static str, T)]) -> String {
 
 fn user(field: &str, value: String) -> Result<UserRef, String> {
     if is_blank(&value) {
-        let nobody = "only assignee = \"\" has a meaning (nobody)";
         let value = quote(&quoted(&value));
-        return Err(format!("{field} needs a username or a UUID, not {value}; {nobody}"));
+        return Err(format!(
+            "{field} needs a username or a UUID, not {value}; assignee = \"\" finds unassigned issues"
+        ));
     }
     Ok(uuid(&value).map_or_else(|| UserRef::Username(value), UserRef::Id))
 }

@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time::Instant;
 
-/// A queue in which nobody was admitted for this long counts as slow as that wait.
+/// A queue that admitted no caller for this long counts as slow as that wait.
 const STANDSTILL_MIN: Duration = Duration::from_millis(250);
 /// The weight of the latest interval in the moving average: one in so many.
 const INTERVALS_AVERAGED: u32 = 8;

@@ -1,21 +1,22 @@
--- The rights of the role that serves: its name is in the setting issue_tracker.role. Run by the owner of the tables.
+-- Grants the privileges of the role that serves, which the setting issue_tracker.role names. Run by the owner of the
+-- tables.
 DO $$
 DECLARE
     role text := current_setting('issue_tracker.role');
     may record;
 BEGIN
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
-    -- A new version's tables work at once; the next run takes what they do not need.
+    -- Tables of a new version work at once. The next run revokes the privileges that they do not need.
     EXECUTE format('ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO %I', role);
     FOR may IN SELECT name, rights, relowner FROM (VALUES
         ('users',                   'SELECT, INSERT, UPDATE'),
-        ('tokens',                  'SELECT, INSERT, UPDATE, DELETE'), -- old sessions are forgotten
+        ('tokens',                  'SELECT, INSERT, UPDATE, DELETE'), -- expired sessions are deleted
         ('labels',                  'SELECT, INSERT, UPDATE, DELETE'),
-        ('issues',                  'SELECT, INSERT, UPDATE, DELETE'), -- deleted by undoing an import only
+        ('issues',                  'SELECT, INSERT, UPDATE, DELETE'), -- deleted only by reverting an import
         ('issue_labels',            'SELECT, INSERT, DELETE'),
         ('issue_events',            'SELECT, INSERT'),
         ('comments',                'SELECT, INSERT, UPDATE'),
-        ('requests',                'SELECT, INSERT, DELETE'), -- forgotten after a day
+        ('requests',                'SELECT, INSERT, DELETE'), -- deleted after a day
         ('imports',                 'SELECT, INSERT, UPDATE'),
         ('import_errors',           'SELECT, INSERT, DELETE'),
         ('import_issues',           'SELECT, INSERT, DELETE'),
@@ -23,11 +24,11 @@ BEGIN
         ('refinery_schema_history', 'SELECT')
     ) AS needs (name, rights) LEFT JOIN pg_class ON pg_class.oid = to_regclass('public.' || needs.name)
     LOOP
-        -- Those of a database whose search_path is another are elsewhere.
+        -- With another search_path, the tables are in another schema.
         IF may.relowner IS NULL THEN
             RAISE undefined_table USING MESSAGE = format('there is no table %I in the schema public', may.name);
         END IF;
-        -- From anybody else, a grant would be a warning that nobody reads.
+        -- If another role runs this, GRANT only warns.
         IF NOT pg_has_role(may.relowner, 'USAGE') THEN
             RAISE insufficient_privilege USING MESSAGE = format('must be owner of table %I', may.name);
         END IF;

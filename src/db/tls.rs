@@ -1,4 +1,4 @@
-//! TLS to the database: what makes its connections.
+//! TLS connections to the database.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -10,16 +10,16 @@ use crate::transport::tls::{
     verify::{Roots, Verifier},
 };
 
-/// What makes TLS connections to the database. Cheap to clone.
+/// Makes TLS connections to the database. Clones share its configuration.
 pub type Connector = tokio_postgres_rustls::MakeRustlsConnect;
 
-/// What is known of the server beforehand.
+/// What to verify of the server's certificate.
 #[derive(Debug)]
 pub(super) enum Verify {
     Nothing,
-    /// Its certificate is signed by one of these.
+    /// It is signed by one of these authorities.
     Authority(RootsFrom),
-    /// And made out to the name by which it is reached.
+    /// It is signed by one of these authorities, and names the host.
     Full(RootsFrom),
 }
 
@@ -38,18 +38,19 @@ impl RootsFrom {
     }
 }
 
-/// The client's own certificate, for servers that ask for one.
+/// The files of the client certificate, for servers that request one.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Files {
     pub(super) certificate: Option<PathBuf>,
     pub(super) key: Option<PathBuf>,
 }
 
-/// TLS with whoever answers.
+/// Returns a connector that verifies nothing.
 pub(super) fn unverified() -> Connector {
     finish(verifying(Verifier::nothing()).with_no_client_auth())
 }
 
+/// Returns a connector. Reads the files.
 pub(super) fn connector(verify: &Verify, files: Files) -> anyhow::Result<Connector> {
     let config = verifying(match verify {
         Verify::Nothing => Verifier::nothing(),
@@ -59,8 +60,8 @@ pub(super) fn connector(verify: &Verify, files: Files) -> anyhow::Result<Connect
     let (certificate, key) = match files {
         Files { certificate: Some(certificate), key: Some(key) } => (certificate, key),
         Files { certificate: None, key: None } => return Ok(finish(config.with_no_client_auth())),
-        Files { certificate: Some(_), .. } => bail!("sslcert needs sslkey, the certificate's private key"),
-        Files { key: Some(_), .. } => bail!("sslkey needs sslcert, the key's certificate"),
+        Files { certificate: Some(_), .. } => bail!("sslcert needs sslkey, the private key of the certificate"),
+        Files { key: Some(_), .. } => bail!("sslkey needs sslcert, the certificate of the key"),
     };
     let chain = pem::certificates("sslcert", &certificate, &pem::read("sslcert", &certificate)?)?;
     let private_key = pem::private_key("sslkey", &key, &pem::read("sslkey", &key)?)?;
@@ -75,7 +76,7 @@ fn verifying(verifier: Arc<Verifier>) -> rustls::ConfigBuilder<ClientConfig, Wan
 }
 
 fn finish(mut config: ClientConfig) -> Connector {
-    // sslnegotiation=direct asks for it; servers before PostgreSQL 17 do not look.
+    // Required by sslnegotiation=direct. Servers before PostgreSQL 17 ignore it.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Connector::new(config)
 }

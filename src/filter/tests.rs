@@ -24,7 +24,7 @@ fn id() -> Uuid {
     Uuid::try_parse(ID).unwrap()
 }
 
-/// `text` is refused at `position`, with all of `parts` in the message.
+/// Asserts that `text` is refused at `position`, with all of `parts` in the message.
 #[track_caller]
 fn refused(text: &str, position: usize, parts: &[&str]) {
     let error = parse(text).expect_err(text);
@@ -37,7 +37,7 @@ fn refused(text: &str, position: usize, parts: &[&str]) {
 }
 
 #[test]
-fn an_empty_or_blank_filter_has_no_terms() {
+fn empty_or_blank_filter_has_no_terms() {
     assert_eq!(parse(""), Ok(Filter::default()));
     assert_eq!(parse(" \t\r\n\u{a0}"), Ok(Filter::default()));
 }
@@ -51,7 +51,7 @@ fn terms_are_joined_by_and_or_by_whitespace() {
 }
 
 #[test]
-fn status_is_read_in_any_case_and_under_its_full_name() {
+fn status_ignores_case_and_accepts_its_full_name() {
     for text in ["status=OPEN", "status = open", "status = Status_Open", "status = \"OPEN\""] {
         assert_eq!(terms(text), [Term::Status(Status::Open)], "{text}");
     }
@@ -65,7 +65,7 @@ fn status_is_read_in_any_case_and_under_its_full_name() {
 }
 
 #[test]
-fn priority_is_read_in_any_case_and_none_is_one() {
+fn priority_ignores_case_and_includes_none() {
     for (name, priority) in [
         ("LOW", Priority::Low),
         ("medium", Priority::Medium),
@@ -101,18 +101,18 @@ fn users_are_names_or_uuids() {
 }
 
 #[test]
-fn only_a_hyphenated_uuid_is_one() {
+fn uuid_needs_hyphens() {
     let simple = ID.replace('-', "");
     assert_eq!(terms(&format!("assignee = {simple}")), [assignee(&simple)]);
     assert_eq!(terms(&format!("label = {{{ID}}}")), [label(&format!("{{{ID}}}"))]);
 }
 
 #[test]
-fn the_empty_assignee_is_nobody_and_nothing_else_may_be_blank() {
+fn empty_assignee_is_unassigned_and_no_other_value_may_be_blank() {
     assert_eq!(terms("assignee = \"\""), [Term::Assignee(UserRef::None)]);
     assert_eq!(terms("assignee=''"), [Term::Assignee(UserRef::None)]);
-    refused("assignee = \" \"", 11, &["assignee needs a username", "nobody"]);
-    refused("reporter = \"\"", 11, &["reporter needs a username", "nobody"]);
+    refused("assignee = \" \"", 11, &["assignee needs a username", "unassigned"]);
+    refused("reporter = \"\"", 11, &["reporter needs a username", "unassigned"]);
     refused("label = \"\"", 8, &["label needs a name"]);
     refused("label = '\t'", 8, &["label needs a name"]);
     refused("a \"\"", 2, &["a phrase to search for is not blank"]);
@@ -121,7 +121,7 @@ fn the_empty_assignee_is_nobody_and_nothing_else_may_be_blank() {
 }
 
 #[test]
-fn labels_are_names_or_uuids_and_may_be_several() {
+fn several_labels_are_names_or_uuids() {
     let both = [label("bug"), label("needs triage")];
     assert_eq!(terms("label = bug label = \"needs triage\""), both);
     assert_eq!(terms("labels = bug AND labels = 'needs triage'"), both);
@@ -132,7 +132,7 @@ fn labels_are_names_or_uuids_and_may_be_several() {
 }
 
 #[test]
-fn an_unknown_field_is_refused_with_the_known_ones() {
+fn unknown_field_is_refused_with_the_known_ones() {
     refused("a title = x", 2, &["unknown field `title`", "status, priority, assignee"]);
     refused("title = ", 0, &["unknown field `title`"]);
     refused("Status = OPEN", 0, &["unknown field `Status`"]);
@@ -141,7 +141,7 @@ fn an_unknown_field_is_refused_with_the_known_ones() {
 }
 
 #[test]
-fn words_may_have_punctuation() {
+fn words_may_contain_punctuation() {
     for word in [
         "don't",
         "users'",
@@ -177,17 +177,17 @@ fn words_may_have_punctuation() {
 }
 
 #[test]
-fn a_value_is_one_word() {
+fn value_is_one_word() {
     assert_eq!(terms("assignee = alice bob"), [assignee("alice"), search("bob")]);
 }
 
 #[test]
-fn the_name_of_a_field_alone_is_a_word() {
+fn field_name_without_operator_is_a_word() {
     assert_eq!(terms("status OPEN"), [search("status"), search("OPEN")]);
 }
 
 #[test]
-fn phrases_take_either_quote_and_three_escapes() {
+fn phrases_accept_both_quotes_and_three_escapes() {
     assert_eq!(terms(r#""login page""#), [search("login page")]);
     assert_eq!(terms("'login page'"), [search("login page")]);
     assert_eq!(terms(r#""it's" 'a "b"'"#), [search("it's"), search("a \"b\"")]);
@@ -199,7 +199,7 @@ fn phrases_take_either_quote_and_three_escapes() {
 }
 
 #[test]
-fn quotes_have_to_be_closed_and_stand_apart() {
+fn quotes_must_be_closed_and_followed_by_a_separator() {
     refused("\"unclosed", 0, &["this \" is not closed", "`\"unclosed`"]);
     refused("a '", 2, &["this ' is not closed"]);
     refused("'", 0, &["this ' is not closed"]);
@@ -214,7 +214,7 @@ fn quotes_have_to_be_closed_and_stand_apart() {
 }
 
 #[test]
-fn keywords_are_capitals_and_unquoted() {
+fn keywords_are_unquoted_capitals() {
     let words = [search("and"), search("Or"), search("not"), search("ANDROID"), search("NOTE")];
     assert_eq!(terms("and Or not ANDROID NOTE"), words);
     assert_eq!(terms("\"AND\" 'OR' \"NOT\""), [search("AND"), search("OR"), search("NOT")]);
@@ -241,7 +241,7 @@ fn equals_needs_a_field_and_a_value() {
 }
 
 #[test]
-fn what_is_not_supported_is_named() {
+fn unsupported_syntax_is_named_in_the_error() {
     refused("status = OPEN OR status = CLOSED", 14, &["OR is not supported"]);
     refused("OR", 0, &["OR is not supported"]);
     refused("a AND OR b", 6, &["OR is not supported"]);
@@ -265,7 +265,7 @@ fn what_is_not_supported_is_named() {
 }
 
 #[test]
-fn operators_other_than_equals_are_named() {
+fn unsupported_operators_are_named_in_the_error() {
     for operator in ["==", "!=", "<", "<=", ">", ">=", "<>", ":"] {
         let named = format!("`{operator}` is not supported");
         refused(&format!("priority {operator} LOW"), 9, &[&named]);
@@ -280,7 +280,7 @@ fn operators_other_than_equals_are_named() {
 }
 
 #[test]
-fn the_leftmost_error_is_told() {
+fn leftmost_error_is_returned() {
     refused("status = done OR \"unclosed", 9, &["unknown status"]);
     refused("OR \"unclosed", 0, &["OR is not supported"]);
     refused("title = \"unclosed", 0, &["unknown field"]);
@@ -292,7 +292,7 @@ fn positions_count_characters_not_bytes() {
 }
 
 #[test]
-fn pieces_are_shortened_and_on_one_line() {
+fn quoted_parts_are_shortened_and_on_one_line() {
     let word = "é".repeat(41);
     let shown = format!("`{}…`", "é".repeat(39));
     refused(&format!("{word} = x"), 0, &[&shown]);
@@ -305,7 +305,7 @@ fn pieces_are_shortened_and_on_one_line() {
 }
 
 #[test]
-fn length_number_of_terms_and_nul_are_bounded() {
+fn long_filters_many_terms_and_nul_are_refused() {
     let longest = "é".repeat(FILTER_CHARS_MAX);
     assert_eq!(terms(&longest), [search(&longest)]);
     refused(&format!("{longest}é"), FILTER_CHARS_MAX, &["longer than 2000 characters"]);
@@ -317,7 +317,7 @@ fn length_number_of_terms_and_nul_are_bounded() {
 }
 
 #[test]
-fn canonical_text_quotes_what_needs_it() {
+fn canonical_text_quotes_where_necessary() {
     for (text, canonical) in [
         ("", ""),
         ("status=open crash", "status = OPEN AND crash"),
@@ -334,7 +334,7 @@ fn canonical_text_quotes_what_needs_it() {
     }
 }
 
-/// Text with the characters that mean something, and any other.
+/// Generates text from the characters with a meaning and from any others.
 fn text() -> impl Strategy<Value = String> {
     let special = r#"[ab \t\n"'\\()=<>!:,.*&|“’;-]{1,8}"#;
     let texts = prop_oneof![special, "\\PC{1,8}", "AND|OR|NOT|&&|\\|\\|", any::<String>()];
@@ -358,7 +358,7 @@ fn term() -> impl Strategy<Value = Term> {
     ]
 }
 
-/// Text that looks like a filter, which gets further into the parser than any text does.
+/// Generates text that resembles a filter, which the parser accepts further than arbitrary text.
 fn nearly_a_filter() -> impl Strategy<Value = String> {
     let known = prop::sample::select(vec![
         "status", "priority", "assignee", "labels", "label_id", "OPEN", "none", "AND", "OR", "NOT", "=", "==", "\"\"",
@@ -369,7 +369,7 @@ fn nearly_a_filter() -> impl Strategy<Value = String> {
     prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
 }
 
-/// Any text is a filter that survives printing, or is refused at a place in it.
+/// Checks that text is a filter that survives printing, or is refused at a position in it.
 fn holds_for(text: &str) -> Result<(), TestCaseError> {
     match parse(text) {
         Ok(filter) => {
@@ -391,22 +391,22 @@ fn holds_for(text: &str) -> Result<(), TestCaseError> {
 
 proptest! {
     #[test]
-    fn any_text_is_a_filter_or_refused_at_a_place_in_it(text in any::<String>()) {
+    fn arbitrary_text_is_a_filter_or_refused_at_a_position(text in any::<String>()) {
         holds_for(&text)?;
     }
 
     #[test]
-    fn any_long_text_is_a_filter_or_refused_at_a_place_in_it(text in "(?s:.{1900,2100})") {
+    fn long_text_is_a_filter_or_refused_at_a_position(text in "(?s:.{1900,2100})") {
         holds_for(&text)?;
     }
 
     #[test]
-    fn nearly_a_filter_is_one_or_refused_at_a_place_in_it(text in nearly_a_filter()) {
+    fn filter_like_text_is_a_filter_or_refused_at_a_position(text in nearly_a_filter()) {
         holds_for(&text)?;
     }
 
     #[test]
-    fn a_printed_filter_is_read_back(
+    fn printed_filter_parses_to_the_same_filter(
         terms in prop::collection::vec(term(), 0..=16),
     ) {
         let filter = Filter { terms };
