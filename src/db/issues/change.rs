@@ -104,8 +104,8 @@ pub async fn update_many(
         }
         let judged = check_problems([(problem, row.get("judged_version"), change, field.to_owned())]);
         outcomes.push(Outcome::Done(match judged {
-            Ok(()) if row.get("was_changed_meanwhile") => reread(db, change.id, issue_with_labels(row)).await,
-            Ok(()) => Ok(issue_with_labels(row)),
+            Ok(()) if row.get("was_changed_meanwhile") => reread(db, change.id, issue_with_labels(row)?).await,
+            Ok(()) => issue_with_labels(row),
             Err(error) => Err(error),
         }));
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::row::{issue_with_labels, issue_without_labels};
+use super::row::{IssueColumns, issue_with_labels};
 use crate::{
     batching::coalescer::Outcome,
     db::{
@@ -46,7 +46,7 @@ pub async fn get(db: &Conn, id: Uuid) -> Result<Issue> {
         ) carried ON true
         WHERE issue.id = $1";
     let row = db.query_opt(SQL, &[&id]).await?;
-    row.as_ref().map(issue_with_labels).ok_or_else(|| Error::not_found("issue", "id", id))
+    row.as_ref().map_or_else(|| Err(Error::not_found("issue", "id", id)), issue_with_labels)
 }
 
 /// Returns an issue, with its first comments in the full view: two pipelined statements.
@@ -94,8 +94,10 @@ pub async fn get_many(db: &Conn, requested: &[(Uuid, IssueView)]) -> Result<Vec<
     let (label_rows, comments) = (label_rows?, comments?);
 
     let mut found: HashMap<Uuid, Issue> = HashMap::with_capacity(ids.len());
-    for row in issues? {
-        let mut issue = issue_without_labels(&row);
+    let issues = issues?;
+    let columns = issues.first().map(IssueColumns::of).transpose()?;
+    for (row, columns) in issues.iter().zip(columns.iter().cycle()) {
+        let mut issue = columns.issue(row);
         issue.comment_count = row.get::<_, Option<i32>>("comment_count").unwrap_or_default();
         found.insert(row.get("id"), issue);
     }

@@ -1,12 +1,12 @@
 //! Listing issues.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::OnceLock};
 
 use prost::Message;
 use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
-use super::{get::VIEW_COMMENT_BOUNDS, row::issue_without_labels};
+use super::{get::VIEW_COMMENT_BOUNDS, row::IssueColumns};
 use crate::{
     db::{
         comments,
@@ -100,8 +100,16 @@ pub async fn add_comments(db: &Conn, issues: &mut [Issue], ids: &[Uuid], bytes_m
 async fn query_issues(db: &Conn, sql: &str, params: Params<'_>, bounds: PageBounds) -> Result<Page<Issue>> {
     const LABELS: &str = "-- labels_of_page
         SELECT id, name, description FROM labels WHERE id = ANY ($1) ORDER BY lower(name)";
+    let columns: OnceLock<IssueColumns> = OnceLock::new();
     let from_row = |row: &Row| {
-        let issue = Issue { comment_count: row.get("comment_count"), ..issue_without_labels(row) };
+        let columns = match columns.get() {
+            Some(columns) => columns,
+            None => {
+                let resolved = IssueColumns::of(row)?;
+                columns.get_or_init(|| resolved)
+            }
+        };
+        let issue = Issue { comment_count: row.get("comment_count"), ..columns.issue(row) };
         Ok((issue, row.get::<_, Vec<Uuid>>("label_ids")))
     };
     let page = db.query_page(sql, params, bounds, from_row, |(issue, _)| issue.encoded_len()).await?;
