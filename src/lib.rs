@@ -39,6 +39,8 @@ pub mod rpc;
 #[cfg(feature = "internals")]
 pub mod server;
 #[cfg(feature = "internals")]
+pub mod tls;
+#[cfg(feature = "internals")]
 pub mod transport;
 
 #[cfg(all(feature = "server", not(feature = "internals")))]
@@ -73,6 +75,8 @@ mod request;
 mod rpc;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod server;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod tls;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod transport;
 

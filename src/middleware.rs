@@ -34,7 +34,7 @@ use crate::{
     auth::{Auth, Caller},
     error::{Error, RETRY_DELAY, Result, Retry},
     transport::client_address::ClientAddress,
-    transport::connections::{Call, random},
+    transport::connection::{Call, random},
 };
 
 /// What begins the path of our own RPCs; health and reflection need no token.

@@ -25,7 +25,7 @@ use crate::{
         user_service_server::UserServiceServer,
     },
     rpc::Api,
-    transport::connections::{self, Listener},
+    transport::connection::{self, Listener},
 };
 
 /// What health tells of besides the service as a whole.
@@ -65,8 +65,8 @@ pub async fn run(
     let (health, health_service) = tonic_health::server::health_reporter();
     let routes = routes(api, limits)?.add_service(health_service.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX));
     let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
-    let open = connections::Open::default();
-    let serve = connections::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
+    let open = connection::Open::default();
+    let serve = connection::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
     let until_stop = async {
         tokio::select! {
             () = shutdown => {}

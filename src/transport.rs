@@ -1,5 +1,5 @@
 //! Connections of clients: TCP, TLS, and the address of a client behind proxies.
 
 pub mod client_address;
-pub mod connections;
+pub mod connection;
 pub mod tls;

@@ -23,7 +23,7 @@ use super::printable;
 use crate::{
     config::{ClientTls, Connection},
     error::ERROR_DOMAIN,
-    transport::tls::{
+    tls::{
         pem,
         verify::{Roots, Verifier},
     },

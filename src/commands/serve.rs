@@ -19,7 +19,7 @@ use crate::{
     db::{ConnectionString, Db, migrate::migrate, users},
     postgres::{Cluster, Durability},
     server,
-    transport::{connections::Listener, tls::Acceptor},
+    transport::{connection::Listener, tls::Acceptor},
 };
 
 /// Open files besides connections: standard streams, certificates, logs, the runtime's.

@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, bail};
 use rustls::{ClientConfig, client::WantsClientCert};
 
-use crate::transport::tls::{
+use crate::tls::{
     pem,
     verify::{Roots, Verifier},
 };

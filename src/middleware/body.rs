@@ -18,7 +18,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
 use super::{deadline_passed, unauthenticated_streams::OpenStream};
-use crate::{error::Error, transport::connections::Call};
+use crate::{error::Error, transport::connection::Call};
 
 /// What of an answer is given to the connection at once.
 const ANSWER_PIECE_BYTES: usize = 16 * 1024;

@@ -1,8 +1,5 @@
 //! TLS of the service: its certificate, taken anew when the files change, and whose clients it takes.
 
-pub mod pem;
-pub mod verify;
-
 use std::{
     convert::Infallible,
     fmt, io,
@@ -24,6 +21,8 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use crate::tls::pem;
 
 /// How often the files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(3);
