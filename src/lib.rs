@@ -9,6 +9,8 @@ pub mod pb;
 #[cfg(feature = "internals")]
 pub mod auth;
 #[cfg(feature = "internals")]
+pub mod backoff;
+#[cfg(feature = "internals")]
 pub mod batching;
 #[cfg(feature = "internals")]
 pub mod client;
@@ -45,6 +47,8 @@ pub mod transport;
 
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod auth;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod backoff;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod batching;
 #[cfg(all(feature = "server", not(feature = "internals")))]

@@ -17,10 +17,11 @@ use super::{
     end_interrupted, fail,
     output_file::Output,
     progress::{Meter, Position},
-    retries::{Retries, random},
+    retries::Retries,
     unless_interrupted,
 };
 use crate::{
+    backoff::random,
     config::ExportArgs,
     pb::{ExportIssuesRequest, issue_service_client::IssueServiceClient},
 };

@@ -30,10 +30,11 @@ use super::{
     progress::{Meter, Position},
     rejected_rows::write_rows,
     report,
-    retries::{Retries, random},
+    retries::Retries,
     tell, unless_interrupted,
 };
 use crate::{
+    backoff::random,
     config::{ImportArgs, ImportModeName},
     pb::{
         self, ImportIssuesResponse, ImportOptions, ImportProgress, ImportRowError, ImportState, ImportSummary,

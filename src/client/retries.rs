@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-const DELAY_FIRST: Duration = Duration::from_millis(250);
-const DELAY_MAX: Duration = Duration::from_secs(15);
+use crate::backoff::Backoff;
+
+const BACKOFF: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(15) };
 
 /// Waits longer and longer between tries that bring nothing, and gives up after too long without progress. Progress is
 /// what was never reached before: work that is only done again and again does not count, but is not waiting either.
@@ -45,7 +46,7 @@ impl Retries {
             self.waited += now.saturating_duration_since(self.since);
         }
         let left = self.limit.checked_sub(self.waited).filter(|left| !left.is_zero())?;
-        let delay = delay(self.failures, random).max(asked.unwrap_or_default()).min(left);
+        let delay = BACKOFF.delay(self.failures, random).max(asked.unwrap_or_default()).min(left);
         self.failures = self.failures.saturating_add(1);
         self.waited += delay;
         self.since = now + delay;
@@ -53,33 +54,11 @@ impl Retries {
     }
 }
 
-/// Doubles from try to try. Up to half of it is left to chance, so that clients which have lost the same server do not
-/// come back in step.
-fn delay(failures: u32, random: f64) -> Duration {
-    let full = DELAY_FIRST.saturating_mul(1 << failures.min(16)).min(DELAY_MAX);
-    full.mul_f64(1.0 - random / 2.0)
-}
-
-/// Between 0 and 1.
-pub fn random() -> f64 {
-    // Without a source of randomness there is no jitter, and nothing worse.
-    f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
-
-    #[test]
-    fn delays_double_up_to_a_bound_and_half_of_each_is_chance() {
-        let full: Vec<_> = (0..9).map(|failures| delay(failures, 0.0).as_millis()).collect();
-        assert_eq!(full, [250, 500, 1_000, 2_000, 4_000, 8_000, 15_000, 15_000, 15_000]);
-        assert_eq!(delay(2, 1.0), Duration::from_millis(500));
-        assert_eq!(delay(u32::MAX, 0.0), DELAY_MAX);
-        assert!((0.0..=1.0).contains(&random()));
-    }
 
     #[test]
     fn the_servers_wish_is_heard_when_it_is_longer() {
@@ -111,7 +90,7 @@ mod tests {
         retries.reached(0, now);
         now += 7_200 * SECOND;
         retries.reached(1_000, now);
-        assert_eq!(retries.next_delay(None, 0.0, now), Some(DELAY_FIRST));
+        assert_eq!(retries.next_delay(None, 0.0, now), Some(BACKOFF.first));
         let mut tries = 1;
         loop {
             // From the start again, and cut where it was before.
@@ -130,7 +109,7 @@ mod tests {
         for step in 1..100 {
             retries.reached(0, now);
             retries.reached(step, now);
-            assert_eq!(retries.next_delay(None, 0.0, now), Some(DELAY_FIRST), "further than ever");
+            assert_eq!(retries.next_delay(None, 0.0, now), Some(BACKOFF.first), "further than ever");
         }
     }
 }
