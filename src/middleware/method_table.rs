@@ -23,6 +23,8 @@ pub struct MethodPolicy {
     pub only_reads: bool,
     /// The lowest role that may call the method.
     pub required_role: RequiredRole,
+    /// The deadline of calls whose client sets none, where it differs from the configured default.
+    pub default_deadline_seconds: Option<u32>,
 }
 
 /// The lowest role that may call a method. Each role may also call what the roles before it may.
@@ -53,11 +55,6 @@ impl RequiredRole {
 /// The methods of `issuetracker.v1`, ordered by path.
 pub static METHODS: &[MethodPolicy] = &include!(concat!(env!("OUT_DIR"), "/method_table.rs"));
 
-/// Returns the policy of the method with this path, or `None` if `issuetracker.v1` has no such method.
-pub fn find(path: &str) -> Option<&'static MethodPolicy> {
-    METHODS.binary_search_by(|policy| policy.path.cmp(path)).ok().map(|index| &METHODS[index])
-}
-
 #[cfg(test)]
 mod tests {
     use prost::Message;
@@ -82,6 +79,10 @@ mod tests {
                 (path, method.clone(), fields(method.input_type()))
             })
             .collect()
+    }
+
+    fn find(path: &str) -> Option<&'static MethodPolicy> {
+        METHODS.iter().find(|method| method.path == path)
     }
 
     #[test]
