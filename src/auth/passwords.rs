@@ -1,4 +1,4 @@
-//! The threads that check and hash passwords, and the lines in front of them.
+//! The threads that check and hash passwords, and the lanes in front of them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,64 +6,68 @@ use tokio::{sync::Semaphore, time::timeout};
 
 use crate::error::{Error, Result};
 
-/// How long a password waits to be checked.
+/// How long a password waits for a thread.
 const WAIT_MAX: Duration = Duration::from_secs(5);
-/// How many may wait for each that is checked: what can be done with in that time, at a quarter of a second each.
-/// Strangers do not take the places of those who have signed in; and however long a check takes, only one stranger for
-/// each thread is ever in front of them.
-const STRANGERS_WAITING_PER_THREAD_MAX: usize = 8;
-const KNOWN_WAITING_PER_THREAD_MAX: usize = 12;
+/// How many passwords may wait per thread: as many as one thread checks in that time, at 250 ms each.
+///
+/// The lanes have separate limits, and per thread only one password of the unrecognized lane is ever ahead of the
+/// recognized lane, however long a check takes.
+const UNRECOGNIZED_WAITING_PER_THREAD_MAX: usize = 8;
+const RECOGNIZED_WAITING_PER_THREAD_MAX: usize = 12;
 
-/// Where a password waits to be checked or hashed.
+/// Where a password waits for a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Line {
-    /// Of those who have signed in, now or lately.
-    Known,
-    /// Of everybody else.
-    Strangers,
+pub enum Lane {
+    /// For callers that are authenticated, or have signed in from the same address recently.
+    Recognized,
+    /// For all other callers.
+    Unrecognized,
 }
 
+/// Runs bcrypt on a limited number of threads.
 pub struct Passwords {
     threads: Arc<Semaphore>,
-    /// Taken by strangers before they wait for a thread with the others, and kept as long as they have it.
-    strangers: Arc<Semaphore>,
-    known_waiting: Semaphore,
-    strangers_waiting: Semaphore,
+    /// Acquired by the unrecognized lane before a thread, and held as long as the thread.
+    unrecognized: Arc<Semaphore>,
+    recognized_waiting: Semaphore,
+    unrecognized_waiting: Semaphore,
 }
 
 impl Passwords {
     pub fn new(threads_max: usize) -> Self {
         Self {
             threads: Arc::new(Semaphore::new(threads_max)),
-            strangers: Arc::new(Semaphore::new(threads_max)),
-            known_waiting: Semaphore::new(threads_max * KNOWN_WAITING_PER_THREAD_MAX),
-            strangers_waiting: Semaphore::new(threads_max * STRANGERS_WAITING_PER_THREAD_MAX),
+            unrecognized: Arc::new(Semaphore::new(threads_max)),
+            recognized_waiting: Semaphore::new(threads_max * RECOGNIZED_WAITING_PER_THREAD_MAX),
+            unrecognized_waiting: Semaphore::new(threads_max * UNRECOGNIZED_WAITING_PER_THREAD_MAX),
         }
     }
 
-    /// `Exhausted`: too many wait in this line already, or its turn does not come in time.
+    /// Runs `work` on a thread and returns its result.
+    ///
+    /// Fails with `Exhausted` if too many passwords wait in the lane, or no thread is free within 5 s.
     pub async fn on_thread<T: Send + 'static>(
         &self,
-        line: Line,
+        lane: Lane,
         work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
     ) -> Result<T> {
-        let busy = || Error::Exhausted("too many passwords are being checked; try again".to_owned());
-        let waiting = match line {
-            Line::Known => &self.known_waiting,
-            Line::Strangers => &self.strangers_waiting,
+        let busy = || Error::Exhausted("too many concurrent password checks; try again".to_owned());
+        let waiting = match lane {
+            Lane::Recognized => &self.recognized_waiting,
+            Lane::Unrecognized => &self.unrecognized_waiting,
         };
         let _waiting = waiting.try_acquire().map_err(|_| busy())?;
-        let turn = async {
-            let stranger = match line {
-                Line::Known => None,
-                Line::Strangers => Some(Arc::clone(&self.strangers).acquire_owned().await),
+        let permits = async {
+            let of_lane = match lane {
+                Lane::Recognized => None,
+                Lane::Unrecognized => Some(Arc::clone(&self.unrecognized).acquire_owned().await),
             };
-            (stranger, Arc::clone(&self.threads).acquire_owned().await)
+            (of_lane, Arc::clone(&self.threads).acquire_owned().await)
         };
-        let turn = timeout(WAIT_MAX, turn).await.map_err(|_| busy())?;
+        let permits = timeout(WAIT_MAX, permits).await.map_err(|_| busy())?;
         tokio::task::spawn_blocking(move || {
-            // The work goes on when its caller has gone away, and so does its turn.
-            let _turn = turn;
+            // The work continues if its caller disconnects, so it keeps the permits.
+            let _permits = permits;
             work()
         })
         .await
@@ -79,30 +83,30 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn strangers_who_fill_their_line_are_ahead_of_the_known_with_one_only() {
+    async fn a_full_unrecognized_lane_is_ahead_of_the_recognized_lane_with_one_password_only() {
         let passwords = Arc::new(Passwords::new(1));
         let done = Arc::new(Mutex::new(Vec::new()));
         let (finish, finished) = mpsc::channel();
         let finished = Arc::new(Mutex::new(finished));
-        let begin = |line| {
+        let begin = |lane| {
             let (passwords, done, finished) = (Arc::clone(&passwords), Arc::clone(&done), Arc::clone(&finished));
             tokio::spawn(async move {
                 let work = move || {
                     finished.lock().unwrap().recv().unwrap();
-                    done.lock().unwrap().push(line);
+                    done.lock().unwrap().push(lane);
                     Ok(())
                 };
-                passwords.on_thread(line, work).await
+                passwords.on_thread(lane, work).await
             })
         };
-        let mut checks: Vec<_> = (0..STRANGERS_WAITING_PER_THREAD_MAX).map(|_| begin(Line::Strangers)).collect();
-        while passwords.strangers_waiting.available_permits() > 0 {
+        let mut checks: Vec<_> = (0..UNRECOGNIZED_WAITING_PER_THREAD_MAX).map(|_| begin(Lane::Unrecognized)).collect();
+        while passwords.unrecognized_waiting.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
-        let refused = begin(Line::Strangers).await.unwrap();
+        let refused = begin(Lane::Unrecognized).await.unwrap();
         assert!(matches!(refused, Err(Error::Exhausted(_))), "{refused:?}");
-        checks.push(begin(Line::Known));
-        while passwords.known_waiting.available_permits() == KNOWN_WAITING_PER_THREAD_MAX {
+        checks.push(begin(Lane::Recognized));
+        while passwords.recognized_waiting.available_permits() == RECOGNIZED_WAITING_PER_THREAD_MAX {
             tokio::task::yield_now().await;
         }
 
@@ -112,6 +116,6 @@ mod tests {
         }
 
         let done = done.lock().unwrap();
-        assert_eq!(done.iter().position(|line| *line == Line::Known), Some(1), "{done:?}");
+        assert_eq!(done.iter().position(|lane| *lane == Lane::Recognized), Some(1), "{done:?}");
     }
 }

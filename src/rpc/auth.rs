@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::{Api, RpcResult, client_address, id_key};
 use crate::{
-    auth::throttle::{Subject, Try},
-    auth::{Caller, Line, check_password, new_token},
+    auth::throttle::{Account, Attempt},
+    auth::{Caller, Lane, check_password, new_token},
     db::{
         Conn,
         audit::{self, By},
@@ -38,10 +38,10 @@ impl AuthService for Api {
         let address = client_address(&request);
         let LoginRequest { username, password, validate_only } = request.into_inner();
         let password = password.into();
-        let mut attempt = self.login_limits.begin(Subject::Username(&username), address)?;
+        let mut attempt = self.login_limits.begin(Account::Username(&username), address)?;
         let by = By::unauthenticated(address);
-        let line = if attempt.is_known() { Line::Known } else { Line::Strangers };
-        match self.check_credentials(line, &username, &password).await {
+        let lane = if attempt.is_recognized() { Lane::Recognized } else { Lane::Unrecognized };
+        match self.check_credentials(lane, &username, &password).await {
             Ok(CredentialCheck::Valid(credentials)) => {
                 attempt.succeeded();
                 if validate_only {
@@ -225,9 +225,9 @@ impl Api {
         password: &SecretString,
         hash: &SecretString,
         address: Option<IpAddr>,
-    ) -> Result<Option<Try>> {
-        let mut attempt = self.login_limits.begin(Subject::Caller(caller.user_id), address)?;
-        match self.auth.verify_password(Line::Known, password, Some(hash)).await {
+    ) -> Result<Option<Attempt>> {
+        let mut attempt = self.login_limits.begin(Account::Caller(caller.user_id), address)?;
+        match self.auth.verify_password(Lane::Recognized, password, Some(hash)).await {
             Ok(true) => {
                 attempt.succeeded();
                 Ok(Some(attempt))
@@ -262,7 +262,7 @@ impl Api {
         }
     }
 
-    async fn check_credentials(&self, line: Line, username: &str, password: &SecretString) -> Result<CredentialCheck> {
+    async fn check_credentials(&self, lane: Lane, username: &str, password: &SecretString) -> Result<CredentialCheck> {
         // Malformed credentials are only wrong: the error must not reveal what valid ones look like. The connection is
         // returned to the pool before the password is checked.
         let credentials = match username.contains('\0') || !username.is_ascii() {
@@ -271,7 +271,7 @@ impl Api {
             false => users::find_credentials(&self.auth.db().conn().await?, username).await?,
         };
         let hash = credentials.as_ref().map(|credentials| &credentials.password_hash);
-        let verified = self.auth.verify_password(line, password, hash).await?;
+        let verified = self.auth.verify_password(lane, password, hash).await?;
         Ok(match credentials {
             Some(credentials) if verified && !credentials.user.disabled => CredentialCheck::Valid(credentials),
             credentials => CredentialCheck::Invalid(credentials.map(|credentials| credentials.user_id)),

@@ -1,4 +1,4 @@
-//! Time stands still unless it is told to go on.
+//! Time is paused: it only passes with `advance`.
 
 use tokio::time::advance;
 
@@ -12,26 +12,26 @@ fn address(bytes: [u8; 4]) -> Option<IpAddr> {
     Some(IpAddr::from(bytes))
 }
 
-/// The one with this number, of many.
+/// Returns one of many addresses.
 fn nth_address(nth: u32) -> Option<IpAddr> {
     address((0x0a00_0000 + nth).to_be_bytes())
 }
 
 impl LoginLimits {
-    fn try_as(&self, username: &str, from: Option<IpAddr>) -> Result<Try, Duration> {
-        self.begin(Subject::Username(username), from).map_err(|error| match error {
+    fn attempt(&self, username: &str, from: Option<IpAddr>) -> Result<Attempt, Duration> {
+        self.begin(Account::Username(username), from).map_err(|error| match error {
             Error::TooManyTries { delay } => delay,
             error => panic!("{error:?}"),
         })
     }
 
-    /// A wrong password; answers how long it would have had to wait.
+    /// Attempts with a wrong password. Returns how long it must wait, if it is refused.
     fn fail(&self, username: &str, from: Option<IpAddr>) -> Result<(), Duration> {
-        self.try_as(username, from).map(drop)
+        self.attempt(username, from).map(drop)
     }
 
     fn sign_in(&self, username: &str, from: Option<IpAddr>) -> Result<(), Duration> {
-        self.try_as(username, from).map(|mut tried| tried.succeeded())
+        self.attempt(username, from).map(|mut attempt| attempt.succeeded())
     }
 }
 
@@ -40,7 +40,7 @@ fn seconds(seconds: u64) -> Duration {
 }
 
 #[tokio::test(start_paused = true)]
-async fn behind_the_free_failures_the_delay_doubles_up_to_a_minute() {
+async fn after_the_free_failures_the_delay_doubles_up_to_60_s() {
     let limits = LoginLimits::new(FREE);
     for _ in 0..3 {
         limits.fail("ada", address(HERE)).unwrap();
@@ -48,18 +48,14 @@ async fn behind_the_free_failures_the_delay_doubles_up_to_a_minute() {
     for expected in [1, 2, 4, 8, 16, 32, 60, 60, 60] {
         assert_eq!(limits.fail("ada", address(HERE)), Err(seconds(expected)));
         advance(seconds(expected) - Duration::from_millis(1)).await;
-        assert_eq!(
-            limits.fail("ada", address(HERE)),
-            Err(Duration::from_millis(1)),
-            "what is refused counts for nothing"
-        );
+        assert_eq!(limits.fail("ada", address(HERE)), Err(Duration::from_millis(1)), "refused attempts do not count");
         advance(Duration::from_millis(1)).await;
         limits.fail("ada", address(HERE)).unwrap();
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn unknown_names_and_whatever_case_count_alike() {
+async fn usernames_count_alike_in_any_case_and_whether_they_exist_or_not() {
     let limits = LoginLimits::new(FREE);
     for name in ["Ada", "aDA", "ADA"] {
         limits.fail(name, address(HERE)).unwrap();
@@ -69,51 +65,54 @@ async fn unknown_names_and_whatever_case_count_alike() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_delay_counts_from_when_the_failure_was_found_out() {
+async fn the_delay_counts_from_the_end_of_the_failed_attempt() {
     let limits = LoginLimits::new(FREE);
     limits.fail("ada", address(HERE)).unwrap();
-    let tries = [(); 2].map(|()| limits.try_as("ada", address(HERE)).unwrap());
+    let attempts = [(); 2].map(|()| limits.attempt("ada", address(HERE)).unwrap());
     advance(seconds(5)).await;
-    drop(tries);
+    drop(attempts);
     assert_eq!(limits.fail("ada", address(HERE)), Err(seconds(1)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_many_tries_at_once_only_the_free_ones_are_taken() {
+async fn of_many_concurrent_attempts_only_the_free_ones_are_admitted() {
     let limits = LoginLimits::new(FREE);
     for _ in 0..2 {
         limits.fail("ada", address(HERE)).unwrap();
     }
-    let tries: Vec<_> = (0..100).map(|_| limits.try_as("ada", address(HERE))).collect();
-    assert_eq!(tries.iter().filter(|tried| tried.is_ok()).count(), 1);
+    let attempts: Vec<_> = (0..100).map(|_| limits.attempt("ada", address(HERE))).collect();
+    assert_eq!(attempts.iter().filter(|attempt| attempt.is_ok()).count(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_pair_has_two_tries_under_way_right_or_wrong_and_takes_none_of_anothers() {
+async fn a_pair_has_at_most_two_attempts_in_flight_whatever_their_outcome() {
     let limits = LoginLimits::new(FREE);
-    let try_as = |username, from| limits.begin(Subject::Username(username), from);
-    let mut under_way = Vec::new();
+    let attempt = |username, from| limits.begin(Account::Username(username), from);
+    let mut in_flight = Vec::new();
     for (username, from) in [("ada", HERE), ("ada", ELSEWHERE), ("alan", HERE)] {
-        under_way.push(try_as(username, address(from)).unwrap());
-        under_way.push(try_as(username, address(from)).unwrap());
-        assert!(matches!(try_as(username, address(from)), Err(Error::Exhausted(_))), "{username} at {from:?}");
+        in_flight.push(attempt(username, address(from)).unwrap());
+        in_flight.push(attempt(username, address(from)).unwrap());
+        assert!(matches!(attempt(username, address(from)), Err(Error::Exhausted(_))), "{username} at {from:?}");
     }
-    // What is settled is still under way until its session is made.
-    under_way[0].succeeded();
-    under_way[1].unchecked();
-    assert!(matches!(try_as("ada", address(HERE)), Err(Error::Exhausted(_))));
-    under_way.drain(..2);
+    // A settled attempt is in flight until its session is created.
+    in_flight[0].succeeded();
+    in_flight[1].unchecked();
+    assert!(matches!(attempt("ada", address(HERE)), Err(Error::Exhausted(_))));
+    in_flight.drain(..2);
     for _ in 0..10 {
-        let mut tries = [try_as("ada", address(HERE)).unwrap(), try_as("ada", address(HERE)).unwrap()];
-        assert!(matches!(try_as("ada", address(HERE)), Err(Error::Exhausted(_))), "a success makes room for no more");
-        tries.iter_mut().for_each(Try::succeeded);
+        let mut attempts = [attempt("ada", address(HERE)).unwrap(), attempt("ada", address(HERE)).unwrap()];
+        assert!(
+            matches!(attempt("ada", address(HERE)), Err(Error::Exhausted(_))),
+            "a success does not raise the limit"
+        );
+        attempts.iter_mut().for_each(Attempt::succeeded);
     }
-    drop(under_way);
-    assert!(lock(&limits.tries).under_way.is_empty());
+    drop(in_flight);
+    assert!(lock(&limits.counts).in_flight.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_success_makes_the_pairs_failures_forgotten_and_no_others() {
+async fn a_success_deletes_the_failures_of_its_pair_only() {
     let limits = LoginLimits::new(FREE);
     for name in ["ada", "alan"] {
         for _ in 0..3 {
@@ -131,21 +130,21 @@ async fn a_success_makes_the_pairs_failures_forgotten_and_no_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_try_that_was_not_checked_counts_for_nothing() {
+async fn an_unchecked_attempt_does_not_count() {
     let limits = LoginLimits::new(FREE);
     for _ in 0..10 {
-        limits.try_as("ada", address(HERE)).unwrap().unchecked();
+        limits.attempt("ada", address(HERE)).unwrap().unchecked();
     }
     for _ in 0..3 {
         limits.fail("ada", address(HERE)).unwrap();
     }
     advance(seconds(1)).await;
-    limits.try_as("ada", address(HERE)).unwrap().unchecked();
-    limits.fail("ada", address(HERE)).expect("the delay was over, and is");
+    limits.attempt("ada", address(HERE)).unwrap().unchecked();
+    limits.fail("ada", address(HERE)).expect("the delay is still over");
 }
 
 #[tokio::test(start_paused = true)]
-async fn failures_are_forgotten_after_a_quarter_of_an_hour_without_one() {
+async fn failures_are_forgotten_after_15_minutes_without_one() {
     let limits = LoginLimits::new(FREE);
     for _ in 0..3 {
         limits.fail("ada", address(HERE)).unwrap();
@@ -158,12 +157,12 @@ async fn failures_are_forgotten_after_a_quarter_of_an_hour_without_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_attacks_a_user_from_elsewhere_does_not_keep_him_out() {
+async fn attacks_from_other_addresses_do_not_lock_out_the_user() {
     let limits = LoginLimits::new(FREE);
     for nth in 0..1_000 {
         limits.fail("ada", nth_address(nth)).unwrap();
     }
-    // Her first try is taken; after a mistake she waits, however much goes on elsewhere, from her own mistake on.
+    // The first attempt of the pair is admitted. After its failure the delay counts from that failure.
     limits.fail("ada", address(HERE)).unwrap();
     advance(seconds(30)).await;
     for nth in 1_000..1_100 {
@@ -172,7 +171,7 @@ async fn whoever_attacks_a_user_from_elsewhere_does_not_keep_him_out() {
     assert_eq!(limits.sign_in("ada", address(HERE)), Err(seconds(30)));
     advance(seconds(30)).await;
     limits.sign_in("ada", address(HERE)).unwrap();
-    // And now she is known there.
+    // The pair is recognized now.
     for _ in 0..3 {
         limits.fail("ada", address(HERE)).unwrap();
     }
@@ -180,8 +179,8 @@ async fn whoever_attacks_a_user_from_elsewhere_does_not_keep_him_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_failures_of_a_user_elsewhere_take_free_failures_away_and_then_double_the_delay() {
-    // One failure of her own, and one for each ten elsewhere; three are free.
+async fn failures_at_other_addresses_use_up_free_failures_and_then_double_the_delay() {
+    // One failure of the pair, and one for each ten elsewhere; three are free.
     for (elsewhere, expected) in
         [(19, None), (20, Some(1)), (29, Some(1)), (30, Some(2)), (50, Some(8)), (900, Some(60))]
     {
@@ -195,7 +194,7 @@ async fn the_failures_of_a_user_elsewhere_take_free_failures_away_and_then_doubl
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_address_that_tries_many_users_is_delayed_but_for_those_who_have_signed_in_there() {
+async fn an_address_that_fails_for_many_users_is_delayed_except_for_recognized_pairs() {
     let limits = LoginLimits::new(FREE);
     limits.sign_in("ada", address(HERE)).unwrap();
     for nth in 0..20 {
@@ -213,7 +212,7 @@ async fn an_address_that_tries_many_users_is_delayed_but_for_those_who_have_sign
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_has_signed_in_is_known_for_a_week() {
+async fn a_pair_is_recognized_for_seven_days() {
     let limits = LoginLimits::new(FREE);
     limits.sign_in("ada", address(HERE)).unwrap();
     for days in [6, 1] {
@@ -221,10 +220,10 @@ async fn who_has_signed_in_is_known_for_a_week() {
         for nth in 0..20 {
             limits.fail(&format!("user{nth}"), address(HERE)).unwrap();
         }
-        match limits.try_as("ada", address(HERE)) {
-            Ok(mut tried) => {
-                assert!(days == 6 && tried.is_known());
-                tried.unchecked();
+        match limits.attempt("ada", address(HERE)) {
+            Ok(mut attempt) => {
+                assert!(days == 6 && attempt.is_recognized());
+                attempt.unchecked();
             }
             Err(_) => assert_eq!(days, 1),
         }
@@ -232,7 +231,7 @@ async fn who_has_signed_in_is_known_for_a_week() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_tries_of_a_pair_that_succeed_are_no_failures_of_its_address_or_user() {
+async fn successes_are_not_failures_of_the_address_or_the_account() {
     let limits = LoginLimits::new(FREE);
     for nth in 0..100 {
         limits.sign_in(&format!("user{nth}"), address(HERE)).unwrap();
@@ -244,7 +243,7 @@ async fn the_tries_of_a_pair_that_succeed_are_no_failures_of_its_address_or_user
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_ipv6_subscriber_is_one_address_and_ipv4_is_the_same_in_either_form() {
+async fn an_ipv6_network_and_both_forms_of_an_ipv4_address_count_as_one_address() {
     let limits = LoginLimits::new(FREE);
     let v6 = |text: &str| Some(text.parse::<IpAddr>().unwrap());
     for from in ["2001:db8::1", "2001:db8::2", "2001:db8::ffff:ffff:ffff:ffff"] {
@@ -256,7 +255,7 @@ async fn an_ipv6_subscriber_is_one_address_and_ipv4_is_the_same_in_either_form()
         limits.fail("alan", address(HERE)).unwrap();
     }
     assert!(limits.fail("alan", v6("::ffff:192.0.2.1")).is_err());
-    // Those without an address are one.
+    // Attempts without an address count together.
     for _ in 0..3 {
         limits.fail("ada", None).unwrap();
     }
@@ -264,25 +263,25 @@ async fn an_ipv6_subscriber_is_one_address_and_ipv4_is_the_same_in_either_form()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_who_gives_his_password_again_is_counted_apart_from_signing_in() {
+async fn password_checks_of_authenticated_callers_are_counted_apart_from_logins() {
     let limits = LoginLimits::new(FREE);
     let id = Uuid::now_v7();
     for _ in 0..3 {
-        drop(limits.begin(Subject::Caller(id), address(HERE)).unwrap());
+        drop(limits.begin(Account::Caller(id), address(HERE)).unwrap());
     }
-    assert!(limits.begin(Subject::Caller(id), address(HERE)).is_err());
-    drop(limits.begin(Subject::Caller(id), address(ELSEWHERE)).unwrap());
+    assert!(limits.begin(Account::Caller(id), address(HERE)).is_err());
+    drop(limits.begin(Account::Caller(id), address(ELSEWHERE)).unwrap());
     limits.fail(&id.to_string(), address(HERE)).unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_fills_the_tables_spends_more_free_failures_than_he_gets_back_and_nobody_else_is_held_up() {
+async fn filling_the_tables_costs_more_free_failures_than_it_frees_and_delays_no_one_else() {
     let limits = LoginLimits::new(FREE);
     limits.sign_in("ada", address(ELSEWHERE)).unwrap();
     for _ in 0..3 {
         limits.fail("ada", address(HERE)).unwrap();
     }
-    // New names from new addresses, as many as each has free.
+    // New usernames from new addresses, as many as each has free failures.
     let mut addresses = 0;
     while let Err(delay) = limits.fail("ada", address(HERE)) {
         assert!(delay > Duration::ZERO && addresses < 10_000, "{delay:?} after {addresses}");
@@ -294,14 +293,14 @@ async fn who_fills_the_tables_spends_more_free_failures_than_he_gets_back_and_no
     }
     assert!((addresses * FREE.of_address) as usize >= ENTRIES_MAX / 2, "{addresses}");
     for nth in 0..addresses {
-        assert!(limits.fail("somebody", nth_address(nth)).is_err(), "address {nth} of {addresses} is free again");
+        assert!(limits.fail("another user", nth_address(nth)).is_err(), "address {nth} of {addresses} is free again");
     }
-    assert!(limits.try_as("ada", address(ELSEWHERE)).unwrap().is_known());
+    assert!(limits.attempt("ada", address(ELSEWHERE)).unwrap().is_recognized());
     limits.sign_in("alan", address(ELSEWHERE)).unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_remembered_is_bounded_and_the_newest_stay() {
+async fn the_tables_are_bounded_and_keep_the_newest_entries() {
     let limits = LoginLimits::new(FREE);
     for nth in 0..ENTRIES_MAX as u32 + 10 {
         limits.fail("ada", nth_address(nth)).unwrap();
@@ -312,7 +311,7 @@ async fn what_is_remembered_is_bounded_and_the_newest_stay() {
     for _ in 0..3 {
         limits.fail("alan", address(HERE)).unwrap();
     }
-    let kept = lock(&limits.tries).pairs.entries.len();
+    let kept = lock(&limits.counts).pairs.entries.len();
     assert!((ENTRIES_MAX / 4..=ENTRIES_MAX).contains(&kept), "{kept}");
     assert!(limits.fail("alan", address(HERE)).is_err());
 }
