@@ -1,4 +1,4 @@
-//! Everything that can go wrong with a request, and the only place that says how a caller is told.
+//! The errors of requests, and the only place that turns them into gRPC statuses.
 
 mod text;
 
@@ -17,7 +17,7 @@ pub use self::text::{is_invisible, quote};
 
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
-/// What `RetryInfo` proposes: long enough for a queue to drain, short enough for a person.
+/// The delay in `RetryInfo`: long enough for a queue to drain, short enough for a person.
 pub const RETRY_DELAY: Duration = Duration::from_millis(500);
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -25,94 +25,94 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a request failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// The request itself is wrong: all that is wrong with it.
+    /// Fields of the request are invalid. Lists all violations.
     #[error("{}", join(.0))]
     Invalid(Vec<Violation>),
-    /// The request is wrong in a way that programs handle.
+    /// A field is invalid in a way that clients handle by its reason.
     #[error("{message}")]
     InvalidReason { reason: &'static str, field: &'static str, message: String },
-    /// All that does not exist.
+    /// Lists all resources that do not exist.
     #[error("{}", join(.0))]
     NotFound(Vec<Resource>),
-    /// All that exists already.
+    /// Lists all resources that exist already.
     #[error("{}", join(.0))]
     AlreadyExists(Vec<Resource>),
-    /// All issues whose version is not the expected one.
+    /// Lists all issues whose version is not the expected one.
     #[error("{}", join(.0))]
     VersionMismatch(Vec<StaleVersion>),
-    /// What it is about is in a state that does not allow it.
+    /// A resource is in a state that does not allow the change.
     #[error("{}", join(.violations))]
     Precondition { reason: &'static str, violations: Vec<Violation> },
-    /// Somebody else is at it; a retry may work.
+    /// A concurrent request prevents it. A retry may succeed.
     #[error("{message}")]
     Aborted { reason: &'static str, message: String },
-    /// It got in the way of another one and was rolled back; made again, it may work.
+    /// The transaction conflicted with another one and was rolled back. The server itself retries it.
     #[error("{0}; try again")]
     Conflict(&'static str),
-    /// A position in a stream is beyond what was received.
+    /// An offset in a stream is beyond the data received so far.
     #[error("{message}")]
     OffsetGap { message: String, expected_offset: i64 },
-    /// What an import has made was changed since: how many issues, and the first of them.
+    /// Issues of an import were changed since. Has their number and the first of their ids.
     #[error("import_id: {count} issues were changed or commented since; set force to leave these and undo the rest")]
     ChangedSince { count: i64, ids: Vec<Uuid> },
-    /// There is no such RPC, or it is not spoken in this way.
+    /// The method or the compression is not supported.
     #[error("{0}")]
     Unimplemented(&'static str),
     #[error("{0}")]
     Unauthenticated(&'static str),
     #[error("{0}")]
     PermissionDenied(String),
-    /// As many requests are under way as are taken at once; those that are refused are asked to stay away for so long.
-    #[error("{requests_max} requests are under way, which is as many as are taken at once")]
+    /// All request slots are taken. The client is asked to retry after the delay.
+    #[error("too many concurrent requests (limit {requests_max}); try again later")]
     Overloaded { requests_max: usize, delay: Duration },
-    /// A bound on work at once is reached.
+    /// A limit on concurrent work is reached.
     #[error("{0}")]
     Exhausted(String),
-    /// Passwords were tried and wrong too often; the next try is taken after the delay.
-    #[error("the password was wrong too often; try again in {} s", seconds_up(.delay))]
+    /// Too many wrong passwords. The next attempt is admitted after the delay.
+    #[error("too many wrong passwords; try again in {} s", seconds_up(.delay))]
     TooManyTries { delay: Duration },
-    /// It took too long.
+    /// A time limit is exceeded.
     #[error("{message}")]
     Timeout { reason: &'static str, message: String },
-    /// The client has gone away.
-    #[error("the stream was cut")]
+    /// The client has disconnected or reset the stream.
+    #[error("the client cancelled the call")]
     Cancelled,
-    /// The database is away.
+    /// The database is unavailable.
     #[error("the database is not available; try again")]
     Unavailable,
     /// The connection to the database was lost, and nothing was written.
     #[error("the connection to the database was lost; nothing was written, try again")]
     ConnectionLost,
-    /// The connection to the database was lost when the mutation was being committed.
+    /// The connection to the database was lost during the commit of a mutation.
     #[error("{}", outcome_unknown(*.has_request_id))]
     OutcomeUnknown { has_request_id: bool },
-    /// The service is about to end.
-    #[error("the service is stopping; go on with another one, or when it is back")]
+    /// The server is shutting down.
+    #[error("the server is stopping; retry on another one or later")]
     Stopping,
-    /// Whatever else the database says.
+    /// Any other database error. Its text does not reach the client.
     #[error("database error")]
     Database(Arc<tokio_postgres::Error>),
-    /// A fault of the program.
+    /// A bug in the server.
     #[error("internal error: {0}")]
     Internal(&'static str),
 }
 
-/// Whether a call that has failed is made again, by the service itself.
+/// Whether the server itself repeats a call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
     No,
     /// Nothing was written.
     Again,
-    /// By its request id, it is found out what became of it.
+    /// The outcome is looked up by the request id.
     Lookup,
 }
 
 fn outcome_unknown(has_request_id: bool) -> &'static str {
     match has_request_id {
         true => {
-            "the connection to the database was lost; send it again with the same request_id or import_id to learn whether it was done"
+            "the connection to the database was lost; retry with the same request_id or import_id to learn the outcome"
         }
-        false => "the connection to the database was lost, and it may have been done; look before you send it again",
+        false => "the connection to the database was lost; the change may have been made, check before you retry",
     }
 }
 
@@ -123,19 +123,20 @@ pub struct Violation {
     pub message: String,
 }
 
-/// Something that is missing or taken.
+/// A resource that is missing or exists already.
 #[derive(Clone, Debug)]
 pub struct Resource {
     /// `issue`, `user`, `label`, `comment`, `api token`.
     pub kind: &'static str,
     /// Its id or name.
     pub name: String,
-    /// The field of the request that names it.
+    /// The field of the request that refers to it.
     pub field: String,
-    /// What of it is taken; empty when it is missing.
+    /// The property that is taken, such as `external id`. Empty if the resource is missing.
     pub taken: &'static str,
 }
 
+/// An issue whose version is not the expected one.
 #[derive(Clone, Debug)]
 pub struct StaleVersion {
     pub field: String,
@@ -166,25 +167,27 @@ impl Error {
         Self::Precondition { reason, violations: vec![Violation::new(field, message)] }
     }
 
-    /// An error that tonic itself has made, in this service's terms. None: it stands as it is.
+    /// Returns the error of the contract for a status that tonic itself has made, or `None` if the status stands as it is.
     pub fn from_bare(status: &Status) -> Option<Self> {
-        let request = |message: &str| Some(Self::invalid("request", message));
         match status.code() {
-            Code::OutOfRange => request("a message is too large"),
-            // The decoder's own text can quote what was sent.
-            Code::Internal | Code::InvalidArgument => request("the message cannot be decoded as what the method takes"),
-            // tonic has a text for a compression that is not supported, and none for an unknown method.
+            // Before and after decompression.
+            Code::OutOfRange | Code::ResourceExhausted => Some(Self::invalid("request", "a message is too large")),
+            Code::Internal | Code::InvalidArgument => Some(Self::undecodable()),
+            // tonic has a message for an unsupported compression, and none for an unknown method.
             Code::Unimplemented if status.message().is_empty() => {
-                Some(Self::Unimplemented("there is no such method; reflection lists those there are"))
+                Some(Self::Unimplemented("no such method; reflection lists the methods that exist"))
             }
-            Code::Unimplemented => {
-                Some(Self::Unimplemented("compressed messages are not taken; send them as they are"))
-            }
+            Code::Unimplemented => Some(Self::Unimplemented("grpc-encoding: not supported; expected gzip or identity")),
             _ => None,
         }
     }
 
-    /// What a violated constraint means to the caller, said where the statement is.
+    /// Returns the error of a message that cannot be decoded. The decoder's own message can quote what was sent.
+    pub fn undecodable() -> Self {
+        Self::invalid("request", "the message cannot be decoded as the request of the method")
+    }
+
+    /// Returns `error()` if this is the violation of the constraint `name`, and the same error otherwise.
     pub fn on_constraint(self, name: &str, error: impl FnOnce() -> Error) -> Self {
         match &self {
             Self::Database(source) if constraint(source) == Some(name) => error(),
@@ -192,10 +195,10 @@ impl Error {
         }
     }
 
-    /// Whether it is certain that nothing was written, and another try may fare better.
+    /// Returns whether it is certain that the transaction was rolled back.
     pub fn is_undone(&self) -> bool {
         match self {
-            // What the server itself says, it says of a transaction that it has rolled back.
+            // PostgreSQL reports errors of transactions that it has rolled back.
             Self::Database(error) => error.as_db_error().is_some(),
             Self::Aborted { .. }
             | Self::Conflict(_)
@@ -223,7 +226,7 @@ impl Error {
         }
     }
 
-    /// Whether the service itself makes the call again.
+    /// Returns whether the server itself repeats the call.
     pub fn retry(&self) -> Retry {
         match self {
             Self::Conflict(_) | Self::ConnectionLost => Retry::Again,
@@ -232,7 +235,7 @@ impl Error {
         }
     }
 
-    /// Whether it may be otherwise soon, whoever calls.
+    /// Returns whether the condition is transient and independent of the caller.
     pub fn is_passing(&self) -> bool {
         matches!(
             self,
@@ -245,7 +248,7 @@ impl Error {
         )
     }
 
-    /// Whether it says what became of a call that was made once more to find that out.
+    /// Returns whether the error shows the outcome of an earlier attempt when a mutation is repeated by its request id.
     pub fn is_decided(&self) -> bool {
         match self {
             Self::Aborted { reason, .. } => *reason != "CONFLICT",
@@ -254,7 +257,7 @@ impl Error {
         }
     }
 
-    /// A connection that was lost when a mutation was being committed: whether that was done is not known.
+    /// Turns a lost connection into an unknown outcome, for errors of a commit.
     pub fn in_commit(self) -> Self {
         match self {
             Self::ConnectionLost => Self::OutcomeUnknown { has_request_id: false },
@@ -262,7 +265,7 @@ impl Error {
         }
     }
 
-    /// Of a mutation with a request id, by which its outcome can be found out.
+    /// Marks an unknown outcome as one that the request id can show.
     pub fn with_request_id(self) -> Self {
         match self {
             Self::OutcomeUnknown { .. } => Self::OutcomeUnknown { has_request_id: true },
@@ -270,17 +273,17 @@ impl Error {
         }
     }
 
-    /// What a status of ours was made of.
+    /// Returns the error that a status was made from.
     pub fn behind(status: &Status) -> Option<&Self> {
         std::error::Error::source(status)?.downcast_ref()
     }
 
-    /// A message of more bytes than are taken.
+    /// Returns the error of a message with more than `bytes_max` bytes.
     pub fn too_large(bytes_max: usize) -> Self {
-        Self::invalid("request", format!("the message is too large, at most {bytes_max} bytes are taken"))
+        Self::invalid("request", format!("the message is too large; expected at most {bytes_max} bytes"))
     }
 
-    /// The constraint that was violated, if that is what went wrong.
+    /// Returns the name of the violated constraint, if the error is such a violation.
     pub fn constraint(&self) -> Option<&str> {
         match self {
             Self::Database(source) => constraint(source),
@@ -369,15 +372,15 @@ impl From<tokio_postgres::Error> for Error {
         }
         match *state {
             SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => {
-                Self::Conflict("the request got in the way of another one")
+                Self::Conflict("the request conflicts with a concurrent one")
             }
             SqlState::LOCK_NOT_AVAILABLE => Self::Aborted {
                 reason: "CONFLICT",
-                message: "another request is changing the same for long; nothing was written, try again".to_owned(),
+                message: "a concurrent request holds a lock; nothing was written, try again".to_owned(),
             },
             SqlState::QUERY_CANCELED => Self::Timeout {
                 reason: "STATEMENT_TIMEOUT",
-                message: "the database took too long; nothing was written".to_owned(),
+                message: "a statement exceeded the time limit; nothing was written".to_owned(),
             },
             SqlState::CANNOT_CONNECT_NOW
             | SqlState::READ_ONLY_SQL_TRANSACTION
@@ -402,7 +405,7 @@ impl From<Error> for Status {
     }
 }
 
-/// Logged once, here, and only what is not the caller's fault. Never the driver's text: it can quote values.
+/// Logs errors that are not the caller's fault. Never logs the driver's text: it can quote values.
 fn log(error: &Error) {
     match error {
         Error::Database(source) => {
@@ -543,7 +546,7 @@ impl Error {
     }
 }
 
-/// Whole seconds, not before the delay is over.
+/// Returns the delay in seconds, rounded up.
 fn seconds_up(delay: &Duration) -> u64 {
     delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
 }

@@ -1,14 +1,14 @@
-//! Values and lists in the texts of errors: short, printable, and few enough for headers.
+//! Values and lists in error messages: short, printable, and small enough for headers.
 
 use std::fmt;
 
-/// How much of a value an error quotes.
+/// How much of a value an error message quotes.
 const QUOTE_CHARS_MAX: usize = 80;
 const QUOTE_HEADER_BYTES_MAX: usize = 240;
-/// How many items of a batch an error describes one by one, and how long their text may be: errors travel in headers,
-/// which clients bound to 8 KiB as a rule, and one that is larger costs the whole connection.
+/// How many items of a batch an error describes individually, and the maximum length of their text. Errors are sent in
+/// headers, which most clients limit to 8 KiB; a larger one closes the whole connection.
 const ALL_NAMED: NamedBounds = NamedBounds { items_max: 20, header_bytes_max: 2 * 1024 };
-/// When there are more: the first few, and `ErrorInfo.metadata` has the indices of all.
+/// The same if there are more items: `ErrorInfo.metadata` has the indices of all.
 const FIRST_NAMED: NamedBounds = NamedBounds { items_max: 10, header_bytes_max: 1024 };
 
 struct NamedBounds {
@@ -16,7 +16,7 @@ struct NamedBounds {
     header_bytes_max: usize,
 }
 
-/// A value as errors quote it: shortened, what is invisible made visible.
+/// Returns a value as error messages quote it: shortened, with invisible characters escaped.
 pub fn quote(value: &str) -> String {
     let mut quoted = String::new();
     let mut bytes = 0;
@@ -32,8 +32,8 @@ pub fn quote(value: &str) -> String {
     quoted
 }
 
-/// Control characters, and format characters without a shape of their own, such as zero-width ones, changes of direction,
-/// line separators and tags: they make two different values look the same, or an error unreadable.
+/// Returns whether a character is a control character or an invisible format character: zero-width characters, changes of
+/// direction, line separators and tags. They make different values look the same, or a message unreadable.
 pub fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(
@@ -50,13 +50,14 @@ pub fn is_invisible(c: char) -> bool {
         )
 }
 
-/// How long text is in a header at most, where whatever is not printable ASCII, and some of what is, is percent-encoded.
+/// Returns the maximum length of the text in a header, where characters outside printable ASCII, and some inside, are
+/// percent-encoded.
 fn header_bytes(text: &str) -> usize {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.,:;/[]()=".contains(&byte);
     text.bytes().map(|byte| if plain(byte) { 1 } else { 3 }).sum()
 }
 
-/// The items that an error describes one by one: all, or at least the first.
+/// Returns the items that an error describes individually: all, or at least the first.
 pub(super) fn named<T: fmt::Display>(items: &[T]) -> &[T] {
     let fitting = |bounds: NamedBounds| {
         let mut bytes = 0;
@@ -81,7 +82,7 @@ pub(super) fn join(items: &[impl fmt::Display]) -> String {
     text
 }
 
-/// The indices in fields such as `ids[3]`, as ranges: `0-4,7`.
+/// Returns the indices in fields such as `ids[3]` as ranges: `0-4,7`.
 pub(super) fn indices(fields: &[&str]) -> String {
     let mut indices: Vec<usize> =
         fields.iter().filter_map(|field| field.split_once('[')?.1.split_once(']')?.0.parse().ok()).collect();
