@@ -1,11 +1,14 @@
-//! The running service: all RPCs behind one gate, reflection, health, and a way to stop.
+//! Composes the server: transport, middleware, services, reflection and health; and stops it.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use hyper::body::Incoming;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::{BoxError, Service, ServiceBuilder};
 
 use crate::{
     FILE_DESCRIPTOR_SET,
@@ -17,7 +20,21 @@ use crate::{
         tokens::prune_tokens,
     },
     error::Result,
-    middleware::{Gate, OPEN_REQUEST_BYTES_MAX},
+    middleware::{
+        RequestLimits,
+        admission::{AdmissionLayer, LoadSheddingLayer, RequestSlots},
+        authentication::AuthenticationLayer,
+        authorization::AuthorizationLayer,
+        buffering::{BufferingLayer, UNAUTHENTICATED_MESSAGE_BYTES_MAX},
+        deadline::DeadlineLayer,
+        draining::DrainingLayer,
+        error_mapping::ErrorMappingLayer,
+        method_policy::{MethodPolicyLayer, MethodTable},
+        method_table::METHODS,
+        protocol::ProtocolLayer,
+        retry::RetryLayer,
+        unauthenticated_limits::UnauthenticatedLimitsLayer,
+    },
     pb::{
         auth_service_server::AuthServiceServer, comment_service_server::CommentServiceServer,
         import_service_server::ImportServiceServer, issue_service_server::IssueServiceServer,
@@ -25,32 +42,22 @@ use crate::{
         user_service_server::UserServiceServer,
     },
     rpc::Api,
-    transport::connection::{self, Listener},
+    transport::listener::{self, ConnectionTrackers, Listener},
 };
 
-/// What health tells of besides the service as a whole.
-const SERVICES: [&str; 8] = [
-    "",
-    "issuetracker.v1.AuthService",
-    "issuetracker.v1.UserService",
-    "issuetracker.v1.IssueService",
-    "issuetracker.v1.CommentService",
-    "issuetracker.v1.LabelService",
-    "issuetracker.v1.ImportService",
-    "issuetracker.v1.ReportService",
-];
-
+/// How often expired rows are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// Serves until `shutdown` is ready. Then health says NOT_SERVING, our own RPCs are refused, streams are told to go on
-/// elsewhere, and calls under way have `limits.drain()` to finish.
+/// Serves until `shutdown` is ready.
+///
+/// Then health reports NOT_SERVING, new calls are refused, streams end, and calls in flight have `limits.drain()` to finish.
 pub async fn run(
     listener: impl Into<Listener>,
     db: Db,
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let stop = CancellationToken::new();
+    let stopping = CancellationToken::new();
     let auth = Auth::new(db.clone(), limits.bcrypt.cost)?;
     let api = Api {
         db: db.clone(),
@@ -60,50 +67,99 @@ pub async fn run(
         session_hours: limits.session_hours,
         imports: Arc::new(Semaphore::new(limits.imports as usize)),
         exports: Arc::new(Semaphore::new(limits.exports as usize)),
-        stopping: stop.clone(),
+        stopping: stopping.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();
-    let routes = routes(api, limits)?.add_service(health_service.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX));
-    let gate = Arc::new(Gate::new(auth, routes, limits.requests(), stop.clone()));
-    let open = connection::Open::default();
-    let serve = connection::serve(listener.into(), gate, limits.connections(), stop.clone(), open.clone());
-    let until_stop = async {
+    let routes =
+        routes(api, limits)?.add_service(health_service.max_decoding_message_size(UNAUTHENTICATED_MESSAGE_BYTES_MAX));
+    let service = middleware_stack(methods()?, auth, limits.requests(), stopping.clone(), routes);
+    let trackers = ConnectionTrackers::default();
+    let serve = listener::serve(listener.into(), service, limits.connections(), stopping.clone(), trackers.clone());
+    let until_shutdown = async {
         tokio::select! {
             () = shutdown => {}
-            () = follow_database(db.clone(), health.clone()) => {}
+            () = report_database_health(db.clone(), health.clone()) => {}
             () = prune(db) => {}
         }
     };
     let stopped = async {
-        until_stop.await;
+        until_shutdown.await;
         set_health(&health, ServingStatus::NotServing).await;
-        tracing::info!("stopping; requests under way may finish");
-        stop.cancel();
-        open.before.close();
-        if tokio::time::timeout(limits.drain(), open.before.wait()).await.is_err() {
-            tracing::warn!("some requests were still under way");
+        tracing::info!(drain_seconds = limits.drain().as_secs(), "shutdown began");
+        stopping.cancel();
+        if !trackers.drain(limits.drain()).await {
+            tracing::warn!("shutdown interrupted calls in flight");
         }
     };
-    // Meanwhile who connects is told that it ends.
+    // Clients that connect meanwhile learn that the server is stopping.
     tokio::select! {
         never = serve => match never {},
         () = stopped => {}
     }
-    open.say_goodbye().await;
+    trackers.close().await;
     Ok(())
 }
 
-/// All services, but for health.
+/// Returns the services behind all layers, from the outside in. [`crate::middleware`] says why in this order.
+pub fn middleware_stack(
+    methods: MethodTable,
+    auth: Auth,
+    limits: RequestLimits,
+    stopping: CancellationToken,
+    routes: Routes,
+) -> impl Service<
+    http::Request<Incoming>,
+    Response = http::Response<
+        impl http_body::Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin + 'static + use<>,
+    >,
+    Error = Infallible,
+    Future: Send,
+>
++ Clone
++ Send
++ Sync
++ 'static
++ use<> {
+    let slots = Arc::new(RequestSlots::new(limits.requests_max));
+    ServiceBuilder::new()
+        .layer(ProtocolLayer)
+        .layer(ErrorMappingLayer)
+        .layer(MethodPolicyLayer::new(methods))
+        .layer(DeadlineLayer::new(limits.deadline_default))
+        .layer(DrainingLayer::new(stopping))
+        .layer(UnauthenticatedLimitsLayer::default())
+        .layer(LoadSheddingLayer(Arc::clone(&slots)))
+        .layer(AuthenticationLayer::new(auth))
+        .layer(AuthorizationLayer)
+        .layer(AdmissionLayer(slots))
+        .layer(BufferingLayer::new(limits))
+        .layer(RetryLayer)
+        .service(routes.prepare())
+}
+
+/// Returns the methods of all services that [`run`] serves.
+pub fn methods() -> anyhow::Result<MethodTable> {
+    Ok(MethodTable::of_own_methods()
+        .with_third_party(tonic_health::pb::FILE_DESCRIPTOR_SET)?
+        .with_third_party(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)?
+        .with_third_party(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)?)
+}
+
+/// Returns all services but health.
 fn routes(api: Api, limits: &Limits) -> anyhow::Result<Routes> {
     let api = Arc::new(api);
-    // Each service decodes with the same bound.
+    // All services accept and send gzip, and decode with the same limit, which holds after decompression too.
     macro_rules! service {
         ($server:ident) => {
-            $server::from_arc(Arc::clone(&api)).max_decoding_message_size(limits.requests().message_bytes_max)
+            $server::from_arc(Arc::clone(&api))
+                .max_decoding_message_size(limits.requests().message_bytes_max)
+                .accept_compressed(CompressionEncoding::Gzip)
+                .send_compressed(CompressionEncoding::Gzip)
         };
     }
-    Ok(Routes::new(reflection()?.build_v1()?.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX))
-        .add_service(reflection()?.build_v1alpha()?.max_decoding_message_size(OPEN_REQUEST_BYTES_MAX))
+    let reflection_bytes_max = UNAUTHENTICATED_MESSAGE_BYTES_MAX;
+    Ok(Routes::new(reflection().build_v1()?.max_decoding_message_size(reflection_bytes_max))
+        .add_service(reflection().build_v1alpha()?.max_decoding_message_size(reflection_bytes_max))
         .add_service(service!(AuthServiceServer))
         .add_service(service!(UserServiceServer))
         .add_service(service!(IssueServiceServer))
@@ -113,16 +169,16 @@ fn routes(api: Api, limits: &Limits) -> anyhow::Result<Routes> {
         .add_service(service!(ReportServiceServer)))
 }
 
-fn reflection() -> anyhow::Result<tonic_reflection::server::Builder<'static>> {
-    Ok(tonic_reflection::server::Builder::configure()
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        // So that clients can print the details of errors.
-        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET))
+        // With these, clients can print the details of errors.
+        .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 
-/// Health says of every service what the database is.
-async fn follow_database(db: Db, health: HealthReporter) {
+/// Reports whether the database is reachable as the health of every service.
+async fn report_database_health(db: Db, health: HealthReporter) {
     let mut healthy = db.watch_health();
     loop {
         let status = if *healthy.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
@@ -134,12 +190,15 @@ async fn follow_database(db: Db, health: HealthReporter) {
 }
 
 async fn set_health(health: &HealthReporter, status: ServingStatus) {
-    for service in SERVICES {
+    // The empty name is the server as a whole. The methods are sorted by service.
+    let mut services: Vec<&str> = METHODS.iter().map(|method| method.service).collect();
+    services.dedup();
+    for service in [""].into_iter().chain(services) {
         health.set_service_status(service, status).await;
     }
 }
 
-/// Forgets old request ids, tokens and audit events now and then. Replicas that do it at once do not get in each other's way.
+/// Deletes expired request ids, tokens and audit events every hour. Replicas do not get in each other's way.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
@@ -150,13 +209,13 @@ async fn prune(db: Db) {
             ("audit events", pruned(&db, async |conn| prune_audit_events(conn).await).await),
         ] {
             if let Err(error) = pruned {
-                tracing::warn!(code = ?error.code(), what, "cannot prune what is old; trying again later");
+                tracing::warn!(code = ?error.code(), what, "pruning failed");
             }
         }
     }
 }
 
-/// Prunes until there is less than one statement takes.
+/// Repeats `prune` until it deletes less than one statement may.
 async fn pruned(db: &Db, prune: impl AsyncFn(&Conn) -> Result<u64>) -> Result<()> {
     while prune(&db.conn().await?).await? == PRUNE_BATCH_ROWS as u64 {}
     Ok(())

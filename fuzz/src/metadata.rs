@@ -7,7 +7,7 @@ use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use issue_tracker::{
     auth::{bearer_sha256, token_sha256},
     hash::sha256,
-    middleware::grpc_timeout,
+    middleware::deadline::grpc_timeout,
     transport::client_address::TrustedProxies,
 };
 use tonic::codegen::http::{HeaderMap, HeaderValue};

@@ -19,7 +19,7 @@ use crate::{
     db::{ConnectionString, Db, migrate::migrate, users},
     postgres::{Cluster, Durability},
     server,
-    transport::{connection::Listener, tls::Acceptor},
+    transport::{listener::Listener, tls::Acceptor},
 };
 
 /// Open files besides connections: standard streams, certificates, logs, the runtime's.

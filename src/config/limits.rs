@@ -10,7 +10,7 @@ use crate::{
     auth::throttle::FreeFailures,
     db::PoolOptions,
     middleware::RequestLimits,
-    transport::{client_address::TrustedProxies, connections::ConnectionLimits},
+    transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
 
 #[derive(Clone, Debug, Args)]

@@ -314,7 +314,7 @@ mod tests {
             ("postgresql://u:sesame@h/d?sslmode=require&sslrootcert=system", "too weak for sslrootcert=system"),
             ("host=h,/tmp password=sesame sslmode=require", "is not possible on a Unix socket"),
             ("host=h password=sesame sslmode=verify-full sslrootcert=/nowhere.pem", "cannot read sslrootcert /nowhere"),
-            ("host=h password=sesame sslrootcert=/dev/null", "sslrootcert /dev/null has no certificate in PEM"),
+            ("host=h password=sesame sslrootcert=/dev/null", "sslrootcert /dev/null contains no PEM certificate"),
             ("host=h password=sesame sslcert=/dev/null", "sslcert needs sslkey"),
         ] {
             let error = error(text);

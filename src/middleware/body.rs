@@ -1,130 +1,155 @@
-//! The bodies of requests and answers on their way through the gate.
+//! Bodies that layers share: responses that carry a guard or end early, and requests whose stream must not be cut short.
 
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::Bytes;
-use http::HeaderMap;
-use http_body::Frame;
-use hyper::body::Incoming;
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, Sleep},
-};
-use tokio_util::sync::WaitForCancellationFutureOwned;
-use tonic::{Status, body::Body};
+use http::{HeaderMap, Response};
+use http_body::{Body, Frame};
+use pin_project_lite::pin_project;
+use tonic::Status;
 
-use super::{deadline_passed, unauthenticated_streams::OpenStream};
-use crate::{error::Error, transport::connection::Call};
+use crate::error::{Error, Result};
 
-/// What of an answer is given to the connection at once.
-const ANSWER_PIECE_BYTES: usize = 16 * 1024;
-/// How long a stream may stand still: longer than imports and exports wait for their client.
-pub(super) const STREAM_STILL_MAX: Duration = Duration::from_secs(120);
+/// A frame of a response body.
+pub type PolledFrame = Poll<Option<Result<Frame<Bytes>, Status>>>;
 
-/// What a request holds until its answer is read.
-#[derive(Default)]
-pub(super) struct Held {
-    pub _slot: Option<OwnedSemaphorePermit>,
-    pub _open_stream: Option<OpenStream>,
-    pub payload: Vec<OwnedSemaphorePermit>,
+/// Wraps the body of a response in another one.
+pub trait WrapBody<R> {
+    type Body;
+
+    fn wrap(self, body: R) -> Self::Body;
 }
 
-/// hyper takes a frame whole as soon as the client has room for one byte, and asks for the next when it is sent: whoever
-/// does not read is to have little of an answer that nobody counts any more.
-pub(super) fn next_piece(data: &mut Option<Bytes>) -> Option<Bytes> {
-    let bytes = data.as_mut()?;
-    let piece = bytes.split_to(bytes.len().min(ANSWER_PIECE_BYTES));
-    if bytes.is_empty() {
-        *data = None;
-    }
-    Some(piece)
-}
-
-/// An answer on its way to the client, with all that it holds until it is read.
-pub struct Answer {
-    pub(super) content: Content,
-    pub(super) deadline: Option<Pin<Box<Sleep>>>,
-    pub(super) stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
-    pub(super) call: Call,
-    pub(super) _held: Held,
-}
-
-pub(super) enum Content {
-    Unary { data: Option<Bytes>, trailers: Option<HeaderMap> },
-    Stream(Body),
-}
-
-impl Answer {
-    pub(super) fn empty(call: Call) -> Self {
-        let content = Content::Unary { data: None, trailers: None };
-        Self { content, deadline: None, stop: None, call, _held: Held::default() }
-    }
-
-    /// Ends a stream with an error.
-    fn end(&mut self, error: Error) -> Option<Result<Frame<Bytes>, Status>> {
-        self.content = Content::Unary { data: None, trailers: None };
-        let mut trailers = HeaderMap::new();
-        Status::from(error).add_header(&mut trailers).ok().map(|()| Ok(Frame::trailers(trailers)))
+pin_project! {
+    /// The future of a response whose body is wrapped.
+    pub struct WrappedResponse<F, W> {
+        #[pin]
+        response: F,
+        wrapper: Option<W>,
     }
 }
 
-impl http_body::Body for Answer {
+impl<F, W> WrappedResponse<F, W> {
+    pub fn new(response: F, wrapper: W) -> Self {
+        Self { response, wrapper: Some(wrapper) }
+    }
+}
+
+impl<F, R, W> Future for WrappedResponse<F, W>
+where
+    F: Future<Output = Result<Response<R>>>,
+    W: WrapBody<R>,
+{
+    type Output = Result<Response<W::Body>>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let response = ready!(this.response.poll(context))?;
+        let wrapper = this.wrapper.take().ok_or(Error::Internal("a response was polled after it was ready"))?;
+        Poll::Ready(Ok(response.map(|body| wrapper.wrap(body))))
+    }
+}
+
+/// Something that a response holds until its body is dropped: a request slot, or a place among a client's streams.
+pub struct Guard<G>(pub G);
+
+impl<R, G> WrapBody<R> for Guard<G> {
+    type Body = GuardedBody<R, G>;
+
+    fn wrap(self, body: R) -> GuardedBody<R, G> {
+        GuardedBody { body, _guard: self.0 }
+    }
+}
+
+/// A response body that keeps a guard until it is dropped.
+pub struct GuardedBody<R, G> {
+    body: R,
+    _guard: G,
+}
+
+impl<R: Body<Data = Bytes, Error = Status> + Unpin, G: Unpin> Body for GuardedBody<R, G> {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        let body = match &mut this.content {
-            Content::Unary { data, trailers } => {
-                let piece = next_piece(data).map(Frame::data);
-                let frame = piece.or_else(|| trailers.take().map(Frame::trailers));
-                return Poll::Ready(frame.map(Ok));
-            }
-            Content::Stream(body) => body,
-        };
-        if let Some(deadline) = &mut this.deadline
-            && deadline.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(this.end(deadline_passed()));
-        }
-        let polled = Pin::new(body).poll_frame(context);
-        if polled.is_pending()
-            && let Some(stop) = &mut this.stop
-            && stop.as_mut().poll(context).is_ready()
-        {
-            return Poll::Ready(this.end(Error::Stopping));
-        }
-        match &polled {
-            // There is nothing to be read, for as long as it takes.
-            Poll::Pending => this.call.lasts(),
-            Poll::Ready(_) => this.call.lasts_until(Instant::now() + STREAM_STILL_MAX),
-        }
-        polled
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
+        Pin::new(&mut self.body).poll_frame(context)
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Unary { data, trailers } => data.is_none() && trailers.is_none(),
-            Content::Stream(body) => body.is_end_stream(),
+        self.body.is_end_stream()
+    }
+}
+
+/// A response body that a layer can end early.
+pub enum EndableBody<R> {
+    Open(R),
+    Ended,
+}
+
+impl<R: Body<Data = Bytes, Error = Status> + Unpin> EndableBody<R> {
+    pub fn poll(&mut self, context: &mut Context<'_>) -> PolledFrame {
+        match self {
+            Self::Open(body) => Pin::new(body).poll_frame(context),
+            Self::Ended => Poll::Ready(None),
+        }
+    }
+
+    /// Drops the body and returns the trailers of the error.
+    pub fn end(&mut self, error: Error) -> PolledFrame {
+        *self = Self::Ended;
+        let mut trailers = HeaderMap::new();
+        let added = Status::from(error).add_header(&mut trailers);
+        Poll::Ready(added.ok().map(|()| Ok(Frame::trailers(trailers))))
+    }
+
+    pub fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Open(body) => body.is_end_stream(),
+            Self::Ended => true,
         }
     }
 }
 
-/// A body that fails when the client resets its stream, which tonic and hyper take for its proper end: half a file would
-/// pass for a whole one.
-pub(super) struct Uncut(pub Incoming);
+/// A response body, or none where a status without a body is returned instead.
+pub struct OptionalBody<R>(pub Option<R>);
 
-impl http_body::Body for Uncut {
+impl<R> Default for OptionalBody<R> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<R: Body<Data = Bytes, Error = Status> + Unpin> Body for OptionalBody<R> {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
+        match &mut self.0 {
+            Some(body) => Pin::new(body).poll_frame(context),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(Body::is_end_stream)
+    }
+}
+
+/// A request body that fails when the client resets its stream.
+///
+/// tonic and hyper take a reset for the end of the body: half a file would pass for a whole one.
+pub struct UncutBody<B>(pub B);
+
+impl<B: Body<Data = Bytes> + Unpin> Body for UncutBody<B> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
         let cut = || {
-            let message = "the stream was cut".to_owned();
+            let message = "the client reset the stream before its end".to_owned();
             Some(Err(Status::from(Error::Aborted { reason: "STREAM_CUT", message })))
         };
         match ready!(Pin::new(&mut self.0).poll_frame(context)) {
@@ -137,4 +162,12 @@ impl http_body::Body for Uncut {
     fn is_end_stream(&self) -> bool {
         self.0.is_end_stream()
     }
+}
+
+/// The body of a request behind the memory budget.
+pub enum RequestBody<B> {
+    /// The one message of the request, with its prefix.
+    Message(Bytes),
+    /// The messages that the client streams.
+    Stream(UncutBody<B>),
 }

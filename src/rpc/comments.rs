@@ -11,7 +11,7 @@ use crate::{
     },
     error::Error,
     pb::{
-        Comment, CreateCommentRequest, DeleteCommentRequest, ListCommentsRequest, ListCommentsResponse, Role,
+        Comment, CreateCommentRequest, DeleteCommentRequest, ListCommentsRequest, ListCommentsResponse,
         UpdateCommentRequest, comment_service_server::CommentService,
     },
     request::{COMMENT_CHARS_MAX, Check, mutation},
@@ -26,7 +26,7 @@ mutation! {
 #[tonic::async_trait]
 impl CommentService for Api {
     async fn create_comment(&self, request: Request<CreateCommentRequest>) -> RpcResult<Comment> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -42,7 +42,6 @@ impl CommentService for Api {
     }
 
     async fn list_comments(&self, request: Request<ListCommentsRequest>) -> RpcResult<ListCommentsResponse> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let issue_id = check.uuid("issue_id", &request.issue_id);
@@ -60,7 +59,7 @@ impl CommentService for Api {
     }
 
     async fn update_comment(&self, request: Request<UpdateCommentRequest>) -> RpcResult<Comment> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -78,7 +77,7 @@ impl CommentService for Api {
     }
 
     async fn delete_comment(&self, request: Request<DeleteCommentRequest>) -> RpcResult<Comment> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);

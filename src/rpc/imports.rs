@@ -20,8 +20,7 @@ use crate::{
     error::{Error, Result},
     pb::{
         GetImportRequest, Import, ImportIssuesRequest, ImportIssuesResponse, ListImportErrorsRequest,
-        ListImportErrorsResponse, RevertImportRequest, RevertImportResponse, Role,
-        import_service_server::ImportService,
+        ListImportErrorsResponse, RevertImportRequest, RevertImportResponse, import_service_server::ImportService,
     },
     request::{Check, mutation},
 };
@@ -40,7 +39,7 @@ impl ImportService for Api {
         &self,
         request: Request<Streaming<ImportIssuesRequest>>,
     ) -> RpcResult<Self::ImportIssuesStream> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let permit = self.import_permit()?;
         let (db, requests) = (self.db.clone(), request.into_inner());
         let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, permit, self.stopping.clone(), |sender| async move {
@@ -50,7 +49,7 @@ impl ImportService for Api {
     }
 
     async fn get_import(&self, request: Request<GetImportRequest>) -> RpcResult<Import> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let id = check.uuid("id", &request.id);
@@ -64,7 +63,7 @@ impl ImportService for Api {
         &self,
         request: Request<ListImportErrorsRequest>,
     ) -> RpcResult<ListImportErrorsResponse> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let id = check.uuid("import_id", &request.import_id);
@@ -81,7 +80,7 @@ impl ImportService for Api {
     }
 
     async fn revert_import(&self, request: Request<RevertImportRequest>) -> RpcResult<RevertImportResponse> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);

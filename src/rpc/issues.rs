@@ -26,7 +26,7 @@ use crate::{
     pb::{
         BatchCreateIssuesRequest, BatchCreateIssuesResponse, BatchGetIssuesRequest, BatchGetIssuesResponse,
         BulkUpdateStatusRequest, BulkUpdateStatusResponse, CreateIssueRequest, DeleteIssueRequest, ExportIssuesRequest,
-        GetIssueRequest, Issue, IssueView, ListIssuesRequest, ListIssuesResponse, Priority, Role, Status,
+        GetIssueRequest, Issue, IssueView, ListIssuesRequest, ListIssuesResponse, Priority, Status,
         UndeleteIssueRequest, UpdateIssueRequest, bulk_update_status_response, issue_service_server::IssueService,
     },
     request::{
@@ -50,7 +50,7 @@ mutation! {
 #[tonic::async_trait]
 impl IssueService for Api {
     async fn create_issue(&self, request: Request<CreateIssueRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -73,7 +73,7 @@ impl IssueService for Api {
         &self,
         request: Request<BatchCreateIssuesRequest>,
     ) -> RpcResult<BatchCreateIssuesResponse> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -102,7 +102,6 @@ impl IssueService for Api {
     }
 
     async fn get_issue(&self, request: Request<GetIssueRequest>) -> RpcResult<Issue> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let id = check.uuid("id", &request.id);
@@ -113,7 +112,6 @@ impl IssueService for Api {
     }
 
     async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> RpcResult<BatchGetIssuesResponse> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let ids = check.uuids("ids", &request.ids, 1, BATCH_ITEMS_MAX);
@@ -143,7 +141,6 @@ impl IssueService for Api {
     }
 
     async fn list_issues(&self, request: Request<ListIssuesRequest>) -> RpcResult<ListIssuesResponse> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(
@@ -162,7 +159,7 @@ impl IssueService for Api {
     }
 
     async fn update_issue(&self, request: Request<UpdateIssueRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -179,7 +176,7 @@ impl IssueService for Api {
     }
 
     async fn delete_issue(&self, request: Request<DeleteIssueRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -192,7 +189,7 @@ impl IssueService for Api {
     }
 
     async fn undelete_issue(&self, request: Request<UndeleteIssueRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -208,7 +205,7 @@ impl IssueService for Api {
         &self,
         request: Request<BulkUpdateStatusRequest>,
     ) -> RpcResult<BulkUpdateStatusResponse> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -240,7 +237,6 @@ impl IssueService for Api {
     type ExportIssuesStream = ExportStream;
 
     async fn export_issues(&self, request: Request<ExportIssuesRequest>) -> RpcResult<ExportStream> {
-        Caller::with_role(&request, Role::Viewer)?;
         let ExportIssuesRequest { filter, show_deleted, escape_formulas } = request.into_inner();
         let mut check = Check::default();
         let filter = check.take("filter", filter::parse(&filter).map_err(|error| error.message));

@@ -12,8 +12,8 @@ use crate::{
     },
     pb::{
         AddIssueLabelsRequest, CreateLabelRequest, DeleteLabelRequest, DeleteLabelResponse, Issue, Label,
-        ListLabelsRequest, ListLabelsResponse, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, Role,
-        UpdateLabelRequest, label_service_server::LabelService,
+        ListLabelsRequest, ListLabelsResponse, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, UpdateLabelRequest,
+        label_service_server::LabelService,
     },
     request::{Check, LABEL_DESCRIPTION_CHARS_MAX, LABEL_NAME_CHARS_MAX, LABELS_PER_ISSUE_MAX, mutation},
 };
@@ -30,7 +30,7 @@ mutation! {
 #[tonic::async_trait]
 impl LabelService for Api {
     async fn create_label(&self, request: Request<CreateLabelRequest>) -> RpcResult<Label> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -46,7 +46,6 @@ impl LabelService for Api {
     }
 
     async fn list_labels(&self, request: Request<ListLabelsRequest>) -> RpcResult<ListLabelsResponse> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(request.page_size, &request.page_token, &[b"labels"]);
@@ -60,7 +59,7 @@ impl LabelService for Api {
     }
 
     async fn update_label(&self, request: Request<UpdateLabelRequest>) -> RpcResult<Label> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -87,7 +86,7 @@ impl LabelService for Api {
     }
 
     async fn delete_label(&self, request: Request<DeleteLabelRequest>) -> RpcResult<DeleteLabelResponse> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -102,7 +101,7 @@ impl LabelService for Api {
     }
 
     async fn add_issue_labels(&self, request: Request<AddIssueLabelsRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -112,7 +111,7 @@ impl LabelService for Api {
     }
 
     async fn remove_issue_labels(&self, request: Request<RemoveIssueLabelsRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);
@@ -122,7 +121,7 @@ impl LabelService for Api {
     }
 
     async fn replace_issue_labels(&self, request: Request<ReplaceIssueLabelsRequest>) -> RpcResult<Issue> {
-        let caller = Caller::with_role(&request, Role::Member)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let options = check.mutation_options(&request);

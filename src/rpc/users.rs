@@ -31,7 +31,7 @@ mutation! {
 #[tonic::async_trait]
 impl UserService for Api {
     async fn create_user(&self, request: Request<CreateUserRequest>) -> RpcResult<User> {
-        let caller = Caller::with_role(&request, Role::Admin)?;
+        let caller = Caller::of(&request)?;
         let by = By::user(caller.user_id, client_address(&request));
         let mut request = request.into_inner();
         let password = SecretString::from(mem::take(&mut request.password));
@@ -54,7 +54,6 @@ impl UserService for Api {
     }
 
     async fn get_user(&self, request: Request<GetUserRequest>) -> RpcResult<User> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let (by_id, by_name) = (!request.id.is_empty(), !request.username.is_empty());
@@ -74,7 +73,6 @@ impl UserService for Api {
     }
 
     async fn list_users(&self, request: Request<ListUsersRequest>) -> RpcResult<ListUsersResponse> {
-        Caller::with_role(&request, Role::Viewer)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(request.page_size, &request.page_token, &[b"users"]);
@@ -88,7 +86,7 @@ impl UserService for Api {
     }
 
     async fn update_user(&self, request: Request<UpdateUserRequest>) -> RpcResult<User> {
-        let caller = Caller::with_role(&request, Role::Admin)?;
+        let caller = Caller::of(&request)?;
         let by = By::user(caller.user_id, client_address(&request));
         let request = request.into_inner();
         let mut check = Check::default();
@@ -130,7 +128,7 @@ impl UserService for Api {
     }
 
     async fn reset_password(&self, request: Request<ResetPasswordRequest>) -> RpcResult<ResetPasswordResponse> {
-        let caller = Caller::with_role(&request, Role::Admin)?;
+        let caller = Caller::of(&request)?;
         let address = client_address(&request);
         let mut request = request.into_inner();
         let new_password = SecretString::from(mem::take(&mut request.new_password));
@@ -160,7 +158,6 @@ impl UserService for Api {
     }
 
     async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> RpcResult<ListAuditEventsResponse> {
-        Caller::with_role(&request, Role::Admin)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let user_id = check.optional_uuid("user_id", &request.user_id);

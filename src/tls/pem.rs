@@ -1,29 +1,29 @@
-//! Certificates and keys in PEM files. Errors name the file and what it was given as, never what is in it.
+//! Certificates and keys in PEM files. Errors name the flag or parameter and the file, never its contents.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context, anyhow, bail};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-/// A whole file; `given_as` is the flag or parameter that names it.
+/// Reads a file. `given_as`: the flag or parameter that names it.
 pub fn read(given_as: &str, path: &Path) -> anyhow::Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {given_as} {}", path.display()))
 }
 
-/// All certificates in the bytes of a file, at least one.
+/// Returns all certificates in the bytes of a file, at least one.
 pub fn certificates(given_as: &str, path: &Path, bytes: &[u8]) -> anyhow::Result<Vec<CertificateDer<'static>>> {
-    // The parser's own errors quote lines.
+    // The parser's errors quote lines of the file.
     let certificates = CertificateDer::pem_slice_iter(bytes)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| anyhow!("{given_as} {} is not whole PEM", path.display()))?;
+        .map_err(|_| anyhow!("{given_as} {} is not valid PEM", path.display()))?;
     if certificates.is_empty() {
-        bail!("{given_as} {} has no certificate in PEM", path.display());
+        bail!("{given_as} {} contains no PEM certificate", path.display());
     }
     Ok(certificates)
 }
 
-/// The first private key in the bytes of a file.
+/// Returns the first private key in the bytes of a file.
 pub fn private_key(given_as: &str, path: &Path, bytes: &[u8]) -> anyhow::Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_slice(bytes)
-        .map_err(|_| anyhow!("{given_as} {} has no private key in PEM without a passphrase", path.display()))
+        .map_err(|_| anyhow!("{given_as} {} contains no PEM private key without a passphrase", path.display()))
 }

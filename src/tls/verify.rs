@@ -1,4 +1,4 @@
-//! Whether a server is whom a client wants to speak to.
+//! Verification of server certificates by clients: of this server, or of PostgreSQL.
 
 use std::{path::Path, sync::Arc};
 
@@ -16,16 +16,16 @@ use rustls::{
 
 use super::pem;
 
-/// Who may have signed a server's certificate.
+/// The certificate authorities that a client trusts.
 #[derive(Debug)]
 pub struct Roots {
     store: RootCertStore,
-    /// Those that an operator has chosen one by one.
+    /// The certificates of a file that the operator has chosen.
     chosen: Vec<CertificateDer<'static>>,
 }
 
 impl Roots {
-    /// Those of this machine.
+    /// Returns the authorities that this machine trusts.
     pub fn system() -> anyhow::Result<Self> {
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -35,14 +35,14 @@ impl Roots {
         Ok(Self { store, chosen: Vec::new() })
     }
 
-    /// Those in a PEM file; `given_as` is the flag or parameter that names it.
+    /// Returns the authorities in a PEM file. `given_as`: the flag or parameter that names it.
     pub fn file(given_as: &str, path: &Path) -> anyhow::Result<Self> {
         let chosen = pem::certificates(given_as, path, &pem::read(given_as, path)?)?;
         let mut store = RootCertStore::empty();
         for certificate in &chosen {
             store
                 .add(certificate.clone())
-                .with_context(|| format!("{given_as} {} has a certificate that cannot be read", path.display()))?;
+                .with_context(|| format!("{given_as} {} contains a malformed certificate", path.display()))?;
         }
         Ok(Self { store, chosen })
     }
@@ -57,17 +57,17 @@ pub struct Verifier {
 }
 
 impl Verifier {
-    /// The certificate is signed by one of `roots`, and made out to the name by which the server is reached.
+    /// Returns a verifier that requires a certificate signed by one of `roots` for the server's name.
     pub fn full(roots: Roots) -> Arc<Self> {
         Arc::new(Self { algorithms: algorithms(), roots: Some(roots), checks_name: true })
     }
 
-    /// Signed by one of `roots`, for whomever.
+    /// Returns a verifier that requires a certificate signed by one of `roots`, for any name.
     pub fn authority(roots: Roots) -> Arc<Self> {
         Arc::new(Self { algorithms: algorithms(), roots: Some(roots), checks_name: false })
     }
 
-    /// Anybody's.
+    /// Returns a verifier that accepts any certificate.
     pub fn nothing() -> Arc<Self> {
         Arc::new(Self { algorithms: algorithms(), roots: None, checks_name: false })
     }
@@ -91,8 +91,8 @@ impl ServerCertVerifier for Verifier {
         };
         let certificate = ParsedCertificate::try_from(end_entity)?;
         match verify_server_cert_signed_by_trust_anchor(&certificate, store, intermediates, now, self.algorithms.all) {
-            // `openssl req -x509` makes certificates that are their own authority, which the library takes for an
-            // authority only, after it has looked at the dates.
+            // `openssl req -x509` makes certificates that are their own authority. The library rejects these as server
+            // certificates, after it has checked the dates.
             Err(Error::InvalidCertificate(CertificateError::Other(_))) if chosen.contains(end_entity) => {}
             verified => verified?,
         }
@@ -102,7 +102,7 @@ impl ServerCertVerifier for Verifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    // Whoever it is, it has the certificate's key: PostgreSQL's channel binding relies on it.
+    // Even an unverified server must have the certificate's key: PostgreSQL's channel binding relies on it.
     fn verify_tls12_signature(
         &self,
         message: &[u8],

@@ -1,36 +1,53 @@
-//! Who a client is where proxies stand in front of the service.
+//! The address of the client that makes a call, also where proxies stand in front of the server.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     str::FromStr,
     sync::Arc,
 };
 
 use http::{HeaderMap, HeaderName};
+use ipnet::{IpNet, Ipv6Net};
 
-/// Where each proxy appends the address that it was called from.
+/// The header to which each proxy appends the address that it was called from.
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-/// How many hops are looked at: more proxies than stand in a row anywhere.
+/// The maximum number of hops that are read: more than proxies stand in a row.
 const HOPS_MAX: usize = 16;
-/// The longest text of an address with a port has fewer.
+/// Longer than the text of any address with a port.
 const HOP_BYTES_MAX: usize = 64;
-/// An IPv4 address is the last 32 bits of an IPv6 one.
-const IPV4_PREFIX_BITS: u32 = 96;
+/// The network of the IPv4-mapped IPv6 addresses.
+const ALL_IPV4: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96);
+/// The network prefix that one IPv6 subscriber has.
+const IPV6_SUBSCRIBER_PREFIX_BITS: u32 = 64;
 
-/// Who has made a request; the gate puts it into the request's extensions.
+/// The address of the client that makes a call, in its canonical form. The extensions of each request contain one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClientAddress(pub IpAddr);
 
-/// The proxies that are believed. Cheap to clone.
+impl ClientAddress {
+    /// Returns what limits per client count by: the IPv4 address, or the /64 network of the IPv6 address, whose addresses
+    /// all belong to one subscriber.
+    pub fn network(self) -> IpAddr {
+        match self.0.to_canonical() {
+            IpAddr::V4(address) => address.into(),
+            IpAddr::V6(address) => {
+                let prefix = u128::MAX << (u128::BITS - IPV6_SUBSCRIBER_PREFIX_BITS);
+                Ipv6Addr::from_bits(address.to_bits() & prefix).into()
+            }
+        }
+    }
+}
+
+/// The proxies whose `x-forwarded-for` is trusted. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct TrustedProxies(Arc<[Network]>);
+pub struct TrustedProxies(Arc<[IpNet]>);
 
 impl TrustedProxies {
-    /// Who has made a request that came from `peer` with these headers.
+    /// Returns the address of the client of a request that came from `peer` with these headers.
     ///
-    /// From a trusted proxy, that is the rightmost address in `x-forwarded-for` that is none itself: what clients write
-    /// into the header stands to the left of what the first trusted proxy has appended, and is never read. Where the header
-    /// ends, or has something else than an address, it is the trusted proxy that was found last.
+    /// If the peer is a trusted proxy, this is the rightmost address in `x-forwarded-for` that is not a trusted proxy.
+    /// What clients write into the header stands to the left of what the first trusted proxy appends, and is never read.
+    /// Where the header ends or contains something else than an address, it is the last trusted proxy that was found.
     pub fn client(&self, peer: IpAddr, headers: &HeaderMap) -> ClientAddress {
         let mut client = peer.to_canonical();
         let mut hops = hops_from_the_right(headers).take(HOPS_MAX);
@@ -43,11 +60,11 @@ impl TrustedProxies {
     }
 
     fn trusts(&self, address: IpAddr) -> bool {
-        self.0.iter().any(|network| network.contains(address))
+        self.0.iter().any(|network| network.contains(&address))
     }
 }
 
-/// Addresses and networks with commas between them; empty: none.
+/// Parses addresses and networks separated by commas. An empty list trusts no proxy.
 impl FromStr for TrustedProxies {
     type Err = String;
 
@@ -55,17 +72,17 @@ impl FromStr for TrustedProxies {
         if text.trim().is_empty() {
             return Ok(Self::default());
         }
-        text.split(',').map(|entry| entry.trim().parse()).collect::<Result<_, _>>().map(Self)
+        text.split(',').map(|entry| parse_network(entry.trim())).collect::<Result<_, _>>().map(Self)
     }
 }
 
-/// What the values say, all of them one after the other as if they were one; none: it is no address.
+/// Returns the hops of all values of the header as if they were one list; `None` for a hop that is not an address.
 fn hops_from_the_right(headers: &HeaderMap) -> impl Iterator<Item = Option<IpAddr>> {
     let values = headers.get_all(FORWARDED_FOR).into_iter().rev();
     values.flat_map(|value| value.as_bytes().rsplit(|byte| *byte == b',')).map(hop_address)
 }
 
-/// An address as proxies write it: with a port or without, an IPv6 one in brackets or not.
+/// Parses an address as proxies write it: with or without a port, an IPv6 address with or without brackets.
 fn hop_address(hop: &[u8]) -> Option<IpAddr> {
     let hop = hop.trim_ascii();
     if hop.len() > HOP_BYTES_MAX {
@@ -78,52 +95,30 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
     Some(address.to_canonical())
 }
 
-/// Some first bits that addresses have in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Network {
-    first: u128,
-    prefix_bits: u32,
-}
-
-impl Network {
-    fn contains(self, address: IpAddr) -> bool {
-        (self.first ^ bits(address)).leading_zeros() >= self.prefix_bits
+/// Parses an address or a network in CIDR notation. An IPv4-mapped IPv6 network becomes an IPv4 network.
+///
+/// Networks of all IPv4 addresses are refused, as are networks with bits set behind the prefix.
+fn parse_network(text: &str) -> Result<IpNet, String> {
+    let network = match text.parse::<IpAddr>() {
+        Ok(address) => IpNet::from(address.to_canonical()),
+        Err(_) => text.parse::<IpNet>().map_err(|_| {
+            format!("\"{text}\" is neither an IP address nor a network; expected for example 10.0.0.7 or 10.0.0.0/8")
+        })?,
+    };
+    // If every client were a trusted proxy, each could claim any address.
+    if network.prefix_len() == 0 || network.contains(&IpNet::V6(ALL_IPV4)) {
+        return Err(format!("\"{text}\" contains all IPv4 addresses; expected only trusted proxies"));
     }
-}
-
-/// An address, or one with the length of its prefix.
-impl FromStr for Network {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("\"{text}\" is neither an address nor a network; they are like 10.0.0.7 and 10.0.0.0/8");
-        let (address, prefix) = text.split_once('/').map_or((text, None), |(address, prefix)| (address, Some(prefix)));
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let bits_before = if address.is_ipv4() { IPV4_PREFIX_BITS } else { 0 };
-        let prefix_bits = match prefix {
-            Some(prefix) => bits_before + u32::from(prefix.parse::<u8>().map_err(|_| wrong())?),
-            None => u128::BITS,
-        };
-        if prefix_bits > u128::BITS {
-            return Err(wrong());
-        }
-        let network = Self { first: bits(address), prefix_bits };
-        // Where all clients are proxies, each can say to be somebody else.
-        if prefix_bits <= IPV4_PREFIX_BITS && network.contains(Ipv4Addr::UNSPECIFIED.into()) {
-            return Err(format!("\"{text}\" has all IPv4 addresses in it; only proxies are to be trusted"));
-        }
-        // One address may have been meant.
-        if network.first.checked_shl(prefix_bits).is_some_and(|behind| behind != 0) {
-            return Err(format!("\"{text}\" is more than its network; there are only zeros behind a network's prefix"));
-        }
-        Ok(network)
+    // A single address may have been meant.
+    if network.addr() != network.network() {
+        return Err(format!("\"{text}\" has bits set behind its prefix; expected {}", network.trunc()));
     }
-}
-
-fn bits(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(address) => address.to_bits(),
+    let mapped = network.addr().to_canonical();
+    match network {
+        IpNet::V6(v6) if mapped.is_ipv4() && v6.prefix_len() >= ALL_IPV4.prefix_len() => {
+            IpNet::new(mapped, v6.prefix_len() - ALL_IPV4.prefix_len()).map_err(|error| error.to_string())
+        }
+        network => Ok(network),
     }
 }
 

@@ -1,179 +1,98 @@
-//! Connections of clients: taken, served, and let go when they are silent, stuck, old or too many.
+//! The life of a connection: TLS handshake, HTTP/2, and when it is closed.
 
 use std::{
-    collections::{HashMap, HashSet},
     convert::Infallible,
     net::IpAddr,
-    pin::pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
+use bytes::Bytes;
+use http_body::Frame;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    net::TcpStream,
+    sync::OwnedSemaphorePermit,
     time::{Instant, sleep, sleep_until, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
+use tower::{BoxError, Service, ServiceExt};
 
-use crate::{
-    auth::throttle::subscriber,
-    middleware::Gate,
-    transport::client_address::{ClientAddress, TrustedProxies},
-    transport::tls,
+use super::{
+    activity::{Activity, CALL_REPORT_MAX, CallGuard, State, UNAUTHENTICATED_CALLS_PER_CLIENT_MAX},
+    client_address::TrustedProxies,
+    eviction::ConnectionRegistry,
+    tls,
 };
+use crate::backoff::random;
 
-/// How long it waits to accept again when it could not, for example because the process has no file left to open.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What a client has for the handshake of TLS.
+/// Time allowed for the TLS handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-/// How long a new connection waits for one that is let go to make room for it.
-const ROOM_WAIT: Duration = Duration::from_secs(1);
-/// Of the connections that may be let go when there is no room, how many are: one in so many. Those may that have been idle
-/// for so long, and those that have had no calls for so long but such as nobody has signed in for, however often these
-/// begin and end; that is longer than a login takes.
-const EVICTED_ONE_IN: usize = 10;
-const EVICTED_IDLE_MIN: Duration = Duration::from_secs(1);
-const EVICTED_STRANGE_MIN: Duration = Duration::from_secs(10);
-/// What a client has to end its connection after it was told to.
-const GOODBYE_MAX: Duration = Duration::from_millis(500);
-/// What calls have that nobody has signed in for, on a connection that is told to go while there is room: longer than a
-/// login takes. Health is watched without end, so a client does that anew.
-const STRANGE_GRACE: Duration = Duration::from_secs(30);
-/// What the other calls of a connection have to end when one is stuck: behind a proxy they may be somebody else's.
-const STUCK_GRACE: Duration = Duration::from_secs(30);
-/// Calls of one client on one connection at once that nobody has signed in for: logins, health, reflection. Who has the
-/// connection for himself has as many on it; where a proxy brings many clients on it, none takes the others' places.
-const OPEN_CALLS_PER_CLIENT_MAX: usize = 16;
-/// Of a connection's calls at once, those of all its clients are no more than one in so many: the rest is for those who
-/// have signed in.
-const OPEN_CALLS_ONE_IN: usize = 2;
-/// Connections made at the same time do not grow old at the same time: some go a tenth of the time sooner.
-const AGE_SPREAD: f64 = 10.0;
-/// How often it is looked at what a connection does.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// Longer than a process runs, and not too long for a clock.
-const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3_600);
-/// What a client may send of a stream before it is read: with imports, most of what they keep in memory.
+/// Time allowed for a client to close its connection after the server has asked it to (GOAWAY).
+pub(super) const CLOSE_GRACE: Duration = Duration::from_millis(500);
+/// Time allowed for unauthenticated calls on a connection that is closing but not evicted: longer than a login takes.
+/// Health watches do not end by themselves; their clients start them again elsewhere.
+const UNAUTHENTICATED_GRACE: Duration = Duration::from_secs(30);
+/// Time allowed for the other calls of a connection once one is stalled: behind a proxy they may be those of other clients.
+const STALLED_GRACE: Duration = Duration::from_secs(30);
+/// The part of the concurrent calls of a connection that may be unauthenticated. The rest is left to authenticated callers.
+const UNAUTHENTICATED_CALLS_PERCENT_MAX: usize = 50;
+/// The part of the maximum age that is random, so that connections opened together do not close together.
+const AGE_JITTER: f64 = 0.1;
+/// How often the activity of a connection is checked.
+const CHECK_INTERVAL: Duration = CALL_REPORT_MAX;
+/// How much of a stream a client may send before the server has read it: for imports, most of their memory.
 const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 
-/// The bounds of connections.
+/// The limits of connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
-    /// Connections at once. A new one makes those go that have been idle for longest, or without a call that somebody has
-    /// signed in for; if there is none, it is closed.
+    /// Maximum number of connections. A new connection evicts idle and unauthenticated ones; if there is none, it is
+    /// closed.
     pub connections_max: usize,
     /// How long a connection may be without a call.
     pub idle_max: Duration,
-    /// After this a client is asked to connect anew, so that a balancer can spread connections.
+    /// After this age the client is asked to reconnect, so that a load balancer can spread connections.
     pub age_max: Duration,
-    /// What its calls have from then on; those that nobody has signed in for have less.
+    /// Time allowed for the calls in flight from then on. Unauthenticated calls have at most 30 s.
     pub age_grace: Duration,
-    /// How often a silent client is asked whether it is there, and how long it may take to answer.
+    /// How often the server pings a silent client.
     pub keepalive_interval: Duration,
+    /// How long the client may take to answer a ping.
     pub keepalive_timeout: Duration,
-    /// Calls of one connection at once; more wait in the client.
+    /// Maximum number of concurrent calls of one connection. Clients queue further ones.
     pub streams_max: u32,
-    /// Metadata of a call.
+    /// Maximum size of the headers of a call.
     pub header_bytes_max: u32,
-    /// Who is believed where a call comes from.
+    /// The proxies whose `x-forwarded-for` is trusted.
     pub trusted_proxies: TrustedProxies,
 }
 
-/// Where clients connect, and whether they do so with TLS.
-#[derive(Debug)]
-pub struct Listener {
-    pub tcp: TcpListener,
-    pub tls: Option<tls::Acceptor>,
-}
-
-/// Without TLS.
-impl From<TcpListener> for Listener {
-    fn from(tcp: TcpListener) -> Self {
-        Self { tcp, tls: None }
-    }
-}
-
-/// The connections there are.
-#[derive(Clone, Debug, Default)]
-pub struct Open {
-    /// Those made before the stop, which have calls to finish.
-    pub before: TaskTracker,
-    /// Those made since, which are only told of it.
-    pub since: TaskTracker,
-}
-
-impl Open {
-    /// Waits for those made since the stop, when no more are taken.
-    pub async fn say_goodbye(&self) {
-        self.since.close();
-        let _ = timeout(GOODBYE_MAX, self.since.wait()).await;
-    }
-}
-
-/// Serves what connects, until it is dropped. When `stop` is cancelled, clients are asked to go elsewhere; who connects
-/// then is still answered by the gate, and health can be asked.
-pub async fn serve(
-    listener: Listener,
-    gate: Arc<Gate>,
-    limits: ConnectionLimits,
-    stop: CancellationToken,
-    open: Open,
-) -> Infallible {
-    let Listener { tcp, tls } = listener;
-    let follow_files = async {
-        match tls.clone() {
-            Some(tls) => tls.follow_files().await,
-            None => std::future::pending().await,
-        }
-    };
-    let shared = Arc::new(Shared::new(gate, limits, tls.clone(), stop));
-    tokio::select! {
-        never = accept(tcp, shared, open) => never,
-        never = follow_files => never,
-    }
-}
-
-async fn accept(listener: TcpListener, shared: Arc<Shared>, open: Open) -> Infallible {
-    loop {
-        let (stream, peer) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(kind = ?error.kind(), "cannot accept a connection");
-                // Where files are short, there is no room before the connections are as many as they may be.
-                shared.evict();
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        // Without room nobody else is accepted: those who come wait in the kernel.
-        let Some(room) = shared.room().await else { continue };
-        let is_late = shared.stop.is_cancelled();
-        let tracker = if is_late { &open.since } else { &open.before };
-        tracker.spawn(Arc::clone(&shared).connection(stream, peer.ip(), room, is_late));
-    }
-}
-
-struct Shared {
-    gate: Arc<Gate>,
+/// Serves connections with the service `S`.
+pub(super) struct ConnectionServer<S> {
+    service: S,
     limits: ConnectionLimits,
     http2: http2::Builder<TokioExecutor>,
     tls: Option<tls::Acceptor>,
-    stop: CancellationToken,
-    rooms: Arc<Semaphore>,
-    connections: Mutex<HashMap<u64, Arc<Activity>>>,
-    next_id: AtomicU64,
+    shutdown: CancellationToken,
+    registry: ConnectionRegistry,
 }
 
-impl Shared {
-    fn new(gate: Arc<Gate>, limits: ConnectionLimits, tls: Option<tls::Acceptor>, stop: CancellationToken) -> Self {
+impl<S, B> ConnectionServer<S>
+where
+    S: Service<http::Request<Incoming>, Response = http::Response<B>, Error = Infallible, Future: Send>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    B: http_body::Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin + 'static,
+{
+    pub fn new(service: S, limits: ConnectionLimits, tls: Option<tls::Acceptor>, shutdown: CancellationToken) -> Self {
         let mut http2 = http2::Builder::new(TokioExecutor::new());
         http2
             .timer(TokioTimer::new())
@@ -183,49 +102,32 @@ impl Shared {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .keep_alive_interval(limits.keepalive_interval)
             .keep_alive_timeout(limits.keepalive_timeout);
-        Self {
-            rooms: Arc::new(Semaphore::new(limits.connections_max)),
-            connections: Mutex::default(),
-            next_id: AtomicU64::new(0),
-            gate,
-            limits,
-            http2,
-            tls,
-            stop,
-        }
+        let registry = ConnectionRegistry::new(limits.connections_max);
+        Self { service, limits, http2, tls, shutdown, registry }
     }
 
-    /// Room for one more connection, made if need be. None: nobody could be let go.
-    async fn room(&self) -> Option<OwnedSemaphorePermit> {
-        if let Ok(room) = Arc::clone(&self.rooms).try_acquire_owned() {
-            return Some(room);
-        }
-        self.evict();
-        timeout(ROOM_WAIT, Arc::clone(&self.rooms).acquire_owned()).await.ok()?.ok()
+    /// Returns a permit for one more connection; see [`ConnectionRegistry::acquire_permit`].
+    pub async fn acquire_permit(&self) -> Option<OwnedSemaphorePermit> {
+        self.registry.acquire_permit().await
     }
 
-    /// Asks the connections to go that have been of no use for longest.
-    fn evict(&self) {
-        let now = Instant::now();
-        let mut useless: Vec<(Instant, Arc<Activity>)> = lock(&self.connections)
-            .values()
-            .filter_map(|activity| Some((activity.useless_since(now)?, Arc::clone(activity))))
-            .collect();
-        useless.sort_unstable_by_key(|(since, _)| *since);
-        let count = useless.len().div_ceil(EVICTED_ONE_IN);
-        useless.into_iter().take(count).for_each(|(_, activity)| activity.evicted.notify_one());
+    /// Evicts connections; see [`ConnectionRegistry::evict`].
+    pub fn evict(&self) {
+        self.registry.evict();
     }
 
-    /// `is_late`: made after the stop.
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: IpAddr, _room: OwnedSemaphorePermit, is_late: bool) {
-        // Small answers are not to wait for more of them.
+    /// Serves one connection until it is closed. `is_late`: it was accepted during the shutdown.
+    pub async fn serve(self: Arc<Self>, stream: TcpStream, peer: IpAddr, _permit: OwnedSemaphorePermit, is_late: bool) {
+        // Small responses are sent at once instead of waiting for more.
         let _ = stream.set_nodelay(true);
-        let entry = self.enter();
-        let activity = Arc::clone(&entry.activity);
+        let unauthenticated_max = self.limits.streams_max as usize * UNAUTHENTICATED_CALLS_PERCENT_MAX / 100;
+        let activity = Activity::new(unauthenticated_max.max(UNAUTHENTICATED_CALLS_PER_CLIENT_MAX));
+        let registered = self.registry.register(activity);
+        let activity = Arc::clone(&registered.activity);
         let Some(tls) = &self.tls else {
             return self.serve_http2(stream, peer, activity, is_late).await;
         };
-        // A client that does not want this certificate, or has none that is wanted, is told so by TLS itself.
+        // TLS itself reports certificates that either side refuses.
         let accepted = tokio::select! {
             accepted = timeout(HANDSHAKE_MAX, tls.accept(stream)) => accepted,
             () = activity.evicted.notified() => return,
@@ -242,91 +144,95 @@ impl Shared {
         activity: Arc<Activity>,
         is_late: bool,
     ) {
-        let service = service_fn(|request: http::Request<Incoming>| {
+        let service = service_fn(|mut request: http::Request<Incoming>| {
             let client = self.limits.trusted_proxies.client(peer, request.headers());
-            let (gate, call) = (Arc::clone(&self.gate), activity.begin(client));
-            async move { Ok::<_, Infallible>(gate.answer(request, call).await) }
+            let call = activity.begin(client);
+            request.extensions_mut().insert(client);
+            request.extensions_mut().insert(call.handle().clone());
+            let response = self.service.clone().oneshot(request);
+            async move { response.await.map(|response| response.map(|body| CallBody { body, _call: call })) }
         });
         let mut connection = pin!(self.http2.serve_connection(TokioIo::new(stream), service));
-        // What clients do to their connections is their matter.
+        // Errors of a connection concern its client only.
         let is_evicted = tokio::select! {
             _ = &mut connection => return,
-            () = self.until_old_or_stopped(&activity, is_late) => false,
+            () = self.until_old_or_shutdown(&activity, is_late) => false,
             () = activity.evicted.notified() => true,
-            _ = until_silent(&activity, self.limits.idle_max) => false,
+            _ = until_inactive(&activity, self.limits.idle_max) => false,
         };
         connection.as_mut().graceful_shutdown();
-        // What has begun meanwhile may finish. How long a stop may take is for the service to say.
+        // Calls in flight may finish. How long a shutdown may take is up to the caller of `serve`.
         tokio::select! {
             _ = connection => {}
             () = until_finished(&activity) => {}
-            () = until_strange(&activity, is_evicted) => {}
+            () = until_unauthenticated(&activity, is_evicted) => {}
             () = sleep(self.limits.age_grace) => {}
         }
     }
 
-    async fn until_old_or_stopped(&self, activity: &Activity, is_late: bool) {
-        let age_max = sleep(self.limits.age_max.mul_f64(1.0 - random() / AGE_SPREAD));
+    async fn until_old_or_shutdown(&self, activity: &Activity, is_late: bool) {
+        let age_max = sleep(self.limits.age_max.mul_f64(1.0 - AGE_JITTER * random()));
         tokio::select! {
             () = age_max => return,
-            () = self.stop.cancelled() => {}
+            () = self.shutdown.cancelled() => {}
         }
         if is_late {
-            // Asked to go before its first call is answered, a client would take the service for broken.
-            activity.answered.notified().await;
+            // A client that is asked to close before its first response would take the server for broken.
+            activity.call_ended.notified().await;
         }
-    }
-
-    fn enter(&self) -> Entry<'_> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let open_max = self.limits.streams_max as usize / OPEN_CALLS_ONE_IN;
-        let activity = Arc::new(Activity::new(open_max.max(OPEN_CALLS_PER_CLIENT_MAX)));
-        lock(&self.connections).insert(id, Arc::clone(&activity));
-        Entry { shared: self, id, activity }
     }
 }
 
-/// Waits until there was no call for so long from now on, or one is stuck.
-async fn until_silent(activity: &Activity, idle_max: Duration) -> Silent {
+/// Why a connection is inactive.
+enum Inactive {
+    /// It has no calls.
+    Idle,
+    /// The client of a call does not read the response.
+    Stalled,
+}
+
+/// Waits until there has been no call for `idle_max` from now on, or one is stalled.
+async fn until_inactive(activity: &Activity, idle_max: Duration) -> Inactive {
     let began = Instant::now();
     loop {
         let now = Instant::now();
         let next = match activity.state() {
             State::Idle(since) => since.max(began) + idle_max,
-            State::Busy(until) if until <= now => return Silent::Stuck,
+            State::Busy(until) if until <= now => return Inactive::Stalled,
             State::Busy(until) => until,
         };
         if next <= now {
-            return Silent::Idle;
+            return Inactive::Idle;
         }
         // A call may begin meanwhile.
-        sleep_until(next.min(now + LOOK_INTERVAL)).await;
+        sleep_until(next.min(now + CHECK_INTERVAL)).await;
     }
 }
 
-/// Waits until there is no call any more, but for those that are stuck; where there are such, not for ever.
+/// Waits until no call is in flight. If one is stalled, waits for the others for 30 s at most.
 async fn until_finished(activity: &Activity) {
-    if let Silent::Idle = until_silent(activity, GOODBYE_MAX).await {
+    if let Inactive::Idle = until_inactive(activity, CLOSE_GRACE).await {
         return;
     }
     let others = async {
-        while let Some(until) = activity.last_until()
+        while let Some(until) = activity.last_progress_deadline()
             && until > Instant::now()
         {
-            sleep_until(until.min(Instant::now() + LOOK_INTERVAL)).await;
+            sleep_until(until.min(Instant::now() + CHECK_INTERVAL)).await;
         }
     };
-    let _ = timeout(STUCK_GRACE, others).await;
+    let _ = timeout(STALLED_GRACE, others).await;
 }
 
-/// Waits until a connection that was told to go has had no calls for long but such as nobody has signed in for. A client
-/// may begin calls until it says that it was told, which it may never do.
-async fn until_strange(activity: &Activity, mut is_evicted: bool) {
+/// Waits until a closing connection has had no authenticated call for 30 s, or 0.5 s if it is evicted.
+///
+/// Until the client acknowledges that the connection is closing, which it may never do, it may begin calls.
+async fn until_unauthenticated(activity: &Activity, mut is_evicted: bool) {
     let began = Instant::now();
     loop {
         let now = Instant::now();
-        let grace = if is_evicted { GOODBYE_MAX } else { STRANGE_GRACE };
-        let end = activity.of_use_until(now).max(began) + grace;
+        let grace = if is_evicted { CLOSE_GRACE } else { UNAUTHENTICATED_GRACE };
+        let end = activity.unauthenticated_since(now).max(began) + grace;
         if end <= now {
             return;
         }
@@ -337,170 +243,26 @@ async fn until_strange(activity: &Activity, mut is_evicted: bool) {
     }
 }
 
-/// From 0 to 1.
-pub fn random() -> f64 {
-    getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX))
+/// The body of a response, whose call is in flight until it is dropped.
+struct CallBody<B> {
+    body: B,
+    _call: CallGuard,
 }
 
-/// A connection's place among all.
-struct Entry<'a> {
-    shared: &'a Shared,
-    id: u64,
-    activity: Arc<Activity>,
-}
+impl<B: http_body::Body + Unpin> http_body::Body for CallBody<B> {
+    type Data = B::Data;
+    type Error = B::Error;
 
-impl Drop for Entry<'_> {
-    fn drop(&mut self) {
-        lock(&self.shared.connections).remove(&self.id);
-    }
-}
-
-enum Silent {
-    /// There was no call for long.
-    Idle,
-    /// There is a call whose client does not read its answer.
-    Stuck,
-}
-
-enum State {
-    /// Without a call since.
-    Idle(Instant),
-    /// With calls, all of which should have ended or gone on by then, but for one.
-    Busy(Instant),
-}
-
-/// What a connection is doing.
-struct Activity {
-    calls: Mutex<Calls>,
-    evicted: Notify,
-    answered: Notify,
-}
-
-struct Calls {
-    /// Until when each call is to end, or to go on.
-    until: HashMap<u64, Instant>,
-    next_id: u64,
-    idle_since: Instant,
-    /// Those that somebody has signed in for.
-    signed_in: HashSet<u64>,
-    /// When the last of those ended, or the connection was made.
-    strange_since: Instant,
-    /// Whose those are that have no credentials.
-    open: HashMap<u64, IpAddr>,
-    open_max: usize,
-}
-
-impl Activity {
-    fn new(open_max: usize) -> Self {
-        let now = Instant::now();
-        let calls = Calls {
-            until: HashMap::new(),
-            next_id: 0,
-            idle_since: now,
-            signed_in: HashSet::new(),
-            strange_since: now,
-            open: HashMap::new(),
-            open_max,
-        };
-        Self { calls: Mutex::new(calls), evicted: Notify::new(), answered: Notify::new() }
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
     }
 
-    fn state(&self) -> State {
-        let calls = lock(&self.calls);
-        calls.until.values().min().map_or(State::Idle(calls.idle_since), |until| State::Busy(*until))
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
     }
-
-    fn last_until(&self) -> Option<Instant> {
-        lock(&self.calls).until.values().max().copied()
-    }
-
-    /// None: it is of use.
-    fn useless_since(&self, now: Instant) -> Option<Instant> {
-        let strange_since = self.of_use_until(now);
-        if now.duration_since(strange_since) >= EVICTED_STRANGE_MIN {
-            return Some(strange_since);
-        }
-        match self.state() {
-            State::Idle(since) => (now.duration_since(since) >= EVICTED_IDLE_MIN).then_some(since),
-            State::Busy(_) => None,
-        }
-    }
-
-    /// Since then it has had no calls but such as nobody has signed in for, or is about to.
-    fn of_use_until(&self, now: Instant) -> Instant {
-        let calls = lock(&self.calls);
-        if calls.signed_in.is_empty() { calls.strange_since } else { now }
-    }
-
-    fn begin(self: &Arc<Self>, client: ClientAddress) -> Call {
-        let mut calls = lock(&self.calls);
-        let id = calls.next_id;
-        calls.next_id += 1;
-        // Until it says how long it takes.
-        calls.until.insert(id, Instant::now() + LOOK_INTERVAL);
-        Call { activity: Arc::clone(self), id, client }
-    }
-}
-
-/// A call of a connection, from its first header to the last byte of its answer.
-pub struct Call {
-    activity: Arc<Activity>,
-    id: u64,
-    client: ClientAddress,
-}
-
-impl Call {
-    pub fn client(&self) -> ClientAddress {
-        self.client
-    }
-
-    /// Counts it as one without credentials; whether its client and the connection may have it.
-    pub fn enter_open(&self) -> bool {
-        let client = subscriber(self.client.0);
-        let mut calls = lock(&self.activity.calls);
-        let of_client = calls.open.values().filter(|other| **other == client).count();
-        let has_room = of_client < OPEN_CALLS_PER_CLIENT_MAX && calls.open.len() < calls.open_max;
-        if has_room {
-            calls.open.insert(self.id, client);
-        }
-        has_room
-    }
-
-    /// Somebody has signed in for it.
-    pub fn signed_in(&self) {
-        lock(&self.activity.calls).signed_in.insert(self.id);
-    }
-
-    /// The call ends when it ends, or says more.
-    pub fn lasts(&self) {
-        self.lasts_until(Instant::now() + FOREVER);
-    }
-
-    /// The call ends or says so again until then, or its connection is closed: its client does not read.
-    pub fn lasts_until(&self, until: Instant) {
-        lock(&self.activity.calls).until.insert(self.id, until);
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        let mut calls = lock(&self.activity.calls);
-        calls.until.remove(&self.id);
-        calls.open.remove(&self.id);
-        if calls.signed_in.remove(&self.id) {
-            calls.strange_since = Instant::now();
-        }
-        if calls.until.is_empty() {
-            calls.idle_since = Instant::now();
-        }
-        drop(calls);
-        self.activity.answered.notify_one();
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is in it is whole whatever happened to a holder of the lock.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! TLS of the service: its certificate, taken anew when the files change, and whose clients it takes.
+//! TLS of the server: its certificate, reloaded when the files change, and the client certificates that it accepts.
 
 use std::{
     convert::Infallible,
@@ -24,22 +24,22 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::tls::pem;
 
-/// How often the files are looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(3);
-/// An hour of them.
-const LOOKS_UNTIL_REMINDED: u32 = 1_200;
-/// How long a client that is refused is heard out.
-const GOODBYE_MAX: Duration = Duration::from_secs(1);
-/// gRPC is HTTP/2.
+/// How often the files are checked for changes.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(3);
+/// How many failed reloads in a row are logged once: those of an hour.
+const FAILURES_PER_WARNING: u32 = 1_200;
+/// How long the server reads what a refused client has sent already.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// The ALPN protocol: gRPC is HTTP/2.
 const ALPN: &[u8] = b"h2";
 
-/// PEM files.
+/// The PEM files that the server is configured with.
 #[derive(Clone, Debug)]
 pub struct Files {
-    /// The service's certificate, and those between it and its authority.
+    /// The server's certificate, followed by its intermediate certificates.
     pub certificate: PathBuf,
     pub key: PathBuf,
-    /// If given, clients must show a certificate that one of these authorities has signed.
+    /// If set, clients must have a certificate that one of these authorities has signed.
     pub client_authorities: Option<PathBuf>,
 }
 
@@ -49,7 +49,7 @@ impl Files {
         tokio::task::spawn_blocking(move || files.read_blocking()).await?
     }
 
-    /// All of one moment: a change that is seen half-way is an error.
+    /// Reads all files. Fails if they change meanwhile: half of a change is not a usable state.
     fn read_blocking(&self) -> anyhow::Result<Contents> {
         let read = || {
             anyhow::Ok(Contents {
@@ -64,7 +64,7 @@ impl Files {
         };
         let contents = read()?;
         if contents != read()? {
-            return Err(anyhow!("the files of the certificate are being changed"));
+            return Err(anyhow!("the files of the certificate changed while they were read"));
         }
         Ok(contents)
     }
@@ -76,9 +76,9 @@ impl Files {
             (Some(path), Some(bytes)) => {
                 let mut roots = RootCertStore::empty();
                 for certificate in pem::certificates("--tls-client-ca", path, bytes)? {
-                    roots.add(certificate).map_err(|_| {
-                        anyhow!("--tls-client-ca {} has a certificate that cannot be read", path.display())
-                    })?;
+                    roots
+                        .add(certificate)
+                        .map_err(|_| anyhow!("--tls-client-ca {} contains a malformed certificate", path.display()))?;
                 }
                 let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build();
                 ServerConfig::builder().with_client_cert_verifier(verifier.context("--tls-client-ca cannot be used")?)
@@ -101,71 +101,71 @@ struct Contents {
     client_authorities: Option<Vec<u8>>,
 }
 
-/// Takes clients' connections. Cheap to clone.
+/// Performs TLS handshakes with clients. Cheap to clone.
 #[derive(Clone)]
 pub struct Acceptor {
-    shared: Arc<Shared>,
+    state: Arc<AcceptorState>,
 }
 
-struct Shared {
+struct AcceptorState {
     files: Files,
-    current: Mutex<Current>,
+    loaded: Mutex<Loaded>,
 }
 
-struct Current {
+struct Loaded {
     config: Arc<ServerConfig>,
     contents: Contents,
 }
 
 impl fmt::Debug for Acceptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Acceptor").field("files", &self.shared.files).finish_non_exhaustive()
+        f.debug_struct("Acceptor").field("files", &self.state.files).finish_non_exhaustive()
     }
 }
 
 impl Acceptor {
-    /// Errors name the flag and the file, never what is in it.
+    /// Loads the files. Errors name the flag and the file, never its contents.
     pub async fn new(files: Files) -> anyhow::Result<Self> {
         let contents = files.read().await?;
         let config = Arc::new(files.config(&contents)?);
-        Ok(Self { shared: Arc::new(Shared { files, current: Mutex::new(Current { config, contents }) }) })
+        Ok(Self { state: Arc::new(AcceptorState { files, loaded: Mutex::new(Loaded { config, contents }) }) })
     }
 
-    /// The handshake, with the certificate of now. Takes as long as the client does.
+    /// Performs the handshake with the certificate loaded last. Has no time limit.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let config = Arc::clone(&self.current().config);
+        let config = Arc::clone(&self.loaded().config);
         match TlsAcceptor::from(config).accept(stream).into_fallible().await {
             Ok(stream) => Ok(stream),
             Err((error, stream)) => {
-                let _ = timeout(GOODBYE_MAX, hear_out(stream)).await;
+                let _ = timeout(CLOSE_GRACE, drain(stream)).await;
                 Err(error)
             }
         }
     }
 
-    /// Looks at the files again and again. What is wrong with new ones is logged now and then, and the old ones go on.
-    pub async fn follow_files(&self) -> Infallible {
-        let mut seen = Seen::default();
+    /// Reloads the files when they change. Malformed files are logged, and the previous certificate stays in use.
+    pub async fn reload_on_change(&self) -> Infallible {
+        let mut failures = ReloadFailures::default();
         loop {
-            tokio::time::sleep(LOOK_INTERVAL).await;
-            match self.look().await {
-                Look::Same => seen = Seen::default(),
-                Look::Taken => {
-                    seen = Seen::default();
-                    tracing::info!("new connections get the new certificate");
+            tokio::time::sleep(RELOAD_INTERVAL).await;
+            match self.reload().await {
+                Reload::Unchanged => failures = ReloadFailures::default(),
+                Reload::Loaded => {
+                    failures = ReloadFailures::default();
+                    tracing::info!("certificate reloaded");
                 }
-                // Files that are replaced one after the other do not fit for a moment.
-                Look::Refused(why) if seen.is_worth_a_word(&why) => {
-                    tracing::warn!("the new certificate is not taken, and the old one goes on: {why}");
+                // Files that are replaced one after the other do not match for a moment.
+                Reload::Failed(error) if failures.count(&error) => {
+                    tracing::warn!(error, "certificate reload failed; the previous certificate stays in use");
                 }
-                Look::Refused(_) => {}
+                Reload::Failed(_) => {}
             }
         }
     }
 
-    /// The name by which the service must be called where `address` is not in the certificate: the first that is.
+    /// Returns the first DNS name of the certificate, or `None` if the certificate contains `address`.
     pub fn name_instead_of(&self, address: IpAddr) -> Option<String> {
-        let leaf = CertificateDer::pem_slice_iter(&self.current().contents.certificate).next()?.ok()?;
+        let leaf = CertificateDer::pem_slice_iter(&self.loaded().contents.certificate).next()?.ok()?;
         let certificate = webpki::EndEntityCert::try_from(&leaf).ok()?;
         if certificate.verify_is_valid_for_subject_name(&ServerName::from(address)).is_ok() {
             return None;
@@ -175,61 +175,62 @@ impl Acceptor {
     }
 
     pub fn files(&self) -> &Files {
-        &self.shared.files
+        &self.state.files
     }
 
-    async fn look(&self) -> Look {
-        let files = &self.shared.files;
+    async fn reload(&self) -> Reload {
+        let files = &self.state.files;
         let contents = match files.read().await {
             Ok(contents) => contents,
-            Err(error) => return Look::Refused(format!("{error:#}")),
+            Err(error) => return Reload::Failed(format!("{error:#}")),
         };
-        if contents == self.current().contents {
-            return Look::Same;
+        if contents == self.loaded().contents {
+            return Reload::Unchanged;
         }
         match files.config(&contents) {
             Ok(config) => {
-                *self.current() = Current { config: Arc::new(config), contents };
-                Look::Taken
+                *self.loaded() = Loaded { config: Arc::new(config), contents };
+                Reload::Loaded
             }
-            Err(error) => Look::Refused(format!("{error:#}")),
+            Err(error) => Reload::Failed(format!("{error:#}")),
         }
     }
 
-    fn current(&self) -> std::sync::MutexGuard<'_, Current> {
-        // It is replaced as a whole.
-        self.shared.current.lock().unwrap_or_else(PoisonError::into_inner)
+    fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded> {
+        // The value is replaced as a whole, so it is consistent even if a holder of the lock has panicked.
+        self.state.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Reads what a refused client has sent already: closing a connection with that unread would take back what it was told.
-async fn hear_out(mut stream: TcpStream) -> io::Result<()> {
+/// Reads what a refused client has sent already. Closing the connection with unread data would discard the TLS alert.
+async fn drain(mut stream: TcpStream) -> io::Result<()> {
     stream.shutdown().await?;
     let mut unread = [0; 4096];
     while stream.read(&mut unread).await? > 0 {}
     Ok(())
 }
 
-enum Look {
-    Same,
-    Taken,
-    Refused(String),
+/// The result of one check of the files.
+enum Reload {
+    Unchanged,
+    Loaded,
+    Failed(String),
 }
 
-/// What is wrong, and how often it was seen in a row.
+/// How often the same error occurred in a row.
 #[derive(Default)]
-struct Seen {
-    why: String,
-    times: u32,
+struct ReloadFailures {
+    error: String,
+    count: u32,
 }
 
-impl Seen {
-    /// Whether it is seen for the second time, or has been seen for long.
-    fn is_worth_a_word(&mut self, why: &str) -> bool {
-        if self.why != why {
-            *self = Self { why: why.to_owned(), times: 0 };
+impl ReloadFailures {
+    /// Counts a failure. Returns whether to log it: the second one in a row, and then one per hour.
+    fn count(&mut self, error: &str) -> bool {
+        if self.error != error {
+            *self = Self { error: error.to_owned(), count: 0 };
         }
-        self.times += 1;
-        self.times == 2 || self.times.is_multiple_of(LOOKS_UNTIL_REMINDED)
+        self.count += 1;
+        self.count == 2 || self.count.is_multiple_of(FAILURES_PER_WARNING)
     }
 }

@@ -1,8 +1,10 @@
 //! The rules that hold for all RPCs. The tests read the descriptors, so they also cover RPCs that are added later.
 
 mod authorization;
+mod compression;
 mod layers;
 mod request_ids;
+mod streaming_rpc;
 mod wire;
 
 use std::collections::{BTreeSet, HashSet};

@@ -13,7 +13,7 @@ fn headers(values: &[&[u8]]) -> HeaderMap {
     values.collect()
 }
 
-/// Who calls when the proxy at 10.1.2.3 sends these values.
+/// Returns the client when the proxy at 10.1.2.3 sends these values.
 fn client(values: &[&[u8]]) -> String {
     client_of(PROXY, values)
 }
@@ -24,20 +24,20 @@ fn client_of(peer: &str, values: &[&[u8]]) -> String {
 }
 
 #[test]
-fn the_client_is_the_rightmost_that_is_no_trusted_proxy() {
+fn the_client_is_the_rightmost_address_that_is_not_a_trusted_proxy() {
     for (values, wanted) in [
         (&["203.0.113.9"][..], "203.0.113.9"),
-        // What the client has sent himself does not count, whatever it says.
+        // What the client itself has sent is ignored.
         (&["198.51.100.1, 203.0.113.9"], "203.0.113.9"),
         (&["10.0.0.1, 203.0.113.9"], "203.0.113.9"),
         (&["nonsense, 203.0.113.9"], "203.0.113.9"),
         (&["\",203.0.113.9"], "203.0.113.9"),
         (&["198.51.100.1, 203.0.113.9, 192.0.2.7, 10.9.9.9"], "203.0.113.9"),
         (&["198.51.100.1, 2001:db8:2::1, 2001:db8:1::5"], "2001:db8:2::1"),
-        // More than one header is one list.
+        // Several headers are one list.
         (&["198.51.100.1", "203.0.113.9"], "203.0.113.9"),
         (&["198.51.100.1, 203.0.113.9", "10.0.0.1", "10.0.0.2,10.0.0.3"], "203.0.113.9"),
-        // A neighbour of a trusted address is not one.
+        // Addresses next to trusted ones are not trusted.
         (&["198.51.100.1, 192.0.2.6"], "192.0.2.6"),
         (&["198.51.100.1, 11.0.0.0"], "11.0.0.0"),
     ] {
@@ -47,18 +47,18 @@ fn the_client_is_the_rightmost_that_is_no_trusted_proxy() {
 }
 
 #[test]
-fn what_comes_past_the_proxies_is_ignored() {
+fn the_header_is_ignored_unless_a_trusted_proxy_sends_it() {
     for peer in ["203.0.113.9", "9.255.255.255", "2001:db8:2::1", "127.0.0.1"] {
         assert_eq!(client_of(peer, &[b"198.51.100.1"]), peer);
         assert_eq!(client_of(peer, &[b"198.51.100.1, 10.0.0.1"]), peer);
     }
-    let nobody = TrustedProxies::default();
+    let none = TrustedProxies::default();
     let forwarded = headers(&[b"198.51.100.1"]);
-    assert_eq!(nobody.client(PROXY.parse().unwrap(), &forwarded).0.to_string(), PROXY);
+    assert_eq!(none.client(PROXY.parse().unwrap(), &forwarded).0.to_string(), PROXY);
 }
 
 #[test]
-fn addresses_are_read_as_proxies_write_them() {
+fn addresses_are_parsed_in_the_forms_that_proxies_write() {
     for (hop, wanted) in [
         ("203.0.113.9:567", "203.0.113.9"),
         ("  203.0.113.9\t", "203.0.113.9"),
@@ -71,14 +71,14 @@ fn addresses_are_read_as_proxies_write_them() {
     ] {
         assert_eq!(client(&[hop.as_bytes()]), wanted, "{hop:?}");
     }
-    // Those of trusted proxies, too.
+    // The addresses of trusted proxies as well.
     for proxy in ["::ffff:10.1.2.3", "::ffff:192.0.2.7", "2001:db8:1::"] {
         assert_eq!(client_of(proxy, &[b"198.51.100.1, 203.0.113.9, [::ffff:10.0.0.1]:80"]), "203.0.113.9", "{proxy}");
     }
 }
 
 #[test]
-fn behind_what_is_no_address_the_last_trusted_proxy_stands() {
+fn a_hop_that_is_not_an_address_ends_the_list_at_the_last_trusted_proxy() {
     for hop in [
         &b""[..],
         b" ",
@@ -114,12 +114,12 @@ fn behind_what_is_no_address_the_last_trusted_proxy_stands() {
         assert_eq!(client(&[b"203.0.113.9", &[hop, b", 192.0.2.7"].concat()]), "192.0.2.7", "{hop:?}");
     }
     assert_eq!(client(&[]), PROXY);
-    // A whole chain of trusted ones.
+    // A chain of trusted proxies only.
     assert_eq!(client(&[b"10.0.0.1, 10.0.0.2"]), "10.0.0.1");
 }
 
 #[test]
-fn no_more_hops_are_looked_at_than_there_can_be() {
+fn at_most_sixteen_hops_are_read() {
     let proxies = |count| format!("203.0.113.9{}", ", 10.0.0.1".repeat(count));
     assert_eq!(client(&[proxies(HOPS_MAX - 1).as_bytes()]), "203.0.113.9");
     assert_eq!(client(&[proxies(HOPS_MAX).as_bytes()]), "10.0.0.1");
@@ -127,7 +127,7 @@ fn no_more_hops_are_looked_at_than_there_can_be() {
 }
 
 #[test]
-fn networks_begin_and_end_where_their_prefix_says() {
+fn a_network_contains_the_addresses_with_its_prefix_and_no_others() {
     for (network, within, outside) in [
         ("10.0.0.7", &["10.0.0.7", "::ffff:10.0.0.7"][..], &["10.0.0.6", "10.0.0.8", "::10.0.0.7"][..]),
         ("10.0.0.7/32", &["10.0.0.7"], &["10.0.0.6"]),
@@ -139,20 +139,20 @@ fn networks_begin_and_end_where_their_prefix_says() {
         ("2001:db8::/32", &["2001:db8::", "2001:db8:ffff::1"], &["2001:db9::", "2001:db7:ffff::"]),
         ("8000::/1", &["8000::", "ffff::"], &["7fff::", "128.0.0.1"]),
     ] {
-        let network: Network = network.parse().unwrap();
-        let has = |address: &&str| network.contains(address.parse().unwrap());
+        let proxies: TrustedProxies = network.parse().unwrap();
+        let has = |address: &&str| proxies.trusts(address.parse::<IpAddr>().unwrap().to_canonical());
         assert!(within.iter().all(has) && !outside.iter().any(has), "{network:?}");
     }
 }
 
 #[test]
-fn what_is_no_list_of_addresses_and_networks_is_refused() {
+fn lists_with_anything_but_addresses_and_networks_of_proxies_are_refused() {
     for none in ["", " "] {
         assert!(none.parse::<TrustedProxies>().unwrap().0.is_empty());
         Cli::try_parse_from(["issue-tracker", "--trusted-proxies", none]).unwrap();
     }
     for (list, why) in [
-        ("localhost", "\"localhost\" is neither an address nor a network"),
+        ("localhost", "\"localhost\" is neither an IP address nor a network"),
         ("10.0.0.1,", "\"\" is neither"),
         ("10.0.0.1,,10.0.0.2", "\"\" is neither"),
         ("10.0.0.1;10.0.0.2", "\"10.0.0.1;10.0.0.2\" is neither"),
@@ -164,12 +164,12 @@ fn what_is_no_list_of_addresses_and_networks_is_refused() {
         ("10.0.0.0/255.0.0.0", "\"10.0.0.0/255.0.0.0\" is neither"),
         ("10.0.0.1:80", "\"10.0.0.1:80\" is neither"),
         ("[::1]", "\"[::1]\" is neither"),
-        ("10.0.0.0/8, 10.0.0.7/8", "\"10.0.0.7/8\" is more than its network"),
-        ("2001:db8::1/32", "\"2001:db8::1/32\" is more than its network"),
-        ("0.0.0.0/0", "\"0.0.0.0/0\" has all IPv4 addresses"),
-        ("::/0", "\"::/0\" has all IPv4 addresses"),
-        ("::/80", "\"::/80\" has all IPv4 addresses"),
-        ("::ffff:0:0/96", "\"::ffff:0:0/96\" has all IPv4 addresses"),
+        ("10.0.0.0/8, 10.0.0.7/8", "\"10.0.0.7/8\" has bits set behind its prefix"),
+        ("2001:db8::1/32", "\"2001:db8::1/32\" has bits set behind its prefix"),
+        ("0.0.0.0/0", "\"0.0.0.0/0\" contains all IPv4 addresses"),
+        ("::/0", "\"::/0\" contains all IPv4 addresses"),
+        ("::/80", "\"::/80\" contains all IPv4 addresses"),
+        ("::ffff:0:0/96", "\"::ffff:0:0/96\" contains all IPv4 addresses"),
     ] {
         let error = list.parse::<TrustedProxies>().unwrap_err();
         assert!(error.contains(why), "{list:?}: {error}");
@@ -180,7 +180,7 @@ fn what_is_no_list_of_addresses_and_networks_is_refused() {
 
 proptest! {
     #[test]
-    fn a_client_has_no_say_in_its_address(
+    fn what_a_client_sends_does_not_change_its_address(
         sent in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..4),
         chosen in "(10\\.0\\.0\\.[1-9]|203\\.0\\.113\\.[1-9]|::1|,| |:80){0,20}",
         address in any::<IpAddr>(),
@@ -193,7 +193,7 @@ proptest! {
                 headers.append(FORWARDED_FOR, value);
             }
         }
-        // The first proxy appends to the last value, or a value.
+        // The first proxy appends to the last value, or adds a value.
         let last = HeaderValue::try_from(format!("{chosen}, {address}")).unwrap();
         for value in [last, HeaderValue::try_from(address.to_string()).unwrap()] {
             let mut headers = headers.clone();

@@ -130,18 +130,6 @@ async fn unknown_method_is_unimplemented() {
 }
 
 #[tokio::test]
-async fn unsupported_compression_is_unimplemented() {
-    let tracker = Tracker::start().await;
-    let mut request = Request::new(Vec::new());
-    request.metadata_mut().insert("authorization", format!("Bearer {}", tracker.member.token).parse().unwrap());
-    request.metadata_mut().insert("grpc-encoding", "gzip".parse().unwrap());
-    let refused = call_path(&tracker, "/issuetracker.v1.AuthService/WhoAmI", request).await;
-    let status = assert_error(refused, Code::Unimplemented, "UNIMPLEMENTED");
-    assert!(status.message().contains("compressed"), "{status:?}");
-    assert_eq!(status.metadata().get("grpc-accept-encoding").unwrap(), "identity");
-}
-
-#[tokio::test]
 async fn message_above_4_mib_is_invalid() {
     let tracker = Tracker::start().await;
     let before = tracker.contents().await;

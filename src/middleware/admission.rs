@@ -1,0 +1,183 @@
+//! Request slots: how many calls are in flight at most, and how long refused clients are asked to stay away.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::future::{Either, Ready, ready};
+use http::{Request, Response};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
+use tower::{Layer, Service};
+
+use super::{
+    body::{Guard, GuardedBody, WrappedResponse},
+    method_policy::CallPolicy,
+};
+use crate::{
+    backoff::random,
+    error::{Error, RETRY_DELAY, Result},
+};
+
+/// Refusals per second that cost next to nothing.
+const CHEAP_REFUSALS_PER_SECOND: f64 = 500.0;
+/// The longest delay that a refused client is asked to wait.
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
+
+/// A limited number of concurrent calls.
+pub struct RequestSlots {
+    slots: Arc<Semaphore>,
+    max: usize,
+    refusals: Mutex<Refusals>,
+}
+
+impl RequestSlots {
+    pub fn new(max: usize) -> Self {
+        Self { slots: Arc::new(Semaphore::new(max)), max, refusals: Mutex::new(Refusals::new(Instant::now())) }
+    }
+
+    /// Takes a slot until the result is dropped. Fails with `Overloaded` if none is free.
+    pub fn acquire(&self) -> Result<OwnedSemaphorePermit> {
+        Arc::clone(&self.slots).try_acquire_owned().map_err(|_| self.overloaded())
+    }
+
+    fn has_free(&self) -> bool {
+        self.slots.available_permits() > 0
+    }
+
+    fn overloaded(&self) -> Error {
+        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        // The jitter keeps refused clients from returning together.
+        let delay = refusals.next_delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
+        Error::Overloaded { requests_max: self.max, delay }
+    }
+}
+
+/// Counts recent refusals. The more there are, the longer clients are asked to stay away: refusals take time from the calls
+/// that are admitted.
+struct Refusals {
+    second_began: Instant,
+    in_this_second: u32,
+    in_last_second: u32,
+}
+
+impl Refusals {
+    fn new(now: Instant) -> Self {
+        Self { second_began: now, in_this_second: 0, in_last_second: 0 }
+    }
+
+    /// Counts one more refusal and returns its delay.
+    fn next_delay(&mut self, now: Instant) -> Duration {
+        let passed = now.duration_since(self.second_began).as_secs();
+        if passed > 0 {
+            self.in_last_second = if passed == 1 { self.in_this_second } else { 0 };
+            (self.second_began, self.in_this_second) = (now, 0);
+        }
+        self.in_this_second += 1;
+        let count = self.in_this_second.max(self.in_last_second);
+        RETRY_DELAY.mul_f64(1.0 + f64::from(count) / CHEAP_REFUSALS_PER_SECOND).min(RETRY_DELAY_MAX)
+    }
+}
+
+/// Refuses calls that need credentials while no slot is free, without taking one.
+#[derive(Clone)]
+pub struct LoadSheddingLayer(pub Arc<RequestSlots>);
+
+impl<S> Layer<S> for LoadSheddingLayer {
+    type Service = LoadShedding<S>;
+
+    fn layer(&self, inner: S) -> LoadShedding<S> {
+        LoadShedding { slots: Arc::clone(&self.0), inner }
+    }
+}
+
+/// The service of [`LoadSheddingLayer`].
+#[derive(Clone)]
+pub struct LoadShedding<S> {
+    slots: Arc<RequestSlots>,
+    inner: S,
+}
+
+impl<S, B> Service<Request<B>> for LoadShedding<S>
+where
+    S: Service<Request<B>, Error = Error>,
+{
+    type Response = S::Response;
+    type Error = Error;
+    type Future = Either<Ready<Result<S::Response>>, S::Future>;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if CallPolicy::of(&request).role().is_some() && !self.slots.has_free() {
+            return Either::Left(ready(Err(self.slots.overloaded())));
+        }
+        Either::Right(self.inner.call(request))
+    }
+}
+
+/// Takes a slot for each call that needs credentials, until its response has been read.
+#[derive(Clone)]
+pub struct AdmissionLayer(pub Arc<RequestSlots>);
+
+impl<S> Layer<S> for AdmissionLayer {
+    type Service = Admission<S>;
+
+    fn layer(&self, inner: S) -> Admission<S> {
+        Admission { slots: Arc::clone(&self.0), inner }
+    }
+}
+
+/// The service of [`AdmissionLayer`].
+#[derive(Clone)]
+pub struct Admission<S> {
+    slots: Arc<RequestSlots>,
+    inner: S,
+}
+
+impl<S, B, R> Service<Request<B>> for Admission<S>
+where
+    S: Service<Request<B>, Response = Response<R>, Error = Error>,
+{
+    type Response = Response<GuardedBody<R, Option<OwnedSemaphorePermit>>>;
+    type Error = Error;
+    type Future =
+        Either<Ready<Result<Self::Response>>, WrappedResponse<S::Future, Guard<Option<OwnedSemaphorePermit>>>>;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let slot = CallPolicy::of(&request).role().map(|_| self.slots.acquire()).transpose();
+        match slot {
+            Ok(slot) => Either::Right(WrappedResponse::new(self.inner.call(request), Guard(slot))),
+            Err(error) => Either::Left(ready(Err(error))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_grow_with_the_refusals_of_this_and_the_last_second() {
+        let began = Instant::now();
+        let mut refusals = Refusals::new(began);
+        let few = refusals.next_delay(began);
+        assert!(few >= RETRY_DELAY && few < RETRY_DELAY.mul_f64(1.1));
+        let many = (0..2_000).map(|_| refusals.next_delay(began)).last().unwrap();
+        assert!(many > 4 * RETRY_DELAY && many <= RETRY_DELAY_MAX);
+        assert!(refusals.next_delay(began + Duration::from_secs(1)) > 4 * RETRY_DELAY);
+        assert!(refusals.next_delay(began + Duration::from_secs(4)) < RETRY_DELAY.mul_f64(1.1));
+        let most = (0..100_000).map(|_| refusals.next_delay(began + Duration::from_secs(4))).last();
+        assert_eq!(most, Some(RETRY_DELAY_MAX));
+    }
+}

@@ -1,0 +1,159 @@
+//! A server-streaming RPC that the middleware has no code for, behind the real middleware and transport.
+//!
+//! All that the middleware knows of it is its entry in the method table, which `build.rs` generates for declared methods.
+
+use std::{
+    convert::Infallible,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{
+    StreamExt,
+    future::{BoxFuture, Ready, ready},
+    stream::{self, BoxStream},
+};
+use issue_tracker::{
+    auth::{Auth, Caller},
+    middleware::{method_policy::CallPolicy, method_table::RequiredRole},
+    server::{methods, middleware_stack},
+    transport::listener::{self, ConnectionTrackers},
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    body::Body,
+    client::Grpc,
+    server::{NamedService, ServerStreamingService},
+    service::Routes,
+    transport::{Channel, Endpoint},
+};
+use tower::Service;
+
+use crate::{
+    harness::{Client, Tracker, assert_error, limits},
+    support::{codec::BytesCodec, eventually::eventually},
+};
+
+const PATH: &str = "/test.v1.WatchService/Watch";
+
+/// Streams the caller's id, and then nothing more.
+#[derive(Clone)]
+struct WatchService;
+
+impl NamedService for WatchService {
+    const NAME: &'static str = "test.v1.WatchService";
+}
+
+impl Service<http::Request<Body>> for WatchService {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        Box::pin(async { Ok(tonic::server::Grpc::new(BytesCodec).server_streaming(Self, request).await) })
+    }
+}
+
+impl ServerStreamingService<Bytes> for WatchService {
+    type Response = Vec<u8>;
+    type ResponseStream = BoxStream<'static, Result<Vec<u8>, Status>>;
+    type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, request: Request<Bytes>) -> Self::Future {
+        let caller = Caller::of(&request).unwrap();
+        let first = stream::iter([Ok(caller.user_id.to_string().into_bytes())]);
+        ready(Ok(Response::new(first.chain(stream::pending()).boxed())))
+    }
+}
+
+/// A server of that service alone, for one call at a time, on the database of a tracker.
+struct WatchServer {
+    channel: Channel,
+    stopping: CancellationToken,
+    _stop: DropGuard,
+}
+
+impl WatchServer {
+    async fn start(tracker: &Tracker) -> Self {
+        let policy = CallPolicy {
+            is_own: true,
+            client_streaming: false,
+            server_streaming: true,
+            only_reads: true,
+            required_role: RequiredRole::Member,
+            default_deadline: None,
+        };
+        let limits = limits(&["--requests", "1"]);
+        let methods = methods().unwrap().with_method(PATH, policy);
+        let auth = Auth::new(tracker.db.clone(), 4).unwrap();
+        let stopping = CancellationToken::new();
+        let routes = Routes::new(WatchService);
+        let service = middleware_stack(methods, auth, limits.requests(), stopping.clone(), routes);
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = tcp.local_addr().unwrap();
+        let trackers = ConnectionTrackers::default();
+        tokio::spawn(listener::serve(tcp.into(), service, limits.connections(), stopping.clone(), trackers));
+        let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
+        Self { channel, _stop: stopping.clone().drop_guard(), stopping }
+    }
+
+    async fn watch(&self, client: &Client, timeout: Option<Duration>) -> Result<Streaming<Bytes>, Status> {
+        let mut request = Request::new(stream::iter([Vec::new()]));
+        request.metadata_mut().insert("authorization", format!("Bearer {}", client.token).parse().unwrap());
+        if let Some(timeout) = timeout {
+            request.set_timeout(timeout);
+        }
+        let mut grpc = Grpc::new(self.channel.clone());
+        grpc.ready().await.unwrap();
+        Ok(grpc.streaming(request, PATH.parse().unwrap(), BytesCodec).await?.into_inner())
+    }
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_is_authenticated_authorized_and_streams() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut nobody = tracker.member.clone();
+    nobody.token = "itk_none".to_owned();
+    assert_error(server.watch(&nobody, None).await, Code::Unauthenticated, "UNAUTHENTICATED");
+    assert_error(server.watch(&tracker.viewer, None).await, Code::PermissionDenied, "PERMISSION_DENIED");
+    let mut watch = server.watch(&tracker.member, None).await.unwrap();
+    assert_eq!(watch.message().await.unwrap().unwrap(), tracker.member.user.id.as_bytes());
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_holds_a_request_slot_until_it_ends() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut watch = server.watch(&tracker.member, None).await.unwrap();
+    watch.message().await.unwrap().unwrap();
+    assert_error(server.watch(&tracker.member, None).await, Code::ResourceExhausted, "OVERLOADED");
+    drop(watch);
+    eventually("the slot is free", async || server.watch(&tracker.member, None).await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_ends_at_its_deadline() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut watch = server.watch(&tracker.member, Some(Duration::from_millis(500))).await.unwrap();
+    watch.message().await.unwrap().unwrap();
+    assert_error(watch.message().await, Code::DeadlineExceeded, "DEADLINE");
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_ends_at_the_shutdown() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut watch = server.watch(&tracker.member, None).await.unwrap();
+    watch.message().await.unwrap().unwrap();
+    server.stopping.cancel();
+    assert_error(watch.message().await, Code::Unavailable, "STOPPING");
+}
