@@ -32,6 +32,12 @@ WITH previous AS MATERIALIZED (
         reopen_count = p.reopen_count
     FROM previous p
     WHERE i.id = p.issue_id
+        AND (i.title <> p.title
+            OR i.description <> p.description
+            OR i.priority <> p.priority
+            OR i.status <> p.status
+            OR i.assignee_id IS DISTINCT FROM p.assignee_id
+            OR i.id IN (SELECT issue_id FROM label_changes))
     RETURNING i.id, i.version
 ), label_events AS (
     INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)

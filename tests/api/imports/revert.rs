@@ -345,6 +345,24 @@ async fn revert_does_not_restore_deleted_labels() {
 }
 
 #[tokio::test]
+async fn issue_whose_only_change_cannot_be_restored_keeps_its_version() {
+    let tracker = Tracker::start().await;
+    let bug = tracker.member.label("bug").await;
+    commit(&tracker, import("title,external_id,labels\na,1,bug\nb,2,bug\n")).await;
+    // The import removes the label from both issues, and changes the title of the second one.
+    let id = commit(&tracker, import("title,external_id,labels\na,1,\nB,2,\n").update()).await;
+    tracker.member.labels().delete_label(DeleteLabelRequest { id: bug.id, ..Default::default() }).await.unwrap();
+    let events = "SELECT count(*) FROM issue_events e JOIN issues i ON i.id = e.issue_id WHERE i.external_id = '1'";
+    let events_before = tracker.count(events).await;
+
+    assert_eq!(counts(&revert(&tracker.member, &id, false).await.unwrap()), (0, 1, 0));
+
+    let versions = "SELECT array_agg(version ORDER BY external_id) FROM issues";
+    assert_eq!(tracker.sql(versions, &[]).await[0].get::<_, Vec<i64>>(0), [2, 3]);
+    assert_eq!(tracker.count(events).await, events_before);
+}
+
+#[tokio::test]
 async fn revert_waits_for_a_concurrent_comment_and_keeps_its_issue() {
     let tracker = Tracker::start().await;
     let id = commit(&tracker, import("title\na\nb\n")).await;
