@@ -1,12 +1,14 @@
-//! The client side of import and export: it talks to whatever server, over gRPC, and needs nothing else of this crate
-//! than the messages.
+//! The command-line client: import, export and health checks over gRPC. Of this crate, it uses the messages, the
+//! command-line flags and the TLS verifier.
 
 mod chunk_stream;
 mod connection;
 mod export;
 mod file_source;
+mod health;
 mod import;
 mod output_file;
+mod plaintext;
 mod progress;
 mod rejected_rows;
 mod report;
@@ -25,30 +27,27 @@ use tokio::{
     sync::oneshot,
 };
 
-pub use connection::{endpoint, why};
 pub use export::export;
+pub use health::check_health;
 pub use import::import;
 
-/// Rows were rejected.
-const EXIT_REJECTED: u8 = 1;
-/// It did not work; also what clap says of flags that it does not take.
-const EXIT_FAILED: u8 = 2;
+use crate::config::exit_code;
 
-/// How long work that was interrupted has to come to a point where it can be left.
+/// How long interrupted work may take to reach a point where it can be abandoned.
 const INTERRUPTED_WORK_MAX: Duration = Duration::from_secs(1);
 
-/// How a piece of work ended.
+/// How work ended.
 enum Ended<T> {
-    ByItself(T),
-    /// By a signal, of this number.
+    Completed(T),
+    /// Interrupted by the signal with this number.
     Interrupted(i32),
 }
 
-/// Works until it is done, or to the first SIGINT or SIGTERM.
-async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) -> Ended<anyhow::Result<T>> {
+/// Runs work until it completes, or until the first SIGINT or SIGTERM.
+async fn run_until_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) -> Ended<anyhow::Result<T>> {
     let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
     let (Ok(mut interrupt), Ok(mut terminate)) = signals else {
-        return Ended::ByItself(Err(anyhow!("cannot listen to signals")));
+        return Ended::Completed(Err(anyhow!("cannot listen for signals")));
     };
     let (sender, interrupted) = oneshot::channel();
     tokio::spawn(async move {
@@ -57,45 +56,49 @@ async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) ->
             _ = terminate.recv() => libc::SIGTERM,
         };
         let _ = sender.send(number);
-        // The work may stand in a write to a pipe that nobody reads.
+        // The work may block in a write to a pipe that no process reads.
         tokio::time::sleep(INTERRUPTED_WORK_MAX).await;
-        end_interrupted(number)
+        exit_interrupted(number)
     });
     let work = pin!(work);
     tokio::select! {
-        result = work => Ended::ByItself(result),
+        result = work => Ended::Completed(result),
         Ok(number) = interrupted => Ended::Interrupted(number),
     }
 }
 
-/// Ends the program at once, whatever its other threads are waiting for: a pipe that nobody reads, or fills.
-fn end_interrupted(number: i32) -> ! {
-    std::process::exit(128 + number)
+/// Exits without waiting for threads, which may be blocked on a pipe.
+fn exit_interrupted(number: i32) -> ! {
+    std::process::exit(exit_code::interrupted(number).into())
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
-    tell(&format!("issue-tracker: {error:#}"));
-    ExitCode::from(EXIT_FAILED)
+/// Prints an error, and returns the exit code of a failure.
+fn report_failure(error: &anyhow::Error) -> ExitCode {
+    eprint_line(&format!("issue-tracker: {error:#}"));
+    ExitCode::from(exit_code::FAILED)
 }
 
-/// Runs what may block for long, in a thread that the program's end does not wait for, as it would for tokio's own.
-async fn in_thread<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+/// Runs work that may block for long in a thread of its own. The process can exit without it, unlike with tokio's blocking
+/// threads.
+async fn run_in_thread<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
     let (result, done) = oneshot::channel();
     std::thread::spawn(move || result.send(work()));
     done.await.unwrap_or_else(|_| Err(anyhow!("a thread has failed")))
 }
 
-/// Writes a line to standard output. Nobody may be reading it any more; what is being done is done all the same.
-fn print(line: &str) {
+/// Writes a line to standard output. Ignores errors: if the reader is gone, the work continues.
+fn print_line(line: &str) {
     let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
-/// As [`print`], to standard error.
-fn tell(line: &str) {
+/// Writes a line to standard error, as [`print_line`].
+fn eprint_line(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
-/// Text from a file or a server without what would steer a terminal.
+/// Returns text from a file or a server with its control characters escaped, so that it cannot control the terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|char| {

@@ -2,13 +2,12 @@
 //! [`crate::client`].
 
 mod bootstrap;
-pub mod exit_code;
 mod health;
 mod migrate;
 mod serve;
 mod user;
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::level_filters::LevelFilter;
@@ -16,7 +15,7 @@ use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::Sub
 
 use crate::{
     client,
-    config::{Cli, Command, UserCommand},
+    config::{Cli, Command, UserCommand, exit_code, terminal},
 };
 
 /// Runs the subcommand of the process's arguments and returns its exit code, as [`exit_code`] defines it.
@@ -41,11 +40,6 @@ pub async fn run() -> ExitCode {
 /// Logs to standard error. Only this crate's events are logged: libraries log what clients send, credentials included.
 fn start_logging(level: LevelFilter) {
     let own = Targets::new().with_target("issue_tracker", level);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(uses_color());
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal::is_stderr_styled());
     tracing_subscriber::registry().with(lines.with_filter(own)).init();
-}
-
-/// Returns whether standard error is a terminal and `NO_COLOR` is unset or empty (<https://no-color.org>).
-fn uses_color() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -2,8 +2,10 @@
 
 mod client;
 mod database;
+pub mod exit_code;
 mod limits;
 mod serve;
+pub mod terminal;
 mod tls;
 mod user;
 
@@ -49,7 +51,9 @@ pub enum Command {
     /// Create users and reset passwords in the database
     #[command(subcommand)]
     User(UserCommand),
-    /// Check the health of a running service: exit code 0 if it is SERVING
+    /// Check the health of a running service
+    ///
+    /// Exit codes: 0, it is SERVING; 1, it is not; 2, it cannot be reached, or the check failed.
     Health(HealthArgs),
     /// Import issues from a CSV file into a running service
     ///

@@ -5,8 +5,10 @@ use std::{
     fs,
     io::{Read, Write},
     net::SocketAddr,
+    os::fd::{FromRawFd, OwnedFd},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use flate2::{Compression, write::GzEncoder};
@@ -63,6 +65,26 @@ fn run_with_stdin(mut command: Command, bytes: &[u8]) -> ProgramOutput {
     ProgramOutput::of(child)
 }
 
+/// Opens a pseudo-terminal: the end that reads what is printed, and the end for a program.
+fn open_terminal() -> (fs::File, Stdio) {
+    let (mut reader, mut program) = (0, 0);
+    let null = std::ptr::null_mut();
+    // SAFETY: both descriptors are valid for writing, and null asks for the default name, settings and size.
+    let opened = unsafe { libc::openpty(&raw mut reader, &raw mut program, null, null.cast(), null.cast()) };
+    assert_eq!(opened, 0);
+    // SAFETY: openpty has just opened both, and nothing else owns them.
+    unsafe { (fs::File::from_raw_fd(reader), Stdio::from(OwnedFd::from_raw_fd(program))) }
+}
+
+/// Reads until all programs have closed their end, which the kernel reports as an I/O error.
+fn read_terminal(mut terminal: fs::File) -> String {
+    let (mut printed, mut buffer) = (Vec::new(), [0; 4096]);
+    while let Ok(count @ 1..) = terminal.read(&mut buffer) {
+        printed.extend_from_slice(&buffer[..count]);
+    }
+    String::from_utf8_lossy(&printed).into_owned()
+}
+
 const GOOD: &str = "title,priority\nSlow search,high\nBroken link,\n";
 const BAD: &str = "title,priority\nfirst,high\n,low\n\"two\nlines\",urgent\nlast,\n";
 
@@ -73,7 +95,7 @@ async fn import_exit_code_is_the_outcome_and_only_accepted_rows_are_written() {
     let (good, bad) = (dir.write("good.csv", GOOD), dir.write("bad.csv", BAD));
 
     let checked = service.run(&["import", &good, "--validate-only"]).assert_code(0);
-    checked.assert_prints("nothing was written, only checked: 2 rows: 2 would be created");
+    checked.assert_prints("dry run, nothing was written: 2 rows: 2 would be created");
     let checked = service.run(&["import", &bad, "--validate-only"]).assert_code(1);
     checked.assert_prints("nothing was written: 2 of 4 rows rejected");
     let refused = service.run(&["import", &bad]).assert_code(1);
@@ -91,7 +113,7 @@ async fn import_exit_code_is_the_outcome_and_only_accepted_rows_are_written() {
     let mut denied = program(&["import", "--server", &service.address, "--token-file", &wrong, &good]);
     ProgramOutput::of(denied.spawn().unwrap()).assert_code(2).assert_prints("(UNAUTHENTICATED)");
     let mut nobody = program(&["import", "--server", &service.address, "--data-dir", &dir.text("none"), &good]);
-    ProgramOutput::of(nobody.spawn().unwrap()).assert_code(2).assert_prints("no token; give --token-file");
+    ProgramOutput::of(nobody.spawn().unwrap()).assert_code(2).assert_prints("token: missing; expected --token-file");
 
     assert_eq!(service.titles().await, [""; 0]);
 
@@ -210,7 +232,7 @@ async fn atomic_import_completes_after_a_server_crash() {
     let dir = Dir::new();
     let (mut service, output) = import_across_server_crash(&dir, "atomic").await;
     let output = output.assert_code(0);
-    output.assert_prints("trying again in");
+    output.assert_prints("retrying in");
     assert_eq!(output.json("summary")[0]["created_count"], 20_000);
     let titles = service.titles().await;
     assert_eq!((titles.len(), titles.iter().collect::<HashSet<_>>().len()), (20_000, 20_000));
@@ -328,7 +350,7 @@ async fn broken_connection_is_reestablished() {
     let path = fixture.dir.write("issues.csv", large_csv());
     let output = fixture.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(0);
     assert!(fixture.fake.state().committed == large_csv().as_bytes());
-    assert_eq!(output.stderr.matches("trying again in").count(), 3, "{output:#?}");
+    assert_eq!(output.stderr.matches("retrying in").count(), 3, "{output:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -338,10 +360,44 @@ async fn client_stops_retrying_after_retry_seconds_without_progress() {
     let path = fixture.dir.write("issues.csv", GOOD);
     for args in [&["import", &path, "--retry-seconds", "1"][..], &["export", "--retry-seconds", "1"]] {
         let output = fixture.run(args).await.assert_code(2);
-        output.assert_prints("127.0.0.1:1 cannot be reached (Connection refused");
-        output.assert_prints("trying again in");
-        output.assert_prints("given up");
+        output.assert_prints("cannot connect to 127.0.0.1:1 (Connection refused");
+        output.assert_prints("retrying in");
+        output.assert_prints("gave up after 1 s without progress");
         assert_eq!(output.stdout, "");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_connection_is_retried_for_5_s_only() {
+    let mut fixture = Fixture::new(FakeServer::new()).await;
+    fixture.address = "127.0.0.1:1".parse().unwrap();
+    let path = fixture.dir.write("issues.csv", GOOD);
+    for args in [&["import", &path][..], &["export"]] {
+        let began = Instant::now();
+        let output = fixture.run(args).await.assert_code(2);
+        output.assert_prints("gave up after 5 s without progress");
+        assert!(began.elapsed() < Duration::from_secs(60), "{output:#?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_color_removes_escape_sequences_from_a_terminal() {
+    for (no_color, has_escapes) in [(None, true), (Some(""), true), (Some("1"), false)] {
+        let chunks = (0..20).map(|_| rows(0..10_000)).collect();
+        let fixture = Fixture::new(FakeServer::new().with_export(chunks, vec![])).await;
+        let (terminal, stderr) = open_terminal();
+        let mut command = fixture.command(&["export", "/dev/null"]);
+        command.env("TERM", "xterm").env_remove("NO_COLOR").stderr(stderr);
+        if let Some(value) = no_color {
+            command.env("NO_COLOR", value);
+        }
+        let mut child = command.spawn().unwrap();
+        // Dropping the command closes the last copy of the terminal's other end.
+        drop(command);
+        let printed = tokio::task::spawn_blocking(move || read_terminal(terminal)).await.unwrap();
+        assert!(child.wait().unwrap().success(), "{printed}");
+        assert!(printed.contains("200,000 issues, "), "{printed}");
+        assert_eq!(printed.contains('\x1b'), has_escapes, "{no_color:?}: {printed:?}");
     }
 }
 
@@ -360,7 +416,7 @@ async fn permanent_errors_are_not_retried() {
         let path = fixture.dir.write("issues.csv", large_csv());
         let output = fixture.run(&["import", &path, "--mode", "skip-invalid"]).await.assert_code(2);
         assert!(output.stderr.contains("issue-tracker: NO ("), "{output:#?}");
-        assert!(!output.stderr.contains("trying again"), "{output:#?}");
+        assert!(!output.stderr.contains("retrying"), "{output:#?}");
         let has_committed = !fixture.fake.state().committed.is_empty();
         assert_eq!(output.stderr.contains("--import-id"), has_committed, "{output:#?}");
     }
@@ -385,7 +441,7 @@ async fn signal_prints_the_command_that_resumes_the_import() {
         let output = tokio::task::spawn_blocking(|| ProgramOutput::of(child)).await.unwrap().assert_code(code);
         let id = fixture.fake.state().options[0].import_id.clone();
         if mode == "atomic" {
-            assert_eq!(output.stderr, "interrupted\nnothing was written; run it again\n");
+            assert_eq!(output.stderr, "interrupted\nnothing was written; run the command again\n");
             continue;
         }
         let program = env!("CARGO_BIN_EXE_issue-tracker");
@@ -393,7 +449,7 @@ async fn signal_prints_the_command_that_resumes_the_import() {
         let command = format!(
             "  {program} import --import-id {id} - --map 'Sum mary=title' --mode {mode} --json --server {server}\n"
         );
-        assert!(output.stderr.starts_with("interrupted\nsome rows may be in;"), "{output:#?}");
+        assert!(output.stderr.starts_with("interrupted\nsome rows may be written;"), "{output:#?}");
         assert!(output.stderr.contains(&command), "{output:#?}");
         assert!(output.stderr.contains("with the same input, from its start"), "{output:#?}");
         let before = fixture.fake.state().committed.len();
@@ -436,7 +492,7 @@ async fn every_import_option_has_a_flag() {
     };
     assert_eq!(fixture.fake.state().options, [expected]);
     let twice = fixture.run(&["import", &path, "--map", "a=title", "--map", "a=labels"]).await.assert_code(2);
-    twice.assert_prints("--map has the column \"a\" twice");
+    twice.assert_prints("--map: column \"a\" is mapped twice");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -455,8 +511,8 @@ async fn row_errors_missing_from_the_stream_are_listed_from_the_server() {
         output.assert_prints(&format!("rejected.csv has {expected} of 1500 rejected rows"));
         output.assert_prints("and 500 more");
         if expected < 1_500 {
-            output.assert_prints("of the others it is not known where they are");
-            output.assert_prints("of 1,500 errors the server tells the first 1,");
+            output.assert_prints("the positions of the others are unknown");
+            output.assert_prints("more; the server returns the first 1,");
         }
         // The table's heading, 1,000 errors, the count of the remaining errors, the outcome.
         assert_eq!(output.stdout.lines().count(), 1_003);

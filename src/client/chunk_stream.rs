@@ -1,5 +1,4 @@
-//! The way of the file's bytes to the server: a thread reads them, a bounded channel holds a few chunks, and HTTP/2's
-//! flow control empties it.
+//! Streams the file to the server: a thread reads chunks into a bounded channel, which HTTP/2 flow control drains.
 
 use std::{
     io,
@@ -21,107 +20,111 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::file_source::Source;
+use super::file_source::FileSource;
 use crate::pb::{ImportChunk, ImportIssuesRequest, ImportOptions, import_issues_request::Message};
 
 const CHUNK_BYTES: usize = 256 * 1024;
-const CHUNKS_WAITING_MAX: usize = 4;
-/// A server takes a client that says nothing for a minute for gone; one whose pipe is slow says something before.
+const CHUNKS_BUFFERED_MAX: usize = 4;
+/// A slow source sends an empty chunk after this time. The server's limit between two messages is 60 s.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 
-/// Reads the file, and reads parts of it again when they are asked for again.
-pub struct Feeder {
-    orders: std_mpsc::Sender<Order>,
-    source: oneshot::Receiver<Source>,
+/// Reads the file in a thread, once per attempt, each from its own offset.
+pub struct ChunkStream {
+    commands: std_mpsc::Sender<ReadCommand>,
+    source: oneshot::Receiver<FileSource>,
 }
 
-/// Sends everything from an offset on.
-struct Order {
+/// Tells the thread to read the file from an offset to its end.
+struct ReadCommand {
     offset: u64,
-    pieces: mpsc::Sender<Piece>,
+    parts: mpsc::Sender<FilePart>,
     failed: oneshot::Sender<io::Error>,
-    /// Nobody takes the pieces any more, even if the channel still stands.
-    is_over: CancellationToken,
+    /// Cancelled when the attempt has ended. The receiver of `parts` can live longer.
+    ended: CancellationToken,
 }
 
-enum Piece {
+enum FilePart {
     Chunk(ImportChunk),
-    /// The file's end.
     End,
 }
 
-/// One try's end of the channel. The thread stops sending when this goes away.
-pub struct Feed {
-    orders: std_mpsc::Sender<Order>,
-    pieces: Option<mpsc::Sender<Piece>>,
-    is_over: DropGuard,
+/// The stream of one attempt. The thread stops reading for it when this is dropped.
+pub struct AttemptStream {
+    commands: std_mpsc::Sender<ReadCommand>,
+    parts: Option<mpsc::Sender<FilePart>>,
+    ended: DropGuard,
 }
 
-impl Feeder {
-    pub fn new(mut source: Source) -> Self {
-        let (orders, received) = std_mpsc::channel::<Order>();
+impl ChunkStream {
+    pub fn new(mut source: FileSource) -> Self {
+        let (commands, received) = std_mpsc::channel::<ReadCommand>();
         let (finished, source_back) = oneshot::channel();
         let runtime = Handle::current();
         std::thread::spawn(move || {
-            for order in received {
-                if let Err(error) = send(&mut source, &order, &runtime) {
-                    // If nobody listens, the try has failed already.
-                    let _ = order.failed.send(error);
+            for command in received {
+                if let Err(error) = send(&mut source, &command, &runtime) {
+                    // The receiver is gone if the attempt has failed already.
+                    let _ = command.failed.send(error);
                 }
             }
             let _ = finished.send(source);
         });
-        Self { orders, source: source_back }
+        Self { commands, source: source_back }
     }
 
-    /// The stream of a try: the options, then what [`Feed::begin`] sets going. `all_sent` is set when it has ended.
+    /// Returns the messages of an attempt: the options, then the chunks that [`AttemptStream::start`] requests. `all_sent`
+    /// is set when the stream has ended.
     pub fn requests(
         &self,
         options: ImportOptions,
         all_sent: Arc<AtomicBool>,
-    ) -> (Feed, impl Stream<Item = ImportIssuesRequest> + Send + 'static) {
-        let (pieces, received) = mpsc::channel(CHUNKS_WAITING_MAX);
-        let feed =
-            Feed { orders: self.orders.clone(), pieces: Some(pieces), is_over: CancellationToken::new().drop_guard() };
+    ) -> (AttemptStream, impl Stream<Item = ImportIssuesRequest> + Send + 'static) {
+        let (parts, received) = mpsc::channel(CHUNKS_BUFFERED_MAX);
+        let attempt = AttemptStream {
+            commands: self.commands.clone(),
+            parts: Some(parts),
+            ended: CancellationToken::new().drop_guard(),
+        };
         let request = |message| ImportIssuesRequest { message: Some(message) };
         let options = stream::iter([request(Message::Options(options))]);
         let chunks = chunks(received, all_sent).map(move |chunk| request(Message::Chunk(chunk)));
-        (feed, options.chain(chunks))
+        (attempt, options.chain(chunks))
     }
 
-    /// The source, once no try needs it any more.
-    pub async fn into_source(self) -> anyhow::Result<Source> {
-        drop(self.orders);
+    /// Ends the thread and returns the source. All attempts must have ended.
+    pub async fn into_source(self) -> anyhow::Result<FileSource> {
+        drop(self.commands);
         self.source.await.map_err(|_| anyhow!("the thread that reads the file has failed"))
     }
 }
 
-impl Feed {
-    /// Sends the file from this offset on. The receiver gets an error of the file's; it is closed when all is read.
-    pub fn begin(&mut self, offset: u64) -> oneshot::Receiver<io::Error> {
+impl AttemptStream {
+    /// Sends the file from this offset. The receiver gets an error of reading the file; it is closed when the file is read.
+    pub fn start(&mut self, offset: u64) -> oneshot::Receiver<io::Error> {
         let (failed, failure) = oneshot::channel();
-        if let Some(pieces) = self.pieces.take() {
-            let order = Order { offset, pieces, failed, is_over: self.is_over.token().clone() };
-            // The thread lives as long as there is somebody to order.
-            let _ = self.orders.send(order);
+        if let Some(parts) = self.parts.take() {
+            let command = ReadCommand { offset, parts, failed, ended: self.ended.token().clone() };
+            // The thread lives as long as a sender of commands.
+            let _ = self.commands.send(command);
         }
         failure
     }
 }
 
-fn send(source: &mut Source, order: &Order, runtime: &Handle) -> io::Result<()> {
-    source.seek(order.offset)?;
+fn send(source: &mut FileSource, command: &ReadCommand, runtime: &Handle) -> io::Result<()> {
+    source.seek(command.offset)?;
     loop {
         let offset = source.offset().cast_signed();
         let mut data = vec![0; CHUNK_BYTES];
         let count = source.fill(&mut data)?;
         data.truncate(count);
         let is_end = data.is_empty();
-        let piece = if is_end { Piece::End } else { Piece::Chunk(ImportChunk { offset, data: Bytes::from(data) }) };
+        let part =
+            if is_end { FilePart::End } else { FilePart::Chunk(ImportChunk { offset, data: Bytes::from(data) }) };
         let is_sent = runtime.block_on(async {
             tokio::select! {
-                sent = order.pieces.send(piece) => sent.is_ok(),
-                () = order.is_over.cancelled() => false,
+                sent = command.parts.send(part) => sent.is_ok(),
+                () = command.ended.cancelled() => false,
             }
         });
         if is_end || !is_sent {
@@ -130,22 +133,23 @@ fn send(source: &mut Source, order: &Order, runtime: &Handle) -> io::Result<()> 
     }
 }
 
-/// Ends only with the file. A try that is given up never ends its stream: the server would take that for the file's end.
-fn chunks(pieces: mpsc::Receiver<Piece>, all_sent: Arc<AtomicBool>) -> impl Stream<Item = ImportChunk> + Send {
-    stream::unfold((pieces, 0), move |(mut pieces, offset)| {
+/// Ends with the file only. The stream of an abandoned attempt never ends: the server would take that for the end of the
+/// file.
+fn chunks(parts: mpsc::Receiver<FilePart>, all_sent: Arc<AtomicBool>) -> impl Stream<Item = ImportChunk> + Send {
+    stream::unfold((parts, 0), move |(mut parts, offset)| {
         let all_sent = Arc::clone(&all_sent);
         async move {
-            let chunk = match timeout(SILENCE_MAX, pieces.recv()).await {
+            let chunk = match timeout(SILENCE_MAX, parts.recv()).await {
                 Err(_) => ImportChunk { offset, data: Bytes::new() },
-                Ok(Some(Piece::Chunk(chunk))) => chunk,
-                Ok(Some(Piece::End)) => {
+                Ok(Some(FilePart::Chunk(chunk))) => chunk,
+                Ok(Some(FilePart::End)) => {
                     all_sent.store(true, Ordering::Relaxed);
                     return None;
                 }
                 Ok(None) => std::future::pending().await,
             };
             let next_offset = chunk.offset + chunk.data.len() as i64;
-            Some((chunk, (pieces, next_offset)))
+            Some((chunk, (parts, next_offset)))
         }
     })
 }
@@ -156,10 +160,10 @@ mod tests {
 
     use super::*;
 
-    fn feeder(bytes: &[u8]) -> Feeder {
+    fn chunk_stream(bytes: &[u8]) -> ChunkStream {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
-        Feeder::new(Source::open(file.path()).unwrap())
+        ChunkStream::new(FileSource::open(file.path()).unwrap())
     }
 
     fn data(request: Option<ImportIssuesRequest>) -> (i64, Vec<u8>) {
@@ -170,46 +174,46 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_try_that_is_given_up_ends_no_stream_and_the_next_goes_on_where_it_is_told() {
+    async fn an_abandoned_stream_does_not_end_and_the_next_starts_at_its_offset() {
         let bytes = vec![b'x'; 20 * CHUNK_BYTES];
-        let feeder = feeder(&bytes);
+        let stream = chunk_stream(&bytes);
         let all_sent = Arc::new(AtomicBool::new(false));
 
-        let (mut feed, requests) = feeder.requests(ImportOptions::default(), Arc::clone(&all_sent));
+        let (mut attempt, requests) = stream.requests(ImportOptions::default(), Arc::clone(&all_sent));
         let mut requests = pin!(requests);
         requests.next().await.unwrap();
-        let _failure = feed.begin(0);
+        let _failure = attempt.start(0);
         assert_eq!(data(requests.next().await), (0, vec![b'x'; CHUNK_BYTES]));
-        drop(feed);
-        // The channel is full and the stream is there, but the thread is free.
-        let (mut feed, again) = feeder.requests(ImportOptions::default(), Arc::clone(&all_sent));
+        drop(attempt);
+        // The channel is full and its receiver is alive, but the thread is free.
+        let (mut attempt, again) = stream.requests(ImportOptions::default(), Arc::clone(&all_sent));
         let mut again = pin!(again);
         again.next().await.unwrap();
-        let _failure = feed.begin(bytes.len() as u64 - 7);
+        let _failure = attempt.start(bytes.len() as u64 - 7);
         assert_eq!(data(again.next().await), (bytes.len() as i64 - 7, vec![b'x'; 7]));
         assert!(again.next().await.is_none());
         assert!(all_sent.load(Ordering::Relaxed));
 
-        let given_up = async { while requests.next().await.is_some() {} };
-        assert!(timeout(Duration::from_millis(200), given_up).await.is_err(), "the stream has ended");
+        let abandoned = async { while requests.next().await.is_some() {} };
+        assert!(timeout(Duration::from_millis(200), abandoned).await.is_err(), "the stream has ended");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_slow_source_is_not_silence() {
-        let (_pieces, received) = mpsc::channel(1);
+    async fn a_slow_source_sends_empty_chunks() {
+        let (_parts, received) = mpsc::channel(1);
         let mut chunks = pin!(chunks(received, Arc::default()));
         let chunk = chunks.next().await.unwrap();
         assert_eq!((chunk.offset, chunk.data.len()), (0, 0));
     }
 
     #[tokio::test]
-    async fn an_error_of_the_file_is_told_and_ends_no_stream() {
-        let feeder = feeder(b"title\n");
-        let (mut feed, requests) = feeder.requests(ImportOptions::default(), Arc::default());
+    async fn an_error_of_the_file_is_returned_and_does_not_end_the_stream() {
+        let stream = chunk_stream(b"title\n");
+        let (mut attempt, requests) = stream.requests(ImportOptions::default(), Arc::default());
         let mut requests = pin!(requests);
         requests.next().await.unwrap();
-        let failure = feed.begin(100).await.unwrap();
-        assert!(failure.to_string().contains("it ends at byte 6"), "{failure}");
+        let failure = attempt.start(100).await.unwrap();
+        assert!(failure.to_string().contains("the file ends at byte 6"), "{failure}");
         assert!(timeout(Duration::from_millis(200), requests.next()).await.is_err(), "the stream has ended");
     }
 }

@@ -1,4 +1,4 @@
-//! The way to a server, and what its errors mean: whether another try may help, and how they read.
+//! Connections to a server, and its errors: whether a retry can succeed, and what the user reads.
 
 use std::{
     env,
@@ -19,7 +19,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::printable;
+use super::{plaintext::PlaintextConnector, printable};
 use crate::{
     config::{ClientTls, Connection},
     error::ERROR_DOMAIN,
@@ -30,69 +30,123 @@ use crate::{
 };
 
 const TOKEN_VARIABLE: &str = "ISSUE_TRACKER_TOKEN";
+/// Time allowed for TCP and TLS handshakes.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
-/// A server that has gone without a word is noticed after these two.
-const PING_EVERY: Duration = Duration::from_secs(20);
-const PING_ANSWER_MAX: Duration = Duration::from_secs(20);
+/// HTTP/2 keep-alive: a silent server is considered lost after the sum of the two.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A server, and who we are to it.
+/// A server and the caller's token.
 pub struct Server {
-    endpoint: Endpoint,
+    endpoint: ServerEndpoint,
     authorization: MetadataValue<Ascii>,
 }
 
+/// A server's address and how to connect to it.
+pub struct ServerEndpoint {
+    endpoint: Endpoint,
+    /// `None` if the connection is encrypted.
+    plaintext: Option<PlaintextConnector>,
+}
+
 impl Server {
+    /// Fails if the token is missing, or would be sent unencrypted to another machine without --insecure-plaintext.
     pub fn new(args: &Connection) -> anyhow::Result<Self> {
         if !is_encrypted(&args.server) && !is_this_machine(&args.server) && !args.insecure_plaintext {
             bail!(
-                "{} would be sent the token unencrypted; reach it by https://, or give --insecure-plaintext if nobody \
-                 else can listen to the network in between",
+                "--server: {} would be sent the token unencrypted; use https://, or --insecure-plaintext on a network that \
+                 no one else can read",
                 args.server
             );
         }
-        let endpoint = endpoint(&args.server, &args.tls)?;
+        let endpoint = ServerEndpoint::new(&args.server, &args.tls)?;
         let token = find_token(args)?;
         let mut authorization = MetadataValue::try_from(format!("Bearer {}", token.trim()))
-            .map_err(|_| anyhow!("the token has characters that no token has"))?;
+            .map_err(|_| anyhow!("token: contains invalid characters; expected itk_ and letters, digits, - or _"))?;
         authorization.set_sensitive(true);
-        let endpoint = endpoint
-            .connect_timeout(CONNECT_MAX)
-            .http2_keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_ANSWER_MAX);
         Ok(Self { endpoint, authorization })
     }
 
-    /// A connection of its own: whatever was wrong with the last one is gone.
+    /// Opens a new connection. An attempt does not reuse the connection of a failed one.
     pub async fn connect(&self) -> Result<Channel, Failure> {
-        self.endpoint.connect().await.map_err(|error| {
-            let why = format!("{} cannot be reached ({})", self.address(), printable(&root_cause(&error)));
-            if is_tls_refusal(&error) { Failure::Final(anyhow!(why)) } else { Failure::passing(why) }
-        })
+        self.endpoint.connect().await
     }
 
+    /// Classifies the error of a call on one of this server's connections.
+    pub fn failure(&self, status: &Status) -> Failure {
+        self.endpoint.failure(status)
+    }
+
+    /// Returns a request with the caller's token.
     pub fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", self.authorization.clone());
         request
     }
+}
 
-    fn address(&self) -> &str {
+impl ServerEndpoint {
+    /// Fails if the certificates cannot be used, or are given for an `http://` address.
+    pub fn new(server: &Uri, tls: &ClientTls) -> anyhow::Result<Self> {
+        let endpoint = encrypted_if_https(server, tls)?
+            .connect_timeout(CONNECT_MAX)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT);
+        let plaintext = (!is_encrypted(server)).then(PlaintextConnector::default);
+        Ok(Self { endpoint, plaintext })
+    }
+
+    /// Opens a new connection.
+    pub async fn connect(&self) -> Result<Channel, Failure> {
+        let connected = match &self.plaintext {
+            Some(connector) => self.endpoint.connect_with_connector(connector.clone()).await,
+            None => self.endpoint.connect().await,
+        };
+        connected.map_err(|error| self.connect_failure(&error))
+    }
+
+    /// Classifies the error of a call.
+    pub fn failure(&self, status: &Status) -> Failure {
+        if self.plaintext.as_ref().is_some_and(PlaintextConnector::requires_tls) {
+            let address = self.address();
+            return Failure::Final(anyhow!("--server: {address} requires TLS; use https://{address}"));
+        }
+        failure(status)
+    }
+
+    pub fn address(&self) -> &str {
         self.endpoint.uri().authority().map_or("the server", |authority| authority.as_str())
+    }
+
+    fn connect_failure(&self, error: &(dyn Error + 'static)) -> Failure {
+        let address = self.address();
+        match rustls_error(error) {
+            Some(rustls::Error::InvalidMessage(_)) => {
+                Failure::Final(anyhow!("--server: {address} does not speak TLS; use http://{address}"))
+            }
+            cause => {
+                let why = format!("cannot connect to {address} ({})", printable(&root_cause(error)));
+                if cause.is_some() || is_tls_alert(error) {
+                    Failure::Final(anyhow!(why))
+                } else {
+                    Failure::retryable(why)
+                }
+            }
+        }
     }
 }
 
-/// How a service is reached, encrypted if its address says so.
-pub fn endpoint(server: &Uri, tls: &ClientTls) -> anyhow::Result<Endpoint> {
+fn encrypted_if_https(server: &Uri, tls: &ClientTls) -> anyhow::Result<Endpoint> {
     let endpoint = Endpoint::from(server.clone());
     if !is_encrypted(server) {
         if tls.ca_cert.is_some() || tls.client_cert.is_some() {
-            bail!("{server} is not encrypted, and certificates are for https:// only");
+            bail!("--server: {server} is not encrypted; certificates are for https:// only");
         }
         return Ok(endpoint);
     }
     let roots = match &tls.ca_cert {
         Some(path) => Roots::file("--ca-cert", path)?,
-        None => Roots::system().context("no --ca-cert is given")?,
+        None => Roots::system().context("--ca-cert is not set")?,
     };
     let mut config = ClientTlsConfig::new();
     if let Some(name) = &tls.server_name {
@@ -107,7 +161,7 @@ pub fn endpoint(server: &Uri, tls: &ClientTls) -> anyhow::Result<Endpoint> {
     }
     endpoint
         .tls_config_with_verifier(config, Verifier::full(roots))
-        .context("--client-cert, --client-key or the server's name cannot be used")
+        .context("--client-cert, --client-key or --server-name is invalid")
 }
 
 fn is_encrypted(server: &Uri) -> bool {
@@ -116,15 +170,15 @@ fn is_encrypted(server: &Uri) -> bool {
 
 fn find_token(args: &Connection) -> anyhow::Result<String> {
     if let Some(path) = &args.token_file {
-        return fs::read_to_string(path).with_context(|| format!("cannot read the token in {}", path.display()));
+        return fs::read_to_string(path).with_context(|| format!("cannot read --token-file {}", path.display()));
     }
     if let Ok(token) = env::var(TOKEN_VARIABLE)
         && !token.is_empty()
     {
         return Ok(token);
     }
-    let missing = || format!("no token; give --token-file FILE, or set {TOKEN_VARIABLE}");
-    // This machine's administrator is nobody elsewhere, and his token is not to be told there.
+    let missing = || format!("token: missing; expected --token-file or {TOKEN_VARIABLE}");
+    // The token of this machine's administrator must not be sent to another machine.
     if !is_this_machine(&args.server) {
         return Err(anyhow!(missing()));
     }
@@ -145,18 +199,27 @@ fn is_this_machine(server: &Uri) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Why a call did not work.
+/// Why an attempt failed.
 #[derive(Debug)]
 pub enum Failure {
-    /// Another try may fare better, after `wait` if the server has asked for it.
-    Passing { why: String, wait: Option<Duration> },
-    /// Another try would end the same.
+    /// A retry can succeed. `wait` is the delay that the server has asked for.
+    Retryable { why: String, wait: Option<Duration> },
+    /// A retry would fail too.
     Final(anyhow::Error),
 }
 
 impl Failure {
-    pub fn passing(why: impl Into<String>) -> Self {
-        Self::Passing { why: why.into(), wait: None }
+    pub fn retryable(why: impl Into<String>) -> Self {
+        Self::Retryable { why: why.into(), wait: None }
+    }
+}
+
+impl From<Failure> for anyhow::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Retryable { why, .. } => anyhow!(why),
+            Failure::Final(error) => error,
+        }
     }
 }
 
@@ -166,43 +229,35 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// What the server has said, or what has become of the connection to it.
-pub fn failure(status: &Status) -> Failure {
+/// Classifies an error of the server, or of the connection to it.
+fn failure(status: &Status) -> Failure {
     let info = status.get_details_error_info();
-    let is_ours = info.as_ref().is_some_and(|info| info.domain == ERROR_DOMAIN);
-    let is_passing = match status.code() {
+    let is_from_service = info.as_ref().is_some_and(|info| info.domain == ERROR_DOMAIN);
+    let is_retryable = match status.code() {
         Code::Unavailable | Code::Aborted | Code::ResourceExhausted | Code::DeadlineExceeded | Code::Cancelled => true,
-        // Without details it is not the server that speaks, but what has become of the connection.
-        Code::Unknown | Code::Internal => !is_ours,
+        // An error without our details is not the service's but the connection's.
+        Code::Unknown | Code::Internal => !is_from_service,
         Code::OutOfRange => info.is_some_and(|info| info.reason == "IMPORT_OFFSET_GAP"),
         _ => false,
     };
-    if !is_passing {
+    if !is_retryable {
         return Failure::Final(anyhow!(describe(status)));
     }
     let wait = status.get_details_retry_info().and_then(|info| info.retry_delay);
     if let Some(source) = status.source()
-        && is_tls_refusal(source)
+        && (rustls_error(source).is_some() || is_tls_alert(source))
     {
-        return Failure::Final(anyhow!("the connection is refused ({})", printable(&root_cause(source))));
+        return Failure::Final(anyhow!("TLS failed ({})", printable(&root_cause(source))));
     }
     let why = match status.source() {
-        Some(source) if !is_ours => format!("the connection is lost ({})", printable(&root_cause(source))),
-        _ if status.message().is_empty() => format!("the server says {}", code_name(status.code())),
+        Some(source) if !is_from_service => format!("the connection was lost ({})", printable(&root_cause(source))),
+        _ if status.message().is_empty() => format!("the server failed with {}", code_name(status.code())),
         _ => printable(status.message()),
     };
-    Failure::Passing { why, wait }
+    Failure::Retryable { why, wait }
 }
 
-/// What [`failure`] tells, as a person reads it.
-pub fn why(status: &Status) -> String {
-    match failure(status) {
-        Failure::Passing { why, .. } => why,
-        Failure::Final(error) => error.to_string(),
-    }
-}
-
-/// An error as a person reads it: several violations are lines of their own.
+/// Formats an error for the user. Several violations are on lines of their own.
 fn describe(status: &Status) -> String {
     let code = code_name(status.code());
     let message = printable(status.message());
@@ -214,7 +269,7 @@ fn describe(status: &Status) -> String {
                 let line = format!("{}: {}", violation.field, violation.description);
                 text += &format!("\n  {}", printable(&line));
             }
-            // The message says how many there are that are not described.
+            // The message ends with the number of violations that the details leave out.
             if let Some((_, rest)) = message.rsplit_once("; and ")
                 && rest.ends_with(" more")
             {
@@ -222,16 +277,17 @@ fn describe(status: &Status) -> String {
             }
             text
         }
-        ("", _) => format!("the server says {code}"),
+        ("", _) => format!("the server failed with {code}"),
         (message, _) => format!("{message} ({code})"),
     };
     if status.code() == Code::Unauthenticated {
-        text += &format!("\nthe token is that of --token-file, {TOKEN_VARIABLE} or admin.token in the data directory");
+        text +=
+            &format!("\nthe token was read from --token-file, {TOKEN_VARIABLE} or admin.token in the data directory");
     }
     text
 }
 
-/// `INVALID_ARGUMENT`, as the service's documentation has it.
+/// Returns the canonical name of a code, such as `INVALID_ARGUMENT`.
 fn code_name(code: Code) -> String {
     let mut name = String::new();
     for char in format!("{code:?}").chars() {
@@ -243,17 +299,23 @@ fn code_name(code: Code) -> String {
     name
 }
 
-/// Whether one side does not want the other's certificates, or does not speak TLS.
-fn is_tls_refusal(error: &(dyn Error + 'static)) -> bool {
+/// Returns the TLS error in the chain of causes.
+fn rustls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
         let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        if error.is::<rustls::Error>() || wrapped.is_some_and(|error| error.is::<rustls::Error>()) {
-            return true;
+        let found = error.downcast_ref().or_else(|| wrapped.and_then(|error| error.downcast_ref()));
+        if found.is_some() {
+            return found;
         }
         next = error.source();
     }
-    // What a server says behind its handshake comes as text only.
+    None
+}
+
+/// Returns whether the server has ended the connection with a TLS alert after its handshake. h2 keeps only the text of
+/// that error.
+fn is_tls_alert(error: &(dyn Error + 'static)) -> bool {
     root_cause(error).contains("received fatal alert")
 }
 
@@ -271,7 +333,7 @@ mod tests {
 
     use super::*;
 
-    fn ours(code: Code, reason: &str, message: &str, violations: &[(&str, &str)]) -> Status {
+    fn service_error(code: Code, reason: &str, message: &str, violations: &[(&str, &str)]) -> Status {
         let mut details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, []);
         if !violations.is_empty() {
             let violations = violations.iter().map(|(field, text)| FieldViolation::new(*field, *text));
@@ -283,13 +345,13 @@ mod tests {
         Status::with_error_details(code, message, details)
     }
 
-    fn is_passing(status: &Status) -> bool {
-        matches!(failure(status), Failure::Passing { .. })
+    fn is_retryable(status: &Status) -> bool {
+        matches!(failure(status), Failure::Retryable { .. })
     }
 
     #[test]
-    fn what_another_try_may_mend_is_told_from_what_it_does_not() {
-        for (code, passing) in [
+    fn errors_are_retryable_or_final_by_code_and_reason() {
+        for (code, retryable) in [
             (Code::Unavailable, true),
             (Code::Aborted, true),
             (Code::ResourceExhausted, true),
@@ -304,37 +366,39 @@ mod tests {
             (Code::OutOfRange, false),
             (Code::Unimplemented, false),
         ] {
-            assert_eq!(is_passing(&ours(code, "WHATEVER", "why", &[])), passing, "{code:?}");
+            assert_eq!(is_retryable(&service_error(code, "WHATEVER", "why", &[])), retryable, "{code:?}");
         }
-        assert!(is_passing(&ours(Code::OutOfRange, "IMPORT_OFFSET_GAP", "why", &[])));
-        assert!(is_passing(&Status::new(Code::Unknown, "h2 protocol error")), "not the server's word");
-        assert!(is_passing(&Status::new(Code::Internal, "h2 protocol error")), "not the server's word");
+        assert!(is_retryable(&service_error(Code::OutOfRange, "IMPORT_OFFSET_GAP", "why", &[])));
+        assert!(is_retryable(&Status::new(Code::Unknown, "h2 protocol error")), "an error of the connection");
+        assert!(is_retryable(&Status::new(Code::Internal, "h2 protocol error")), "an error of the connection");
     }
 
     #[test]
-    fn the_server_says_how_long_to_wait() {
-        let Failure::Passing { why, wait } = failure(&ours(Code::ResourceExhausted, "OVERLOADED", "too much", &[]))
+    fn a_retry_waits_as_long_as_the_server_asks() {
+        let Failure::Retryable { why, wait } =
+            failure(&service_error(Code::ResourceExhausted, "OVERLOADED", "too much", &[]))
         else {
-            panic!("is passing");
+            panic!("is retryable");
         };
         assert_eq!((&*why, wait), ("too much", Some(Duration::from_millis(500))));
     }
 
     #[test]
-    fn one_violation_is_its_message_and_several_are_lines() {
-        let one = ours(Code::InvalidArgument, "INVALID", "header: has no title", &[("header", "has no title")]);
+    fn several_violations_are_printed_on_lines_of_their_own() {
+        let one =
+            service_error(Code::InvalidArgument, "INVALID", "header: has no title", &[("header", "has no title")]);
         assert_eq!(describe(&one), "header: has no title (INVALID_ARGUMENT)");
         let two = [("header.\"a\"", "is unknown"), ("header.\"b\"", "is unknown\x1b[2J")];
         let message = "header.\"a\": is unknown; header.\"b\": is unknown; and 7 more";
         assert_eq!(
-            describe(&ours(Code::InvalidArgument, "INVALID", message, &two)),
+            describe(&service_error(Code::InvalidArgument, "INVALID", message, &two)),
             "refused (INVALID_ARGUMENT):\n  header.\"a\": is unknown\n  header.\"b\": is unknown\\u{1b}[2J\n  and 7 more"
         );
     }
 
     #[test]
-    fn the_own_token_is_for_this_machine_only() {
-        for (server, own) in [
+    fn the_local_administrator_token_is_for_this_machine_only() {
+        for (server, is_local) in [
             ("http://127.0.0.1:1", true),
             ("http://localhost:1", true),
             ("http://[::1]:1", true),
@@ -342,7 +406,7 @@ mod tests {
             ("http://10.0.0.1:1", false),
             ("http://localhost.example:1", false),
         ] {
-            assert_eq!(is_this_machine(&server.parse().unwrap()), own, "{server}");
+            assert_eq!(is_this_machine(&server.parse().unwrap()), is_local, "{server}");
         }
     }
 }

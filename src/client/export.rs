@@ -1,5 +1,4 @@
-//! `issue-tracker export`: writes what the server streams, to standard output or to a file that is there whole or not at
-//! all.
+//! `issue-tracker export`: writes the exported file to standard output, or to a file that appears when it is complete.
 
 use std::{
     io::{self, ErrorKind, IsTerminal, Write},
@@ -13,12 +12,13 @@ use tokio::io::AsyncWriteExt;
 
 use super::{
     Ended,
-    connection::{Failure, Server, failure},
-    end_interrupted, fail,
-    output_file::Output,
-    progress::{Meter, Position},
+    connection::{Failure, Server},
+    exit_interrupted,
+    output_file::OutputFile,
+    progress::{Position, Progress},
+    report_failure,
     retries::Retries,
-    unless_interrupted,
+    run_until_interrupted,
 };
 use crate::{
     backoff::random,
@@ -26,6 +26,7 @@ use crate::{
     pb::{ExportIssuesRequest, issue_service_client::IssueServiceClient},
 };
 
+/// Runs the export and returns its exit code: 0, `FAILED`, or that of the signal that has interrupted it.
 pub async fn export(args: ExportArgs) -> ExitCode {
     let path = args.file.filter(|path| path != Path::new("-"));
     let request = ExportIssuesRequest {
@@ -37,15 +38,15 @@ pub async fn export(args: ExportArgs) -> ExitCode {
         let server = Server::new(&args.connection)?;
         let retries = Retries::new(args.connection.retry_max(), Instant::now());
         let sink = Sink::open(path)?;
-        // A bar would stand in the middle of what is written to the same terminal.
+        // A bar would mix with the file on the same terminal.
         let is_mixed = matches!(sink, Sink::Stdout { .. }) && io::stdout().is_terminal();
-        let meter = if is_mixed { Meter::silent("issue") } else { Meter::new("issue") };
-        Export { server, request, retries, meter, sink }.run().await
+        let progress = if is_mixed { Progress::silent("issue") } else { Progress::new("issue") };
+        Export { server, request, retries, progress, sink }.run().await
     };
-    match unless_interrupted(run).await {
-        Ended::ByItself(Ok(())) => ExitCode::SUCCESS,
-        Ended::ByItself(Err(error)) => fail(&error),
-        Ended::Interrupted(number) => end_interrupted(number),
+    match run_until_interrupted(run).await {
+        Ended::Completed(Ok(())) => ExitCode::SUCCESS,
+        Ended::Completed(Err(error)) => report_failure(&error),
+        Ended::Interrupted(number) => exit_interrupted(number),
     }
 }
 
@@ -53,101 +54,103 @@ struct Export {
     server: Server,
     request: ExportIssuesRequest,
     retries: Retries,
-    meter: Meter,
+    progress: Progress,
     sink: Sink,
 }
 
 impl Export {
-    /// Tries until everything has come, from the start each time: an export is of one instant.
+    /// Retries until the file is complete, each time from the start: an export is one snapshot.
     async fn run(mut self) -> anyhow::Result<()> {
         loop {
-            let (why, wait) = match self.try_once().await {
+            let (why, wait) = match self.attempt().await {
                 Ok(()) => break,
                 Err(Failure::Final(error)) if is_broken_pipe(&error) => {
-                    self.meter.clear();
+                    self.progress.clear();
                     return Ok(());
                 }
                 Err(Failure::Final(error)) => {
-                    self.meter.clear();
+                    self.progress.clear();
                     return Err(error);
                 }
-                Err(Failure::Passing { why, wait }) => (why, wait),
+                Err(Failure::Retryable { why, wait }) => (why, wait),
             };
             let delay = self.retries.next_delay(wait, random(), Instant::now());
             match (delay, self.sink.restart()?) {
                 (Some(delay), true) => {
-                    self.meter.say(&format!("{why}; trying again in {:.1} s", delay.as_secs_f64()));
+                    self.progress.message(&format!("{why}; retrying in {:.1} s", delay.as_secs_f64()));
                     tokio::time::sleep(delay).await;
                 }
                 (Some(_), false) => {
-                    self.meter.clear();
-                    bail!("{why}; what is written is not whole, and cannot be taken back");
+                    self.progress.clear();
+                    bail!("{why}; standard output has an incomplete file");
                 }
                 (None, _) => {
-                    self.meter.clear();
-                    bail!("{why}; given up");
+                    self.progress.clear();
+                    bail!("{why}; gave up after {} s without progress", self.retries.limit().as_secs());
                 }
             }
         }
-        self.meter.finish();
+        self.progress.finish();
         self.sink.finish().await
     }
 
-    async fn try_once(&mut self) -> Result<(), Failure> {
+    async fn attempt(&mut self) -> Result<(), Failure> {
         let mut client = IssueServiceClient::new(self.server.connect().await?);
+        self.retries.connected();
         let request = self.server.request(self.request.clone());
-        let mut pieces = client.export_issues(request).await.map_err(|status| failure(&status))?.into_inner();
+        let chunks = client.export_issues(request).await;
+        let mut chunks = chunks.map_err(|status| self.server.failure(&status))?.into_inner();
         let mut position = Position::default();
         self.retries.reached(0, Instant::now());
-        // The stream ends without an error only when it is whole.
-        while let Some(piece) = pieces.message().await.map_err(|status| failure(&status))? {
-            self.sink.write(&piece.data).await?;
-            position.bytes += piece.data.len() as u64;
-            position.rows = u64::try_from(piece.row_count).unwrap_or(0);
+        // The stream ends without an error only if the file is complete.
+        while let Some(chunk) = chunks.message().await.map_err(|status| self.server.failure(&status))? {
+            self.sink.write(&chunk.data).await?;
+            position.bytes += chunk.data.len() as u64;
+            position.rows = u64::try_from(chunk.row_count).unwrap_or(0);
             self.retries.reached(position.bytes, Instant::now());
-            self.meter.update(position);
+            self.progress.update(position);
         }
-        self.meter.update(position);
+        self.progress.update(position);
         Ok(())
     }
 }
 
-/// Where it is written.
+/// The destination of the file.
 enum Sink {
-    Stdout { stdout: tokio::io::Stdout, is_begun: bool },
-    File { output: Output, path: PathBuf, is_begun: bool },
+    Stdout { stdout: tokio::io::Stdout, has_data: bool },
+    File { output: OutputFile, path: PathBuf, has_data: bool },
 }
 
 impl Sink {
     fn open(path: Option<PathBuf>) -> anyhow::Result<Self> {
         match path {
-            None => Ok(Self::Stdout { stdout: tokio::io::stdout(), is_begun: false }),
-            Some(path) => Ok(Self::File { output: Output::create(&path)?, path, is_begun: false }),
+            None => Ok(Self::Stdout { stdout: tokio::io::stdout(), has_data: false }),
+            Some(path) => Ok(Self::File { output: OutputFile::create(&path)?, path, has_data: false }),
         }
     }
 
     async fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         match self {
-            Self::Stdout { stdout, is_begun } => {
-                *is_begun = true;
+            Self::Stdout { stdout, has_data } => {
+                *has_data = true;
                 let written = async {
                     stdout.write_all(bytes).await?;
                     stdout.flush().await
                 };
                 written.await.context("cannot write to standard output")
             }
-            Self::File { output, path, is_begun } => {
-                *is_begun = true;
+            Self::File { output, path, has_data } => {
+                *has_data = true;
                 output.write_all(bytes).with_context(|| format!("cannot write {}", path.display()))
             }
         }
     }
 
-    /// Forgets what was written; returns whether that could be done.
+    /// Discards what was written; returns whether that was possible.
     fn restart(&mut self) -> anyhow::Result<bool> {
         match self {
-            Self::Stdout { is_begun, .. } => Ok(!*is_begun),
-            Self::File { is_begun: false, .. } => Ok(true),
+            Self::Stdout { has_data, .. } => Ok(!*has_data),
+            Self::File { has_data: false, .. } => Ok(true),
             Self::File { output, path, .. } => {
                 output.restart().with_context(|| format!("cannot write {}", path.display()))
             }

@@ -1,4 +1,4 @@
-//! The bytes of the file to import, from wherever they are wanted: a file, a pipe, either of them compressed.
+//! Reads the file to import from any offset: a file or a pipe, plain or compressed with gzip.
 
 use std::{
     fs::File,
@@ -17,10 +17,10 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const SKIP_BUFFER_BYTES: usize = 64 * 1024;
 const GZIP_BUFFER_BYTES: usize = 256 * 1024;
 
-/// The bytes as they are imported, decompressed. Offsets count these.
-pub struct Source {
+/// The decompressed bytes of a file. Offsets count decompressed bytes.
+pub struct FileSource {
     bytes: Bytes,
-    /// Where `read` goes on.
+    /// The offset of the next read.
     offset: u64,
 }
 
@@ -29,8 +29,8 @@ enum Bytes {
     Gzip(Box<MultiGzDecoder<BufReader<Raw>>>),
 }
 
-impl Source {
-    /// Opens a file or pipe; `-` is standard input. Waits for a pipe's first bytes.
+impl FileSource {
+    /// Opens a file or pipe; `-` is standard input. Waits for the first bytes of a pipe.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let file = if path == Path::new("-") {
             io::stdin().as_fd().try_clone_to_owned().map(File::from)
@@ -60,7 +60,7 @@ impl Source {
         Ok(Self { bytes, offset: 0 })
     }
 
-    /// How many bytes there are, where that is known without reading them.
+    /// Returns the size of a plain file. Other sizes are known only at the end.
     pub fn size(&self) -> io::Result<Option<u64>> {
         match &self.bytes {
             Bytes::Plain(Raw::File { file, .. }) => Ok(Some(file.metadata()?.size())),
@@ -68,7 +68,7 @@ impl Source {
         }
     }
 
-    /// Whether reading waits for somebody who writes.
+    /// Returns whether the source is a pipe, whose reads wait for the writer.
     pub fn is_pipe(&self) -> bool {
         let raw = match &self.bytes {
             Bytes::Plain(raw) => raw,
@@ -77,7 +77,7 @@ impl Source {
         matches!(raw, Raw::Pipe { .. })
     }
 
-    /// Goes on at this offset. A file that ends before is an error.
+    /// Moves to an offset. Fails if the file ends before it.
     pub fn seek(&mut self, offset: u64) -> io::Result<()> {
         match &mut self.bytes {
             Bytes::Plain(raw) => self.offset = raw.seek(offset),
@@ -95,14 +95,14 @@ impl Source {
             if self.read(&mut buffer[..left])? == 0 {
                 return Err(io::Error::new(
                     ErrorKind::UnexpectedEof,
-                    format!("it ends at byte {}, before byte {offset}, up to which it was imported", self.offset),
+                    format!("the file ends at byte {}, but was imported up to byte {offset}", self.offset),
                 ));
             }
         }
         Ok(())
     }
 
-    /// Fills the buffer but for the file's end; of a pipe it takes what there is.
+    /// Fills the buffer up to the end of the file. From a pipe, returns what one read returns.
     pub fn fill(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -120,7 +120,7 @@ impl Source {
     }
 }
 
-impl Read for Source {
+impl Read for FileSource {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = loop {
             let result = match &mut self.bytes {
@@ -141,19 +141,19 @@ fn gzip(raw: Raw) -> MultiGzDecoder<BufReader<Raw>> {
     MultiGzDecoder::new(BufReader::with_capacity(GZIP_BUFFER_BYTES, raw))
 }
 
-/// Where a file is read next; `None` if it is no such file.
+/// Returns the position of a file; `None` if it is not seekable.
 fn position(mut file: &File) -> Option<u64> {
     io::Seek::stream_position(&mut file).ok()
 }
 
-/// The bytes as they are kept.
+/// The bytes as stored, before decompression.
 enum Raw {
     File {
         file: File,
         position: u64,
     },
-    /// A pipe gives its bytes once, so they are copied to a nameless file: memory stays bounded, and everything can be
-    /// sent again.
+    /// A pipe can be read only once. Its bytes are copied to an unnamed file, so that they can be sent again in bounded
+    /// memory.
     Pipe {
         pipe: File,
         copy: File,
@@ -163,7 +163,7 @@ enum Raw {
 }
 
 impl Raw {
-    /// Returns where that is: in a pipe, no further than it was read.
+    /// Moves to an offset, at most the end of the bytes available, and returns it.
     fn seek(&mut self, offset: u64) -> u64 {
         let (position, end) = match self {
             Self::File { file, position } => (position, file.metadata().map_or(u64::MAX, |metadata| metadata.size())),
@@ -173,7 +173,7 @@ impl Raw {
         *position
     }
 
-    /// One that takes this one's place.
+    /// Returns a clone that replaces this source.
     fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::File { file, position } => Self::File { file: file.try_clone()?, position: *position },
@@ -195,7 +195,7 @@ impl Read for Raw {
                 let count = pipe.read(buffer)?;
                 copy.write_all_at(&buffer[..count], *copied).map_err(|error| {
                     let dir = std::env::temp_dir();
-                    let text = format!("no copy of it can be kept in {} (TMPDIR): {error}", dir.display());
+                    let text = format!("cannot write a copy of the pipe to {} (TMPDIR): {error}", dir.display());
                     io::Error::new(error.kind(), text)
                 })?;
                 *copied += count as u64;
@@ -234,19 +234,19 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// 600,000 bytes, of which no two stretches are alike.
+    /// 600,000 bytes, of which no two parts are equal.
     fn bytes() -> Vec<u8> {
         (0..100_000).flat_map(|n| format!("{n:05}\n").into_bytes()).collect()
     }
 
-    fn rest(source: &mut Source) -> Vec<u8> {
+    fn rest(source: &mut FileSource) -> Vec<u8> {
         let mut rest = Vec::new();
         source.read_to_end(&mut rest).unwrap();
         rest
     }
 
     #[test]
-    fn every_kind_of_source_gives_the_same_bytes_from_wherever_it_is_asked() {
+    fn every_kind_of_source_returns_the_same_bytes_from_any_offset() {
         let bytes = bytes();
         let (first, second) = bytes.split_at(123_456);
         let members = [zipped(first), zipped(second)].concat();
@@ -257,7 +257,7 @@ mod tests {
             ("pipe", pipe(bytes.clone())),
             ("gzip in a pipe", pipe(members.clone())),
         ] {
-            let mut source = Source::of(opened).unwrap();
+            let mut source = FileSource::of(opened).unwrap();
             for offset in [0, 100_000, 50_000, 123_455, 123_456, 599_999, 600_000, 1, 0] {
                 source.seek(offset).unwrap();
                 assert_eq!(source.offset(), offset);
@@ -273,38 +273,39 @@ mod tests {
     }
 
     #[test]
-    fn only_a_plain_file_says_its_size() {
-        assert_eq!(Source::of(file(b"title\n")).unwrap().size().unwrap(), Some(6));
-        assert_eq!(Source::of(file(&zipped(b"title\n"))).unwrap().size().unwrap(), None);
-        assert_eq!(Source::of(pipe(b"title\n".to_vec())).unwrap().size().unwrap(), None);
+    fn only_a_plain_file_has_a_known_size() {
+        assert_eq!(FileSource::of(file(b"title\n")).unwrap().size().unwrap(), Some(6));
+        assert_eq!(FileSource::of(file(&zipped(b"title\n"))).unwrap().size().unwrap(), None);
+        assert_eq!(FileSource::of(pipe(b"title\n".to_vec())).unwrap().size().unwrap(), None);
     }
 
     #[test]
-    fn a_file_that_was_begun_elsewhere_is_read_from_there() {
+    fn a_file_is_read_from_the_position_of_its_descriptor() {
         let mut begun = file(b"xxxtitle\n");
         begun.seek(SeekFrom::Start(3)).unwrap();
-        let mut source = Source::of(begun).unwrap();
+        let mut source = FileSource::of(begun).unwrap();
         assert_eq!(rest(&mut source), b"title\n");
         source.seek(0).unwrap();
         assert_eq!(rest(&mut source), b"title\n");
     }
 
     #[test]
-    fn short_sources_are_plain_and_a_cut_gzip_is_an_error() {
+    fn short_files_are_plain_and_truncated_gzip_is_an_error() {
         for short in [&b""[..], b"\x1f", b"t"] {
-            assert_eq!(rest(&mut Source::of(file(short)).unwrap()), short);
+            assert_eq!(rest(&mut FileSource::of(file(short)).unwrap()), short);
         }
         let whole = zipped(&bytes());
-        let mut source = Source::of(file(&whole[..whole.len() - 9])).unwrap();
+        let mut source = FileSource::of(file(&whole[..whole.len() - 9])).unwrap();
         let error = source.read_to_end(&mut Vec::new()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     }
 
     #[test]
-    fn going_on_behind_the_end_is_an_error() {
-        for mut source in [Source::of(file(b"title\n")).unwrap(), Source::of(pipe(zipped(b"title\n"))).unwrap()] {
+    fn seeking_behind_the_end_is_an_error() {
+        for mut source in [FileSource::of(file(b"title\n")).unwrap(), FileSource::of(pipe(zipped(b"title\n"))).unwrap()]
+        {
             let error = source.seek(7).unwrap_err().to_string();
-            assert!(error.contains("it ends at byte 6, before byte 7"), "{error}");
+            assert!(error.contains("the file ends at byte 6, but was imported up to byte 7"), "{error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `issue-tracker import`: sends a file until it is in, through whatever cuts the stream, and tells how it went.
+//! `issue-tracker import`: sends a file, resumes after interruptions, and reports the result.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,55 +19,56 @@ use tonic::Streaming;
 use uuid::Uuid;
 
 use super::{
-    EXIT_REJECTED, Ended,
-    chunk_stream::Feeder,
-    connection::{Failure, Server, failure},
-    end_interrupted, fail,
-    file_source::Source,
-    in_thread,
-    output_file::Output,
-    print,
-    progress::{Meter, Position},
+    Ended,
+    chunk_stream::ChunkStream,
+    connection::{Failure, Server},
+    eprint_line, exit_interrupted,
+    file_source::FileSource,
+    output_file::OutputFile,
+    print_line,
+    progress::{Position, Progress},
     rejected_rows::write_rows,
-    report,
+    report, report_failure,
     retries::Retries,
-    tell, unless_interrupted,
+    run_in_thread, run_until_interrupted,
 };
 use crate::{
     backoff::random,
-    config::{ImportArgs, ImportModeName},
+    config::{ImportArgs, ImportModeName, exit_code},
     pb::{
         self, ImportIssuesResponse, ImportOptions, ImportProgress, ImportRowError, ImportState, ImportSummary,
         ListImportErrorsRequest, import_issues_response::Message, import_service_client::ImportServiceClient,
     },
 };
 
-/// Row errors that are shown when nothing else is said.
+/// The numbers of row errors printed without --errors.
 const ERRORS_SHOWN_ON_TERMINAL: usize = 20;
 const ERRORS_SHOWN: usize = 1_000;
-/// Errors that one page of the server's list has.
-const ERRORS_PAGE: i32 = 1_000;
+/// The page size of ListImportErrors.
+const ERRORS_PAGE_SIZE: i32 = 1_000;
 
+/// Runs the import and returns its exit code: 0, `NEGATIVE` if rows were rejected, `FAILED`, or that of the signal
+/// that has interrupted it.
 pub async fn import(args: ImportArgs) -> ExitCode {
     let mut import = match Import::new(args) {
         Ok(import) => import,
-        Err(error) => return fail(&error),
+        Err(error) => return report_failure(&error),
     };
-    match unless_interrupted(import.run()).await {
-        Ended::ByItself(Ok(code)) => ExitCode::from(code),
-        Ended::ByItself(Err(error)) => {
-            import.meter.clear();
-            let code = fail(&error);
-            if let Some(how) = import.how_to_go_on() {
-                tell(&how);
+    match run_until_interrupted(import.run()).await {
+        Ended::Completed(Ok(code)) => ExitCode::from(code),
+        Ended::Completed(Err(error)) => {
+            import.progress.clear();
+            let code = report_failure(&error);
+            if let Some(hint) = import.resume_hint() {
+                eprint_line(&hint);
             }
             code
         }
         Ended::Interrupted(number) => {
-            import.meter.clear();
-            let how = import.how_to_go_on().unwrap_or_else(|| "nothing was written; run it again".to_owned());
-            tell(&format!("interrupted\n{how}"));
-            end_interrupted(number)
+            import.progress.clear();
+            let hint = import.resume_hint().unwrap_or_else(|| "nothing was written; run the command again".to_owned());
+            eprint_line(&format!("interrupted\n{hint}"));
+            exit_interrupted(number)
         }
     }
 }
@@ -77,16 +78,16 @@ struct Import {
     server: Server,
     options: ImportOptions,
     retries: Retries,
-    meter: Meter,
+    progress: Progress,
     errors: RowErrors,
-    /// Where the server has said that it goes on after a cut.
+    /// Where the server continues after a cut.
     committed_offset: u64,
-    /// Whether the server may have begun to work on it, in this run or one before.
-    is_begun: bool,
-    /// Whether the last try that the server has answered, here or in a run before, may have sent the whole file: then
-    /// the import may be in, whether or not its summary has come.
+    /// Whether the server may have started the import, in this process or an earlier one.
+    may_have_started: bool,
+    /// Whether the last attempt that the server has answered, in this process or an earlier one, may have sent the whole
+    /// file. The import may then be committed even if its summary was not received.
     all_sent: Arc<AtomicBool>,
-    /// Whether the server has answered the present try.
+    /// Whether the server has answered the current attempt.
     is_answered: bool,
     summary: Option<ImportSummary>,
 }
@@ -99,10 +100,10 @@ impl Import {
             server,
             options,
             retries: Retries::new(args.connection.retry_max(), Instant::now()),
-            meter: if args.json { Meter::silent("row") } else { Meter::new("row") },
+            progress: if args.json { Progress::silent("row") } else { Progress::new("row") },
             errors: RowErrors::default(),
             committed_offset: 0,
-            is_begun: args.import_id.is_some(),
+            may_have_started: args.import_id.is_some(),
             all_sent: Arc::new(AtomicBool::new(args.import_id.is_some())),
             is_answered: false,
             summary: None,
@@ -112,29 +113,29 @@ impl Import {
 
     async fn run(&mut self) -> anyhow::Result<u8> {
         let path = self.args.file.clone();
-        let source = in_thread(move || Source::open(&path)).await?;
+        let source = run_in_thread(move || FileSource::open(&path)).await?;
         if let Some(size) = source.size().with_context(|| format!("cannot read {}", self.args.file.display()))? {
             self.options.total_bytes = i64::try_from(size)?;
-            self.meter.expect(size);
+            self.progress.set_total_bytes(size);
         }
-        // Before the import, as it may not be possible.
+        // Before the import: an unwritable path must not fail it afterwards.
         let rejected = match self.args.rejected.clone() {
             Some(path) => {
                 let to = path.clone();
-                Some((in_thread(move || Output::create(&to)).await?, path))
+                Some((run_in_thread(move || OutputFile::create(&to)).await?, path))
             }
             None => None,
         };
-        let feeder = Feeder::new(source);
-        // A pipe may have been waited for.
+        let stream = ChunkStream::new(source);
+        // Opening a pipe may have taken long.
         self.retries = self.new_retries();
-        let summary = self.send(&feeder).await?;
+        let summary = self.send(&stream).await?;
         self.summary = Some(summary.clone());
-        self.meter.finish();
+        self.progress.finish();
         self.complete_errors(&summary).await;
         self.report(&summary);
         if let Some((output, path)) = rejected {
-            self.write_rejected(&summary, feeder, output, &path).await?;
+            self.write_rejected(&summary, stream, output, &path).await?;
         }
         exit_code(&summary)
     }
@@ -143,48 +144,51 @@ impl Import {
         Retries::new(self.args.connection.retry_max(), Instant::now())
     }
 
-    /// Tries until there is a summary.
-    async fn send(&mut self, feeder: &Feeder) -> anyhow::Result<ImportSummary> {
+    /// Retries until the server has sent the summary.
+    async fn send(&mut self, stream: &ChunkStream) -> anyhow::Result<ImportSummary> {
         loop {
-            let (why, wait) = match self.try_once(feeder).await {
+            let (why, wait) = match self.attempt(stream).await {
                 Ok(summary) => return Ok(summary),
                 Err(Failure::Final(error)) => {
                     if self.is_answered {
-                        // There is no doubt any more: what was not committed before is not in.
+                        // The outcome is known: nothing was written but what the checkpoint says.
                         self.all_sent.store(false, Ordering::Relaxed);
-                        self.is_begun = self.committed_offset > 0;
+                        self.may_have_started = self.committed_offset > 0;
                     }
                     return Err(error);
                 }
-                Err(Failure::Passing { why, wait }) => (why, wait),
+                Err(Failure::Retryable { why, wait }) => (why, wait),
             };
             let Some(delay) = self.retries.next_delay(wait, random(), Instant::now()) else {
-                bail!("{why}; given up after {} s without progress", self.args.connection.retry_max().as_secs());
+                bail!("{why}; gave up after {} s without progress", self.retries.limit().as_secs());
             };
-            self.meter.say(&format!("{why}; trying again in {:.1} s", delay.as_secs_f64()));
+            self.progress.message(&format!("{why}; retrying in {:.1} s", delay.as_secs_f64()));
             tokio::time::sleep(delay).await;
         }
     }
 
-    async fn try_once(&mut self, feeder: &Feeder) -> Result<ImportSummary, Failure> {
+    async fn attempt(&mut self, stream: &ChunkStream) -> Result<ImportSummary, Failure> {
         self.is_answered = false;
         let mut client = ImportServiceClient::new(self.server.connect().await?);
-        let (mut feed, requests) = feeder.requests(self.options.clone(), Arc::clone(&self.all_sent));
-        let answers = client.import_issues(self.server.request(requests)).await.map_err(|status| failure(&status))?;
-        let mut answers = answers.into_inner();
-        let begin = match next_answer(&mut answers).await? {
+        self.retries.connected();
+        let (mut attempt, requests) = stream.requests(self.options.clone(), Arc::clone(&self.all_sent));
+        let responses = client.import_issues(self.server.request(requests)).await;
+        let mut responses = responses.map_err(|status| self.server.failure(&status))?.into_inner();
+        let start = match next_response(&self.server, &mut responses).await? {
             Message::Progress(progress) => progress,
             Message::Summary(summary) => return Ok(summary),
-            Message::RowError(_) => return Err(anyhow!("the server does not say where to begin").into()),
+            Message::RowError(_) => {
+                return Err(anyhow!("the server has sent a row error before its first progress").into());
+            }
         };
-        let offset = u64::try_from(begin.committed_offset).unwrap_or(0);
-        self.is_begun = true;
+        let offset = u64::try_from(start.committed_offset).unwrap_or(0);
+        self.may_have_started = true;
         self.is_answered = true;
         self.all_sent.store(false, Ordering::Relaxed);
-        // What is sent again is told again.
-        self.errors.forget_from(offset);
-        self.progress(&begin);
-        let failed = feed.begin(offset);
+        // Errors of rows that are sent again are reported again.
+        self.errors.remove_from(offset);
+        self.show_progress(&start);
+        let failed = attempt.start(offset);
         let mut failed = pin!(async {
             match failed.await {
                 Ok(error) => error,
@@ -193,19 +197,19 @@ impl Import {
         });
         loop {
             let message = tokio::select! {
-                message = next_answer(&mut answers) => message?,
+                message = next_response(&self.server, &mut responses) => message?,
                 error = &mut failed => {
-                    // The server may still be at work on what it has got.
+                    // The server may still commit what it has received.
                     self.is_answered = false;
                     let what = format!("cannot read {}", self.args.file.display());
                     return Err(anyhow::Error::new(error).context(what).into());
                 }
             };
             match message {
-                Message::Progress(progress) => self.progress(&progress),
+                Message::Progress(progress) => self.show_progress(&progress),
                 Message::RowError(error) => {
                     if self.errors.add(error.clone()) && self.args.json {
-                        print(&report::row_error_json(&error).to_string());
+                        print_line(&report::row_error_json(&error).to_string());
                     }
                 }
                 Message::Summary(summary) => return Ok(summary),
@@ -213,17 +217,17 @@ impl Import {
         }
     }
 
-    fn progress(&mut self, progress: &ImportProgress) {
+    fn show_progress(&mut self, progress: &ImportProgress) {
         let count = |value: i64| u64::try_from(value).unwrap_or(0);
         self.committed_offset = count(progress.committed_offset);
         self.retries.reached(count(progress.offset), Instant::now());
-        self.meter.update(Position {
+        self.progress.update(Position {
             bytes: count(progress.offset),
             rows: count(progress.row_count),
             rejected: count(progress.rejected_count),
         });
         if self.args.json {
-            print(&report::progress_json(progress).to_string());
+            print_line(&report::progress_json(progress).to_string());
         }
     }
 
@@ -235,8 +239,8 @@ impl Import {
         }
     }
 
-    /// The stream has the first errors, and those before a cut only if it was ours; the server keeps more, but for a
-    /// dry run.
+    /// Fetches the errors that the stream has left out: those beyond the first 1,000, and those that an earlier process
+    /// has received. The server stores none for a dry run.
     async fn complete_errors(&mut self, summary: &ImportSummary) {
         let all = usize::try_from(summary.error_count).unwrap_or(0);
         let wanted = if self.args.json || self.args.rejected.is_some() { all } else { all.min(self.errors_shown()) };
@@ -244,6 +248,7 @@ impl Import {
             return;
         }
         let mut retries = self.new_retries();
+        retries.connected();
         loop {
             let (why, wait) = match self.list_errors(wanted).await {
                 Ok(list) if list.len() > self.errors.list.len() => {
@@ -251,12 +256,14 @@ impl Import {
                     return;
                 }
                 Ok(_) => return,
-                // What is not told is counted in the report.
-                Err(Failure::Final(error)) => return self.meter.say(&format!("cannot list the errors: {error:#}")),
-                Err(Failure::Passing { why, wait }) => (why, wait),
+                // The report counts the missing errors.
+                Err(Failure::Final(error)) => {
+                    return self.progress.message(&format!("cannot list the errors: {error:#}"));
+                }
+                Err(Failure::Retryable { why, wait }) => (why, wait),
             };
             let Some(delay) = retries.next_delay(wait, random(), Instant::now()) else {
-                return self.meter.say(&format!("cannot list the errors: {why}"));
+                return self.progress.message(&format!("cannot list the errors: {why}"));
             };
             tokio::time::sleep(delay).await;
         }
@@ -267,12 +274,12 @@ impl Import {
         let mut errors = Vec::new();
         let mut request = ListImportErrorsRequest {
             import_id: self.options.import_id.clone(),
-            page_size: ERRORS_PAGE,
+            page_size: ERRORS_PAGE_SIZE,
             page_token: String::new(),
         };
         while errors.len() < wanted {
             let page = client.list_import_errors(self.server.request(request.clone())).await;
-            let page = page.map_err(|status| failure(&status))?.into_inner();
+            let page = page.map_err(|status| self.server.failure(&status))?.into_inner();
             errors.extend(page.errors);
             if page.next_page_token.is_empty() {
                 break;
@@ -285,30 +292,30 @@ impl Import {
     fn report(&mut self, summary: &ImportSummary) {
         if self.args.json {
             for error in &self.errors.list {
-                if self.errors.told.insert(key(error)) {
-                    print(&report::row_error_json(error).to_string());
+                if self.errors.seen.insert(key(error)) {
+                    print_line(&report::row_error_json(error).to_string());
                 }
             }
-            print(&report::summary_json(summary).to_string());
+            print_line(&report::summary_json(summary).to_string());
             return;
         }
         let errors = &self.errors.list;
         let shown = errors.len().min(self.errors_shown());
         if shown > 0 {
-            print(report::table(&errors[..shown]).trim_end());
+            print_line(report::table(&errors[..shown]).trim_end());
         }
         let rest = report::rest(shown, errors.len(), summary.error_count.max(0).cast_unsigned());
         if !rest.is_empty() {
-            print(&rest);
+            print_line(&rest);
         }
-        print(&report::outcome(summary));
+        print_line(&report::outcome(summary));
     }
 
     async fn write_rejected(
         &self,
         summary: &ImportSummary,
-        feeder: Feeder,
-        mut output: Output,
+        stream: ChunkStream,
+        mut output: OutputFile,
         path: &Path,
     ) -> anyhow::Result<()> {
         let mut offsets: Vec<u64> =
@@ -317,9 +324,9 @@ impl Import {
         offsets.dedup();
         let count = offsets.len();
         let separator = self.options.separator.bytes().next().unwrap_or(b',');
-        let source = feeder.into_source().await?;
+        let source = stream.into_source().await?;
         let what = format!("cannot write {}", path.display());
-        in_thread(move || {
+        run_in_thread(move || {
             write_rows(source, separator, &offsets, &mut output).context(what)?;
             output.finish()
         })
@@ -327,27 +334,27 @@ impl Import {
         let all = summary.rejected_count;
         let mut line = format!("{} has {count} of {all} rejected rows", path.display());
         if (count as i64) < all {
-            line += ": of the others it is not known where they are";
+            line += "; the positions of the others are unknown";
         }
         if summary.state() == ImportState::Rejected {
-            line += "; the rest of the file is not in either";
+            line += "; the other rows were not written either";
         }
-        tell(&line);
+        eprint_line(&line);
         Ok(())
     }
 
-    /// How to come to an end with an import that was begun; `None` if nothing was written.
-    fn how_to_go_on(&self) -> Option<String> {
+    /// Returns how to finish an import that may have been started; `None` if nothing was written.
+    fn resume_hint(&self) -> Option<String> {
         if self.summary.is_some() {
-            return Some("the import itself has ended; only its report has not".to_owned());
+            return Some("the import has finished; only its report failed".to_owned());
         }
         let what = match self.args.mode {
             _ if self.args.validate_only => return None,
             ImportModeName::Atomic if self.all_sent.load(Ordering::Relaxed) => {
-                "all of it may be in, or nothing; this tells, and imports nothing twice:"
+                "all rows or none may be written; this command completes the import and repeats no row:"
             }
-            ImportModeName::SkipInvalid if self.is_begun => {
-                "some rows may be in; this goes on with the rest, and imports nothing twice:"
+            ImportModeName::SkipInvalid if self.may_have_started => {
+                "some rows may be written; this command resumes the import and repeats no row:"
             }
             ImportModeName::Atomic | ImportModeName::SkipInvalid => return None,
         };
@@ -361,38 +368,38 @@ impl Import {
     }
 }
 
-async fn next_answer(answers: &mut Streaming<ImportIssuesResponse>) -> Result<Message, Failure> {
-    match answers.message().await {
+async fn next_response(server: &Server, responses: &mut Streaming<ImportIssuesResponse>) -> Result<Message, Failure> {
+    match responses.message().await {
         Ok(Some(ImportIssuesResponse { message: Some(message) })) => Ok(message),
-        Ok(Some(_)) => Err(anyhow!("the server says something that this client does not know").into()),
-        Ok(None) => Err(Failure::passing("the stream has ended before the import has")),
-        Err(status) => Err(failure(&status)),
+        Ok(Some(_)) => Err(anyhow!("the server has sent a message that this client does not know").into()),
+        Ok(None) => Err(Failure::retryable("the stream ended without a summary")),
+        Err(status) => Err(server.failure(&status)),
     }
 }
 
 fn exit_code(summary: &ImportSummary) -> anyhow::Result<u8> {
     match summary.state() {
         ImportState::Committed | ImportState::Validated if summary.rejected_count == 0 => Ok(0),
-        ImportState::Committed | ImportState::Validated | ImportState::Rejected => Ok(EXIT_REJECTED),
-        ImportState::Reverted => bail!("this import was undone; a new --import-id begins another"),
+        ImportState::Committed | ImportState::Validated | ImportState::Rejected => Ok(exit_code::NEGATIVE),
+        ImportState::Reverted => bail!("--import-id: the import was reverted; expected a new id, or none"),
         ImportState::Unspecified | ImportState::Running | ImportState::Interrupted => {
-            bail!("the import has not ended: {}", summary.state().as_str_name())
+            bail!("the import has not finished: {}", summary.state().as_str_name())
         }
     }
 }
 
 fn options(args: &ImportArgs) -> anyhow::Result<ImportOptions> {
     let mut column_names = HashMap::new();
-    for (theirs, ours) in &args.map {
-        if column_names.insert(theirs.clone(), ours.clone()).is_some() {
-            bail!("--map has the column \"{theirs}\" twice");
+    for (theirs, column) in &args.map {
+        if column_names.insert(theirs.clone(), column.clone()).is_some() {
+            bail!("--map: column \"{theirs}\" is mapped twice; expected each column once");
         }
     }
     Ok(ImportOptions {
         import_id: args.import_id.unwrap_or_else(Uuid::now_v7).to_string(),
         mode: pb::ImportMode::from(args.mode).into(),
         validate_only: args.validate_only,
-        // That of a file whose size is known.
+        // Set when the file is opened, if its size is known.
         total_bytes: 0,
         on_existing: pb::OnExisting::from(args.on_existing).into(),
         column_names,
@@ -406,12 +413,12 @@ fn options(args: &ImportArgs) -> anyhow::Result<ImportOptions> {
     })
 }
 
-/// What is wrong with the rows, each error once.
+/// The row errors, without duplicates.
 #[derive(Default)]
 struct RowErrors {
     list: Vec<ImportRowError>,
-    /// All that were ever added, also those that were forgotten since.
-    told: HashSet<ErrorKey>,
+    /// All errors ever added, including those removed since.
+    seen: HashSet<ErrorKey>,
 }
 
 type ErrorKey = (i64, String, String, String);
@@ -421,16 +428,17 @@ fn key(error: &ImportRowError) -> ErrorKey {
 }
 
 impl RowErrors {
-    /// Returns whether it is new. A server may tell again after a cut.
+    /// Adds an error, and returns whether it is new. A server may send an error again after a cut.
     fn add(&mut self, error: ImportRowError) -> bool {
-        let is_new = self.told.insert(key(&error));
+        let is_new = self.seen.insert(key(&error));
         if is_new || !self.list.contains(&error) {
             self.list.push(error);
         }
         is_new
     }
 
-    fn forget_from(&mut self, offset: u64) {
+    /// Removes the errors of rows at or behind an offset.
+    fn remove_from(&mut self, offset: u64) {
         self.list.retain(|error| u64::try_from(error.byte_offset).is_ok_and(|begin| begin < offset));
     }
 }
@@ -444,26 +452,26 @@ mod tests {
     }
 
     #[test]
-    fn an_error_counts_once_however_often_it_is_told() {
+    fn an_error_that_is_sent_again_counts_once() {
         let mut errors = RowErrors::default();
         assert!(errors.add(error(10, "a")) && errors.add(error(10, "b")) && errors.add(error(20, "a")));
-        errors.forget_from(20);
-        assert!(!errors.add(error(10, "a")), "before the cut");
-        assert!(!errors.add(error(20, "a")), "after it");
+        errors.remove_from(20);
+        assert!(!errors.add(error(10, "a")), "sent before the cut");
+        assert!(!errors.add(error(20, "a")), "sent again after it");
         assert_eq!(errors.list, [error(10, "a"), error(10, "b"), error(20, "a")]);
     }
 
     #[test]
-    fn a_row_that_is_good_the_second_time_has_no_error() {
+    fn errors_of_rows_that_are_sent_again_are_removed() {
         let mut errors = RowErrors::default();
         errors.add(error(10, "a"));
         errors.add(error(20, "a"));
-        errors.forget_from(20);
+        errors.remove_from(20);
         assert_eq!(errors.list, [error(10, "a")]);
     }
 
     #[test]
-    fn only_an_import_without_bad_rows_is_a_success() {
+    fn an_import_with_rejected_rows_has_a_negative_exit_code() {
         let code = |state: ImportState, rejected_count| {
             exit_code(&ImportSummary { state: state.into(), rejected_count, ..ImportSummary::default() }).ok()
         };

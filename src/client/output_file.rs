@@ -1,4 +1,4 @@
-//! A file that is there whole or not at all.
+//! A file that appears under its name only when it is complete.
 
 use std::{
     fs::{self, File, Permissions},
@@ -10,22 +10,24 @@ use std::{
 use anyhow::Context;
 use tempfile::NamedTempFile;
 
-/// What a new file may be, less what the umask takes away.
+/// The mode of a new file, before the umask.
 const NEW_FILE_MODE: u32 = 0o666;
 
-/// Written beside its place, and put there by [`finish`](Self::finish). If that never comes, nothing is left.
-pub struct Output {
+/// Writes a temporary file in the same directory; [`finish`](Self::finish) renames it. If it is dropped before, the
+/// temporary file is deleted.
+pub struct OutputFile {
     path: PathBuf,
-    file: Target,
+    destination: Destination,
 }
 
-enum Target {
-    Beside(NamedTempFile),
+enum Destination {
+    Temporary(NamedTempFile),
     /// A device or pipe, which cannot be replaced.
-    Itself(File),
+    Direct(File),
 }
 
-impl Output {
+impl OutputFile {
+    /// Opens the file for writing; an existing file keeps its contents until [`finish`](Self::finish).
     pub fn create(path: &Path) -> anyhow::Result<Self> {
         Self::open(path).with_context(|| format!("cannot write {}", path.display()))
     }
@@ -35,7 +37,7 @@ impl Output {
             Ok(metadata) if metadata.is_file() => (path.canonicalize()?, Some(metadata.permissions())),
             Ok(_) => {
                 let file = File::options().write(true).open(path)?;
-                return Ok(Self { path: path.to_owned(), file: Target::Itself(file) });
+                return Ok(Self { path: path.to_owned(), destination: Destination::Direct(file) });
             }
             Err(error) if error.kind() == ErrorKind::NotFound => (path.to_owned(), None),
             Err(error) => return Err(error),
@@ -48,45 +50,46 @@ impl Output {
         if let Some(permissions) = permissions {
             file.as_file().set_permissions(permissions)?;
         }
-        Ok(Self { path, file: Target::Beside(file) })
+        Ok(Self { path, destination: Destination::Temporary(file) })
     }
 
-    /// Forgets what was written, if that is possible.
+    /// Discards what was written. Returns false if that is impossible, as for a pipe.
     pub fn restart(&mut self) -> io::Result<bool> {
-        match &mut self.file {
-            Target::Beside(file) => {
+        match &mut self.destination {
+            Destination::Temporary(file) => {
                 file.as_file().set_len(0)?;
                 io::Seek::rewind(file)?;
                 Ok(true)
             }
-            Target::Itself(_) => Ok(false),
+            Destination::Direct(_) => Ok(false),
         }
     }
 
+    /// Gives the file its name.
     pub fn finish(self) -> anyhow::Result<()> {
-        let put = || match self.file {
-            Target::Beside(file) => {
+        let rename = || match self.destination {
+            Destination::Temporary(file) => {
                 file.as_file().sync_all()?;
                 file.persist(&self.path).map(drop).map_err(|error| error.error)
             }
-            Target::Itself(mut file) => file.flush(),
+            Destination::Direct(mut file) => file.flush(),
         };
-        put().with_context(|| format!("cannot write {}", self.path.display()))
+        rename().with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 
-impl Write for Output {
+impl Write for OutputFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match &mut self.file {
-            Target::Beside(file) => file.write(bytes),
-            Target::Itself(file) => file.write(bytes),
+        match &mut self.destination {
+            Destination::Temporary(file) => file.write(bytes),
+            Destination::Direct(file) => file.write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &mut self.file {
-            Target::Beside(file) => file.flush(),
-            Target::Itself(file) => file.flush(),
+        match &mut self.destination {
+            Destination::Temporary(file) => file.flush(),
+            Destination::Direct(file) => file.flush(),
         }
     }
 }
@@ -103,16 +106,16 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_its_name_when_it_is_finished_and_leaves_nothing_when_it_is_not() {
+    fn a_file_has_its_name_once_finished_and_leaves_nothing_otherwise() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("issues.csv");
-        let mut output = Output::create(&path).unwrap();
+        let mut output = OutputFile::create(&path).unwrap();
         output.write_all(b"half").unwrap();
         assert!(!path.exists());
         drop(output);
         assert_eq!(names(dir.path()), [""; 0]);
 
-        let mut output = Output::create(&path).unwrap();
+        let mut output = OutputFile::create(&path).unwrap();
         output.write_all(b"first, and longer").unwrap();
         assert!(output.restart().unwrap());
         output.write_all(b"second").unwrap();
@@ -122,13 +125,13 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_replaced_keeps_its_mode_and_the_link_to_it() {
+    fn a_replaced_file_keeps_its_mode_and_the_link_to_it() {
         let dir = tempfile::tempdir().unwrap();
         let (path, link) = (dir.path().join("issues.csv"), dir.path().join("latest.csv"));
         fs::write(&path, "before").unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
         std::os::unix::fs::symlink("issues.csv", &link).unwrap();
-        let mut output = Output::create(&link).unwrap();
+        let mut output = OutputFile::create(&link).unwrap();
         output.write_all(b"after").unwrap();
         output.finish().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"after");
@@ -138,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_device_is_written_and_not_replaced() {
-        let mut output = Output::create(Path::new("/dev/null")).unwrap();
+        let mut output = OutputFile::create(Path::new("/dev/null")).unwrap();
         output.write_all(b"gone").unwrap();
         assert!(!output.restart().unwrap());
         output.finish().unwrap();
@@ -146,8 +149,8 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_named() {
-        let error = Output::create(Path::new("/nonexistent/issues.csv")).err().unwrap();
+    fn an_error_names_the_file() {
+        let error = OutputFile::create(Path::new("/nonexistent/issues.csv")).err().unwrap();
         assert!(format!("{error:#}").starts_with("cannot write /nonexistent/issues.csv: "), "{error:#}");
     }
 }

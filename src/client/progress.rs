@@ -1,16 +1,14 @@
-//! How far it is: a bar on a terminal, a line now and then elsewhere, on standard error.
+//! Progress on standard error: a bar on a terminal, else a line every few seconds.
 
-use std::{
-    io::IsTerminal,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanCount, HumanDuration, ProgressBar, ProgressStyle};
 
-use super::tell;
+use super::eprint_line;
+use crate::config::terminal::is_stderr_styled;
 
-const LINE_EVERY: Duration = Duration::from_secs(5);
-const TICK: Duration = Duration::from_millis(200);
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+const BAR_TICK: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Default)]
 pub struct Position {
@@ -19,13 +17,13 @@ pub struct Position {
     pub rejected: u64,
 }
 
-pub struct Meter {
+pub struct Progress {
     shown: Shown,
     total_bytes: Option<u64>,
-    /// What is counted: `row`, `issue`.
+    /// What is counted: `row` or `issue`.
     noun: &'static str,
     began: Instant,
-    /// Where that was; `None` before anything was heard.
+    /// The position at `began`; `None` before the first update.
     first: Option<Position>,
     last: Position,
 }
@@ -36,14 +34,14 @@ enum Shown {
     Nothing,
 }
 
-impl Meter {
-    /// Shown on standard error, in the way that suits it.
+impl Progress {
+    /// Shows progress on standard error: as a bar if it is a terminal and `NO_COLOR` is not set, else as lines.
     pub fn new(noun: &'static str) -> Self {
-        let shown =
-            if std::io::stderr().is_terminal() { Shown::Bar(bar(None)) } else { Shown::Lines { last: Instant::now() } };
+        let shown = if is_stderr_styled() { Shown::Bar(bar(None)) } else { Shown::Lines { last: Instant::now() } };
         Self { shown, ..Self::silent(noun) }
     }
 
+    /// Shows nothing but messages.
     pub fn silent(noun: &'static str) -> Self {
         Self {
             shown: Shown::Nothing,
@@ -55,8 +53,8 @@ impl Meter {
         }
     }
 
-    /// How many bytes there are in all.
-    pub fn expect(&mut self, total_bytes: u64) {
+    /// Sets the size of the file.
+    pub fn set_total_bytes(&mut self, total_bytes: u64) {
         self.total_bytes = Some(total_bytes);
         if let Shown::Bar(shown) = &mut self.shown {
             shown.finish_and_clear();
@@ -64,6 +62,7 @@ impl Meter {
         }
     }
 
+    /// Shows a new position.
     pub fn update(&mut self, position: Position) {
         if self.first.is_none() {
             self.first = Some(position);
@@ -76,43 +75,43 @@ impl Meter {
                 bar.set_position(position.bytes);
                 bar.set_message(text);
             }
-            Shown::Lines { last } if last.elapsed() >= LINE_EVERY => {
+            Shown::Lines { last } if last.elapsed() >= LINE_INTERVAL => {
                 *last = Instant::now();
                 let bytes = bytes_text(position.bytes, self.total_bytes, self.began.elapsed(), self.first);
-                tell(&format!("{text}, {bytes}"));
+                eprint_line(&format!("{text}, {bytes}"));
             }
             Shown::Lines { .. } | Shown::Nothing => {}
         }
     }
 
-    /// A line that stays, above the bar if there is one.
-    pub fn say(&self, line: &str) {
+    /// Prints a line, above the bar if there is one.
+    pub fn message(&self, line: &str) {
         match &self.shown {
-            Shown::Bar(bar) => bar.suspend(|| tell(line)),
-            Shown::Lines { .. } | Shown::Nothing => tell(line),
+            Shown::Bar(bar) => bar.suspend(|| eprint_line(line)),
+            Shown::Lines { .. } | Shown::Nothing => eprint_line(line),
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&self) {
         if let Shown::Bar(bar) = &self.shown {
             bar.finish_and_clear();
         }
     }
 
-    /// Takes the bar away, and says how it went.
+    /// Removes the bar and prints the totals.
     pub fn finish(&self) {
         self.clear();
         if !matches!(self.shown, Shown::Nothing) {
             let bytes = HumanBytes(self.last.bytes);
-            tell(&format!("{}, {bytes} in {}", self.rows_text(), HumanDuration(self.began.elapsed())));
+            eprint_line(&format!("{}, {bytes} in {}", self.rows_text(), HumanDuration(self.began.elapsed())));
         }
     }
 
     fn rows_text(&self) -> String {
         let Position { rows, rejected, .. } = self.last;
         let new = rows.saturating_sub(self.first.unwrap_or_default().rows);
-        // Below a second, a rate is chance.
+        // A rate over less than a second is meaningless.
         let elapsed = self.began.elapsed().as_secs_f64().max(1.0);
         let rate = HumanCount((new as f64 / elapsed) as u64);
         let mut text =
@@ -132,7 +131,7 @@ fn bar(total_bytes: Option<u64>) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }
-    bar.enable_steady_tick(TICK);
+    bar.enable_steady_tick(BAR_TICK);
     bar
 }
 
@@ -155,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_time_left_is_that_of_what_was_not_there_at_the_start() {
+    fn the_time_left_is_estimated_from_the_bytes_since_the_start() {
         let first = Some(Position { bytes: 500_000, ..Position::default() });
         let text = bytes_text(750_000, Some(1_000_000), Duration::from_secs(10), first);
         assert_eq!(text, "732.42 KiB of 976.56 KiB (75%), 10 seconds left");
@@ -163,11 +162,11 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_told_with_their_rate_and_the_rejected() {
-        let mut meter = Meter::silent("row");
-        assert_eq!(meter.rows_text(), "0 rows, 0 a second");
-        meter.update(Position { bytes: 10, rows: 1_000_000, rejected: 0 });
-        meter.update(Position { bytes: 20, rows: 1_234_567, rejected: 1_200 });
-        assert_eq!(meter.rows_text(), "1,234,567 rows, 234,567 a second, 1,200 rejected");
+    fn rows_are_shown_with_their_rate_and_the_rejected_rows() {
+        let mut progress = Progress::silent("row");
+        assert_eq!(progress.rows_text(), "0 rows, 0 a second");
+        progress.update(Position { bytes: 10, rows: 1_000_000, rejected: 0 });
+        progress.update(Position { bytes: 20, rows: 1_234_567, rejected: 1_200 });
+        assert_eq!(progress.rows_text(), "1,234,567 rows, 234,567 a second, 1,200 rejected");
     }
 }

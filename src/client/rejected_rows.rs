@@ -1,13 +1,13 @@
-//! The rejected rows of a file, as they are, behind its header: to be repaired and imported again.
+//! Copies the header and the rejected rows of a file, unchanged, so that they can be corrected and imported again.
 
 use std::io::{self, BufWriter, Write};
 
-use super::file_source::Source;
+use super::file_source::FileSource;
 
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// Writes the file's header, and the rows that begin at `offsets`, which are in order.
-pub fn write_rows(source: Source, separator: u8, offsets: &[u64], out: impl Write) -> io::Result<()> {
+/// Writes the header, and the rows that begin at `offsets`, which must be sorted.
+pub fn write_rows(source: FileSource, separator: u8, offsets: &[u64], out: impl Write) -> io::Result<()> {
     let mut rows = Rows { source, separator, buffer: Vec::new(), begin: 0 };
     let mut out = BufWriter::new(out);
     rows.copy_header(&mut out)?;
@@ -18,16 +18,16 @@ pub fn write_rows(source: Source, separator: u8, offsets: &[u64], out: impl Writ
 }
 
 struct Rows {
-    source: Source,
+    source: FileSource,
     separator: u8,
-    /// Read ahead: rows that are to be copied are often near each other, and a compressed file only goes forward.
+    /// Bytes read ahead. Rejected rows are often close together, and a compressed file can only be read forwards.
     buffer: Vec<u8>,
-    /// Where in the file the buffer begins.
+    /// The offset of the buffer.
     begin: u64,
 }
 
 impl Rows {
-    /// From the file's start: with a byte-order mark, and blank lines.
+    /// Copies everything up to the end of the header, including a byte-order mark and blank lines.
     fn copy_header(&mut self, out: &mut impl Write) -> io::Result<()> {
         let mut offset = 0;
         loop {
@@ -42,10 +42,10 @@ impl Rows {
         self.copy_row(offset, out)
     }
 
-    /// The row that begins at this offset, with its line end. The import reads with the same parser.
+    /// Copies the row that begins at this offset, with its line break. The service uses the same parser.
     fn copy_row(&mut self, mut offset: u64, out: &mut impl Write) -> io::Result<()> {
         let mut parser = csv_core::ReaderBuilder::new().delimiter(self.separator).build();
-        // It takes a byte-order mark out of its first input, where in the middle of a file none is.
+        // csv-core would strip a byte-order mark from its first input; in the middle of a file there is none.
         parser.read_record(b"-", &mut [], &mut []);
         let (mut fields, mut ends) = ([0; 4096], [0; 64]);
         loop {
@@ -53,7 +53,7 @@ impl Rows {
             if ahead.is_empty() {
                 return Ok(());
             }
-            // What the fields are is of no interest, and overwritten each time.
+            // The fields are not needed, and overwritten each time.
             let (result, count, ..) = parser.read_record(ahead, &mut fields, &mut ends);
             out.write_all(&ahead[..count])?;
             let last = ahead[..count].last().copied();
@@ -67,7 +67,7 @@ impl Rows {
         }
     }
 
-    /// Some of the bytes from this offset on; none at the file's end.
+    /// Returns some bytes from this offset; none at the end of the file.
     fn at(&mut self, offset: u64) -> io::Result<&[u8]> {
         let ahead = offset.checked_sub(self.begin).and_then(|skipped| usize::try_from(skipped).ok());
         let skipped = match ahead.filter(|skipped| *skipped < self.buffer.len()) {
@@ -95,10 +95,10 @@ mod tests {
     use super::*;
     use crate::csv::RecordReader;
 
-    fn source(bytes: &[u8]) -> Source {
+    fn source(bytes: &[u8]) -> FileSource {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
-        Source::open(file.path()).unwrap()
+        FileSource::open(file.path()).unwrap()
     }
 
     fn zipped(bytes: &[u8]) -> Vec<u8> {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_copied_as_they_are() {
+    fn rows_are_copied_unchanged() {
         let file = b"\xEF\xBB\xBF\r\ntitle,description\r\ngood,\r\n\"a\nb\",\"x,\"\"y\"\"\r\n\"\r\n\r\nlast,one";
         let (second, last) = (offset(file, b"\"a\nb"), offset(file, b"last"));
         assert_eq!(
@@ -130,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn quotes_count_where_a_field_begins_which_the_separator_decides() {
+    fn a_quoted_row_ends_as_its_separator_determines() {
         let file = b"title;labels\nx;\"a\nb\"\ny;z\n";
         assert_eq!(rejected(file, b';', &[13]), b"title;labels\nx;\"a\nb\"\n");
     }
 
     #[test]
-    fn rows_of_any_size_and_far_apart_are_found_in_plain_and_compressed_files() {
+    fn rows_of_any_size_and_distance_are_copied_from_plain_and_compressed_files() {
         let long = format!("\"{}\n\"\n", "x".repeat(3 * BUFFER_BYTES));
         let rows: Vec<String> =
             (0..30_000).map(|n| if n % 10_000 == 5 { long.clone() } else { format!("row {n}\n") }).collect();
@@ -155,9 +155,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the bytes are, all rows together are the file without its blank lines.
+        /// For any bytes, each copied row is the record that the service reads, with its line break.
         #[test]
-        fn rows_end_where_the_import_lets_them_end(file in r#"[ax,"\r\n]{0,60}"#) {
+        fn rows_end_where_the_service_ends_them(file in r#"[ax,"\r\n]{0,60}"#) {
             let mut reader = RecordReader::new();
             let mut input = file.as_bytes();
             let mut begins = Vec::new();

@@ -1,4 +1,4 @@
-//! What an import's outcome reads like: for people, and as JSON for programs.
+//! The outcome of an import: as text for people, as JSON for programs.
 
 use indicatif::HumanCount;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use unicode_width::UnicodeWidthStr;
 use super::printable;
 use crate::pb::{ImportProgress, ImportRowError, ImportState, ImportSummary};
 
-/// Row errors, aligned: line, column, value, message.
+/// Formats row errors as an aligned table of line, column, value and message.
 pub fn table(errors: &[ImportRowError]) -> String {
     let head = ["LINE", "COLUMN", "VALUE", "MESSAGE"].map(str::to_owned);
     let row = |error: &ImportRowError| {
@@ -29,17 +29,17 @@ pub fn table(errors: &[ImportRowError]) -> String {
     text
 }
 
-/// What of the errors is not in the table of the first `shown`; empty if all are.
+/// Returns how many errors the table of the first `shown` leaves out; empty if none.
 pub fn rest(shown: usize, known: usize, all: u64) -> String {
     let count = HumanCount(all.saturating_sub(shown as u64));
     if known as u64 >= all {
         return if shown == known { String::new() } else { format!("and {count} more") };
     }
     let known = HumanCount(known as u64);
-    format!("and {count} more; of {} errors the server tells the first {known}", HumanCount(all))
+    format!("and {count} more; the server returns the first {known} of {} errors", HumanCount(all))
 }
 
-/// What an import did, in a line.
+/// Formats the result of an import as one line.
 pub fn outcome(summary: &ImportSummary) -> String {
     let rows = |count: i64| match count {
         1 => "1 row".to_owned(),
@@ -49,7 +49,7 @@ pub fn outcome(summary: &ImportSummary) -> String {
         let mut parts = vec![format!("{} {would}created", number(summary.created_count))];
         for (count, what) in [
             (summary.updated_count, format!("{would}updated")),
-            (summary.skipped_count, "left as they are".to_owned()),
+            (summary.skipped_count, "unchanged".to_owned()),
             (summary.rejected_count, "rejected".to_owned()),
         ] {
             if count > 0 {
@@ -61,7 +61,7 @@ pub fn outcome(summary: &ImportSummary) -> String {
     let (all, bad) = (rows(summary.row_count), number(summary.rejected_count));
     match summary.state() {
         ImportState::Committed => format!("import {}: {all}: {}", printable(&summary.import_id), counts("")),
-        ImportState::Validated => format!("nothing was written, only checked: {all}: {}", counts("would be ")),
+        ImportState::Validated => format!("dry run, nothing was written: {all}: {}", counts("would be ")),
         ImportState::Rejected => format!("nothing was written: {bad} of {all} rejected"),
         state => format!("import {} is {}", printable(&summary.import_id), state.as_str_name()),
     }
@@ -107,7 +107,7 @@ pub fn summary_json(summary: &ImportSummary) -> Value {
     }})
 }
 
-/// A command as a shell takes it.
+/// Formats a command for a shell, with quotes where necessary.
 pub fn command_line(args: impl IntoIterator<Item = String>) -> String {
     let is_plain = |char: char| char.is_ascii_alphanumeric() || "-_./:=,@%+".contains(char);
     let quoted = args.into_iter().map(|arg| match arg.chars().all(is_plain) && !arg.is_empty() {
@@ -132,31 +132,31 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_aligned_whatever_the_values_are() {
+    fn the_table_is_aligned_for_any_values() {
         let errors = [
-            error(3, "title", "", "title is required"),
-            error(12_345, "priority", "緊急", "is no priority"),
-            error(12_346, "status", "a\n\x1b[31m", "is no status"),
+            error(3, "title", "", "title: required"),
+            error(12_345, "priority", "緊急", "not a priority"),
+            error(12_346, "status", "a\n\x1b[31m", "not a status"),
         ];
         let expected = r"
  LINE  COLUMN    VALUE          MESSAGE
-    3  title                    title is required
-12345  priority  緊急           is no priority
-12346  status    a\n\u{1b}[31m  is no status
+    3  title                    title: required
+12345  priority  緊急           not a priority
+12346  status    a\n\u{1b}[31m  not a status
 ";
         assert_eq!(table(&errors), expected[1..]);
     }
 
     #[test]
-    fn what_is_not_shown_is_counted() {
+    fn errors_that_are_not_shown_are_counted() {
         assert_eq!(rest(3, 3, 3), "");
         assert_eq!(rest(20, 33, 33), "and 13 more");
-        assert_eq!(rest(20, 1_000, 54_321), "and 54,301 more; of 54,321 errors the server tells the first 1,000");
-        assert_eq!(rest(0, 0, 2), "and 2 more; of 2 errors the server tells the first 0");
+        assert_eq!(rest(20, 1_000, 54_321), "and 54,301 more; the server returns the first 1,000 of 54,321 errors");
+        assert_eq!(rest(0, 0, 2), "and 2 more; the server returns the first 0 of 2 errors");
     }
 
     #[test]
-    fn the_outcome_says_what_was_written() {
+    fn the_outcome_states_what_was_written() {
         let summary = |state: ImportState| ImportSummary {
             import_id: "x".to_owned(),
             state: state.into(),
@@ -168,14 +168,11 @@ mod tests {
             ..ImportSummary::default()
         };
         for (state, expected) in [
-            (
-                ImportState::Committed,
-                "import x: 1,234 rows: 1,000 created, 200 updated, 30 left as they are, 4 rejected",
-            ),
+            (ImportState::Committed, "import x: 1,234 rows: 1,000 created, 200 updated, 30 unchanged, 4 rejected"),
             (
                 ImportState::Validated,
-                "nothing was written, only checked: 1,234 rows: 1,000 would be created, 200 would be updated, \
-                 30 left as they are, 4 rejected",
+                "dry run, nothing was written: 1,234 rows: 1,000 would be created, 200 would be updated, \
+                 30 unchanged, 4 rejected",
             ),
             (ImportState::Rejected, "nothing was written: 4 of 1,234 rows rejected"),
             (ImportState::Reverted, "import x is IMPORT_STATE_REVERTED"),
@@ -188,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_can_be_pasted() {
+    fn a_command_is_quoted_for_a_shell() {
         let args = ["issue-tracker", "import", "my file's.csv", "--map", "Summary=title", "--separator", ";", ""];
         assert_eq!(
             command_line(args.map(str::to_owned)),

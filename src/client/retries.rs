@@ -1,31 +1,53 @@
-//! When to try again, and when to give up.
+//! When to retry, and when to give up.
 
 use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
 
 const BACKOFF: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(15) };
+/// How long to retry until the first connection: long enough for a service that is starting, short for a wrong address.
+const FIRST_CONNECT_MAX: Duration = Duration::from_secs(5);
 
-/// Waits longer and longer between tries that bring nothing, and gives up after too long without progress. Progress is
-/// what was never reached before: work that is only done again and again does not count, but is not waiting either.
+/// Exponential backoff with jitter, which gives up after a time without progress. Progress means an offset never reached
+/// before. The time of an attempt that repeats earlier work counts neither as progress nor as waiting.
 pub struct Retries {
+    /// The maximum time without progress after the first connection.
     limit: Duration,
+    is_connected: bool,
     best_offset: u64,
-    /// Where the present try is.
+    /// The offset of the current attempt; `None` until the server has answered it.
     offset: Option<u64>,
-    /// Tries since there was progress.
+    /// Failed attempts since the last progress.
     failures: u32,
-    /// Time since there was progress in which no server had answered, up to `since`.
+    /// Time without progress and without an answer of a server, up to `since`.
     waited: Duration,
     since: Instant,
 }
 
 impl Retries {
     pub fn new(limit: Duration, now: Instant) -> Self {
-        Self { limit, best_offset: 0, offset: None, failures: 0, waited: Duration::ZERO, since: now }
+        Self {
+            limit,
+            is_connected: false,
+            best_offset: 0,
+            offset: None,
+            failures: 0,
+            waited: Duration::ZERO,
+            since: now,
+        }
     }
 
-    /// The present try is at this offset.
+    /// Records that a connection has succeeded: from now on, retries continue up to the whole limit.
+    pub fn connected(&mut self) {
+        self.is_connected = true;
+    }
+
+    /// Returns how long to retry without progress.
+    pub fn limit(&self) -> Duration {
+        if self.is_connected { self.limit } else { self.limit.min(FIRST_CONNECT_MAX) }
+    }
+
+    /// Records the offset of the current attempt.
     pub fn reached(&mut self, offset: u64, now: Instant) {
         if self.offset.is_some_and(|before| offset > before) {
             self.since = now;
@@ -38,14 +60,14 @@ impl Retries {
         self.offset = Some(offset);
     }
 
-    /// The present try has failed: how long to wait before the next, at least `asked`; `None` is to give up. `random` is
-    /// between 0 and 1.
+    /// Records that the current attempt has failed. Returns the delay before the next, at least `asked`; `None` means to
+    /// give up. `random` is between 0 and 1.
     pub fn next_delay(&mut self, asked: Option<Duration>, random: f64, now: Instant) -> Option<Duration> {
-        // A server that has answered is not waited for, however long it takes for the next rows.
+        // Once a server has answered an attempt, its time counts as work, not as waiting.
         if self.offset.take().is_none() {
             self.waited += now.saturating_duration_since(self.since);
         }
-        let left = self.limit.checked_sub(self.waited).filter(|left| !left.is_zero())?;
+        let left = self.limit().checked_sub(self.waited).filter(|left| !left.is_zero())?;
         let delay = BACKOFF.delay(self.failures, random).max(asked.unwrap_or_default()).min(left);
         self.failures = self.failures.saturating_add(1);
         self.waited += delay;
@@ -60,19 +82,43 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    /// A server that was connected to once.
+    fn connected(limit: Duration, now: Instant) -> Retries {
+        let mut retries = Retries::new(limit, now);
+        retries.connected();
+        retries
+    }
+
     #[test]
-    fn the_servers_wish_is_heard_when_it_is_longer() {
+    fn until_the_first_connection_retries_end_after_5_s() {
+        for (limit, connected, expected) in
+            [(300 * SECOND, false, 5 * SECOND), (2 * SECOND, false, 2 * SECOND), (300 * SECOND, true, 300 * SECOND)]
+        {
+            let begin = Instant::now();
+            let (mut retries, mut now) = (Retries::new(limit, begin), begin);
+            if connected {
+                retries.connected();
+            }
+            while let Some(delay) = retries.next_delay(None, 0.0, now) {
+                now += delay;
+            }
+            assert_eq!((now - begin, retries.limit()), (expected, expected));
+        }
+    }
+
+    #[test]
+    fn a_longer_delay_asked_by_the_server_is_used() {
         let now = Instant::now();
-        let mut retries = Retries::new(100 * SECOND, now);
+        let mut retries = connected(100 * SECOND, now);
         assert_eq!(retries.next_delay(Some(3 * SECOND), 0.0, now), Some(3 * SECOND));
         assert_eq!(retries.next_delay(Some(Duration::from_millis(1)), 0.0, now), Some(Duration::from_millis(500)));
     }
 
     #[test]
-    fn it_gives_up_when_the_time_is_used_up_and_the_last_wait_ends_with_it() {
+    fn retries_end_when_the_limit_has_passed() {
         let mut now = Instant::now();
         let begin = now;
-        let mut retries = Retries::new(20 * SECOND, now);
+        let mut retries = connected(20 * SECOND, now);
         let mut tries = 0;
         while let Some(delay) = retries.next_delay(None, 0.0, now) {
             now += delay;
@@ -83,9 +129,9 @@ mod tests {
     }
 
     #[test]
-    fn progress_begins_the_time_anew_but_the_same_work_again_does_not() {
+    fn progress_restarts_the_limit_but_repeated_work_does_not() {
         let mut now = Instant::now();
-        let mut retries = Retries::new(20 * SECOND, now);
+        let mut retries = connected(20 * SECOND, now);
         // Two hours of work, then a cut: only the wait counts.
         retries.reached(0, now);
         now += 7_200 * SECOND;
@@ -105,11 +151,11 @@ mod tests {
         }
         assert_eq!(tries, 7);
 
-        let mut retries = Retries::new(20 * SECOND, now);
+        let mut retries = connected(20 * SECOND, now);
         for step in 1..100 {
             retries.reached(0, now);
             retries.reached(step, now);
-            assert_eq!(retries.next_delay(None, 0.0, now), Some(BACKOFF.first), "further than ever");
+            assert_eq!(retries.next_delay(None, 0.0, now), Some(BACKOFF.first), "a new offset");
         }
     }
 }

@@ -1,15 +1,13 @@
 //! `issue-tracker health`.
 
-use std::{process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tonic_health::pb::health_check_response::ServingStatus;
 
-use super::exit_code;
-use crate::{client, config::HealthArgs};
-
-/// Maximum time to connect to the service.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::{
+    client::check_health,
+    config::{HealthArgs, exit_code},
+};
 
 /// Checks the health of a running service and prints its status. Fails if the service cannot be reached.
 pub async fn health(args: HealthArgs) -> anyhow::Result<ExitCode> {
@@ -17,13 +15,7 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<ExitCode> {
         Some(server) => server,
         None => format!("http://{}", args.listen).parse()?,
     };
-    let connected = client::endpoint(&server, &args.tls)?.connect_timeout(CONNECT_TIMEOUT).connect().await;
-    let channel = connected.with_context(|| format!("cannot connect to {server}"))?;
-    let response = HealthClient::new(channel)
-        .check(HealthCheckRequest::default())
-        .await
-        .map_err(|status| anyhow!(client::why(&status)))?;
-    let status = response.into_inner().status();
+    let status = check_health(&server, &args.tls).await?;
     println!("{}", status.as_str_name());
     Ok(match status {
         ServingStatus::Serving => ExitCode::SUCCESS,

@@ -10,12 +10,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    bootstrap::{create_first_administrator, prepare_private_database},
-    exit_code,
-};
+use super::bootstrap::{create_first_administrator, prepare_private_database};
 use crate::{
-    config::{Limits, ServeArgs},
+    config::{Limits, ServeArgs, exit_code},
     db::{ConnectionString, Db, migrate::migrate, users},
     postgres::{Cluster, Durability},
     server,

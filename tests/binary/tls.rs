@@ -167,6 +167,36 @@ async fn client_certificate_is_required_with_tls_client_ca() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn client_names_a_tls_mismatch_and_does_not_retry() {
+    let authority = Authority::new("ours");
+    let (encrypted_dir, plaintext_dir) = (Dir::new(), Dir::new());
+    let pair = authority.server(&["tracker.example"]).write(&encrypted_dir, "server");
+    let ca = authority.write(&encrypted_dir, "ours.crt");
+    let encrypted = serve(&encrypted_dir, &pair, &[]);
+    let plaintext =
+        Service::start(&plaintext_dir, program(&["--listen", "127.0.0.1:0", "--data-dir", &plaintext_dir.data()]));
+    let csv = plaintext_dir.text("issues.csv");
+    fs::write(&csv, "title\nfirst\n").unwrap();
+    let token_file = plaintext_dir.text(TOKEN_FILE);
+
+    for (server, why) in [
+        (format!("http://{}", encrypted.address), format!("requires TLS; use https://{}", encrypted.address)),
+        (format!("https://{}", plaintext.address), format!("does not speak TLS; use http://{}", plaintext.address)),
+    ] {
+        let tls = if server.starts_with("https") { &["--ca-cert", &*ca][..] } else { &[] };
+        for command in
+            [&["import", &*csv, "--token-file", &token_file][..], &["export", "--token-file", &token_file], &["health"]]
+        {
+            let began = Instant::now();
+            let output = run(&[command, &["--server", &server], tls].concat());
+            assert_refused(&output, &why);
+            assert!(!text(&output.stderr).contains("retrying"), "{output:?}");
+            assert!(began.elapsed() < Duration::from_secs(60), "{output:?}");
+        }
+    }
+}
+
 #[test]
 fn client_sends_no_token_unencrypted_to_another_machine() {
     let dir = Dir::new();
@@ -179,7 +209,7 @@ fn client_sends_no_token_unencrypted_to_another_machine() {
         assert!(!text(&refused.stderr).contains(SECRET));
     }
     let unreachable = ["export", "--server", "http://127.0.0.1:1", "--token-file", &token, "--retry-seconds", "0"];
-    assert_refused(&run(&unreachable), "cannot be reached");
+    assert_refused(&run(&unreachable), "cannot connect to 127.0.0.1:1");
     let useless = ["export", "--server", "http://127.0.0.1:1", "--token-file", &token, "--ca-cert", &token];
     assert_refused(&run(&useless), "certificates are for https:// only");
 }
