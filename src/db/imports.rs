@@ -21,10 +21,9 @@ use uuid::Uuid;
 use super::conn::Conn;
 use crate::{
     csv::{FilePosition, Format},
-    error::{Error, Result},
+    error::Error,
     pb::{ImportMode, ImportState, ImportSummary, OnExisting, Priority},
 };
-use state::StoredImport;
 
 /// The maximum number of row errors sent on the stream of an import.
 pub const IMPORT_ERRORS_SENT_MAX: u64 = 1_000;
@@ -94,35 +93,6 @@ impl ImportSpec {
             updated_count: written(checkpoint.updated_count),
             skipped_count: written(checkpoint.skipped_count),
         }
-    }
-
-    /// Fails unless the stored import with this id has the same caller, options and file size.
-    fn check_same(&self, stored: &StoredImport) -> Result<()> {
-        let expected_sizes = match stored.state {
-            // A rejected file may be corrected before it is sent again.
-            ImportState::Rejected => [0, self.total_bytes],
-            _ if stored.is_finished => [0, stored.checkpoint.offset],
-            _ if stored.total_bytes == 0 => [0, self.total_bytes],
-            _ => [0, stored.total_bytes],
-        };
-        let is_same = stored.caller_id == self.caller_id
-            && stored.mode == self.mode as i16
-            && stored.fingerprint.as_deref().is_none_or(|fingerprint| *fingerprint == self.fingerprint)
-            && expected_sizes.contains(&self.total_bytes);
-        let mismatch = |message: String| Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
-        if !is_same {
-            return mismatch(format!(
-                "import \"{}\" has other options, another file size or another caller; expected the same, or a new import_id",
-                self.import_id
-            ));
-        }
-        if stored.is_resumable() && stored.column_names.is_none() {
-            return mismatch(format!(
-                "import \"{}\" was started by an older version and cannot be resumed; expected a new import_id",
-                self.import_id
-            ));
-        }
-        Ok(())
     }
 }
 

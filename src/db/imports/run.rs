@@ -63,7 +63,7 @@ impl ImportRun {
             errors: Vec::new(),
         };
         if let Some(stored) = state::find(&run.conn, spec.import_id).await? {
-            if let Err(error) = spec.check_same(&stored) {
+            if let Err(error) = stored.check_same(&spec) {
                 // Unlock before the caller receives the error, so that its next call does not find the import running.
                 run.release().await;
                 return Err(error);

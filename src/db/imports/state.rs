@@ -57,6 +57,35 @@ impl StoredImport {
     pub fn is_resumable(&self) -> bool {
         self.state == ImportState::Running && self.mode == ImportMode::SkipInvalid as i16 && self.checkpoint.offset > 0
     }
+
+    /// Fails with `IMPORT_MISMATCH` unless `spec` has the same caller, options and file size as this import.
+    pub fn check_same(&self, spec: &ImportSpec) -> Result<()> {
+        let expected_sizes = match self.state {
+            // A rejected file may be corrected before it is sent again.
+            ImportState::Rejected => [0, spec.total_bytes],
+            _ if self.is_finished => [0, self.checkpoint.offset],
+            _ if self.total_bytes == 0 => [0, spec.total_bytes],
+            _ => [0, self.total_bytes],
+        };
+        let is_same = self.caller_id == spec.caller_id
+            && self.mode == spec.mode as i16
+            && self.fingerprint.as_deref().is_none_or(|fingerprint| *fingerprint == spec.fingerprint)
+            && expected_sizes.contains(&spec.total_bytes);
+        let mismatch = |message: String| Err(Error::precondition("IMPORT_MISMATCH", "options.import_id", message));
+        if !is_same {
+            return mismatch(format!(
+                "import \"{}\" has other options, another file size or another caller; expected the same, or a new import_id",
+                spec.import_id
+            ));
+        }
+        if self.is_resumable() && self.column_names.is_none() {
+            return mismatch(format!(
+                "import \"{}\" was started by an older version and cannot be resumed; expected a new import_id",
+                spec.import_id
+            ));
+        }
+        Ok(())
+    }
 }
 
 pub(super) async fn find(db: &Conn, import_id: Uuid) -> Result<Option<StoredImport>> {
