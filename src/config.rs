@@ -29,7 +29,14 @@ pub struct Cli {
     command: Option<Command>,
     // Before the flattened flags, whose last heading would apply to it.
     /// Least severe level that is logged to standard error: error, warn, info, debug or off
-    #[arg(long, env = "ISSUE_TRACKER_LOG", default_value = "info", value_name = "LEVEL", global = true)]
+    #[arg(
+        long,
+        env = "ISSUE_TRACKER_LOG",
+        default_value = "info",
+        value_name = "LEVEL",
+        global = true,
+        help_heading = "Logging"
+    )]
     pub log_level: LevelFilter,
     #[command(flatten)]
     serve: ServeArgs,

@@ -15,9 +15,17 @@ pub mod row;
 
 pub use batch::{Batch, BatchReader, FileError, FilePosition};
 pub use column::Column;
-pub use error::{HeaderError, HeaderErrorCode, IMPORT_ERROR_VALUE_CHARS_MAX, RowError, RowErrorCode, shorten};
-pub use export_writer::{EXPORT_CHUNK_BYTES_MIN, ExportChunk, ExportRow, ExportWriter};
+pub use error::{HeaderError, RowError, RowErrorCode, shorten};
+pub use export_writer::{ExportChunk, ExportWriter};
 pub use format::{Format, column_key};
 pub use header::Header;
-pub use record_reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordDefect, RecordReader};
-pub use row::{ImportRow, parse_row};
+pub use row::ImportRow;
+
+// Tests and fuzz targets check each step by itself; the service calls `BatchReader` and `ExportWriter`.
+#[cfg(feature = "internals")]
+pub use self::{
+    error::{HeaderErrorCode, IMPORT_ERROR_VALUE_CHARS_MAX},
+    export_writer::{EXPORT_CHUNK_BYTES_MIN, ExportRow},
+    record_reader::{IMPORT_COLUMNS_MAX, IMPORT_RECORD_BYTES_MAX, Record, RecordDefect, RecordReader},
+    row::parse_row,
+};

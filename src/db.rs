@@ -29,12 +29,13 @@ pub mod tokens;
 pub mod users;
 
 pub use self::{
-    conn::{Conn, Params},
+    conn::Conn,
     connection_string::ConnectionString,
     page::{Page, PageBounds},
     pool::{Db, PoolOptions},
-    transaction::Tx,
 };
+#[cfg(feature = "internals")]
+pub use self::{conn::Params, transaction::Tx};
 
 /// How many rows one statement prunes.
 pub const PRUNE_BATCH_ROWS: i64 = 10_000;

@@ -45,6 +45,7 @@ pub struct Cluster {
     /// `None` only during `stop` and drop.
     supervisor: Option<Supervisor>,
     socket_dir: SocketDir,
+    #[cfg(feature = "internals")]
     bin_dir: PathBuf,
     /// Last, so that the data directory is unlocked after everything above is dropped.
     _lock: File,
@@ -53,6 +54,7 @@ pub struct Cluster {
 impl Cluster {
     /// Creates the cluster in `data_dir` if there is none, starts the server, and returns once it accepts connections. Waits
     /// for an earlier service's server that is still shutting down. Fails if another process uses `data_dir`.
+    #[cfg(feature = "internals")]
     pub fn start(data_dir: &Path, durability: Durability) -> anyhow::Result<Cluster> {
         Cluster::start_unless(data_dir, durability, &|| false)?.context("the start was cancelled")
     }
@@ -92,11 +94,13 @@ impl Cluster {
     }
 
     /// Returns the directory of PostgreSQL's programs.
+    #[cfg(feature = "internals")]
     pub fn bin_dir(&self) -> &Path {
         &self.bin_dir
     }
 
     /// Returns the pid of the server's main process. It changes when the server dies and is restarted.
+    #[cfg(feature = "internals")]
     pub fn server_pid(&self) -> u32 {
         self.supervisor.as_ref().map_or(0, Supervisor::pid)
     }
@@ -160,7 +164,13 @@ fn start_locked(
         return Ok(None);
     };
     info!(pid = supervisor.pid(), cluster = %cluster.display(), "postgres started");
-    Ok(Some(Cluster { supervisor: Some(supervisor), socket_dir, bin_dir, _lock: lock }))
+    Ok(Some(Cluster {
+        supervisor: Some(supervisor),
+        socket_dir,
+        #[cfg(feature = "internals")]
+        bin_dir,
+        _lock: lock,
+    }))
 }
 
 fn create_data_dir(data_dir: &Path) -> anyhow::Result<PathBuf> {

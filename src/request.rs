@@ -6,5 +6,7 @@ mod mask;
 mod page;
 
 pub(crate) use self::idempotency::mutation;
-pub use self::{check::Check, idempotency::Mutation, mask::UPDATE_MASK_PATHS_MAX, page::PageRequest};
+pub use self::{check::Check, idempotency::Mutation};
+#[cfg(feature = "internals")]
+pub use self::{mask::UPDATE_MASK_PATHS_MAX, page::PageRequest};
 pub use crate::limits::*;

@@ -72,6 +72,7 @@ pub enum RowErrorCode {
 
 impl HeaderErrorCode {
     /// Returns the code's stable name.
+    #[cfg(feature = "internals")]
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InvalidUtf8 => "INVALID_UTF8",

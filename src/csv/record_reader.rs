@@ -129,7 +129,7 @@ impl RecordReader {
 
     /// Sets another limit than [`IMPORT_RECORD_BYTES_MAX`], at least 8 KiB, so that fuzzing reaches it quickly. Must be
     /// called before the first read.
-    #[doc(hidden)]
+    #[cfg(feature = "internals")]
     pub fn with_record_bytes_max(mut self, record_bytes_max: usize) -> Self {
         self.record_bytes_max = record_bytes_max;
         self

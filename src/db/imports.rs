@@ -13,7 +13,9 @@ mod state;
 mod write;
 
 pub use read::{get, list_errors};
-pub use revert::{IMPORT_CHANGED_SHOWN_MAX, revert};
+#[cfg(feature = "internals")]
+pub use revert::IMPORT_CHANGED_SHOWN_MAX;
+pub use revert::revert;
 pub use run::{ImportRun, Started};
 
 use uuid::Uuid;

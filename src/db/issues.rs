@@ -11,4 +11,6 @@ pub use change::{Changed, IssueChange, bulk_update, update_many};
 pub use create::{NewIssue, create, explain_create};
 pub use export::ExportSession;
 pub use get::{get, get_in_view, get_many};
-pub use list::{IssueList, add_comments, batch_get, list, list_statement};
+#[cfg(feature = "internals")]
+pub use list::list_statement;
+pub use list::{IssueList, add_comments, batch_get, list};
