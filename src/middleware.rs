@@ -5,17 +5,18 @@
 //! 1. [`protocol`] answers what is not gRPC with an HTTP status.
 //! 2. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
 //! 3. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
-//! 4. [`deadline`] limits the time of everything below, waiting included.
-//! 5. [`draining`] refuses new calls while the server stops. Refusing must work for a server of which nothing else does.
-//! 6. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
+//! 4. [`call_log`] logs the call at the level debug.
+//! 5. [`deadline`] limits the time of everything below, waiting included.
+//! 6. [`draining`] refuses new calls while the server stops. Refusing must work for a server of which nothing else does.
+//! 7. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
 //!    so that health checks and logins work under load, and load without credentials keeps no caller out.
-//! 7. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
-//! 8. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
-//! 9. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
+//! 8. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
+//! 9. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
+//! 10. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!    let alone validated.
-//! 10. [`admission::AdmissionLayer`] takes a request slot, which is held until the response has been read.
-//! 11. [`buffering`] buffers the request message and the response within a memory budget. Only admitted callers use it up.
-//! 12. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
+//! 11. [`admission::AdmissionLayer`] takes a request slot, which is held until the response has been read.
+//! 12. [`buffering`] buffers the request message and the response within a memory budget. Only admitted callers use it up.
+//! 13. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
 //!
@@ -27,6 +28,7 @@ pub mod authentication;
 pub mod authorization;
 mod body;
 pub mod buffering;
+pub mod call_log;
 mod compression;
 pub mod deadline;
 pub mod draining;

@@ -26,6 +26,7 @@ use crate::{
         authentication::AuthenticationLayer,
         authorization::AuthorizationLayer,
         buffering::{BufferingLayer, UNAUTHENTICATED_MESSAGE_BYTES_MAX},
+        call_log::CallLogLayer,
         deadline::DeadlineLayer,
         draining::DrainingLayer,
         error_mapping::ErrorMappingLayer,
@@ -125,6 +126,7 @@ pub fn middleware_stack(
         .layer(ProtocolLayer)
         .layer(ErrorMappingLayer)
         .layer(MethodPolicyLayer::new(methods))
+        .layer(CallLogLayer)
         .layer(DeadlineLayer::new(limits.deadline_default))
         .layer(DrainingLayer::new(stopping))
         .layer(UnauthenticatedLimitsLayer::default())

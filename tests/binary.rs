@@ -300,7 +300,8 @@ async fn run_failing_calls(service: &Service, token: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn logs_contain_no_client_data_even_after_a_database_crash() {
     let dir = Dir::new();
-    let mut service = Service::embedded(&dir);
+    // At the most verbose level that the command line documents.
+    let mut service = Service::start(&dir, program(&["--data-dir", &dir.data(), "--log-level", "debug"]));
     let token = service.admin_token();
     run_failing_calls(&service, &token).await;
     assert!(signal(dir.server_pid().unwrap(), libc::SIGKILL));
@@ -315,6 +316,10 @@ async fn logs_contain_no_client_data_even_after_a_database_crash() {
     let mut logs = service.log();
     File::open(dir.path("data/cluster/server.log")).unwrap().read_to_string(&mut logs).unwrap();
     assert!(logs.contains("postgres started"), "{logs}");
+    assert!(
+        logs.contains("call answered method=\"/issuetracker.v1.IssueService/CreateIssue\" code=AlreadyExists"),
+        "{logs}"
+    );
     assert!(!logs.contains(SECRET), "{logs}");
     assert!(!logs.contains(&token), "{logs}");
 }

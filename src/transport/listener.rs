@@ -99,7 +99,12 @@ where
             let Some(permit) = server.acquire_permit().await else { continue };
             let is_late = shutdown.is_cancelled();
             let tracker = if is_late { &trackers.during_shutdown } else { &trackers.before_shutdown };
-            tracker.spawn(Arc::clone(&server).serve(stream, peer.ip(), permit, is_late));
+            let server = Arc::clone(&server);
+            tracker.spawn(async move {
+                tracing::debug!(%peer, "connection accepted");
+                server.serve(stream, peer.ip(), permit, is_late).await;
+                tracing::debug!(%peer, "connection closed");
+            });
         }
     };
     tokio::select! {

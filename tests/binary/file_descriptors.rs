@@ -24,7 +24,7 @@ async fn low_file_limit_is_logged_and_idle_connections_are_evicted_for_new_ones(
     assert!(service.log().contains("limit of open files too low for --connections"), "{}", service.log());
 
     let idle: Vec<_> = (0..FILES_MAX + 20).map(|_| TcpStream::connect(&service.address).unwrap()).collect();
-    wait_until("accepting connections fails", || service.log().contains("cannot accept a connection"));
+    wait_until("accepting connections fails", || service.log().contains("accept failed"));
     let health = run(&["health", "--listen", &service.address]);
 
     assert_eq!((health.status.code(), text(&health.stdout)), (Some(0), "SERVING\n"), "{}", text(&health.stderr));

@@ -66,7 +66,7 @@ async fn rejected_database_login_is_logged_with_its_sqlstate_and_without_the_ser
     // A pooled connection may be rejected before the health probe, which fails only at its next interval.
     wait_until("the health check reports NOT_SERVING", || {
         let health = run(&["health", "--listen", &service.address]);
-        !health.status.success() && text(&health.stderr).contains("NOT_SERVING")
+        health.status.code() == Some(1) && text(&health.stdout) == "NOT_SERVING\n"
     });
     sql.batch_execute("ALTER ROLE serving LOGIN").await.unwrap();
     wait_until("the health check reports SERVING", || run(&["health", "--listen", &service.address]).status.success());

@@ -49,7 +49,7 @@ async fn sigterm_lets_requests_in_flight_finish_and_rejects_new_ones() {
     let mut blocked = BlockedUpdate::start().await;
 
     blocked.service.signal(libc::SIGTERM);
-    wait_until("the shutdown is logged", || blocked.service.log().contains("stopping"));
+    wait_until("the shutdown is logged", || blocked.service.log().contains("shutdown began"));
     let list = with_token(&blocked.token, ListIssuesRequest::default());
     let refused = blocked.service.issues().list_issues(list).await.unwrap_err();
     assert_eq!((refused.code(), refused.message().contains("stopping")), (Code::Unavailable, true), "{refused:?}");
@@ -68,7 +68,7 @@ async fn sigterm_lets_requests_in_flight_finish_and_rejects_new_ones() {
 async fn second_signal_stops_the_service_immediately() {
     let mut blocked = BlockedUpdate::start().await;
     blocked.service.signal(libc::SIGTERM);
-    wait_until("the shutdown is logged", || blocked.service.log().contains("stopping"));
+    wait_until("the shutdown is logged", || blocked.service.log().contains("shutdown began"));
     assert!(blocked.service.child.try_wait().unwrap().is_none(), "the service must wait for the request in flight");
 
     blocked.service.signal(libc::SIGTERM);
