@@ -71,8 +71,11 @@ pub async fn run(
         stopping: stopping.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();
-    let routes =
-        routes(api, limits)?.add_service(health_service.max_decoding_message_size(UNAUTHENTICATED_MESSAGE_BYTES_MAX));
+    let routes = routes(api, limits)?.add_service(
+        health_service
+            .max_decoding_message_size(UNAUTHENTICATED_MESSAGE_BYTES_MAX)
+            .accept_compressed(CompressionEncoding::Gzip),
+    );
     let service = middleware_stack(methods()?, auth, limits.requests(), stopping.clone(), routes);
     let trackers = ConnectionTrackers::default();
     let serve = listener::serve(listener.into(), service, limits.connections(), stopping.clone(), trackers.clone());
@@ -160,15 +163,25 @@ fn routes(api: Api, limits: &Limits) -> anyhow::Result<Routes> {
         };
     }
     let reflection_bytes_max = UNAUTHENTICATED_MESSAGE_BYTES_MAX;
-    Ok(Routes::new(reflection().build_v1()?.max_decoding_message_size(reflection_bytes_max))
-        .add_service(reflection().build_v1alpha()?.max_decoding_message_size(reflection_bytes_max))
-        .add_service(service!(AuthServiceServer))
-        .add_service(service!(UserServiceServer))
-        .add_service(service!(IssueServiceServer))
-        .add_service(service!(CommentServiceServer))
-        .add_service(service!(LabelServiceServer))
-        .add_service(service!(ImportServiceServer))
-        .add_service(service!(ReportServiceServer)))
+    Ok(Routes::new(
+        reflection()
+            .build_v1()?
+            .max_decoding_message_size(reflection_bytes_max)
+            .accept_compressed(CompressionEncoding::Gzip),
+    )
+    .add_service(
+        reflection()
+            .build_v1alpha()?
+            .max_decoding_message_size(reflection_bytes_max)
+            .accept_compressed(CompressionEncoding::Gzip),
+    )
+    .add_service(service!(AuthServiceServer))
+    .add_service(service!(UserServiceServer))
+    .add_service(service!(IssueServiceServer))
+    .add_service(service!(CommentServiceServer))
+    .add_service(service!(LabelServiceServer))
+    .add_service(service!(ImportServiceServer))
+    .add_service(service!(ReportServiceServer)))
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

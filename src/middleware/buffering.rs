@@ -10,7 +10,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame};
 use tokio::time::timeout;
 use tonic::Status;
@@ -19,7 +19,7 @@ use tower::{Layer, Service};
 use super::{
     RequestLimits,
     body::{PolledFrame, RequestBody, UncutBody},
-    compression::{MESSAGE_PREFIX_BYTES, is_gzip, unzip},
+    compression::{ENCODING, MESSAGE_PREFIX_BYTES, is_gzip, take_accepts_gzip, unzip, zip},
     deadline,
     memory_budget::{MemoryBudget, Permits},
     method_policy::CallPolicy,
@@ -176,7 +176,8 @@ where
         let policy = CallPolicy::of(&request);
         let (buffers, mut inner) = (Arc::clone(&self.buffers), self.inner.clone());
         Box::pin(async move {
-            let (parts, body) = request.into_parts();
+            let (mut parts, body) = request.into_parts();
+            let accepts_gzip = !policy.server_streaming && take_accepts_gzip(&mut parts.headers);
             let (body, permits) = if policy.client_streaming {
                 (RequestBody::Stream(UncutBody(body)), Permits::default())
             } else {
@@ -184,11 +185,14 @@ where
                 (RequestBody::Message(message), permits)
             };
             let response = inner.call(Request::from_parts(parts, body)).await?;
-            let (parts, body) = response.into_parts();
-            let body = match policy.server_streaming {
+            let (mut parts, body) = response.into_parts();
+            let mut body = match policy.server_streaming {
                 true => BufferedBody { content: Content::Stream(body), _permits: permits },
                 false => buffers.read_response(body, policy.only_reads, permits).await?,
             };
+            if accepts_gzip && body.compress() {
+                parts.headers.insert(ENCODING, HeaderValue::from_static("gzip"));
+            }
             Ok(Response::from_parts(parts, body))
         })
     }
@@ -198,6 +202,16 @@ where
 pub struct BufferedBody<R> {
     content: Content<R>,
     _permits: Permits,
+}
+
+impl<R> BufferedBody<R> {
+    /// Compresses the message if that makes it smaller, and returns whether it has.
+    fn compress(&mut self) -> bool {
+        let Content::Message { data: Some(message), .. } = &mut self.content else { return false };
+        let Some(zipped) = zip(message) else { return false };
+        *message = zipped;
+        true
+    }
 }
 
 enum Content<R> {

@@ -1,13 +1,13 @@
-//! Decompresses the one message of a request, bounded and counted by the memory budget.
+//! gzip for calls with one message: decompresses requests within the memory budget, and compresses responses.
 //!
-//! tonic would decompress messages as well, but their size would not be counted. It still decompresses the messages of
-//! request streams, each bounded by the message limit, and compresses responses.
+//! tonic would decompress requests without counting their size, and would compress even the smallest responses, which takes
+//! longer than sending them. It still does both for streams, whose messages are bounded by the message limit.
 
-use std::io::Read;
+use std::io::{Read, Write};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use flate2::bufread::GzDecoder;
-use http::HeaderMap;
+use flate2::{Compression, bufread::GzDecoder, write::GzEncoder};
+use http::{HeaderMap, HeaderName};
 
 use super::memory_budget::{MemoryBudget, Permits};
 use crate::error::{Error, Result};
@@ -16,12 +16,16 @@ use crate::error::{Error, Result};
 pub const MESSAGE_PREFIX_BYTES: usize = 5;
 /// The flag of a compressed message.
 const COMPRESSED: u8 = 1;
+/// Size from which a response is compressed.
+const ZIP_BYTES_MIN: usize = 1024;
+pub const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 /// How much is decompressed before it is counted.
 const STEP_BYTES: usize = 16 * 1024;
 
 /// Returns whether the messages of a request may be compressed with gzip.
 pub fn is_gzip(headers: &HeaderMap) -> bool {
-    headers.get("grpc-encoding").is_some_and(|encoding| encoding == "gzip")
+    headers.get(ENCODING).is_some_and(|encoding| encoding == "gzip")
 }
 
 /// Decompresses a message with its prefix, if it is flagged as compressed.
@@ -59,12 +63,31 @@ pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, permits: &
     Ok(unzipped.freeze())
 }
 
+/// Removes the encodings that the client accepts, so that tonic does not compress. Returns whether gzip is one of them.
+pub fn take_accepts_gzip(headers: &mut HeaderMap) -> bool {
+    let accepted = headers.remove(ACCEPT_ENCODING);
+    let accepted = accepted.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
+    accepted.split(',').any(|encoding| encoding.trim() == "gzip")
+}
+
+/// Compresses a response message with its prefix. `None` if it is too small or would not get smaller.
+pub fn zip(message: &[u8]) -> Option<Bytes> {
+    let (prefix, content) = message.split_first_chunk::<MESSAGE_PREFIX_BYTES>()?;
+    if content.len() < ZIP_BYTES_MIN || prefix[0] == COMPRESSED {
+        return None;
+    }
+    let mut encoder = GzEncoder::new(vec![0; MESSAGE_PREFIX_BYTES], Compression::fast());
+    // Writing to a vector cannot fail.
+    encoder.write_all(content).ok()?;
+    let mut zipped = encoder.finish().ok()?;
+    let length = u32::try_from(zipped.len() - MESSAGE_PREFIX_BYTES).ok()?;
+    zipped[0] = COMPRESSED;
+    zipped[1..MESSAGE_PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
+    (zipped.len() < message.len()).then(|| zipped.into())
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
-    use flate2::{Compression, write::GzEncoder};
-
     use super::*;
 
     const BYTES_MAX: usize = 1024 * 1024;
@@ -101,6 +124,34 @@ mod tests {
         let (refused, kib) = unzip_within(2_000, &bomb);
         assert_eq!(refused.unwrap_err().to_string(), Error::too_large(BYTES_MAX).to_string());
         assert!(kib <= BYTES_MAX / 1024);
+    }
+
+    #[test]
+    fn responses_are_compressed_from_one_kib_if_they_get_smaller() {
+        let message = |content: &[u8]| {
+            let length = u32::try_from(content.len()).unwrap().to_be_bytes();
+            [&[0][..], &length, content].concat()
+        };
+        let large = message(&[7; ZIP_BYTES_MIN]);
+        let zipped = zip(&large).unwrap();
+        assert!(zipped.len() < large.len());
+        assert_eq!(unzip_within(2, &zipped).0.unwrap(), large);
+        let random: Vec<u8> = (0..ZIP_BYTES_MIN).map(|_| fastrand::u8(..)).collect();
+        for unchanged in [message(&[7; ZIP_BYTES_MIN - 1]), message(&random), zipped.to_vec(), vec![]] {
+            assert!(zip(&unchanged).is_none());
+        }
+    }
+
+    #[test]
+    fn accepted_encodings_are_read_and_removed() {
+        for (value, accepts) in
+            [("gzip", true), ("identity, deflate, gzip", true), ("identity", false), ("gzipped", false)]
+        {
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT_ENCODING, value.parse().unwrap());
+            assert_eq!(take_accepts_gzip(&mut headers), accepts, "{value}");
+            assert!(headers.is_empty());
+        }
     }
 
     #[test]

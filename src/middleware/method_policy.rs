@@ -43,6 +43,9 @@ impl CallPolicy {
         default_deadline: None,
     };
 
+    /// The policy of requests that did not pass [`MethodPolicyLayer`]: a stack without it serves administrators only.
+    const MISSING: Self = Self { required_role: RequiredRole::Admin, ..Self::UNKNOWN_OWN };
+
     /// The policy of methods of this package that do not exist. Only authenticated callers can find out that they do not.
     const UNKNOWN_OWN: Self = Self {
         is_own: true,
@@ -54,7 +57,7 @@ impl CallPolicy {
 
     /// Returns the policy that [`MethodPolicyLayer`] has attached to the request.
     pub fn of<B>(request: &Request<B>) -> Self {
-        request.extensions().get().copied().unwrap_or(Self::UNKNOWN)
+        request.extensions().get().copied().unwrap_or(Self::MISSING)
     }
 
     /// Returns the role that the caller must have at least, or `None` if the method needs no credentials.

@@ -53,7 +53,8 @@ async fn sigterm_lets_requests_in_flight_finish_and_rejects_new_ones() {
     let list = with_token(&blocked.token, ListIssuesRequest::default());
     let refused = blocked.service.issues().list_issues(list).await.unwrap_err();
     assert_eq!((refused.code(), refused.message().contains("stopping")), (Code::Unavailable, true), "{refused:?}");
-    assert_refused(&run(&["health", "--listen", &blocked.service.address]), "NOT_SERVING");
+    let health = run(&["health", "--listen", &blocked.service.address]);
+    assert_eq!((health.status.code(), text(&health.stdout)), (Some(1), "NOT_SERVING\n"), "{health:?}");
     blocked.lock_holder.batch_execute("COMMIT").await.unwrap();
 
     let updated = (&mut blocked.update).await.unwrap().unwrap();

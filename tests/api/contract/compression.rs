@@ -7,6 +7,7 @@ use issue_tracker::pb::{
     import_issues_request::Message as ImportMessage,
 };
 use tonic::{Code, Request, Status, client::Grpc, codec::CompressionEncoding::Gzip};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use uuid::Uuid;
 
 use super::call_path;
@@ -39,6 +40,24 @@ async fn gzip_is_accepted_and_sent_to_clients_that_ask_for_it() {
     // The payload of a request id is the decompressed message.
     assert_eq!(plain.create_issue(request).await.unwrap().into_inner(), created);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 1);
+}
+
+#[tokio::test]
+async fn small_responses_are_not_compressed() {
+    let tracker = Tracker::start().await;
+    let mut gzip = tracker.member.issues().send_compressed(Gzip).accept_compressed(Gzip);
+    let issue = Issue { title: "short".into(), ..Issue::default() };
+    let created = gzip.create_issue(CreateIssueRequest { issue: Some(issue), ..Default::default() }).await.unwrap();
+    assert!(created.metadata().get("grpc-encoding").is_none());
+    assert_eq!(created.into_inner().title, "short");
+}
+
+#[tokio::test]
+async fn health_checks_may_be_compressed() {
+    let tracker = Tracker::start().await;
+    let mut health = HealthClient::new(tracker.channel.clone()).send_compressed(Gzip).accept_compressed(Gzip);
+    let status = health.check(HealthCheckRequest::default()).await.unwrap().into_inner().status();
+    assert_eq!(status, ServingStatus::Serving);
 }
 
 async fn call_compressed(tracker: &Tracker, client: &Client, method: &str, message: Vec<u8>) -> Result<Bytes, Status> {
