@@ -4,6 +4,9 @@
 //! dependencies are built. The feature `internals`, off by default, makes the modules of the service public for its own
 //! tests, benchmarks and fuzz targets; they are not a stable interface. ARCHITECTURE.md maps the modules.
 
+// Documentation of the modules is for maintainers, who see private items.
+#![allow(rustdoc::private_intra_doc_links)]
+
 pub mod pb;
 
 #[cfg(feature = "internals")]

@@ -13,7 +13,7 @@
 //! 8. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
 //! 9. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
 //! 10. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
-//!    let alone validated.
+//!     let alone validated.
 //! 11. [`admission::AdmissionLayer`] takes a request slot, which is held until the response has been read.
 //! 12. [`buffering`] buffers the request message and the response within a memory budget. Only admitted callers use it up.
 //! 13. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
