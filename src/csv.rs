@@ -1,6 +1,6 @@
 //! CSV bytes ↔ rows. Pure code without I/O: how a file is cut into chunks never changes the result.
 //!
-//! Import: [`record_reader`] splits bytes into records, [`header`] maps fields to [columns](column), [`row`] parses a
+//! Import: [`record_reader`] splits bytes into records, [`header`] maps fields to [columns](mod@column), [`row`] parses a
 //! record into a typed row or the list of its [errors](error), and [`batch`] groups rows, as the
 //! [`format`](mod@format) says. Export: [`export_writer`] turns issues into bytes.
 

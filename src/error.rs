@@ -31,7 +31,7 @@ pub enum Error {
     /// A field is invalid in a way that clients handle by its reason.
     #[error("{message}")]
     InvalidReason { reason: &'static str, field: &'static str, message: String },
-    /// Lists all resources that do not exist.
+    /// Lists all resources that do not exist, and with them those that exist already.
     #[error("{}", join(.0))]
     NotFound(Vec<Resource>),
     /// Lists all resources that exist already.

@@ -183,11 +183,11 @@ impl Parser<'_> {
                 field.term(value).map_err(|what| FilterError::new(start, what))
             }
             Kind::Phrase(name) if self.peek()?.kind == Kind::Equals => {
-                fail(format!("the name of a field is not quoted: {}", quote(&name)))
+                fail(format!("quoted field name {}; expected it without quotes", quote(&name)))
             }
             Kind::Word(text) => Ok(Term::Search(text)),
             Kind::Phrase(text) if is_blank(&text) => {
-                fail(format!("a phrase to search for is not blank: {}", quote(&quoted(&text))))
+                fail(format!("blank phrase {}; expected text to search for", quote(&quoted(&text))))
             }
             Kind::Phrase(text) => Ok(Term::Search(text)),
             Kind::And => fail("AND needs a term before it".into()),
@@ -203,7 +203,7 @@ impl Parser<'_> {
         let found = match kind {
             Kind::Word(text) if text.contains('*') => {
                 let what = "wildcards (`*`) are not supported";
-                format!("{what}, in quotes `*` stands for itself: {}", quote(&text))
+                format!("{what}: {}; put text with `*` in quotes", quote(&text))
             }
             Kind::Word(text) | Kind::Phrase(text) => return Ok((text, start)),
             Kind::And => "expected a value after `=`, found AND".into(),

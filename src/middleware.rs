@@ -1,13 +1,13 @@
 //! The middleware: what happens to a request before a handler sees it, and to the response after.
 //!
-//! Each file is one layer, a [`tower::Layer`]. `server.rs` composes them in this order, from the outside in:
+//! Most files are one layer, a [`tower::Layer`]; the others are what layers share. `server.rs` composes them in this order, from the outside in:
 //!
 //! 1. [`protocol`] answers what is not gRPC with an HTTP status.
 //! 2. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
 //! 3. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
 //! 4. [`call_log`] logs the call at the level debug.
 //! 5. [`deadline`] limits the time of everything below, waiting included.
-//! 6. [`draining`] refuses new calls while the server stops. Refusing must work for a server of which nothing else does.
+//! 6. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
 //! 7. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
 //!    so that health checks and logins work under load, and load without credentials keeps no caller out.
 //! 8. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.

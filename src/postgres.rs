@@ -14,6 +14,7 @@ mod binaries;
 mod data_directory;
 mod process;
 mod server;
+mod settings;
 mod stale_server;
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -24,20 +25,11 @@ use std::thread;
 use anyhow::{Context, anyhow};
 use tracing::{error, info};
 
+pub use settings::Durability;
+
 use data_directory::SocketDir;
 use server::{Server, Supervisor};
-
-/// Part of the socket's name; the server opens no TCP port.
-const PORT: u16 = 5432;
-
-/// Whether commits must survive a crash of the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    Durable,
-    /// For tests: a power failure may lose the cluster, and a killed server the commits of its last second. A killed
-    /// service loses nothing, as the server then shuts down cleanly.
-    Throwaway,
-}
+use settings::PORT;
 
 /// A running server. Dropping stops it and logs errors. Methods block: call `start` and `stop` where that is allowed.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How long a database must respond after an outage before it counts as healthy.
 const PROBE_STEADY: Duration = Duration::from_millis(200);
 
-/// Opens connections for the pool, and tells it which are broken.
+/// Opens connections for the pool, and detects broken ones.
 #[derive(Clone)]
 pub struct Manager {
     inner: PostgresConnectionManager<Connector>,

@@ -115,7 +115,7 @@ fn empty_assignee_is_unassigned_and_no_other_value_may_be_blank() {
     refused("reporter = \"\"", 11, &["reporter needs a username", "unassigned"]);
     refused("label = \"\"", 8, &["label needs a name"]);
     refused("label = '\t'", 8, &["label needs a name"]);
-    refused("a \"\"", 2, &["a phrase to search for is not blank"]);
+    refused("a \"\"", 2, &["blank phrase"]);
     refused("''", 0, &["not blank"]);
     refused("\"  \"", 0, &["not blank"]);
 }

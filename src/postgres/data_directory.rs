@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::process::{self, RunAs, TICK};
 use super::server::last_lines;
-use super::{Durability, PORT};
+use super::settings::{Durability, PORT};
 
 /// Directory of clusters whose owner could not reach them inside the data directory.
 const CLUSTERS_DIR: &str = "/var/lib/issue-tracker";

@@ -15,7 +15,10 @@ use anyhow::{Context, anyhow, bail};
 use tracing::{error, info, warn};
 
 use super::process::{self, RunAs, TICK};
-use super::{Durability, PORT, stale_server};
+use super::{
+    settings::{DURABLE_SETTINGS, Durability, PORT, SETTINGS, THROWAWAY_SETTINGS},
+    stale_server,
+};
 
 /// Maximum time until the server is ready: enough to recover from `max_wal_size` of WAL.
 const READY_AFTER_MAX: Duration = Duration::from_secs(600);
@@ -38,27 +41,6 @@ const LOG_QUOTE_LINES_MAX: usize = 12;
 /// Lines of `postmaster.pid`, counted from zero: the pid, and the state that `pg_ctl` waits for.
 const PID_LINE: usize = 0;
 const STATE_LINE: usize = 7;
-
-/// Keeps statements and values out of the log: an ERROR can quote a row, and a LOG message about a crash quotes the
-/// statement. So only FATAL and PANIC are logged, and a statement is added to PANIC only.
-const SETTINGS: [&str; 5] = [
-    "timezone=UTC",
-    "log_timezone=UTC",
-    "log_min_messages=fatal",
-    "log_min_error_statement=panic",
-    "log_parameter_max_length_on_error=0",
-];
-const DURABLE_SETTINGS: [&str; 6] = [
-    "fsync=on",
-    "synchronous_commit=on",
-    "full_page_writes=on",
-    "shared_buffers=256MB",
-    "max_wal_size=2GB",
-    "max_connections=100",
-];
-/// `max_connections` is higher because many tests share one server.
-const THROWAWAY_SETTINGS: [&str; 4] =
-    ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200"];
 
 /// The parameters of the server process.
 #[derive(Debug)]

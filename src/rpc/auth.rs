@@ -198,7 +198,8 @@ impl AuthService for Api {
             Ok(api_token)
         });
         let response = response.await;
-        if was_valid && !options.validate_only {
+        // Also after an error: the commit may have taken place.
+        if (was_valid || response.is_err()) && !options.validate_only {
             self.auth.forget_tokens();
         }
         Ok(response?.into())
@@ -245,7 +246,7 @@ impl Api {
     }
 
     /// Checks that a retry of a call that sets a password has the password that the user has now. Passwords are not in
-    /// the stored fingerprint, so this is what tells a retry from another request with the same id.
+    /// the stored fingerprint, so this check distinguishes a retry from another request with the same id.
     pub(super) async fn check_replayed_password(
         &self,
         caller: &Caller,
@@ -263,7 +264,7 @@ impl Api {
     }
 
     async fn check_credentials(&self, lane: Lane, username: &str, password: &SecretString) -> Result<CredentialCheck> {
-        // Malformed credentials are only wrong: the error must not reveal what valid ones look like. The connection is
+        // Malformed credentials fail as wrong ones do: the error must not reveal what valid ones look like. The connection is
         // returned to the pool before the password is checked.
         let credentials = match username.contains('\0') || !username.is_ascii() {
             // Usernames are ASCII. The database lower-cases some other letters to ASCII ones.

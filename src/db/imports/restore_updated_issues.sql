@@ -30,14 +30,15 @@ WITH previous AS MATERIALIZED (
         assignee_id = p.assignee_id,
         close_time = p.close_time,
         reopen_count = p.reopen_count
-    FROM previous p
+    -- A join: for IN inside OR, PostgreSQL would read label_changes again for each issue.
+    FROM previous p LEFT JOIN (SELECT DISTINCT issue_id FROM label_changes) c ON c.issue_id = p.issue_id
     WHERE i.id = p.issue_id
         AND (i.title <> p.title
             OR i.description <> p.description
             OR i.priority <> p.priority
             OR i.status <> p.status
             OR i.assignee_id IS DISTINCT FROM p.assignee_id
-            OR i.id IN (SELECT issue_id FROM label_changes))
+            OR c.issue_id IS NOT NULL)
     RETURNING i.id, i.version
 ), label_events AS (
     INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)

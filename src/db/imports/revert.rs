@@ -153,7 +153,7 @@ async fn delete_created(db: &Conn, import_id: Uuid) -> Result<i64> {
     Ok(db.execute(ISSUES, &[&import_id]).await?.cast_signed())
 }
 
-/// Restores the issues that the import has updated and that have not changed since; returns how many have changed.
+/// Restores the issues that the import has updated and that have not changed since; returns how many it has restored.
 async fn restore_updated(db: &Conn, import_id: Uuid, actor_id: Uuid) -> Result<i64> {
     const SQL: &str = include_str!("restore_updated_issues.sql");
     // The trigger on issues then takes close_time and reopen_count from the statement.

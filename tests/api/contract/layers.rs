@@ -2,7 +2,7 @@
 
 mod module_graph;
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{fs, path::Path};
 
 use module_graph::ModuleGraph;
 
@@ -30,15 +30,11 @@ const LAYERS: [&str; 20] = [
     "commands",
 ];
 
-/// Files with import cycles that remain to be removed. Add nothing here.
-const PENDING_CYCLES: [&str; 1] = ["postgres.rs"];
-
 #[test]
 fn no_files_import_each_other() {
     let graph = ModuleGraph::of(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")));
     assert!(graph.imports["rpc/issues.rs"].contains("db/issues/change.rs"), "imports are not resolved: {graph:?}");
-    let is_pending = |cycle: &BTreeSet<String>| cycle.iter().any(|file| PENDING_CYCLES.contains(&&**file));
-    let cycles: Vec<_> = graph.cycles().into_iter().filter(|cycle| !is_pending(cycle)).collect();
+    let cycles = graph.cycles();
     assert!(cycles.is_empty(), "files that import each other: {cycles:#?}");
 }
 
