@@ -95,7 +95,7 @@ pub async fn run(
             tracing::warn!("shutdown interrupted calls in flight");
         }
     };
-    // Clients that connect meanwhile learn that the server is stopping.
+    // Clients that connect during the drain receive STOPPING.
     tokio::select! {
         never = serve => match never {},
         () = stopped => {}
@@ -213,7 +213,7 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Deletes expired request ids, tokens and audit events every hour. Replicas do not get in each other's way.
+/// Deletes expired request ids, tokens and audit events every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
@@ -230,7 +230,7 @@ async fn prune(db: Db) {
     }
 }
 
-/// Repeats `prune` until it deletes less than one statement may.
+/// Repeats `prune` until it deletes fewer rows than its maximum.
 async fn pruned(db: &Db, prune: impl AsyncFn(&Conn) -> Result<u64>) -> Result<()> {
     while prune(&db.conn().await?).await? == PRUNE_BATCH_ROWS as u64 {}
     Ok(())

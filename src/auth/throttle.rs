@@ -55,7 +55,7 @@ const CONCURRENT_ATTEMPTS_MAX: u32 = 2;
 /// slow it down. But an address has few free failures, so 65,536 failures take more than a thousand addresses (or IPv6
 /// networks) within [`FORGOTTEN_AFTER`]. An attacker gains that the oldest delays of pairs are deleted, which is worth fewer
 /// free failures than the attacker's addresses have themselves; delays of addresses are deleted only for as many other
-/// addresses. Nobody else is delayed by it: only delays are deleted. Recognized pairs are deleted only for as many correct
+/// addresses. No other caller is delayed by it: only delays are deleted. Recognized pairs are deleted only for as many correct
 /// passwords, which bcrypt does slow down; they are recognized again after the next login.
 const ENTRIES_MAX: usize = 65_536;
 

@@ -34,7 +34,7 @@ pub struct ChunkStream {
     source: oneshot::Receiver<FileSource>,
 }
 
-/// Tells the thread to read the file from an offset to its end.
+/// Has the thread read the file from an offset to its end.
 struct ReadCommand {
     offset: u64,
     parts: mpsc::Sender<FilePart>,

@@ -1,4 +1,4 @@
-//! Ends calls at their deadline, and tells the connection how long the client may take to read the response.
+//! Ends calls at their deadline, and reports to the connection how long the client may take to read the response.
 
 use std::{
     pin::Pin,

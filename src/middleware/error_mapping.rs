@@ -69,7 +69,7 @@ fn explained(headers: &HeaderMap) -> Option<Status> {
         return None;
     }
     let mut explained = Status::from(Error::from_bare(&status)?);
-    // Such as `grpc-accept-encoding`, which tells the client what to send instead.
+    // Such as `grpc-accept-encoding`, which names what the client can send instead.
     *explained.metadata_mut() = status.metadata().clone();
     Some(explained)
 }
