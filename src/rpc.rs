@@ -1,5 +1,5 @@
-//! The RPCs, one file per service. A handler parses the request, calls one function of [`crate::db`], and returns the
-//! response.
+//! The RPCs, one file per service. A handler parses the request, calls [`crate::db`] directly, usually one function, and
+//! returns the response.
 
 mod auth;
 mod comments;

@@ -1,6 +1,6 @@
 //! Checks the caller's role against the one that the method requires.
 //!
-//! Rules that depend on the request, such as who may change a comment, are checked by the handlers.
+//! Rules that depend on the request, such as who may change a comment, are applied by the handlers and their statements.
 
 use std::task::{Context, Poll};
 
