@@ -116,8 +116,8 @@ fn empty_assignee_is_unassigned_and_no_other_value_may_be_blank() {
     refused("label = \"\"", 8, &["label needs a name"]);
     refused("label = '\t'", 8, &["label needs a name"]);
     refused("a \"\"", 2, &["blank phrase"]);
-    refused("''", 0, &["not blank"]);
-    refused("\"  \"", 0, &["not blank"]);
+    refused("''", 0, &["blank phrase"]);
+    refused("\"  \"", 0, &["blank phrase"]);
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn unknown_field_is_refused_with_the_known_ones() {
     refused("title = ", 0, &["unknown field `title`"]);
     refused("Status = OPEN", 0, &["unknown field `Status`"]);
     refused("issue.status = OPEN", 0, &["unknown field `issue.status`"]);
-    refused("\"status\" = OPEN", 0, &["not quoted", "`status`"]);
+    refused("\"status\" = OPEN", 0, &["quoted field name", "`status`"]);
 }
 
 #[test]
