@@ -1,6 +1,8 @@
 //! Connects for the pool, and probes whether the database is available.
 
 use std::{
+    error::Error as _,
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,6 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio_postgres::{Client, Config, error::DbError};
 
 use super::{session::Session, tls::Connector};
+use crate::backoff::{Backoff, random};
 
 /// The interval of probes and the time allowed for one. Together less than two seconds: health is not outdated for longer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
@@ -18,6 +21,9 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How long a database must respond after an outage before it counts as healthy.
 const PROBE_STEADY: Duration = Duration::from_millis(200);
+/// How often a connection is made that closes before the server has answered.
+const CONNECT_ATTEMPTS_MAX: u32 = 3;
+const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(100) };
 
 /// Opens connections for the pool, and detects broken ones.
 #[derive(Clone)]
@@ -77,11 +83,12 @@ impl bb8::ManageConnection for Manager {
     type Error = tokio_postgres::Error;
 
     async fn connect(&self) -> Result<Session, tokio_postgres::Error> {
-        let client = self.inner.connect().await.inspect_err(|error| match error.as_db_error() {
-            // A server that refuses a connection is available. Of other errors the probe finds out the reason.
-            Some(error) => self.log_refusal(error),
-            None => self.probe_now.notify_one(),
-        })?;
+        let client =
+            repeat_if_closed(|| self.inner.connect()).await.inspect_err(|error| match error.as_db_error() {
+                // A server that refuses a connection is available. Of other errors the probe finds out the reason.
+                Some(error) => self.log_refusal(error),
+                None => self.probe_now.notify_one(),
+            })?;
         self.set_up(true);
         Ok(Session::new(client, self.connector.clone()))
     }
@@ -107,14 +114,18 @@ async fn probe(manager: Manager, healthy: watch::Sender<bool>) {
                 return Ok(());
             }
             // A lost connection does not mean that the database is unavailable.
-            let connected = bb8::ManageConnection::connect(&manager.inner).await?;
-            connected.batch_execute("").await?;
-            if !*healthy.borrow() {
-                // A server that restarts again at once is not healthy.
-                tokio::time::sleep(PROBE_STEADY).await;
+            let was_healthy = *healthy.borrow();
+            let connected = repeat_if_closed(|| async {
+                let connected = bb8::ManageConnection::connect(&manager.inner).await?;
                 connected.batch_execute("").await?;
-            }
-            client = Some(connected);
+                if !was_healthy {
+                    // A server that restarts again at once is not healthy.
+                    tokio::time::sleep(PROBE_STEADY).await;
+                    connected.batch_execute("").await?;
+                }
+                Ok(connected)
+            });
+            client = Some(connected.await?);
             Ok::<_, tokio_postgres::Error>(())
         });
         let outcome = response.await;
@@ -135,4 +146,32 @@ async fn probe(manager: Manager, healthy: watch::Sender<bool>) {
         healthy.send_if_modified(|was| std::mem::replace(was, is_healthy) != is_healthy);
         let _ = tokio::time::timeout(PROBE_INTERVAL, manager.probe_now.notified()).await;
     }
+}
+
+/// Makes a connection, again if it closes early. A connection that is cut while it is established says nothing about the
+/// next one: without another attempt, callers would wait for it until their time is over.
+async fn repeat_if_closed<T, F>(mut connect: impl FnMut() -> F) -> Result<T, tokio_postgres::Error>
+where
+    F: Future<Output = Result<T, tokio_postgres::Error>>,
+{
+    let mut failures = 0;
+    loop {
+        match connect().await {
+            Err(error) if is_closed(&error) && failures + 1 < CONNECT_ATTEMPTS_MAX => {
+                tokio::time::sleep(CONNECT_BACKOFF.delay(failures, random())).await;
+                failures += 1;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Returns whether the connection was accepted, and closed before an answer.
+fn is_closed(error: &tokio_postgres::Error) -> bool {
+    let io_error = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    error.is_closed()
+        || io_error.is_some_and(|error| {
+            use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+            matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+        })
 }

@@ -326,6 +326,24 @@ async fn connections_closed_while_idle_fail_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_closed_while_established_fail_no_call() {
+    let proxied = ProxiedService::start().await;
+    for iteration in 0..10 {
+        proxied.create_issue("uses a connection").await;
+        // The probe of the database or the pool meets both of them, or one each.
+        proxied.proxy.inject(FaultPoint::Startup, DropRequest);
+        proxied.proxy.inject(FaultPoint::Startup, DropRequest);
+        proxied.proxy.close_all_and_wait().await;
+        let title = format!("after cut {iteration}");
+        let created = proxied.call("IssueService/CreateIssue", &create(&title, false)).await;
+        created.unwrap_or_else(|status| panic!("{status:?}"));
+        assert_eq!(proxied.count_issues_titled(&title).await, 1);
+        proxied.proxy.clear_faults();
+    }
+    proxied.service.assert_no_internal_errors();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connection_known_to_be_closed_fails_no_write_without_request_id() {
     let proxied = ProxiedService::start().await;
     for iteration in 0..10 {

@@ -27,6 +27,8 @@ const HEADER_BYTES: usize = 5;
 /// The message at which a fault is injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
+    /// The first message of a connection. Only [`Fault::DropRequest`].
+    Startup,
     /// The COMMIT of a transaction.
     Commit,
     /// The execution of a prepared statement whose name starts with this prefix.
@@ -233,8 +235,11 @@ impl Connection {
 
     /// Forwards each complete message of the service, or injects a fault at it.
     async fn forward_requests(&mut self) -> Option<Result<(), CloseConnection>> {
-        while let Some(message) = self.next_request() {
-            let fault = self.parse_request(&message).and_then(|at| self.state.take_fault(at));
+        loop {
+            let is_startup = !self.startup_forwarded;
+            let Some(message) = self.next_request() else { return Some(Ok(())) };
+            let point = if is_startup { Some(FaultPoint::Startup) } else { self.parse_request(&message) };
+            let fault = point.and_then(|at| self.state.take_fault(at));
             if fault == Some(Fault::DropRequest) {
                 return Some(Err(CloseConnection));
             }
@@ -255,7 +260,6 @@ impl Connection {
                 Some(Fault::DropRequest) | None => {}
             }
         }
-        Some(Ok(()))
     }
 
     fn next_request(&mut self) -> Option<BytesMut> {
