@@ -7,8 +7,9 @@ use std::{
 
 use tokio::time::Instant;
 
-/// A queue that admitted no caller for this long counts as slow as that wait.
-const STANDSTILL_MIN: Duration = Duration::from_millis(250);
+/// A queue that admitted no caller for this long counts as slow as that wait. Longer than a busy machine takes to open the
+/// first connections of a pool.
+const STANDSTILL_MIN: Duration = Duration::from_secs(1);
 /// The weight of the latest interval in the moving average: one in so many.
 const INTERVALS_AVERAGED: u32 = 8;
 

@@ -53,8 +53,17 @@ const OWNER_ROLE: &str = "tracker_owner";
 /// within it was cancelled.
 pub const CANCELLED_WITHIN: Duration = Duration::from_secs(3);
 
-/// The cluster and its directory. Stopped and removed at exit.
-static CLUSTER: OnceLock<(Mutex<Option<Cluster>>, PathBuf)> = OnceLock::new();
+/// The cluster, which is stopped at exit, and what the tests share of it.
+struct SharedCluster {
+    cluster: Mutex<Option<Cluster>>,
+    dir: PathBuf,
+    /// Creates and drops databases.
+    maintenance: tokio_postgres::Client,
+    /// Runs the connection of `maintenance`: the runtime of a test ends with the test.
+    _runtime: tokio::runtime::Runtime,
+}
+
+static CLUSTER: OnceLock<SharedCluster> = OnceLock::new();
 static DATABASES: AtomicU32 = AtomicU32::new(0);
 /// The names of databases whose tests have ended.
 static UNUSED_DATABASES: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -88,13 +97,15 @@ pub struct Instance {
     /// Connects to the service's database as superuser.
     pub config: Config,
     pub db: Db,
+    /// The session of [`Tracker::sql`], once it is used.
+    superuser: tokio::sync::Mutex<Option<tokio_postgres::Client>>,
     stop: Option<oneshot::Sender<()>>,
     server: JoinHandle<()>,
 }
 
 impl Instance {
-    async fn start(config: Config, limits: Limits) -> Self {
-        let db = Db::new(service_config(&config).await, limits.pool());
+    async fn start(config: Config, service_config: Config, limits: Limits) -> Self {
+        let db = Db::new(service_config, limits.pool());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let channel = Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy();
@@ -106,7 +117,7 @@ impl Instance {
                 server::run(listener, db, &limits, shutdown).await.unwrap();
             }
         });
-        Self { address, channel, config, db, stop: Some(stop), server }
+        Self { address, channel, config, db, superuser: tokio::sync::Mutex::default(), stop: Some(stop), server }
     }
 }
 
@@ -126,12 +137,17 @@ impl Tracker {
     /// Starts a service with these [`limits`].
     pub async fn start_with(limits: Limits) -> Self {
         let config = new_database().await;
-        Self::start_on(config, limits).await
+        let service_config = as_role(&config, SERVICE_ROLE);
+        Self::with_users(Instance::start(config, service_config, limits).await).await
     }
 
     /// Starts a service on a database that has the schema.
     pub async fn start_on(config: Config, limits: Limits) -> Self {
-        let instance = Instance::start(config, limits).await;
+        let service_config = service_config(&config).await;
+        Self::with_users(Instance::start(config, service_config, limits).await).await
+    }
+
+    async fn with_users(instance: Instance) -> Self {
         let [admin, member, viewer] = [("admin", Role::Admin), ("member", Role::Member), ("viewer", Role::Viewer)]
             .map(|(name, role)| new_client(&instance.db, &instance.channel, name, role));
         let (admin, member, viewer) = (admin.await, member.await, viewer.await);
@@ -140,7 +156,8 @@ impl Tracker {
 
     /// Starts another service on the same database, with clients for the same users.
     pub async fn start_replica(&self) -> Self {
-        let instance = Instance::start(self.config.clone(), limits(&[])).await;
+        let service_config = as_role(&self.config, SERVICE_ROLE);
+        let instance = Instance::start(self.config.clone(), service_config, limits(&[])).await;
         let client = |client: &Client| Client { channel: instance.channel.clone(), ..client.clone() };
         let (admin, member, viewer) = (client(&self.admin), client(&self.member), client(&self.viewer));
         Self { admin, member, viewer, instance }
@@ -173,12 +190,11 @@ impl Tracker {
 
     /// Runs a query as superuser, not through the service.
     pub async fn sql(&self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Vec<Row> {
-        let (client, connection) = self.config.connect(NoTls).await.unwrap();
-        let connection = tokio::spawn(connection);
-        let rows = client.query(sql, params).await.unwrap();
-        drop(client);
-        connection.await.unwrap().unwrap();
-        rows
+        let mut superuser = self.superuser.lock().await;
+        if superuser.as_ref().is_none_or(tokio_postgres::Client::is_closed) {
+            *superuser = Some(self.session().await);
+        }
+        superuser.as_ref().unwrap().query(sql, params).await.unwrap()
     }
 
     /// Returns every row of every table as text, sorted. Tests compare two of these to show that a call writes nothing.
@@ -247,26 +263,20 @@ pub fn limits(args: &[&str]) -> Limits {
 
 /// Creates an empty database with the schema.
 pub async fn new_database() -> Config {
-    let connect = tokio::task::spawn_blocking(|| {
-        let (cluster, _) = CLUSTER.get_or_init(start_cluster);
-        let cluster = cluster.lock().unwrap();
-        let cluster = cluster.as_ref().unwrap();
-        let maintenance = cluster.connect_config("postgres");
-        let name = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
-        (maintenance, cluster.connect_config(&name), name)
-    });
-    let (maintenance, config, name) = connect.await.unwrap();
+    let shared = tokio::task::spawn_blocking(|| CLUSTER.get_or_init(start_cluster)).await.unwrap();
+    let name = format!("test_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+    let config = shared.cluster.lock().unwrap().as_ref().unwrap().connect_config(&name);
     // Here rather than at the end of their tests, which have no runtime any more.
     let unused = std::mem::take(&mut *UNUSED_DATABASES.lock().unwrap());
     let mut statements: Vec<_> =
         unused.iter().map(|name| format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).collect();
-    statements.push(format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE}"));
+    // Without fsync, copying the files takes half the processor time of logging their pages.
+    statements.push(format!("CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER_ROLE} STRATEGY file_copy"));
     // CREATE DATABASE does not copy privileges on the database itself from the template.
     let [.., revoke, grant] = &documented_sql()[..] else { panic!("the SQL ends with grants") };
     statements.extend([revoke, grant].map(|statement| on_database(statement, &name)));
-    let session = session(&maintenance).await;
     for statement in statements {
-        session.batch_execute(&statement).await.unwrap();
+        shared.maintenance.batch_execute(&statement).await.unwrap();
     }
     OWN_DATABASES.with(|own| own.0.borrow_mut().push(name));
     config
@@ -321,32 +331,33 @@ pub async fn execute(config: &Config, sql: &str) {
     connection.await.unwrap().unwrap();
 }
 
-fn start_cluster() -> (Mutex<Option<Cluster>>, PathBuf) {
+fn start_cluster() -> SharedCluster {
     remove_stale_clusters();
     raise_open_files();
     let dir = scratch_dir().join(format!("{DIR_PREFIX}{}", std::process::id()));
     let cluster = Cluster::start(&dir, Durability::Throwaway).unwrap();
     let (maintenance, template) = (cluster.connect_config("postgres"), cluster.connect_config(TEMPLATE));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let maintenance = runtime.block_on(async {
         for statement in documented_sql() {
             execute(&maintenance, &on_database(statement, TEMPLATE)).await;
         }
         let owner = owner_config(&template);
         migrate(&owner).await.unwrap();
         grant_rights(&owner, SERVICE_ROLE).await.unwrap();
+        session(&maintenance).await
     });
     // SAFETY: the handler only uses statics.
     assert_eq!(unsafe { libc::atexit(stop_cluster) }, 0);
-    (Mutex::new(Some(cluster)), dir)
+    SharedCluster { cluster: Mutex::new(Some(cluster)), dir, maintenance, _runtime: runtime }
 }
 
 const DIR_PREFIX: &str = "issue-tracker-api-test-";
 
 extern "C" fn stop_cluster() {
-    if let Some((cluster, dir)) = CLUSTER.get() {
-        drop(cluster.lock().ok().and_then(|mut cluster| cluster.take()));
-        let _ = std::fs::remove_dir_all(dir);
+    if let Some(shared) = CLUSTER.get() {
+        drop(shared.cluster.lock().ok().and_then(|mut cluster| cluster.take()));
+        let _ = std::fs::remove_dir_all(&shared.dir);
     }
 }
 
