@@ -70,8 +70,8 @@ pub async fn delete(db: &Conn, id: Uuid, actor_id: Uuid, force: bool) -> Result<
             UPDATE issues issue SET change_actor_id = $2 FROM removed WHERE issue.id = removed.issue_id
             RETURNING issue.id, issue.version
         )
-        INSERT INTO issue_events (issue_id, version, actor_id, field, old_value)
-        SELECT id, version, $2, 'label', $1 FROM changed";
+        SELECT insert_label_events($2, array_agg(id), array_agg(version), /* removed */ array_agg($1::uuid), /* added */ NULL)
+        FROM changed";
     const DELETE_LABEL: &str = "-- delete_label\nDELETE FROM labels WHERE id = $1";
 
     let row = db.query_opt(LOCK_LABEL, &[&id]).await?;
@@ -123,14 +123,14 @@ pub async fn change_issue_labels(
         ), added AS (
             INSERT INTO issue_labels (issue_id, label_id) SELECT /* issue_id */ $1, unnest(/* added */ $4::uuid[])
         ), changed AS (
-            UPDATE issues SET change_actor_id = /* actor_id */ $2 WHERE id = /* issue_id */ $1 RETURNING version
+            UPDATE issues SET change_actor_id = /* actor_id */ $2 WHERE id = /* issue_id */ $1 RETURNING id, version
+        ), label_changes (removed_label_id, added_label_id) AS (
+            SELECT unnest(/* removed */ $3::uuid[]), NULL
+            UNION ALL SELECT NULL, unnest(/* added */ $4::uuid[])
         )
-        INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-        SELECT /* issue_id */ $1, changed.version, /* actor_id */ $2, 'label', event.old_value, event.new_value
-        FROM changed, (
-            SELECT unnest(/* removed */ $3::uuid[])::text, NULL
-            UNION ALL SELECT NULL, unnest(/* added */ $4::uuid[])::text
-        ) AS event (old_value, new_value)";
+        SELECT insert_label_events(/* actor_id */ $2, array_agg(id), array_agg(version),
+            array_agg(removed_label_id), array_agg(added_label_id))
+        FROM changed CROSS JOIN label_changes";
 
     // Labels are locked before issues, as in the deletion of a label: the other order could deadlock with it.
     db.prepare(&[LOCK_LABELS, LOCK_ISSUE, CARRIED_LABELS]).await?;

@@ -35,5 +35,7 @@ BEGIN
         EXECUTE format('REVOKE ALL ON public.%I FROM %I', may.name, role);
         EXECUTE format('GRANT %s ON public.%I TO %I', may.rights, may.name, role);
     END LOOP;
+    -- Only needed where the owner's default privileges do not let PUBLIC execute functions.
+    EXECUTE format('GRANT EXECUTE ON FUNCTION public.insert_label_events TO %I', role);
 END
 $$;

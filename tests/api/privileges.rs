@@ -1,6 +1,9 @@
 //! The privileges of the PostgreSQL role that the server runs as. Every test uses it; these show what it cannot do.
 
-use issue_tracker::db::migrate::{grant_rights, migrate};
+use issue_tracker::{
+    db::migrate::{grant_rights, migrate},
+    pb::AddIssueLabelsRequest,
+};
 use tokio_postgres::{Client, error::SqlState};
 
 use crate::{
@@ -109,6 +112,20 @@ async fn default_privileges_cover_tables_of_later_migrations() {
     let use_all = "INSERT INTO later VALUES (1); UPDATE later SET x = 2; DELETE FROM later; SELECT x FROM later";
     service.batch_execute(use_all).await.unwrap();
     assert_insufficient_privilege(&service, "DROP TABLE later").await;
+}
+
+#[tokio::test]
+async fn server_role_executes_functions_that_public_may_not() {
+    let tracker = Tracker::start().await;
+    let owner = session(&owner_config(&tracker.config)).await;
+    owner.batch_execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC").await.unwrap();
+    let (issue, label) = (tracker.member.file("crash").await, tracker.member.label("bug").await);
+
+    let request = AddIssueLabelsRequest { issue_id: issue.id, label_ids: vec![label.id], ..Default::default() };
+    let issue = tracker.member.labels().add_issue_labels(request).await.unwrap().into_inner();
+
+    assert_eq!(issue.version, 2);
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_events WHERE field = 'label'").await, 1);
 }
 
 #[tokio::test]

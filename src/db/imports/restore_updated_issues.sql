@@ -17,9 +17,9 @@ WITH previous AS MATERIALIZED (
     ON CONFLICT DO NOTHING
     RETURNING issue_id, label_id
 ), label_changes AS (
-    SELECT issue_id, label_id::text AS old_value, NULL AS new_value FROM removed_labels
+    SELECT issue_id, label_id AS removed_label_id, NULL AS added_label_id FROM removed_labels
     UNION ALL
-    SELECT issue_id, NULL, label_id::text FROM added_labels
+    SELECT issue_id, NULL, label_id FROM added_labels
 ), restored AS (
     UPDATE issues i SET
         change_actor_id = /* actor_id */ $2,
@@ -40,9 +40,9 @@ WITH previous AS MATERIALIZED (
             OR i.assignee_id IS DISTINCT FROM p.assignee_id
             OR c.issue_id IS NOT NULL)
     RETURNING i.id, i.version
-), label_events AS (
-    INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-    SELECT r.id, r.version, /* actor_id */ $2, 'label', c.old_value, c.new_value
-    FROM restored r JOIN label_changes c ON c.issue_id = r.id
 )
-SELECT count(*) AS restored_count FROM restored
+SELECT
+    (SELECT count(*) FROM restored) AS restored_count,
+    insert_label_events(/* actor_id */ $2, array_agg(r.id), array_agg(r.version),
+        array_agg(c.removed_label_id), array_agg(c.added_label_id))
+FROM restored r JOIN label_changes c ON c.issue_id = r.id

@@ -25,9 +25,9 @@ WITH rows AS MATERIALIZED (
     ON CONFLICT DO NOTHING
     RETURNING issue_id, label_id
 ), label_changes AS (
-    SELECT issue_id, label_id::text AS old_value, NULL AS new_value FROM removed_labels
+    SELECT issue_id, label_id AS removed_label_id, NULL AS added_label_id FROM removed_labels
     UNION ALL
-    SELECT issue_id, NULL, label_id::text FROM added_labels
+    SELECT issue_id, NULL, label_id FROM added_labels
 ), previous_values AS (
     INSERT INTO import_issues (import_id, issue_id, version, title, description, priority, status, assignee_id,
         close_time, reopen_count, label_ids, comment_count)
@@ -57,9 +57,9 @@ WITH rows AS MATERIALIZED (
     FROM rows r JOIN previous_values p ON p.issue_id = r.id
     WHERE i.id = r.id
     RETURNING i.id, i.version
-), label_events AS (
-    INSERT INTO issue_events (issue_id, version, actor_id, field, old_value, new_value)
-    SELECT u.id, u.version, /* caller_id */ $2, 'label', c.old_value, c.new_value
-    FROM updated u JOIN label_changes c ON c.issue_id = u.id
 )
-SELECT count(*) AS updated_count FROM updated
+SELECT
+    (SELECT count(*) FROM updated) AS updated_count,
+    insert_label_events(/* caller_id */ $2, array_agg(u.id), array_agg(u.version),
+        array_agg(c.removed_label_id), array_agg(c.added_label_id))
+FROM updated u JOIN label_changes c ON c.issue_id = u.id
