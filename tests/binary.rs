@@ -24,6 +24,7 @@ mod support {
     pub mod process;
     pub mod scratch;
     pub mod service;
+    pub mod terminal;
 }
 #[path = "binary/tls.rs"]
 mod tls;

@@ -90,7 +90,7 @@ where
     let mut attempts = Attempts::default();
     loop {
         let response = inner.call(request).await.unwrap_or_else(|never| match never {});
-        let Some(error) = response.extensions().get::<Status>().and_then(Error::behind) else { return Ok(response) };
+        let Some(error) = response.extensions().get::<Status>().and_then(Error::of_status) else { return Ok(response) };
         let Some(delay) = attempts.next_delay(error) else {
             return match attempts.unknown_since.is_some() && !error.is_decided() {
                 true => Err(Error::OutcomeUnknown { has_request_id: true }),
@@ -203,18 +203,18 @@ mod tests {
         // The last error either shows the outcome, or it is still unknown.
         let locked = Error::Aborted { reason: "CONFLICT", message: "nothing was written".to_owned() };
         let stale = Error::Aborted { reason: "IMPORT_RUNNING", message: String::new() };
-        for (error, is_decided) in [
-            (Error::invalid("id", "is wrong"), true),
-            (Error::not_found("issue", "id", "x"), true),
-            (stale, true),
-            (locked, false),
-            (deadline::exceeded(), false),
-            (Error::Unavailable, false),
-            (Error::Internal("a fault"), false),
+        for (error, is_retried, is_decided) in [
+            (Error::invalid("id", "is wrong"), false, true),
+            (Error::not_found("issue", "id", "x"), false, true),
+            (stale, false, true),
+            (locked, false, false),
+            (deadline::exceeded(), false, false),
+            (Error::Unavailable, true, false),
+            (Error::Internal("a fault"), false, false),
         ] {
             let mut attempts = Attempts::default();
             assert!(attempts.next_delay(&Error::OutcomeUnknown { has_request_id: true }).is_some());
-            assert_eq!(attempts.next_delay(&error).is_some(), error.is_passing(), "{error:?}");
+            assert_eq!(attempts.next_delay(&error).is_some(), is_retried, "{error:?}");
             assert_eq!(error.is_decided(), is_decided, "{error:?}");
         }
     }

@@ -89,6 +89,11 @@ impl Target {
         .await;
     }
 
+    /// Returns the open connections of the service.
+    fn connections(&self) -> HashSet<String> {
+        open_connections(self.address.rsplit_once(':').unwrap().1.parse().unwrap())
+    }
+
     /// Asserts that the service serves calls, has not panicked, and has at most the test client's connection left.
     async fn assert_unharmed(&self) {
         self.assert_serving().await;
@@ -96,23 +101,23 @@ impl Target {
         for _ in 0..5 {
             self.member.auth().who_am_i(WhoAmIRequest {}).await.unwrap();
         }
-        let port = self.address.rsplit_once(':').unwrap().1.parse().unwrap();
-        eventually("the connections are gone", async || open_connections(port) <= 1).await;
+        eventually("the connections are gone", async || self.connections().len() <= 1).await;
         assert_eq!(PANICS.load(Ordering::SeqCst), 0, "the service has panicked");
     }
 }
 
-/// Returns the number of open sockets that this process accepted on a port.
-fn open_connections(port: u16) -> usize {
+/// Returns the open sockets that this process accepted on a port, by inode.
+fn open_connections(port: u16) -> HashSet<String> {
     let links = fs::read_dir("/proc/self/fd").unwrap().flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     let open: HashSet<String> =
         links.filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
     let sockets = fs::read_to_string("/proc/self/net/tcp").unwrap();
     let local = format!(":{port:04X}");
-    let is_accepted = |line: &&str| {
+    let accepted = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         // State 0A is the listener.
-        fields[1].ends_with(&local) && fields[3] != "0A" && open.contains(fields[9])
+        let is_accepted = fields[1].ends_with(&local) && fields[3] != "0A" && open.contains(fields[9]);
+        is_accepted.then(|| fields[9].to_owned())
     };
-    sockets.lines().skip(1).filter(is_accepted).count()
+    sockets.lines().skip(1).filter_map(accepted).collect()
 }

@@ -1,14 +1,17 @@
 //! The private database: its binaries, its users, and paths that need quotes.
 
 use std::{
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::process::CommandExt,
-    },
+    os::{fd::AsRawFd, unix::process::CommandExt},
     process::Command,
 };
 
-use super::*;
+use super::{
+    support::{
+        certificates::Authority,
+        terminal::{open_terminal, read_terminal},
+    },
+    *,
+};
 
 /// Runs a `user` command on the data directory with a password on standard input.
 fn user(dir: &Dir, command: &str, username: &str, password: &str) -> Output {
@@ -70,16 +73,11 @@ fn echoes(terminal: &File) -> bool {
     }
 }
 
-/// Runs a command with a pseudoterminal as its standard input and controlling terminal; types `input` and returns what
-/// the terminal shows.
+/// Runs a command with a pseudo-terminal as its standard input and controlling terminal. Types `input` at each prompt, and
+/// returns what the terminal shows.
 fn in_terminal(mut command: Command, input: &str) -> (std::process::ExitStatus, String) {
-    let (mut master, mut slave) = (0, 0);
-    let (no_name, no_termios, no_size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
-    // SAFETY: openpty writes two descriptors, and the other pointers may be null.
-    assert_eq!(unsafe { libc::openpty(&raw mut master, &raw mut slave, no_name, no_termios, no_size) }, 0);
-    // SAFETY: both descriptors were just opened and have no other owner.
-    let (master, slave) = unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
-    command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
+    let (mut terminal, program_end) = open_terminal();
+    command.stdin(program_end.try_clone().unwrap()).stdout(program_end.try_clone().unwrap()).stderr(program_end);
     // SAFETY: setsid and ioctl are async-signal-safe.
     unsafe {
         command.pre_exec(|| {
@@ -90,23 +88,18 @@ fn in_terminal(mut command: Command, input: &str) -> (std::process::ExitStatus, 
         });
     }
     let mut child = command.spawn().unwrap();
-    // Closes this process's copies of the slave end, so that reading ends with the child.
+    // Closes this process's copies of the program's end, so that reading ends with the child.
     drop(command);
-    let mut terminal = File::from(master);
-    let mut shown = Vec::new();
-    let mut buffer = [0; 1024];
     let mut typed = 0;
-    while let Ok(count @ 1..) = terminal.read(&mut buffer) {
-        shown.extend_from_slice(&buffer[..count]);
-        // One line for each prompt, once echo is off.
-        if String::from_utf8_lossy(&shown).matches("assword: ").count() > typed {
+    let shown = read_terminal(&mut terminal, |terminal, shown| {
+        if shown.matches("assword: ").count() > typed {
             typed += 1;
             // The program prints the prompt before it turns echo off.
-            wait_until("echo is off", || !echoes(&terminal));
+            wait_until("echo is off", || !echoes(terminal));
             terminal.write_all(input.as_bytes()).unwrap();
         }
-    }
-    (child.wait().unwrap(), String::from_utf8_lossy(&shown).into_owned())
+    });
+    (child.wait().unwrap(), shown)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,16 +118,26 @@ async fn password_prompt_in_a_terminal_does_not_echo() {
 }
 
 #[test]
-fn printed_commands_work_for_a_data_directory_with_spaces_and_quotes() {
+fn printed_commands_work_with_spaces_and_quotes_in_paths() {
     let dir = Dir::new();
-    let data = dir.path("it's data");
-    let mut service = Service::start(&dir, program(&["--data-dir", data.to_str().unwrap()]));
-    let assignment = service.stdout.iter().find(|line| line.starts_with("TOKEN=")).unwrap();
+    let (data, tls) = (dir.path("it's data"), dir.path("it's tls"));
+    fs::create_dir(&tls).unwrap();
+    let [certificate, key] = Authority::new("ours").server(&["tracker.example"]).write(&tls, "server");
+    let args = ["--data-dir", data.to_str().unwrap(), "--tls-cert", &certificate, "--tls-key", &key];
+    let mut service = Service::start(&dir, program(&args));
+    let commands = service.stdout[service.stdout.len() - 3..].join("\n");
 
-    let shell = Command::new("sh").args(["-c", &format!("{assignment} && printf %s \"$TOKEN\"")]).output().unwrap();
+    // A function in place of grpcurl prints its arguments, one per line.
+    let script = format!("grpcurl() {{ printf '%s\\n' \"$@\"; }}\n{commands}");
+    let shell = Command::new("sh").args(["-euc", &script]).output().unwrap();
 
     let token = fs::read_to_string(data.join("admin.token")).unwrap();
-    assert_eq!(text(&shell.stdout), token.trim_end(), "{shell:?}");
+    let header = format!("authorization: Bearer {}", token.trim_end());
+    let flags = ["-cacert", &certificate, "-authority", "tracker.example", "-H", &header];
+    let create = ["-d", "{\"issue\":{\"title\":\"My first issue\"}}", &service.address];
+    let create = [&flags[..], &create, &["issuetracker.v1.IssueService/CreateIssue"]].concat();
+    let list = [&flags[..], &[&service.address, "issuetracker.v1.IssueService/ListIssues"]].concat();
+    assert_eq!(text(&shell.stdout).lines().collect::<Vec<_>>(), [create, list].concat(), "{shell:?}");
     service.stop();
 }
 
@@ -163,7 +166,8 @@ fn missing_binaries_of_a_clusters_version_are_named_with_their_package() {
     fs::create_dir_all(&cluster).unwrap();
     fs::write(cluster.join("PG_VERSION"), "98\n").unwrap();
 
-    let output = run(&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()]);
+    let mut command = program(&["--listen", "127.0.0.1:0", "--data-dir", &dir.data()]);
+    let output = finished(command.env_remove("PG_BINDIR").spawn().unwrap());
 
     assert_refused(&output, "apt-get install postgresql-98");
 }

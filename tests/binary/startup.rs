@@ -50,13 +50,12 @@ fn second_signal_aborts_a_slow_start() {
 fn signal_stops_a_start_that_waits_for_its_database() {
     let dir = Dir::new();
     assert_eq!(Service::embedded(&dir).stop().code(), Some(0));
+    // Its programs sleep for longer than `stop` waits.
     let mut service = spawn_with_slow_postgres(&dir);
-    let began = Instant::now();
 
     let status = service.stop();
 
     assert_eq!(status.code(), Some(0), "{}", service.log());
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 /// Parses the password from the line about the first administrator.

@@ -159,10 +159,10 @@ async fn client_certificate_is_required_with_tls_client_ca() {
     assert!(run_client(&service, &dir, "export", &known_args).status.success());
     let unknown_args = ["--ca-cert", &our_ca, "--client-cert", &other_certificate, "--client-key", &other_key];
     for args in [&unknown_args[..], &["--ca-cert", &our_ca]] {
-        // A rejected handshake is not retried for as long as an unreachable service is.
-        let began = Instant::now();
-        assert_refused(&run_client(&service, &dir, "export", args), "received fatal alert");
-        assert!(began.elapsed() < Duration::from_secs(60), "the client retries a rejected handshake");
+        let refused = run_client(&service, &dir, "export", args);
+        assert_refused(&refused, "received fatal alert");
+        // A connection that closes before the alert arrives is retried, but not until the retries are used up.
+        assert!(!text(&refused.stderr).contains("gave up"), "{refused:?}");
         assert!(!run_client(&service, &dir, "health", args).status.success());
     }
 }
@@ -188,11 +188,9 @@ async fn client_names_a_tls_mismatch_and_does_not_retry() {
         for command in
             [&["import", &*csv, "--token-file", &token_file][..], &["export", "--token-file", &token_file], &["health"]]
         {
-            let began = Instant::now();
             let output = run(&[command, &["--server", &server], tls].concat());
             assert_refused(&output, &why);
             assert!(!text(&output.stderr).contains("retrying"), "{output:?}");
-            assert!(began.elapsed() < Duration::from_secs(60), "{output:?}");
         }
     }
 }

@@ -340,6 +340,7 @@ async fn connections_closed_while_established_fail_no_call() {
         assert_eq!(proxied.count_issues_titled(&title).await, 1);
         proxied.proxy.clear_faults();
     }
+    assert!(proxied.proxy.injected_count() > 0, "no fault was injected");
     proxied.service.assert_no_internal_errors();
 }
 

@@ -147,6 +147,8 @@ async fn idle_connection_is_closed_and_the_client_reconnects_without_an_error() 
 #[tokio::test]
 async fn connection_at_its_maximum_age_is_replaced_without_a_failed_call() {
     let target = Target::start_with(&["--age-seconds", "1", "--age-grace-seconds", "1"]).await;
+    let before = target.connections();
+    assert_eq!(before.len(), 1);
     let began = std::time::Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
         let call = || async { target.member.auth().who_am_i(issue_tracker::pb::WhoAmIRequest {}).await };
@@ -158,6 +160,7 @@ async fn connection_at_its_maximum_age_is_replaced_without_a_failed_call() {
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+    assert!(target.connections().is_disjoint(&before), "the connection is not replaced");
     target.assert_unharmed().await;
 }
 

@@ -20,7 +20,7 @@ use issue_tracker::{
     server::{methods, middleware_stack},
     transport::listener::{self, ConnectionTrackers},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{
     Code, Request, Response, Status, Streaming,
@@ -34,7 +34,7 @@ use tower::Service;
 
 use crate::{
     harness::{Client, Tracker, assert_error, limits},
-    support::{codec::BytesCodec, eventually::eventually},
+    support::{bounds::HANG, codec::BytesCodec, eventually::eventually},
 };
 
 const PATH: &str = "/test.v1.WatchService/Watch";
@@ -104,28 +104,33 @@ impl WatchServer {
         Self { channel, _stop: stopping.clone().drop_guard(), stopping }
     }
 
-    async fn watch(&self, client: &Client, timeout: Option<Duration>) -> Result<Streaming<Bytes>, Status> {
+    async fn watch(&self, client: &Client, deadline: Option<Duration>) -> Result<Streaming<Bytes>, Status> {
         let mut request = Request::new(stream::iter([Vec::new()]));
         request.metadata_mut().insert("authorization", format!("Bearer {}", client.token).parse().unwrap());
-        if let Some(timeout) = timeout {
-            request.set_timeout(timeout);
+        if let Some(deadline) = deadline {
+            request.set_timeout(deadline);
         }
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await.unwrap();
-        Ok(grpc.streaming(request, PATH.parse().unwrap(), BytesCodec).await?.into_inner())
+        let response = timeout(HANG, grpc.streaming(request, PATH.parse().unwrap(), BytesCodec)).await;
+        Ok(response.expect("the call gets no response")?.into_inner())
     }
+}
+
+/// Returns the next message, or `None` at the end of the stream. Panics after [`HANG`].
+async fn next(watch: &mut Streaming<Bytes>) -> Result<Option<Bytes>, Status> {
+    timeout(HANG, watch.message()).await.expect("the stream neither continues nor ends")
 }
 
 #[tokio::test]
 async fn a_new_streaming_rpc_is_authenticated_authorized_and_streams() {
     let tracker = Tracker::start().await;
     let server = WatchServer::start(&tracker).await;
-    let mut nobody = tracker.member.clone();
-    nobody.token = "itk_none".to_owned();
-    assert_error(server.watch(&nobody, None).await, Code::Unauthenticated, "UNAUTHENTICATED");
+    let unauthenticated = tracker.client_with_token(Some("itk_none"));
+    assert_error(server.watch(&unauthenticated, None).await, Code::Unauthenticated, "UNAUTHENTICATED");
     assert_error(server.watch(&tracker.viewer, None).await, Code::PermissionDenied, "PERMISSION_DENIED");
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
-    assert_eq!(watch.message().await.unwrap().unwrap(), tracker.member.user.id.as_bytes());
+    assert_eq!(next(&mut watch).await.unwrap().unwrap(), tracker.member.user.id.as_bytes());
 }
 
 #[tokio::test]
@@ -133,7 +138,7 @@ async fn a_new_streaming_rpc_holds_a_request_slot_until_it_ends() {
     let tracker = Tracker::start().await;
     let server = WatchServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
-    watch.message().await.unwrap().unwrap();
+    next(&mut watch).await.unwrap().unwrap();
     assert_error(server.watch(&tracker.member, None).await, Code::ResourceExhausted, "OVERLOADED");
     drop(watch);
     eventually("the slot is free", async || server.watch(&tracker.member, None).await.is_ok()).await;
@@ -144,8 +149,8 @@ async fn a_new_streaming_rpc_ends_at_its_deadline() {
     let tracker = Tracker::start().await;
     let server = WatchServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, Some(Duration::from_millis(500))).await.unwrap();
-    watch.message().await.unwrap().unwrap();
-    assert_error(watch.message().await, Code::DeadlineExceeded, "DEADLINE");
+    next(&mut watch).await.unwrap().unwrap();
+    assert_error(next(&mut watch).await, Code::DeadlineExceeded, "DEADLINE");
 }
 
 #[tokio::test]
@@ -153,7 +158,7 @@ async fn a_new_streaming_rpc_ends_at_the_shutdown() {
     let tracker = Tracker::start().await;
     let server = WatchServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
-    watch.message().await.unwrap().unwrap();
+    next(&mut watch).await.unwrap().unwrap();
     server.stopping.cancel();
-    assert_error(watch.message().await, Code::Unavailable, "STOPPING");
+    assert_error(next(&mut watch).await, Code::Unavailable, "STOPPING");
 }
