@@ -20,7 +20,9 @@ use tokio_postgres::NoTls;
 use tonic::{Code, Request, Status, transport::Endpoint};
 use uuid::Uuid;
 
-use crate::harness::{Client, PASSWORD, Tracker, assert_error, assert_invalid, bad_fields, eventually, limits};
+use crate::harness::{
+    Client, PASSWORD, Tracker, advance_clock, assert_error, assert_invalid, bad_fields, eventually, limits,
+};
 
 const OTHER_PASSWORD: &str = "battery horse correct";
 

@@ -2,7 +2,8 @@
 
 use futures_util::future::join_all;
 use issue_tracker::pb::{
-    Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue, IssueView, UpdateIssueRequest,
+    BatchCreateIssuesRequest, Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue, IssueView,
+    UpdateIssueRequest,
 };
 use proptest::prelude::*;
 use tonic::Code;
@@ -125,15 +126,15 @@ fn concurrent_calls_have_the_outcome_that_each_has_individually() {
     let config = ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(calls in calls)| {
         runtime.block_on(async {
-            let counts = || async {
-                let sql = "SELECT count(*) FROM issues";
-                let comments = tracker.count("SELECT count(*) FROM comments").await;
-                (tracker.count(sql).await, comments, tracker.count("SELECT count(*) FROM issue_events").await)
+            let counts = async || {
+                let sql = "SELECT (SELECT count(*) FROM issues), (SELECT count(*) FROM comments),
+                    (SELECT count(*) FROM issue_events)";
+                let row = tracker.sql(sql, &[]).await.remove(0);
+                [0_usize, 1, 2].map(|column| row.get::<_, i64>(column))
             };
-            let mut own = Vec::new();
-            for _ in &calls {
-                own.push(tracker.member.file("own").await);
-            }
+            let own = Issue { title: "own".to_owned(), ..Issue::default() };
+            let request = BatchCreateIssuesRequest { issues: vec![own; calls.len()], ..Default::default() };
+            let own = tracker.member.issues().batch_create_issues(request).await.unwrap().into_inner().issues;
             let before = counts().await;
             let sent: Vec<_> = calls.iter().zip(&own).map(|((call, with_id), own)| {
                 let (call, client, shared, own) = (*call, tracker.member.clone(), shared.clone(), own.clone());
@@ -145,9 +146,9 @@ fn concurrent_calls_have_the_outcome_that_each_has_individually() {
             }
             let after = counts().await;
             let count = |selects: fn(&Call) -> bool| calls.iter().filter(|(call, _)| selects(call)).count() as i64;
-            assert_eq!(after.0 - before.0, count(|call| matches!(call, Call::Create)));
-            assert_eq!(after.1 - before.1, count(|call| matches!(call, Call::Comment)));
-            assert_eq!(after.2 - before.2, count(|call| matches!(call, Call::Update)));
+            assert_eq!(after[0] - before[0], count(|call| matches!(call, Call::Create)));
+            assert_eq!(after[1] - before[1], count(|call| matches!(call, Call::Comment)));
+            assert_eq!(after[2] - before[2], count(|call| matches!(call, Call::Update)));
         });
     });
     // Only calls that succeeded are stored for idempotency, each with its response.

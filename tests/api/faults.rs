@@ -17,7 +17,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use uuid::Uuid;
 
 use crate::{
-    harness::{Client, Tracker, assert_error, assert_retriable, eventually, limits},
+    harness::{Client, Tracker, advance_clock, assert_error, assert_retriable, eventually, limits},
     lock_waiters,
     support::{database::session, scratch::scratch_dir},
 };

@@ -236,6 +236,13 @@ impl Tracker {
     }
 }
 
+/// Advances the clock of a test and its service, which share one runtime. Time passes as usual before and after it.
+pub async fn advance_clock(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
 /// Parses limits from command-line arguments, such as `["--requests", "2"]`, over defaults that suit tests.
 pub fn limits(args: &[&str]) -> Limits {
     #[derive(clap::Parser)]

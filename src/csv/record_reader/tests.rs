@@ -1,4 +1,4 @@
-use proptest::prelude::*;
+use proptest::{prelude::*, string::string_regex};
 
 use super::*;
 
@@ -237,11 +237,13 @@ fn a_file_may_end_wherever_the_buffer_is_full() {
     assert_eq!(read_chunks(RecordReader::new(), [file.as_slice()])[0].fields, [file]);
 }
 
-/// What the files of the properties are made of: what the grammar turns on, and a little text.
+/// Generates files of the bytes that the grammar distinguishes, and a little text.
 fn any_file() -> impl Strategy<Value = Vec<u8>> {
+    // As a plain string, the strategy would parse the expression for every piece.
+    let text = string_regex("[a-zé ]{0,6}").unwrap();
     let piece = prop_oneof![
         8 => proptest::sample::select(b"\",\r\n;".to_vec()).prop_map(|byte| vec![byte]),
-        3 => "[a-zé ]{0,6}".prop_map(String::into_bytes),
+        3 => text.prop_map(String::into_bytes),
         1 => Just(b"\r\n".to_vec()),
         1 => Just(b"\"\"".to_vec()),
         1 => Just(BYTE_ORDER_MARK.to_vec()),
@@ -252,9 +254,10 @@ fn any_file() -> impl Strategy<Value = Vec<u8>> {
         .prop_map(|(mark, pieces)| [mark.to_vec(), pieces.concat()].concat())
 }
 
-/// A file as a spreadsheet writes it, in which some bytes were then replaced, inserted or removed.
+/// Generates files as a spreadsheet writes them, in which up to three bytes are replaced, inserted or removed.
 fn nearly_valid_file() -> impl Strategy<Value = Vec<u8>> {
-    let field = prop_oneof!["[a-z ]{0,8}", "\"([a-z,\r\n;]|\"\"){0,8}\"", Just(String::new())];
+    let (unquoted, quoted) = ("[a-z ]{0,8}", "\"([a-z,\r\n;]|\"\"){0,8}\"");
+    let field = prop_oneof![string_regex(unquoted).unwrap(), string_regex(quoted).unwrap(), Just(String::new())];
     let row = proptest::collection::vec(field, 4..5).prop_map(|fields| fields.join(","));
     let rows = proptest::collection::vec(row, 0..12);
     let line_end = proptest::sample::select(vec!["\n", "\r\n", "\r"]);
@@ -287,7 +290,7 @@ fn cut(file: &[u8], cuts: &[proptest::sample::Index]) -> Vec<Vec<u8>> {
     borders.windows(2).map(|border| file[border[0]..border[1]].to_vec()).collect()
 }
 
-/// What the csv crate makes of a file: each record's position and fields.
+/// Parses a file with the csv crate. Returns the position and the fields of each record.
 fn csv_records(file: &[u8]) -> Vec<(csv::Position, Vec<Vec<u8>>)> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(file);
     let record =
@@ -295,15 +298,16 @@ fn csv_records(file: &[u8]) -> Vec<(csv::Position, Vec<Vec<u8>>)> {
     reader.byte_records().map(|result| record(result.unwrap())).collect()
 }
 
-/// Line ends by the definition: each of CRLF, LF and CR is one.
+/// Counts line breaks by their definition: each of CRLF, LF and CR is one.
 fn count_lines(bytes: &[u8]) -> u64 {
     String::from_utf8_lossy(bytes).replace("\r\n", "\n").replace('\r', "\n").matches('\n').count() as u64
 }
 
-/// The csv crate's position is where it starts to look for the record: right behind the first byte of the line end
-/// before, so in front of the second byte of a CRLF, of blank lines and, in the first record, of the byte-order mark.
-/// Ours is where all of that has been skipped. Its line is 1 + the LFs in front of its position, so what we skip adds
-/// its LFs; and it doesn't count lines that end with CR alone, so the lines are comparable only without those.
+/// Asserts that a record has the place that the csv crate reports, as far as the two are comparable.
+///
+/// The csv crate's position is directly after the first byte of the previous line break. The second byte of a CRLF, blank
+/// lines and, in the first record, the byte-order mark follow it; `RecordReader` skips them. The csv crate counts only LFs
+/// up to its position, so the LFs that are skipped are added here, and files in which a CR alone ends a line are not compared.
 fn assert_same_place(file: &[u8], ours: &Seen, theirs: &csv::Position) {
     let mut skipped_from = theirs.byte() as usize;
     if skipped_from == 0 && file.starts_with(BYTE_ORDER_MARK) {
@@ -322,7 +326,8 @@ fn assert_same_place(file: &[u8], ours: &Seen, theirs: &csv::Position) {
     }
 }
 
-/// Only a file's last record may have an open quote, and then a quote at the end of the file changes nothing but that.
+/// Asserts that only the last record can have an unclosed quote, and that a quote at the end of the file then only closes
+/// it.
 fn assert_defects(file: &[u8], seen: &[Seen]) {
     let Some((last, others)) = seen.split_last() else {
         return;
@@ -333,7 +338,7 @@ fn assert_defects(file: &[u8], seen: &[Seen]) {
         let expected = Seen { defect: None, end_offset: last.end_offset + 1, ..last.clone() };
         assert_eq!(closed.last(), Some(&expected));
     } else {
-        // Outside quotes, a line end and one more record can be added.
+        // Outside quotes, a line break and one more record can be added.
         assert_eq!(read_chunks(RecordReader::new(), [file, b"\nz"]).len(), seen.len() + 1);
     }
 }
@@ -342,7 +347,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
-    fn any_file_cut_anywhere_gives_the_records_of_the_csv_crate(
+    fn any_file_in_any_chunks_has_the_records_that_the_csv_crate_reads(
         file in prop_oneof![any_file(), nearly_valid_file()],
         cuts in proptest::collection::vec(any::<proptest::sample::Index>(), 0..8),
     ) {
@@ -354,7 +359,7 @@ proptest! {
         let theirs = csv_records(&file);
         prop_assert_eq!(seen.len(), theirs.len());
         for (ours, (position, fields)) in seen.iter().zip(&theirs) {
-            // csv keeps every field; a generated record can have more than we keep.
+            // The csv crate keeps every field, `RecordReader` only the first ones.
             prop_assert_eq!(ours.field_count, fields.len());
             prop_assert_eq!(&ours.fields[..], &fields[..fields.len().min(IMPORT_COLUMNS_MAX)]);
             assert_same_place(&file, ours, position);
@@ -367,7 +372,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
-    fn another_separator_is_to_a_file_what_the_comma_is_to_another(
+    fn any_separator_splits_fields_as_a_comma_does(
         file in prop_oneof![any_file(), nearly_valid_file()],
         separator in proptest::sample::select(b";\t| -:'\x1f".to_vec()),
     ) {
@@ -387,7 +392,7 @@ proptest! {
     }
 
     #[test]
-    fn a_reader_that_starts_at_a_record_or_behind_one_gives_the_rest(
+    fn a_reader_that_starts_at_or_after_any_record_reads_the_remaining_records(
         file in prop_oneof![any_file(), nearly_valid_file()],
     ) {
         let seen = read_chunks(RecordReader::new(), [file.as_slice()]);
@@ -395,8 +400,8 @@ proptest! {
             let at = RecordReader::starting_at(record.byte_offset, record.row_number, record.line_number);
             let rest = read_chunks(at, [&file[record.byte_offset as usize..]]);
             prop_assert_eq!(&rest[..], &seen[index..]);
-            let behind = RecordReader::starting_at(record.end_offset, record.row_number + 1, record.end_line_number);
-            let rest = read_chunks(behind, [&file[record.end_offset as usize..]]);
+            let after = RecordReader::starting_at(record.end_offset, record.row_number + 1, record.end_line_number);
+            let rest = read_chunks(after, [&file[record.end_offset as usize..]]);
             prop_assert_eq!(&rest[..], &seen[index + 1..]);
         }
     }

@@ -49,7 +49,7 @@ async fn lock_out(via: &Client, client: &str) {
                 if delay > Duration::from_secs(6) {
                     return;
                 }
-                tokio::time::sleep(delay).await;
+                advance_clock(delay).await;
             }
         }
     }

@@ -54,7 +54,7 @@ async fn login_after_too_many_failures_succeeds_after_the_retry_delay() {
         let (checked, delay) = fail_until_refused(&client, username).await;
         assert!(checked >= 3, "{username}: {checked}");
         assert!(delay <= Duration::from_secs(1 << (checked - 3)), "{username}: {delay:?} after {checked}");
-        tokio::time::sleep(delay).await;
+        advance_clock(delay).await;
         fail(&client, username).await;
         let (more, next) = fail_until_refused(&client, username).await;
         assert!(
@@ -64,7 +64,7 @@ async fn login_after_too_many_failures_succeeds_after_the_retry_delay() {
     }
     // A user name in another case counts as the same user, and a success resets the count of failures.
     let (_, delay) = fail_until_refused(&client, "MEMBER").await;
-    tokio::time::sleep(delay).await;
+    advance_clock(delay).await;
     try_password(&client, "member", PASSWORD).await.unwrap();
     fail(&client, "member").await;
     try_password(&client, "member", PASSWORD).await.expect("the failures before the success do not count");
@@ -157,15 +157,15 @@ async fn wrong_current_passwords_are_throttled() {
     log_in(&tracker, "member", PASSWORD).await.unwrap();
     change_password(&tracker.viewer, change(PASSWORD, OTHER_PASSWORD)).await.unwrap();
 
-    tokio::time::sleep(delay).await;
+    advance_clock(delay).await;
     let request = ChangePasswordRequest { request_id: Uuid::now_v7().to_string(), ..change(PASSWORD, OTHER_PASSWORD) };
     change_password(&tracker.member, request.clone()).await.unwrap();
-    // The new password of a replay is checked, which is an attempt too: it is throttled, and succeeds after the delay.
+    // The new password of a retry is checked, which is an attempt too: it is throttled, and succeeds after the delay.
     for _ in 0..2 {
         assert_invalid(change_password(&tracker.member, change("x", "another password")).await, &["current_password"]);
     }
     let delay = assert_throttled(change_password(&tracker.member, request.clone()).await);
-    tokio::time::sleep(delay).await;
+    advance_clock(delay).await;
     change_password(&tracker.member, request).await.unwrap();
 }
 
@@ -176,7 +176,7 @@ async fn throttled_login_needs_no_database() {
     for _ in 0..3 {
         // The delays grow until the last one outlasts the rest of the test.
         let (_, delay) = fail_until_refused(&client, "member").await;
-        tokio::time::sleep(delay).await;
+        advance_clock(delay).await;
     }
     fail(&client, "member").await;
     let session = tracker.session().await;

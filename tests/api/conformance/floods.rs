@@ -22,7 +22,7 @@ use super::{
         SETTINGS, WINDOW_UPDATE, call, call_block, connect, frame, framed, read_response, request,
     },
 };
-use crate::harness::{PASSWORD, Tracker, assert_error, limits};
+use crate::harness::{PASSWORD, Tracker, advance_clock, assert_error, limits};
 
 const MANY: usize = 10_000;
 const LOGIN: &str = "/issuetracker.v1.AuthService/Login";
@@ -171,7 +171,9 @@ async fn read_bytewise(mut raw: RawConnection, admitted: oneshot::Sender<bool>) 
 #[tokio::test]
 async fn slow_readers_of_large_responses_hold_bounded_memory_and_are_disconnected() {
     const READERS: usize = 100;
-    let target = Target { tracker: Tracker::start_with(limits(&["--deadline-ms", "20000"])).await };
+    // Pings would also disconnect readers.
+    let args = ["--deadline-ms", "20000", "--keepalive-seconds", "3600"];
+    let target = Target { tracker: Tracker::start_with(limits(&args)).await };
     let member = &target.tracker.member;
     let issue = Issue { title: "large".into(), description: "x".repeat(65_536), ..Issue::default() };
     for _ in 0..3 {
@@ -218,6 +220,8 @@ async fn slow_readers_of_large_responses_hold_bounded_memory_and_are_disconnecte
     target.assert_serving().await;
     member.file("small").await;
 
+    // The deadline, and the 20 s that clients have after it to read a response.
+    advance_clock(Duration::from_secs(41)).await;
     while let Some(reader) = timeout(HANG, readers.join_next()).await.expect("a reader is never disconnected") {
         reader.unwrap();
     }
@@ -265,7 +269,7 @@ async fn excess_calls_of_one_connection_are_refused_individually() {
             refused => refused.assert_grpc(Code::ResourceExhausted),
         }
     }
-    assert!(succeeded > 0);
+    assert!((1..500).contains(&succeeded), "{succeeded} of 500 succeeded");
     drop(requests);
     let _ = call(&target, request(&target, WHO_AM_I), Bytes::new()).await;
     target.assert_unharmed().await;

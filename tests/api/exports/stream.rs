@@ -8,7 +8,7 @@ use issue_tracker::{
 };
 
 use super::*;
-use crate::harness::{assert_retriable, eventually, limits};
+use crate::harness::{self, assert_retriable, eventually, limits};
 
 /// Minimum size of every chunk but the last.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -145,11 +145,9 @@ async fn export_not_read_for_60_s_fails_and_frees_its_permit() {
     assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
 }
 
-/// Advances the clock of the test and the server, which share one runtime.
+/// Advances the clock, and leaves the export time to fill buffers or to time out.
 async fn advance_clock(time: Duration) {
-    tokio::time::pause();
-    tokio::time::advance(time).await;
-    tokio::time::resume();
+    harness::advance_clock(time).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
 }
 

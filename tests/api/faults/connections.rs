@@ -12,6 +12,11 @@ use crate::h2_client::request;
 pub(super) use crate::h2_client::{H2Client, framed};
 use crate::support::bounds::HANG;
 
+/// Longer than the deadlines of these tests and the 20 s that a client has after them to read a response.
+const READ_GRACE_PASSED: Duration = Duration::from_secs(25);
+/// Pings would also close a connection.
+const WITHOUT_PINGS: [&str; 2] = ["--keepalive-seconds", "3600"];
+
 impl H2Client {
     /// Returns whether a call succeeds on this connection.
     pub async fn is_served(&mut self, tracker: &Tracker) -> bool {
@@ -131,6 +136,7 @@ async fn connection_with_only_unauthenticated_streams_is_evicted() {
 
     // An unauthenticated connection is not evictable for its first 10 s, which leaves time for a login.
     closed_by_server(TcpStream::connect(&tracker.address).await.unwrap()).await;
+    advance_clock(Duration::from_secs(10)).await;
     eventually("a new connection is served", async || match H2Client::open_with(&tracker, 65_535).await {
         Ok(mut new) => new.is_served(&tracker).await,
         Err(_) => false,
@@ -180,7 +186,8 @@ async fn connection_with_only_short_unauthenticated_calls_is_evicted() {
 #[tokio::test]
 async fn connection_with_an_unread_response_is_closed() {
     // The deadline leaves time for another call to find the only permit taken.
-    let tracker = Tracker::start_with(limits(&["--deadline-ms", "1500", "--requests", "1"])).await;
+    let args = [&["--deadline-ms", "1500", "--requests", "1"], &WITHOUT_PINGS[..]].concat();
+    let tracker = Tracker::start_with(limits(&args)).await;
     let issue = tracker.member.file("read me").await;
     let mut raw = H2Client::open_with(&tracker, 0).await.unwrap();
     let (response, mut stream) = raw.begin(&tracker, "IssueService/GetIssue").await.unwrap();
@@ -190,6 +197,7 @@ async fn connection_with_an_unread_response_is_closed() {
     // The call holds its permit until the response is read or fails.
     assert_overloaded(try_get(&tracker.member, &issue).await);
 
+    advance_clock(READ_GRACE_PASSED).await;
     let data = tokio::time::timeout(HANG, unread.data()).await.expect("the response stays open");
 
     assert!(data.is_none_or(|data| data.is_err()));
@@ -200,7 +208,7 @@ async fn connection_with_an_unread_response_is_closed() {
 /// A proxy multiplexes many clients over one connection in this way.
 #[tokio::test]
 async fn unread_response_does_not_fail_other_calls_on_its_connection() {
-    let tracker = Tracker::start_with(limits(&["--deadline-ms", "300"])).await;
+    let tracker = Tracker::start_with(limits(&[&["--deadline-ms", "300"], &WITHOUT_PINGS[..]].concat())).await;
     let issue = Issue { title: "large".into(), description: "x".repeat(60_000), ..Issue::default() };
     let issue = tracker.member.file_as(issue).await;
     let mut raw = H2Client::open_with(&tracker, 2_000).await.unwrap();
@@ -210,6 +218,9 @@ async fn unread_response_does_not_fail_other_calls_on_its_connection() {
     // Imports have no default deadline; its messages are sent later.
     let (imported, mut import) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
 
+    // The service has begun both calls once it serves a later one.
+    assert!(raw.is_served(&tracker).await);
+    advance_clock(READ_GRACE_PASSED).await;
     let new_calls_refused = async {
         while raw.begin(&tracker, "AuthService/WhoAmI").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(100)).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::{
     h2_client::{H2Client, framed},
-    harness::{assert_invalid, assert_retriable, error_metadata, eventually, limits},
+    harness::{self, assert_invalid, assert_retriable, error_metadata, eventually, limits},
     lock_waiters,
 };
 
@@ -147,8 +147,8 @@ async fn resent_finished_import_returns_its_summary_and_writes_nothing() {
         let only_options = send(&tracker.member, vec![options(import.options.clone())]).await.unwrap();
         let dry_run = import.validate_only().by(&tracker.member).await.unwrap();
 
-        for replayed in [again, only_options, dry_run] {
-            assert_eq!(replayed.summary, first.summary);
+        for response in [again, only_options, dry_run] {
+            assert_eq!(response.summary, first.summary);
         }
         assert_eq!(issue_count(&tracker).await, count);
     }
@@ -319,11 +319,9 @@ async fn import_interrupted_by_a_shutdown_resumes_on_a_replica() {
     tracker.wait_until_stopped().await;
 }
 
-/// Advances the clock of the test and the server, which share one runtime.
+/// Advances the clock, and leaves the import time to wait again or to time out.
 async fn advance_clock(time: Duration) {
-    tokio::time::pause();
-    tokio::time::advance(time).await;
-    tokio::time::resume();
+    harness::advance_clock(time).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
