@@ -265,7 +265,8 @@ impl Error {
         }
     }
 
-    /// Marks an unknown outcome as one that the request id can show.
+    /// Records that the call with the unknown outcome has a request id: a retry with it finds out the outcome. Returns other
+    /// errors unchanged.
     pub fn with_request_id(self) -> Self {
         match self {
             Self::OutcomeUnknown { .. } => Self::OutcomeUnknown { has_request_id: true },
@@ -273,8 +274,8 @@ impl Error {
         }
     }
 
-    /// Returns the error that a status was made from.
-    pub fn behind(status: &Status) -> Option<&Self> {
+    /// Returns the error that a status was made from, or `None` for a status of another library.
+    pub fn of_status(status: &Status) -> Option<&Self> {
         std::error::Error::source(status)?.downcast_ref()
     }
 

@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_full_unrecognized_lane_is_ahead_of_the_recognized_lane_with_one_password_only() {
+    async fn recognized_lane_waits_for_one_password_of_a_full_unrecognized_lane() {
         let passwords = Arc::new(Passwords::new(1));
         let done = Arc::new(Mutex::new(Vec::new()));
         let (finish, finished) = mpsc::channel();

@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn seeking_behind_the_end_is_an_error() {
+    fn seeking_beyond_the_end_is_an_error() {
         for mut source in [FileSource::of(file(b"title\n")).unwrap(), FileSource::of(pipe(zipped(b"title\n"))).unwrap()]
         {
             let error = source.seek(7).unwrap_err().to_string();

@@ -360,8 +360,8 @@ impl Import {
         };
         let mut command: Vec<String> = env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
         if self.args.import_id.is_none() {
-            let behind = command.iter().position(|arg| arg == "import").map_or(command.len(), |index| index + 1);
-            command.splice(behind..behind, ["--import-id".to_owned(), self.options.import_id.clone()]);
+            let after = command.iter().position(|arg| arg == "import").map_or(command.len(), |index| index + 1);
+            command.splice(after..after, ["--import-id".to_owned(), self.options.import_id.clone()]);
         }
         let input = if self.args.file == Path::new("-") { "\n(with the same input, from its start)" } else { "" };
         Some(format!("{what}\n  {}{input}", report::command_line(command)))
@@ -437,7 +437,7 @@ impl RowErrors {
         is_new
     }
 
-    /// Removes the errors of rows at or behind an offset.
+    /// Removes the errors of rows at or after an offset.
     fn remove_from(&mut self, offset: u64) {
         self.list.retain(|error| u64::try_from(error.byte_offset).is_ok_and(|begin| begin < offset));
     }
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn an_import_with_rejected_rows_has_a_negative_exit_code() {
+    fn exit_code_is_1_with_rejected_rows_and_0_without() {
         let code = |state: ImportState, rejected_count| {
             exit_code(&ImportSummary { state: state.into(), rejected_count, ..ImportSummary::default() }).ok()
         };

@@ -26,7 +26,7 @@ pub struct Batch {
     /// All errors of the rejected rows.
     pub error_count: u64,
     pub rejected_count: u64,
-    /// The end of the batch in the file: the byte offset behind its last row, and that row's last line.
+    /// The end of the batch in the file: the byte offset after its last row, and that row's last line.
     pub end_offset: u64,
     pub end_line_number: u64,
     /// Whether the batch ends the file. An import finishes with this batch only, however the stream ends.
@@ -67,7 +67,7 @@ impl BatchReader {
         Self::with(RecordReader::new(), format, None, FilePosition::default(), errors_max)
     }
 
-    /// Starts behind the header, at a position where an earlier batch ended.
+    /// Starts after the header, at a position where an earlier batch ended.
     pub fn resume(format: Format, header: Arc<Header>, position: FilePosition, errors_max: usize) -> Self {
         let FilePosition { offset, line_number, row_count } = position;
         let records = RecordReader::starting_at(offset, row_count + 1, line_number);
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_resumed_behind_a_batch_has_the_remaining_batches() {
+    fn a_file_resumed_after_a_batch_has_the_remaining_batches() {
         let file = titles(2 * IMPORT_BATCH_ROWS_MAX + 10);
         let whole = batches(reader(), &file, 10_000);
         let first = &whole[0];

@@ -16,7 +16,7 @@ pub const IMPORT_RECORD_BYTES_MAX: usize = 1024 * 1024;
 /// The number of fields kept per record; further fields are only counted.
 pub const IMPORT_COLUMNS_MAX: usize = 64;
 
-/// Space behind the kept bytes and fields, into which everything beyond the limits is parsed and overwritten.
+/// Space after the kept bytes and fields, into which everything beyond the limits is parsed and overwritten.
 const OVERFLOW_BYTES: usize = 4096;
 const OVERFLOW_ENDS: usize = 64;
 
@@ -42,7 +42,7 @@ pub struct RecordReader {
     core: csv_core::Reader,
     /// Bytes of a possible byte-order mark taken at the start of the file; `None` once it is complete or ruled out.
     bom_bytes: Option<usize>,
-    /// The file offset behind the parsed bytes, without `bom_bytes`.
+    /// The file offset after the parsed bytes, without `bom_bytes`.
     parsed_offset: u64,
     lines: LineCounter,
     /// Whether the reader is between a record's first byte and its line break. Line breaks between records are skipped
@@ -69,9 +69,9 @@ pub struct Record<'a> {
     pub row_number: u64,
     /// The line on which the record begins, counted from 1. CRLF, LF and CR each end a line.
     pub line_number: u64,
-    /// The offset of the record's first byte, behind line breaks, blank lines and the byte-order mark.
+    /// The offset of the record's first byte, after line breaks, blank lines and the byte-order mark.
     pub byte_offset: u64,
-    /// The offset of the record's line break or of the end of the file. To resume behind this record, start there with
+    /// The offset of the record's line break or of the end of the file. To resume after this record, start there with
     /// `end_line_number` and the next row number: the line break is then skipped like a blank line, even if only half of
     /// a CRLF has been read.
     pub end_offset: u64,
@@ -168,7 +168,7 @@ impl RecordReader {
         Some(self.record(self.parsed_offset, self.lines.line_number, defect))
     }
 
-    /// Returns the file offset behind the bytes read.
+    /// Returns the file offset after the bytes read.
     pub fn offset(&self) -> u64 {
         self.parsed_offset + self.bom_bytes.unwrap_or(0) as u64
     }
@@ -302,7 +302,7 @@ impl<'a> Record<'a> {
     pub fn field(&self, index: usize) -> Option<&'a [u8]> {
         let end = *self.ends.get(index)?;
         let begin = if index == 0 { 0 } else { self.ends[index - 1] };
-        // In a record that is too long, fields can end behind the kept bytes.
+        // In a record that is too long, fields can end after the kept bytes.
         let kept = self.content.len();
         Some(&self.content[begin.min(kept)..end.min(kept)])
     }

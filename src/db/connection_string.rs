@@ -161,11 +161,11 @@ impl Parameters {
     fn take_from_pairs(&mut self, pairs: &str) -> anyhow::Result<String> {
         let mut kept = String::new();
         let mut rest = pairs;
-        while let Some((key, value, behind)) = first_pair(rest) {
+        while let Some((key, value, after)) = first_pair(rest) {
             if !self.take(key, &value)? {
-                kept += &rest[..rest.len() - behind.len()];
+                kept += &rest[..rest.len() - after.len()];
             }
-            rest = behind;
+            rest = after;
         }
         // The parser reports what is not a pair.
         Ok(kept + rest)

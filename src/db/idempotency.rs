@@ -89,7 +89,7 @@ impl Db {
     }
 
     /// Returns whether the caller has used the key of these options before. Waits for a call in flight with it.
-    pub async fn is_replay(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
+    pub async fn is_retry(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
         let Some(key) = options.key else { return Ok(false) };
         let _permit = self.lock_permit().await?;
         let tx = self.begin().await?;

@@ -56,7 +56,7 @@ async fn with_client(
 /// Locks until the connection is closed.
 async fn lock(client: &Client) -> anyhow::Result<()> {
     client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK_KEY]).await?;
-    // A migration that waits for a lock blocks all statements behind it.
+    // A migration that waits for a lock blocks all statements that need a conflicting lock after it.
     client.batch_execute("SET lock_timeout = '10s'").await?;
     Ok(())
 }

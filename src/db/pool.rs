@@ -20,7 +20,7 @@ const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Time allowed for a new connection, the TLS handshake and authentication included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections of the pool that authenticates callers. It is separate, so that authentication does not wait behind
+/// Connections of the pool that authenticates callers. It is separate, so that authentication does not wait for
 /// requests.
 const AUTH_CONNECTIONS_MAX: u32 = 3;
 
@@ -164,7 +164,7 @@ impl Db {
     }
 }
 
-/// A limited number of permits behind admission control.
+/// A limited number of permits, with admission control for the callers that wait for one.
 struct Permits {
     semaphore: Arc<Semaphore>,
     admission: AdmissionControl,

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn indices_are_ranges_of_what_stands_in_brackets() {
+fn indices_are_ranges_of_the_numbers_in_brackets() {
     let fields = ["ids[3]", "ids[0]", "ids[1]", "issues[7].title", "issues[7].assignee_id", "ids[2]", "filter"];
     assert_eq!(indices(&fields), "0-3,7");
 }
@@ -22,13 +22,13 @@ fn assert_fits_a_header(error: Error) {
 }
 
 #[test]
-fn the_first_hundred_that_were_changed_fit_a_header() {
+fn error_about_100_changed_issues_fits_in_the_trailers() {
     let ids = (0..100).map(|_| Uuid::now_v7()).collect();
     assert_fits_a_header(Error::ChangedSince { count: 1_000_000, ids });
 }
 
 #[test]
-fn an_error_about_many_items_fits_a_header() {
+fn error_about_1000_items_fits_in_the_trailers() {
     // Twenty are described one by one, and the indices of every other are the longest.
     for indices in [(0..20).collect(), (0..1_000).step_by(2).collect::<Vec<_>>()] {
         let indices = || indices.iter();

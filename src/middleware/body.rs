@@ -164,7 +164,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for UncutBody<B> {
     }
 }
 
-/// The body of a request behind the memory budget.
+/// The body of a request as [`super::buffering`] passes it on.
 pub enum RequestBody<B> {
     /// The one message of the request, with its prefix.
     Message(Bytes),

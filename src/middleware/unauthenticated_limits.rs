@@ -24,7 +24,7 @@ use crate::{
 
 /// Concurrent unauthenticated streams of all clients.
 const STREAMS_MAX: usize = 1_024;
-/// Concurrent unauthenticated streams of one client. Behind one address there may be many replicas that watch our health.
+/// Concurrent unauthenticated streams of one client. One address can have many replicas that watch the health of the service.
 const STREAMS_PER_CLIENT_MAX: usize = 64;
 
 /// Limits calls that need no credentials, per client and per connection, and their streams in total as well.
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn streams_are_counted_per_client_network_and_ended_ones_leave_nothing_behind() {
+    fn streams_are_counted_per_client_network_until_they_end() {
         let streams = StreamsOfClients::default();
         let enter = |address: &str| streams.try_enter(ClientAddress(address.parse().unwrap()));
         let mut held: Vec<_> =

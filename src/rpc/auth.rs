@@ -102,8 +102,8 @@ impl AuthService for Api {
         let old_hash = users::password_hash(&self.db.conn().await?, caller.user_id).await?;
         // The first call has changed the current password, which a retry is therefore not checked against. The hash is
         // read before the look-up: it is still the old one if the first call commits in between.
-        if self.db.is_replay(caller.user_id, options).await? {
-            self.check_replayed_password(&caller, caller.user_id, options, &new_password, address).await?;
+        if self.db.is_retry(caller.user_id, options).await? {
+            self.check_retried_password(&caller, caller.user_id, options, &new_password, address).await?;
             return Ok(ChangePasswordResponse {}.into());
         }
         // In progress until the new password is hashed: bounds the concurrent password work of a user.
@@ -112,9 +112,9 @@ impl AuthService for Api {
         let new_hash = self.auth.hash_password(&new_password).await?;
         drop(attempt);
         let by = By::user(caller.user_id, address);
-        let mut is_replay = true;
+        let mut is_retry = true;
         let response = self.db.mutate(caller.user_id, options, async |tx| {
-            is_replay = false;
+            is_retry = false;
             // Another change may have been committed since the password was checked.
             if !users::change_password_hash(tx, caller.user_id, &old_hash, &new_hash, by).await? {
                 return Err(wrong_password());
@@ -128,8 +128,8 @@ impl AuthService for Api {
             self.auth.forget_tokens();
         }
         let response = response?;
-        if is_replay {
-            self.check_replayed_password(&caller, caller.user_id, options, &new_password, address).await?;
+        if is_retry {
+            self.check_retried_password(&caller, caller.user_id, options, &new_password, address).await?;
         }
         Ok(response.into())
     }
@@ -247,7 +247,7 @@ impl Api {
 
     /// Checks that a retry of a call that sets a password has the password that the user has now. Passwords are not in
     /// the stored fingerprint, so this check distinguishes a retry from another request with the same id.
-    pub(super) async fn check_replayed_password(
+    pub(super) async fn check_retried_password(
         &self,
         caller: &Caller,
         user_id: Uuid,

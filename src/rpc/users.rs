@@ -139,9 +139,9 @@ impl UserService for Api {
         check.done()?;
 
         let password_hash = self.auth.hash_password(&new_password).await?;
-        let mut is_replay = true;
+        let mut is_retry = true;
         let response = self.db.mutate(caller.user_id, options, async |tx| {
-            is_replay = false;
+            is_retry = false;
             users::reset_password(tx, user_id, &password_hash, By::user(caller.user_id, address)).await?;
             Ok(ResetPasswordResponse {})
         });
@@ -151,8 +151,8 @@ impl UserService for Api {
             self.auth.forget_tokens();
         }
         let response = response?;
-        if is_replay {
-            self.check_replayed_password(&caller, user_id, options, &new_password, address).await?;
+        if is_retry {
+            self.check_retried_password(&caller, user_id, options, &new_password, address).await?;
         }
         Ok(response.into())
     }

@@ -97,7 +97,7 @@ fn hop_address(hop: &[u8]) -> Option<IpAddr> {
 
 /// Parses an address or a network in CIDR notation. An IPv4-mapped IPv6 network becomes an IPv4 network.
 ///
-/// Networks of all IPv4 addresses are refused, as are networks with bits set behind the prefix.
+/// Networks of all IPv4 addresses are refused, as are networks with bits set after the prefix.
 fn parse_network(text: &str) -> Result<IpNet, String> {
     let network = match text.parse::<IpAddr>() {
         Ok(address) => IpNet::from(address.to_canonical()),
@@ -111,7 +111,7 @@ fn parse_network(text: &str) -> Result<IpNet, String> {
     }
     // A single address may have been meant.
     if network.addr() != network.network() {
-        return Err(format!("\"{text}\" has bits set behind its prefix; expected {}", network.trunc()));
+        return Err(format!("\"{text}\" has bits set after its prefix; expected {}", network.trunc()));
     }
     let mapped = network.addr().to_canonical();
     match network {

@@ -227,7 +227,7 @@ async fn events_from_the_command_line_have_no_actor_and_no_address() {
 }
 
 #[tokio::test]
-async fn replays_dry_runs_and_throttled_logins_are_not_logged() {
+async fn retries_dry_runs_and_throttled_logins_are_not_logged() {
     let tracker = Tracker::start_with(limits(&["--login-failures", "1"])).await;
     let (member, viewer) = (&tracker.member.user, &tracker.viewer.user);
     let request_id = || Uuid::now_v7().to_string();
@@ -273,13 +273,13 @@ async fn replays_dry_runs_and_throttled_logins_are_not_logged() {
         auth.change_password(password.clone()).await.unwrap();
     });
     assert_eq!(events.await.len(), 6);
-    let replays = events_of(&tracker, async {
+    let retries = events_of(&tracker, async {
         users.create_user(create).await.unwrap();
         users.update_user(change).await.unwrap();
         admin.revoke_api_token(revoke).await.unwrap();
         auth.change_password(password).await.unwrap();
     });
-    assert_eq!(replays.await, [""; 0]);
+    assert_eq!(retries.await, [""; 0]);
     // The login right after the failure is throttled, unless the machine was so slow that the delay had passed.
     let was_accepted = refused.is_ok();
     if !was_accepted {

@@ -221,9 +221,9 @@ async fn repeated_batch_create_returns_the_stored_response() {
     let mut issues = tracker.member.issues();
     let first = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
 
-    let replayed: BatchCreateIssuesResponse = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
+    let retried: BatchCreateIssuesResponse = issues.batch_create_issues(request.clone()).await.unwrap().into_inner();
 
-    assert_eq!(replayed, first);
+    assert_eq!(retried, first);
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 3);
     let other = BatchCreateIssuesRequest { issues: numbered(2), ..request };
     let status = assert_error(issues.batch_create_issues(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");

@@ -27,7 +27,7 @@ use crate::{
     support::codec::{BytesCodec, unary},
 };
 
-/// The mutations without a request id. Responses with secrets are not stored for replays, and an import has an id of its
+/// The mutations without a request id. Responses with secrets are not stored for retries, and an import has an id of its
 /// own in its options.
 const WITHOUT_REQUEST_ID: &[&str] = &["AuthService/Login", "AuthService/CreateApiToken", "ImportService/ImportIssues"];
 const LOGIN: &str = "AuthService/Login";

@@ -368,7 +368,7 @@ async fn retry_with_the_request_id_returns_the_stored_response_and_writes_nothin
     let other_role = CreateUserRequest { request_id: create_ada.request_id, ..new_user("ada", Role::Admin) };
     assert_error(create(&tracker.admin, other_role).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(tracker.contents().await, before);
-    assert!(is_authenticated(&tracker.member).await, "the replay disabled no user");
+    assert!(is_authenticated(&tracker.member).await, "the retry disabled no user");
 }
 
 const NEW_PASSWORD: &str = "battery horse correct";

@@ -20,7 +20,7 @@ use crate::{
     support::{bounds::HANG, database::session},
 };
 
-const CONCURRENT_REPLAYS: usize = 16;
+const CONCURRENT_RETRIES: usize = 16;
 const ISSUES_PER_BATCH: usize = 100;
 
 /// Descriptions of inconsistent states, and queries that find them.
@@ -78,7 +78,7 @@ const INVARIANT_VIOLATIONS: [(&str, &str); 9] = [
     ),
 ];
 
-/// Compares the database with the responses of the clients. Then repeats every acknowledged call and asserts that it
+/// Compares the database with the responses of the clients. Then retries every acknowledged call and asserts that it
 /// returns the same response and writes nothing.
 pub async fn verify(database: &Config, channel: &Channel, mutations: Vec<CompletedMutation>) {
     let rows = session(database).await;
@@ -92,8 +92,8 @@ pub async fn verify(database: &Config, channel: &Channel, mutations: Vec<Complet
     check_stored_responses(&rows, &mutations).await;
     check_comment_counts(&rows, channel, &mutations).await;
     let before = digest(&rows).await;
-    replay(channel, mutations).await;
-    assert_eq!(digest(&rows).await, before, "a replay changed the database");
+    retry_acknowledged(channel, mutations).await;
+    assert_eq!(digest(&rows).await, before, "a retry changed the database");
 }
 
 async fn texts(rows: &Client, sql: &str) -> Vec<String> {
@@ -217,20 +217,21 @@ async fn check_comment_counts(rows: &Client, channel: &Channel, mutations: &[Com
     }
 }
 
-async fn replay(channel: &Channel, mutations: Vec<CompletedMutation>) {
+/// Sends each acknowledged mutation again. Asserts that it returns the same response.
+async fn retry_acknowledged(channel: &Channel, mutations: Vec<CompletedMutation>) {
     let mut running = JoinSet::new();
     for mutation in mutations.into_iter().filter(|mutation| mutation.response.is_some()) {
-        if running.len() == CONCURRENT_REPLAYS {
+        if running.len() == CONCURRENT_RETRIES {
             running.join_next().await.unwrap().unwrap();
         }
         let channel = channel.clone();
         running.spawn(async move {
             let began = Instant::now();
             loop {
-                assert!(began.elapsed() < HANG, "the replay has no outcome: {mutation:?}");
+                assert!(began.elapsed() < HANG, "the retry has no outcome: {mutation:?}");
                 let again = call(&channel, &mutation.token, mutation.method, &mutation.message).await;
                 if let Some(response) = classify(again) {
-                    assert!(response == mutation.response, "the replay returned another response: {mutation:?}");
+                    assert!(response == mutation.response, "the retry returned another response: {mutation:?}");
                     return;
                 }
             }

@@ -1,7 +1,7 @@
 use super::super::record_reader::RecordReader;
 use super::*;
 
-/// Parses `row` below `header`: row 1, on line 2, at the byte behind the header's line break.
+/// Parses `row` below `header`: row 1, on line 2, at the byte after the header's line break.
 fn parse_bytes(header: &str, row: &[u8]) -> Result<ImportRow, Vec<RowError>> {
     let file = [header.as_bytes(), b"\n", row].concat();
     let mut input = file.as_slice();

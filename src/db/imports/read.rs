@@ -67,7 +67,7 @@ pub(super) fn check_owner(caller_id: Uuid, owner: Option<Uuid>) -> Result<()> {
     }
 }
 
-/// Returns a page of an import's errors behind position `after`, each with its position. `owner` as in [`get`].
+/// Returns a page of an import's errors after position `after`, each with its position. `owner` as in [`get`].
 pub async fn list_errors(
     db: &Conn,
     import_id: Uuid,

@@ -96,7 +96,7 @@ impl ImportRun {
         &self.checkpoint
     }
 
-    /// Returns the file's header if the import was resumed behind it.
+    /// Returns the file's header if the import was resumed after it.
     pub fn header(&self) -> Option<&Arc<Header>> {
         self.header.as_ref()
     }
@@ -111,7 +111,7 @@ impl ImportRun {
         id.map(Some).ok_or_else(unknown)
     }
 
-    /// Writes the valid rows of a batch and moves the checkpoint behind it, in one transaction. Returns the errors of the
+    /// Writes the valid rows of a batch and moves the checkpoint to its end, in one transaction. Returns the errors of the
     /// rejected rows that are among the first [`IMPORT_ERRORS_STORED_MAX`] of the file.
     pub async fn write_batch(&mut self, batch: &Batch) -> Result<Vec<RowError>> {
         for attempt in 1..=BATCH_ATTEMPTS_MAX {
@@ -176,7 +176,7 @@ impl ImportRun {
         Ok(errors)
     }
 
-    /// Commits or rejects an atomic import, rolls back a dry run, and returns the summary. Must be called behind the last
+    /// Commits or rejects an atomic import, rolls back a dry run, and returns the summary. Must be called after the last
     /// batch, with which an import in IMPORT_MODE_SKIP_INVALID is committed already.
     pub async fn finish(self) -> Result<ImportSummary> {
         let (spec, checkpoint) = (&*self.spec, &self.checkpoint);

@@ -53,7 +53,7 @@ pub(super) struct StoredImport {
 }
 
 impl StoredImport {
-    /// Returns whether the stream continues behind the checkpoint instead of at the start of the file.
+    /// Returns whether the stream continues at the checkpoint instead of at the start of the file.
     pub fn is_resumable(&self) -> bool {
         self.state == ImportState::Running && self.mode == ImportMode::SkipInvalid as i16 && self.checkpoint.offset > 0
     }
@@ -151,7 +151,7 @@ pub(super) async fn start(db: &Conn, spec: &ImportSpec) -> Result<()> {
     check_one_row(db.execute(SQL, &[import_id, caller_id, &mode, &&fingerprint[..], &total_bytes, &state]).await?)
 }
 
-/// Continues an interrupted import behind its checkpoint. Its state is RUNNING already: only the lock was lost.
+/// Continues an interrupted import at its checkpoint. Its state is RUNNING already: only the lock was lost.
 pub(super) async fn resume(db: &Conn, spec: &ImportSpec) -> Result<()> {
     const SQL: &str = "-- resume_import
         UPDATE imports SET total_bytes = CASE total_bytes WHEN 0 THEN $2 ELSE total_bytes END WHERE id = $1";
@@ -180,7 +180,7 @@ pub(super) async fn save_checkpoint(
             state = /* state */ $11,
             finish_time = CASE WHEN /* is_finished */ $12 THEN now() END
         WHERE id = /* id */ $1";
-    // Unchanged issues are stored to detect a second row with their external id. Behind the last row they are not needed.
+    // Unchanged issues are stored to detect a second row with their external id. After the last row they are not needed.
     const DELETE_UNCHANGED: &str = "-- delete_unchanged_import_issues
         DELETE FROM import_issues WHERE import_id = $1 AND version IS NULL";
     let [offset, line_number, rows, created, updated, skipped, rejected, errors] = checkpoint_values(checkpoint);
@@ -256,7 +256,7 @@ pub(super) fn check_one_row(changed: u64) -> Result<()> {
     if changed == 1 { Ok(()) } else { Err(Error::Internal("the row of an import is missing")) }
 }
 
-/// Stores errors behind the first `stored` ones.
+/// Stores errors after the first `stored` ones.
 pub(super) async fn insert_errors(db: &Conn, import_id: Uuid, stored: usize, errors: &[RowError]) -> Result<()> {
     const SQL: &str = "-- insert_import_errors
         INSERT INTO import_errors (import_id, position, row_number, line_number, byte_offset, column_name, value, code,

@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statements_that_update_issues_differ_only_in_what_they_do_about_locked_rows() {
+    fn update_statements_differ_only_in_whether_they_wait_for_locked_rows() {
         let waiting = UPDATE_ISSUES_NOT_LOCKED
             .replace("-- update_issues_not_locked", "-- update_issues")
             .replace("FOR NO KEY UPDATE SKIP LOCKED", "FOR NO KEY UPDATE");

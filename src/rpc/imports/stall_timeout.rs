@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_the_service_needs_itself_is_no_waiting() {
+    async fn time_between_waits_does_not_count() {
         let mut stall_timeout = StallTimeout::default();
         for _ in 0..100 {
             stall_timeout.wait(sleep(SECOND), "no message received").await.unwrap();

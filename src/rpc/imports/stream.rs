@@ -124,7 +124,7 @@ async fn read_file(
     send(file.finish().map_err(file_error)?).await
 }
 
-/// Checks a chunk, and returns the part of it behind the bytes received before.
+/// Checks a chunk. Returns the part of it that follows the bytes received before.
 fn new_bytes(chunk: &ImportChunk, received: u64) -> Result<bytes::Bytes> {
     if chunk.data.len() > IMPORT_CHUNK_BYTES_MAX {
         let message = format!("has {} bytes; at most {IMPORT_CHUNK_BYTES_MAX} are allowed", chunk.data.len());
@@ -159,7 +159,7 @@ fn file_error(error: FileError) -> Error {
     }
 }
 
-/// Writes each batch, and finishes the import behind the last one.
+/// Writes each batch, and finishes the import after the last one.
 async fn write_batches(
     mut run: ImportRun,
     spec: &ImportSpec,

@@ -164,8 +164,8 @@ fn lists_with_anything_but_addresses_and_networks_of_proxies_are_refused() {
         ("10.0.0.0/255.0.0.0", "\"10.0.0.0/255.0.0.0\" is neither"),
         ("10.0.0.1:80", "\"10.0.0.1:80\" is neither"),
         ("[::1]", "\"[::1]\" is neither"),
-        ("10.0.0.0/8, 10.0.0.7/8", "\"10.0.0.7/8\" has bits set behind its prefix"),
-        ("2001:db8::1/32", "\"2001:db8::1/32\" has bits set behind its prefix"),
+        ("10.0.0.0/8, 10.0.0.7/8", "\"10.0.0.7/8\" has bits set after its prefix"),
+        ("2001:db8::1/32", "\"2001:db8::1/32\" has bits set after its prefix"),
         ("0.0.0.0/0", "\"0.0.0.0/0\" contains all IPv4 addresses"),
         ("::/0", "\"::/0\" contains all IPv4 addresses"),
         ("::/80", "\"::/80\" contains all IPv4 addresses"),
@@ -180,7 +180,7 @@ fn lists_with_anything_but_addresses_and_networks_of_proxies_are_refused() {
 
 proptest! {
     #[test]
-    fn what_a_client_sends_does_not_change_its_address(
+    fn headers_that_a_client_sends_do_not_change_its_address(
         sent in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..4),
         chosen in "(10\\.0\\.0\\.[1-9]|203\\.0\\.113\\.[1-9]|::1|,| |:80){0,20}",
         address in any::<IpAddr>(),
