@@ -140,11 +140,7 @@ fn raise_open_files(limits: &Limits) {
     }
     let wanted = limits.connections().connections_max + limits.pool().connections_max as usize + OTHER_FILES;
     if limit.rlim_cur < wanted as u64 {
-        tracing::warn!(
-            open_files = limit.rlim_cur,
-            required = wanted,
-            "limit of open files too low for --connections; raise it (ulimit -n) or set fewer"
-        );
+        tracing::warn!(limit = limit.rlim_cur, required = wanted, "open file limit found too low");
     }
 }
 
@@ -172,7 +168,7 @@ fn stop_at_signals() -> anyhow::Result<CancellationToken> {
 
 async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
     if !users::exist(&db.conn().await?).await? {
-        tracing::warn!("no users exist; create one with: issue-tracker user create --role admin NAME");
+        tracing::warn!(create_with = "issue-tracker user create --role admin NAME", "no users found");
     }
     Ok(())
 }

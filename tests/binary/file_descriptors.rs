@@ -21,7 +21,7 @@ async fn low_file_limit_is_logged_and_idle_connections_are_evicted_for_new_ones(
     // SAFETY: between fork and exec it makes only this system call, which takes no lock.
     unsafe { command.pre_exec(set_limit) };
     let mut service = Service::start(&external.dir, command);
-    assert!(service.log().contains("limit of open files too low for --connections"), "{}", service.log());
+    assert!(service.log().contains("open file limit found too low"), "{}", service.log());
 
     let idle: Vec<_> = (0..FILES_MAX + 20).map(|_| TcpStream::connect(&service.address).unwrap()).collect();
     wait_until("accepting connections fails", || service.log().contains("accept failed"));
