@@ -16,6 +16,8 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 
+#[path = "cli/connections.rs"]
+mod connections;
 #[path = "cli/fake_server.rs"]
 mod fake_server;
 #[path = "cli/harness.rs"]

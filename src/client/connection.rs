@@ -19,7 +19,10 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::{plaintext::PlaintextConnector, printable};
+use super::{
+    plaintext::{self, ConnectError},
+    printable,
+};
 use crate::{
     config::{ClientTls, Connection},
     error::ERROR_DOMAIN,
@@ -30,7 +33,7 @@ use crate::{
 };
 
 const TOKEN_VARIABLE: &str = "ISSUE_TRACKER_TOKEN";
-/// Time allowed for TCP and TLS handshakes.
+/// Time allowed for TCP and TLS handshakes, and without TLS for the server's first HTTP/2 frame.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// HTTP/2 keep-alive: a silent server is considered lost after the sum of the two.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -45,8 +48,6 @@ pub struct Server {
 /// A server's address and how to connect to it.
 pub struct ServerEndpoint {
     endpoint: Endpoint,
-    /// `None` if the connection is encrypted.
-    plaintext: Option<PlaintextConnector>,
 }
 
 impl Server {
@@ -72,11 +73,6 @@ impl Server {
         self.endpoint.connect().await
     }
 
-    /// Classifies the error of a call on one of this server's connections.
-    pub fn failure(&self, status: &Status) -> Failure {
-        self.endpoint.failure(status)
-    }
-
     /// Returns a request with the caller's token.
     pub fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
@@ -92,26 +88,25 @@ impl ServerEndpoint {
             .connect_timeout(CONNECT_MAX)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT);
-        let plaintext = (!is_encrypted(server)).then(PlaintextConnector::default);
-        Ok(Self { endpoint, plaintext })
+        Ok(Self { endpoint })
     }
 
-    /// Opens a new connection.
+    /// Opens a new connection. Fails unless a server responds with TLS for `https://`, or with HTTP/2 for `http://`.
     pub async fn connect(&self) -> Result<Channel, Failure> {
-        let connected = match &self.plaintext {
-            Some(connector) => self.endpoint.connect_with_connector(connector.clone()).await,
-            None => self.endpoint.connect().await,
-        };
-        connected.map_err(|error| self.connect_failure(&error))
-    }
-
-    /// Classifies the error of a call.
-    pub fn failure(&self, status: &Status) -> Failure {
-        if self.plaintext.as_ref().is_some_and(PlaintextConnector::requires_tls) {
-            let address = self.address();
-            return Failure::Final(anyhow!("--server: {address} requires TLS; use https://{address}"));
+        if is_encrypted(self.endpoint.uri()) {
+            return self.endpoint.connect().await.map_err(|error| self.connect_failure(&error));
         }
-        failure(status)
+        let address = self.address();
+        plaintext::connect(&self.endpoint, CONNECT_MAX).await.map_err(|error| match error {
+            ConnectError::Unreachable(error) => self.connect_failure(&*error),
+            ConnectError::RequiresTls => {
+                Failure::Final(anyhow!("--server: {address} requires TLS; use https://{address}"))
+            }
+            ConnectError::OtherProtocol(protocol) => Failure::Final(anyhow!(
+                "--server: {address} speaks {}, not gRPC; expected the address of the service",
+                printable(&protocol)
+            )),
+        })
     }
 
     pub fn address(&self) -> &str {
@@ -229,8 +224,8 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Classifies an error of the server, or of the connection to it.
-fn failure(status: &Status) -> Failure {
+/// Classifies the error of a call: an error of the server, or of the connection to it.
+pub fn failure(status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let is_from_service = info.as_ref().is_some_and(|info| info.domain == ERROR_DOMAIN);
     let is_retryable = match status.code() {

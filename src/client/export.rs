@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::{
     Ended,
-    connection::{Failure, Server},
+    connection::{Failure, Server, failure},
     exit_interrupted,
     output_file::OutputFile,
     progress::{Position, Progress},
@@ -99,11 +99,11 @@ impl Export {
         self.retries.connected();
         let request = self.server.request(self.request.clone());
         let chunks = client.export_issues(request).await;
-        let mut chunks = chunks.map_err(|status| self.server.failure(&status))?.into_inner();
+        let mut chunks = chunks.map_err(|status| failure(&status))?.into_inner();
         let mut position = Position::default();
         self.retries.reached(0, Instant::now());
         // The stream ends without an error only if the file is complete.
-        while let Some(chunk) = chunks.message().await.map_err(|status| self.server.failure(&status))? {
+        while let Some(chunk) = chunks.message().await.map_err(|status| failure(&status))? {
             self.sink.write(&chunk.data).await?;
             position.bytes += chunk.data.len() as u64;
             position.rows = u64::try_from(chunk.row_count).unwrap_or(0);

@@ -7,7 +7,7 @@ use http::Uri;
 use tokio::time::timeout;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use super::connection::{Failure, ServerEndpoint};
+use super::connection::{Failure, ServerEndpoint, failure};
 use crate::config::ClientTls;
 
 /// Time allowed for the connection and the response together.
@@ -25,5 +25,5 @@ pub async fn check_health(server: &Uri, tls: &ClientTls) -> anyhow::Result<Servi
 async fn check(endpoint: &ServerEndpoint) -> Result<ServingStatus, Failure> {
     let mut client = HealthClient::new(endpoint.connect().await?);
     let response = client.check(HealthCheckRequest::default()).await;
-    Ok(response.map_err(|status| endpoint.failure(&status))?.into_inner().status())
+    Ok(response.map_err(|status| failure(&status))?.into_inner().status())
 }

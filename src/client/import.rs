@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{
     Ended,
     chunk_stream::ChunkStream,
-    connection::{Failure, Server},
+    connection::{Failure, Server, failure},
     eprint_line, exit_interrupted,
     file_source::FileSource,
     output_file::OutputFile,
@@ -173,8 +173,8 @@ impl Import {
         self.retries.connected();
         let (mut attempt, requests) = stream.requests(self.options.clone(), Arc::clone(&self.all_sent));
         let responses = client.import_issues(self.server.request(requests)).await;
-        let mut responses = responses.map_err(|status| self.server.failure(&status))?.into_inner();
-        let start = match next_response(&self.server, &mut responses).await? {
+        let mut responses = responses.map_err(|status| failure(&status))?.into_inner();
+        let start = match next_response(&mut responses).await? {
             Message::Progress(progress) => progress,
             Message::Summary(summary) => return Ok(summary),
             Message::RowError(_) => {
@@ -197,7 +197,7 @@ impl Import {
         });
         loop {
             let message = tokio::select! {
-                message = next_response(&self.server, &mut responses) => message?,
+                message = next_response(&mut responses) => message?,
                 error = &mut failed => {
                     // The server may still commit what it has received.
                     self.is_answered = false;
@@ -279,7 +279,7 @@ impl Import {
         };
         while errors.len() < wanted {
             let page = client.list_import_errors(self.server.request(request.clone())).await;
-            let page = page.map_err(|status| self.server.failure(&status))?.into_inner();
+            let page = page.map_err(|status| failure(&status))?.into_inner();
             errors.extend(page.errors);
             if page.next_page_token.is_empty() {
                 break;
@@ -368,12 +368,12 @@ impl Import {
     }
 }
 
-async fn next_response(server: &Server, responses: &mut Streaming<ImportIssuesResponse>) -> Result<Message, Failure> {
+async fn next_response(responses: &mut Streaming<ImportIssuesResponse>) -> Result<Message, Failure> {
     match responses.message().await {
         Ok(Some(ImportIssuesResponse { message: Some(message) })) => Ok(message),
         Ok(Some(_)) => Err(anyhow!("the server has sent a message that this client does not know").into()),
         Ok(None) => Err(Failure::retryable("the stream ended without a summary")),
-        Err(status) => Err(server.failure(&status)),
+        Err(status) => Err(failure(&status)),
     }
 }
 

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 use crate::backoff::Backoff;
 
 const BACKOFF: Backoff = Backoff { first: Duration::from_millis(250), max: Duration::from_secs(15) };
-/// How long to retry until the first connection: long enough for a service that is starting, short for a wrong address.
+/// How long to retry until the server has responded once: long enough for a service that is starting, short for a wrong
+/// address.
 const FIRST_CONNECT_MAX: Duration = Duration::from_secs(5);
 
 /// Exponential backoff with jitter, which gives up after a time without progress. Progress means an offset never reached
 /// before. The time of an attempt that repeats earlier work counts neither as progress nor as waiting.
 pub struct Retries {
-    /// The maximum time without progress after the first connection.
+    /// The maximum time without progress once the server has responded.
     limit: Duration,
     is_connected: bool,
     best_offset: u64,
@@ -37,7 +38,7 @@ impl Retries {
         }
     }
 
-    /// Records that a connection has succeeded: from now on, retries continue up to the whole limit.
+    /// Records that the server has responded to a connection: from now on, retries continue up to the whole limit.
     pub fn connected(&mut self) {
         self.is_connected = true;
     }
@@ -82,7 +83,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// A server that was connected to once.
+    /// Returns the retries of a client whose server has responded once.
     fn connected(limit: Duration, now: Instant) -> Retries {
         let mut retries = Retries::new(limit, now);
         retries.connected();

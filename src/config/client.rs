@@ -33,7 +33,7 @@ pub struct Connection {
     pub token_file: Option<PathBuf>,
     #[command(flatten, next_help_heading = "Connection")]
     pub data_dir: DataDir,
-    /// Time without progress after which retries end, in seconds; at most 5 until the first connection
+    /// Time without progress after which retries end, in seconds; at most 5 until the service responds
     #[arg(long, default_value_t = 300, value_name = "SECONDS", value_parser = value_parser!(u64).range(0..=604_800),
         help_heading = "Connection")]
     retry_seconds: u64,
