@@ -4,10 +4,12 @@
 //! runs with or without a transaction. Nothing in this module depends on gRPC.
 
 mod admission;
+mod availability;
 mod conn;
 mod manager;
 mod page;
 mod pool;
+mod probe;
 mod session;
 mod tls;
 mod transaction;
@@ -29,6 +31,7 @@ pub mod tokens;
 pub mod users;
 
 pub use self::{
+    availability::Health,
     conn::Conn,
     connection_string::ConnectionString,
     page::{Page, PageBounds},

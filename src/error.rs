@@ -80,6 +80,9 @@ pub enum Error {
     /// The database is unavailable.
     #[error("the database is not available; try again")]
     Unavailable,
+    /// The session of the database is read-only: during a failover, for example. Nothing was written.
+    #[error("the database accepts no writes; nothing was written, try again")]
+    ReadOnly,
     /// The connection to the database was lost, and nothing was written.
     #[error("the connection to the database was lost; nothing was written, try again")]
     ConnectionLost,
@@ -219,6 +222,7 @@ impl Error {
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::Unavailable
+            | Self::ReadOnly
             | Self::ConnectionLost
             | Self::OutcomeUnknown { .. }
             | Self::Stopping
@@ -229,7 +233,7 @@ impl Error {
     /// Returns whether the server itself repeats the call.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Conflict(_) | Self::ConnectionLost => Retry::Again,
+            Self::Conflict(_) | Self::ConnectionLost | Self::ReadOnly => Retry::Again,
             Self::OutcomeUnknown { has_request_id: true } => Retry::Lookup,
             _ => Retry::No,
         }
@@ -243,6 +247,7 @@ impl Error {
                 | Self::ConnectionLost
                 | Self::OutcomeUnknown { .. }
                 | Self::Unavailable
+                | Self::ReadOnly
                 | Self::Exhausted(_)
                 | Self::Overloaded { .. }
         )
@@ -383,8 +388,8 @@ impl From<tokio_postgres::Error> for Error {
                 reason: "STATEMENT_TIMEOUT",
                 message: "a statement exceeded the time limit; nothing was written".to_owned(),
             },
+            SqlState::READ_ONLY_SQL_TRANSACTION => Self::ReadOnly,
             SqlState::CANNOT_CONNECT_NOW
-            | SqlState::READ_ONLY_SQL_TRANSACTION
             | SqlState::TOO_MANY_CONNECTIONS
             | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
             _ if state.code().starts_with("08") || state.code().starts_with("53") => Self::Unavailable,
@@ -438,9 +443,11 @@ impl Error {
             Self::Exhausted(_) | Self::Overloaded { .. } | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
-            Self::Unavailable | Self::ConnectionLost | Self::OutcomeUnknown { .. } | Self::Stopping => {
-                Code::Unavailable
-            }
+            Self::Unavailable
+            | Self::ReadOnly
+            | Self::ConnectionLost
+            | Self::OutcomeUnknown { .. }
+            | Self::Stopping => Code::Unavailable,
             Self::Database(_) | Self::Internal(_) => Code::Internal,
         }
     }
@@ -464,7 +471,7 @@ impl Error {
             Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Conflict(_) => "CONFLICT",
-            Self::Unavailable | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
+            Self::Unavailable | Self::ReadOnly | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
             Self::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
             Self::Stopping => "STOPPING",
             Self::Database(_) | Self::Internal(_) => "INTERNAL",
@@ -495,6 +502,7 @@ impl Error {
             }
             Self::Exhausted(_)
             | Self::Unavailable
+            | Self::ReadOnly
             | Self::ConnectionLost
             | Self::OutcomeUnknown { has_request_id: true }
             | Self::Stopping

@@ -16,7 +16,7 @@ use crate::{
     auth::throttle::LoginLimits,
     config::Limits,
     db::{
-        Conn, Db, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
+        Conn, Db, Health, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
         tokens::prune_tokens,
     },
     error::Result,
@@ -46,6 +46,10 @@ use crate::{
     transport::listener::{self, ConnectionTrackers, Listener},
 };
 
+/// The name whose health is that of reads.
+const READS_SERVICE: &str = "issuetracker.reads";
+/// The name whose health is that of writes.
+const WRITES_SERVICE: &str = "issuetracker.writes";
 /// How often expired rows are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
 
@@ -88,7 +92,7 @@ pub async fn run(
     };
     let stopped = async {
         until_shutdown.await;
-        set_health(&health, ServingStatus::NotServing).await;
+        set_health(&health, ServingStatus::NotServing, ServingStatus::NotServing).await;
         tracing::info!(drain_seconds = limits.drain().as_secs(), "shutdown began");
         stopping.cancel();
         if !trackers.drain(limits.drain()).await {
@@ -192,25 +196,33 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
 }
 
-/// Reports whether the database is reachable as the health of every service.
+/// Reports what works as the health of the services.
+///
+/// A replica that can only read stays SERVING: if the database is read-only, it is so for every replica, and a load
+/// balancer that took all of them out would take the reads away too.
 async fn report_database_health(db: Db, health: HealthReporter) {
-    let mut healthy = db.watch_health();
+    let mut found = db.watch_health();
     loop {
-        let status = if *healthy.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
-        set_health(&health, status).await;
-        if healthy.changed().await.is_err() {
+        let Health { reads, writes } = *found.borrow_and_update();
+        set_health(&health, serving(reads), serving(writes)).await;
+        if found.changed().await.is_err() {
             return;
         }
     }
 }
 
-async fn set_health(health: &HealthReporter, status: ServingStatus) {
+fn serving(works: bool) -> ServingStatus {
+    if works { ServingStatus::Serving } else { ServingStatus::NotServing }
+}
+
+async fn set_health(health: &HealthReporter, reads: ServingStatus, writes: ServingStatus) {
     // The empty name is the server as a whole. The methods are sorted by service.
     let mut services: Vec<&str> = METHODS.iter().map(|method| method.service).collect();
     services.dedup();
-    for service in [""].into_iter().chain(services) {
-        health.set_service_status(service, status).await;
+    for service in ["", READS_SERVICE].into_iter().chain(services) {
+        health.set_service_status(service, reads).await;
     }
+    health.set_service_status(WRITES_SERVICE, writes).await;
 }
 
 /// Deletes expired request ids, tokens and audit events every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.

@@ -15,7 +15,7 @@ pub async fn health(args: HealthArgs) -> anyhow::Result<ExitCode> {
         Some(server) => server,
         None => format!("http://{}", args.listen).parse()?,
     };
-    let status = check_health(&server, &args.tls).await?;
+    let status = check_health(&server, &args.tls, args.service).await?;
     println!("{}", status.as_str_name());
     Ok(match status {
         ServingStatus::Serving => ExitCode::SUCCESS,

@@ -17,6 +17,9 @@ pub struct HealthArgs {
     /// Address that a service on this machine listens on
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// Name to check, such as issuetracker.writes [default: the service as a whole]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME")]
+    pub service: String,
     #[command(flatten)]
     pub tls: ClientTls,
 }

@@ -116,7 +116,7 @@ impl Conn {
     /// Returns a sink for rows in the format of COPY.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
-        Ok(self.client().copy_in(&statement).await?)
+        self.client().copy_in(&statement).await.map_err(|error| self.explain(error.into()))
     }
 
     /// Commits the transaction that was begun with [`Conn::enqueue`]. If the connection is lost meanwhile, the outcome is
@@ -140,7 +140,15 @@ impl Conn {
         self.session.begin_statement();
         let response = response.await;
         self.session.end_statement();
-        response.map_err(|error| self.commit_mode.classify(error.into()))
+        response.map_err(|error| self.explain(error.into()))
+    }
+
+    /// Returns what the error of a statement means on this connection.
+    fn explain(&self, error: Error) -> Error {
+        if matches!(error, Error::ReadOnly) {
+            self.session.report_read_only();
+        }
+        self.commit_mode.classify(error)
     }
 
     /// Returns the prepared statement, and prepares it if this connection has not yet.

@@ -6,6 +6,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{
     admission::AdmissionControl,
+    availability::Health,
     conn::{CommitMode, Conn},
     connection_string::ConnectionString,
     manager::Manager,
@@ -45,8 +46,8 @@ impl PoolOptions {
 pub struct Db {
     pool: bb8::Pool<Manager>,
     manager: Manager,
-    /// Whether the database has responded to the latest probes.
-    healthy: watch::Receiver<bool>,
+    /// What works, according to the latest probes.
+    health: watch::Receiver<Health>,
     options: PoolOptions,
     lock_permits: Arc<Permits>,
     heavy_permits: Arc<Permits>,
@@ -71,17 +72,17 @@ impl Db {
         // Detects a server that vanishes without closing its connections: by unacknowledged data, or by keepalives.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
-        let (manager, healthy) = Manager::start(config, connector);
-        Self::with_manager(manager, healthy, options)
+        let (manager, health) = Manager::start(config, connector);
+        Self::with_manager(manager, health, options)
     }
 
     /// Returns a separate pool on the same database, for authentication.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.healthy.clone(), options)
+        Self::with_manager(self.manager.clone(), self.health.clone(), options)
     }
 
-    fn with_manager(manager: Manager, healthy: watch::Receiver<bool>, options: PoolOptions) -> Self {
+    fn with_manager(manager: Manager, health: watch::Receiver<Health>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max)
@@ -94,7 +95,7 @@ impl Db {
         Self {
             pool,
             manager,
-            healthy,
+            health,
             lock_permits: Arc::new(Permits::new(connections / 2, options.wait_max)),
             heavy_permits: Arc::new(Permits::new(connections / 4, options.wait_max)),
             admission: Arc::new(AdmissionControl::new(connections, options.wait_max)),
@@ -130,7 +131,7 @@ impl Db {
         let waiter = self.admission.enter().ok_or_else(|| {
             Error::Exhausted("too many requests wait for a database connection; try again".to_owned())
         })?;
-        let mut up = self.manager.watch_up();
+        let mut up = self.manager.availability().watch_up();
         loop {
             let session = tokio::select! {
                 biased;
@@ -138,8 +139,8 @@ impl Db {
                 Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
             };
             match session {
-                // It was closed while it was idle. Dropping it makes room for a new one.
-                Ok(session) if session.client().is_closed() => continue,
+                // It was closed or retired while it was idle. Dropping it makes room for a new one.
+                Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
                 Ok(session) => {
                     waiter.admitted();
                     return Ok(Conn::new(session, commit_mode));
@@ -158,9 +159,9 @@ impl Db {
         }
     }
 
-    /// Returns whether the database responds, as it changes.
-    pub fn watch_health(&self) -> watch::Receiver<bool> {
-        self.healthy.clone()
+    /// Returns what works, as it changes.
+    pub fn watch_health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
     }
 }
 

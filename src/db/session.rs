@@ -3,14 +3,14 @@
 use std::{
     collections::HashMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
 use tokio_postgres::{Client, Statement};
 
-use super::tls::Connector;
+use super::{availability::Availability, tls::Connector};
 use crate::error::Result;
 
 /// Maximum prepared statements of a connection. Only the shapes of filters are more than a few dozen; past the bound, an
@@ -26,11 +26,24 @@ pub struct Session {
     /// Statements that were sent and whose response has not arrived. After the checkout has ended: statements whose
     /// callers have stopped waiting.
     statements_in_flight: AtomicU32,
+    availability: Arc<Availability>,
+    /// See [`Availability::generation`].
+    generation: u32,
+    /// Whether it refused a write while new sessions can write.
+    is_read_only: AtomicBool,
 }
 
 impl Session {
-    pub(super) fn new(client: Client, connector: Connector) -> Self {
-        Self { client, connector, statements: Mutex::default(), statements_in_flight: AtomicU32::new(0) }
+    pub(super) fn new(client: Client, connector: Connector, availability: Arc<Availability>, generation: u32) -> Self {
+        Self {
+            client,
+            connector,
+            statements: Mutex::default(),
+            statements_in_flight: AtomicU32::new(0),
+            availability,
+            generation,
+            is_read_only: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -47,10 +60,25 @@ impl Session {
         self.statements_in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Returns whether the session cannot be used again: it is closed, or a statement may still be running, which the next
-    /// one would wait for.
+    /// Returns whether the session cannot be used again: it is closed or outdated, or a statement may still be running, which
+    /// the next one would wait for.
     pub(super) fn is_broken(&self) -> bool {
-        self.client.is_closed() || self.has_statement_in_flight()
+        self.client.is_closed() || self.has_statement_in_flight() || self.is_outdated()
+    }
+
+    /// Returns whether a new session may be able to write and this one is not.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.generation != self.availability.generation() || self.is_read_only.load(Ordering::Relaxed)
+    }
+
+    /// Reports that the server refused a write because the session is read-only.
+    ///
+    /// The session is kept if new ones are read-only too: reads need it.
+    pub(super) fn report_read_only(&self) {
+        if self.availability.is_writable() {
+            self.is_read_only.store(true, Ordering::Relaxed);
+            self.availability.report_read_only();
+        }
     }
 
     fn has_statement_in_flight(&self) -> bool {

@@ -174,6 +174,7 @@ mod tests {
             (1..).take_while(|_| attempts.next_delay(&error).is_some()).count() as u32 + 1
         };
         assert_eq!(attempts_of(Error::ConnectionLost), ATTEMPTS_MAX);
+        assert_eq!(attempts_of(Error::ReadOnly), ATTEMPTS_MAX);
         assert_eq!(attempts_of(Error::Conflict("they met")), ATTEMPTS_MAX);
         for error in [
             Error::Unavailable,

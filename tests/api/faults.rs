@@ -2,6 +2,7 @@
 
 mod connections;
 mod deadlines;
+mod read_only;
 mod shutdown;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
