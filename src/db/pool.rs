@@ -41,6 +41,17 @@ impl PoolOptions {
         Self { connections_max: 2, wait_max: Duration::from_secs(2), statement_max: Duration::from_secs(30) };
 }
 
+/// Limits on stored data.
+#[derive(Clone, Copy, Debug)]
+pub struct StorageLimits {
+    /// The bytes of large responses that are stored for a user in 24 hours.
+    pub response_bytes_per_user_max: i64,
+}
+
+impl StorageLimits {
+    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX };
+}
+
 /// The pool. Clones share it.
 #[derive(Clone)]
 pub struct Db {
@@ -52,6 +63,7 @@ pub struct Db {
     lock_permits: Arc<Permits>,
     heavy_permits: Arc<Permits>,
     admission: Arc<AdmissionControl>,
+    storage_limits: StorageLimits,
 }
 
 impl Db {
@@ -99,8 +111,18 @@ impl Db {
             lock_permits: Arc::new(Permits::new(connections / 2, options.wait_max)),
             heavy_permits: Arc::new(Permits::new(connections / 4, options.wait_max)),
             admission: Arc::new(AdmissionControl::new(connections, options.wait_max)),
+            storage_limits: StorageLimits::NONE,
             options,
         }
+    }
+
+    /// Returns the pool with limits on stored data. A new pool has none.
+    pub fn with_storage_limits(self, storage_limits: StorageLimits) -> Self {
+        Self { storage_limits, ..self }
+    }
+
+    pub fn storage_limits(&self) -> StorageLimits {
+        self.storage_limits
     }
 
     /// Returns a permit for work that can wait for row locks. Half of the connections stay free for other work.
