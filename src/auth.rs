@@ -27,6 +27,7 @@ use crate::{
         tokens::{self, TokenOwner},
     },
     error::{Error, Result},
+    fairness::Flow,
     hash::sha256,
     limits::{PASSWORD_BYTES_MAX, PASSWORD_BYTES_MIN},
     pb::Role,
@@ -58,6 +59,10 @@ impl Caller {
     /// Returns the caller that the authentication layer of [`crate::middleware`] has attached to the request.
     pub fn of<T>(request: &Request<T>) -> Result<Self> {
         request.extensions().get::<Self>().copied().ok_or(Error::Internal("a request without a caller"))
+    }
+
+    pub fn flow(&self) -> Flow {
+        Flow::User(self.user_id)
     }
 
     pub fn is_admin(&self) -> bool {
@@ -141,7 +146,9 @@ impl Auth {
     }
 
     /// Returns the caller whose token is in the header `authorization`. Fails with `Unauthenticated` without a valid token.
-    pub async fn authenticate(&self, headers: &HeaderMap) -> Result<Caller> {
+    ///
+    /// `client`: the address of the client, which waits in turns with others if the token is not cached.
+    pub async fn authenticate(&self, headers: &HeaderMap, client: Flow) -> Result<Caller> {
         let token = headers.get(AUTHORIZATION).ok_or(Error::Unauthenticated(
             "credentials: missing; expected metadata \"authorization: Bearer <token>\" with a token of AuthService.Login",
         ))?;
@@ -156,7 +163,7 @@ impl Auth {
             return Ok(cached.caller);
         }
         // Boxed: it is rare, and would make the future of every request larger, which is moved several times.
-        let found = Box::pin(self.lookups.call(sha256)).await?;
+        let found = Box::pin(self.lookups.call(client, sha256)).await?;
         let TokenOwner { token_id, user_id, role, valid_for } = found.ok_or(Error::Unauthenticated(
             "authorization: the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;

@@ -3,7 +3,6 @@
 //! A query is a free function on [`Conn`], in the file of its noun. A [`Tx`] dereferences to [`Conn`]: the same function
 //! runs with or without a transaction. Nothing in this module depends on gRPC.
 
-mod admission;
 mod availability;
 mod conn;
 mod manager;
@@ -18,7 +17,6 @@ pub mod batchers;
 pub mod connection_string;
 pub mod idempotency;
 pub mod migrate;
-pub mod response_budget;
 pub mod row_locks;
 pub mod time;
 
@@ -36,7 +34,7 @@ pub use self::{
     conn::Conn,
     connection_string::ConnectionString,
     page::{Page, PageBounds},
-    pool::{Db, PoolOptions, StorageLimits},
+    pool::{Db, PoolOptions},
 };
 #[cfg(feature = "internals")]
 pub use self::{conn::Params, transaction::Tx};

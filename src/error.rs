@@ -64,13 +64,10 @@ pub enum Error {
     PermissionDenied(String),
     /// All request slots are taken. The client is asked to retry after the delay.
     #[error("too many concurrent requests (limit {requests_max}); try again later")]
-    Overloaded { requests_max: usize, delay: Duration },
+    Overloaded { requests_max: u32, delay: Duration },
     /// A limit on concurrent work is reached.
     #[error("{0}")]
     Exhausted(String),
-    /// A limit on stored data is reached. `metadata` has the numbers.
-    #[error("{message}")]
-    QuotaExceeded { reason: &'static str, message: String, metadata: Vec<(&'static str, i64)> },
     /// Too many wrong passwords. The next attempt is admitted after the delay.
     #[error("too many wrong passwords; try again in {} s", seconds_up(.delay))]
     TooManyTries { delay: Duration },
@@ -214,7 +211,6 @@ impl Error {
             | Self::AlreadyExists(_)
             | Self::VersionMismatch(_)
             | Self::Precondition { .. }
-            | Self::QuotaExceeded { .. }
             | Self::ChangedSince { .. } => true,
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
@@ -444,9 +440,7 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) | Self::Overloaded { .. } | Self::QuotaExceeded { .. } | Self::TooManyTries { .. } => {
-                Code::ResourceExhausted
-            }
+            Self::Exhausted(_) | Self::Overloaded { .. } | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable
@@ -464,7 +458,6 @@ impl Error {
             Self::InvalidReason { reason, .. }
             | Self::Precondition { reason, .. }
             | Self::Aborted { reason, .. }
-            | Self::QuotaExceeded { reason, .. }
             | Self::Timeout { reason, .. } => reason,
             Self::NotFound(_) => "NOT_FOUND",
             Self::AlreadyExists(_) => "ALREADY_EXISTS",
@@ -517,7 +510,6 @@ impl Error {
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
             Self::TooManyTries { delay } | Self::Overloaded { delay, .. } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
-            | Self::QuotaExceeded { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
@@ -552,10 +544,6 @@ impl Error {
             Self::ChangedSince { count, ids } => {
                 add("changed_count", count.to_string());
                 add("changed_ids", ids.iter().map(Uuid::to_string).collect::<Vec<_>>().join(","));
-                (Vec::new(), 0)
-            }
-            Self::QuotaExceeded { metadata, .. } => {
-                metadata.iter().for_each(|(key, value)| add(key, value.to_string()));
                 (Vec::new(), 0)
             }
             _ => (Vec::new(), 0),

@@ -39,7 +39,7 @@
 //! `AND`), parentheses, functions, the operators `!= < <= > >= : == <>`, curly quotes before a word, and `*` in a value
 //! without quotes. In quotes and in search words `*` stands for itself.
 //!
-//! A filter has at most 2,000 characters, at most 32 terms, and no NUL character.
+//! A filter has at most 2,000 characters, at most 32 terms, of which 8 with labels, and no NUL character.
 
 use std::fmt;
 
@@ -63,6 +63,9 @@ pub const FILTER_CHARS_MAX: usize = 2_000;
 /// Maximum terms of a filter.
 pub const FILTER_TERMS_MAX: usize = 32;
 
+/// Maximum terms with labels. Each is a join, and planning many joins takes longer than reading the issues.
+pub const FILTER_LABELS_MAX: usize = 8;
+
 /// A filter: matches the issues for which all terms hold.
 ///
 /// `Display` writes canonical text, which [`parse`] parses to an equal filter. Its spaces, `AND`s and escapes can exceed
@@ -70,13 +73,6 @@ pub const FILTER_TERMS_MAX: usize = 32;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Filter {
     pub terms: Vec<Term>,
-}
-
-impl Filter {
-    /// Returns whether the filter searches the text of issues, for which there is no index.
-    pub fn searches(&self) -> bool {
-        self.terms.iter().any(|term| matches!(term, Term::Search(_)))
-    }
 }
 
 /// One condition on an issue.
@@ -164,7 +160,13 @@ impl Parser<'_> {
                 let what = format!("the filter has more than {FILTER_TERMS_MAX} terms");
                 return Err(FilterError::new(self.peek()?.start, what));
             }
+            let start = self.peek()?.start;
             terms.push(self.term()?);
+            let labels = terms.iter().filter(|term| matches!(term, Term::Label(_))).count();
+            if labels > FILTER_LABELS_MAX {
+                let what = format!("the filter has more than {FILTER_LABELS_MAX} terms with labels");
+                return Err(FilterError::new(start, what));
+            }
             if matches!(self.peek()?.kind, Kind::And | Kind::End) {
                 return Ok(());
             }

@@ -28,6 +28,8 @@ pub mod db;
 #[cfg(feature = "internals")]
 pub mod error;
 #[cfg(feature = "internals")]
+pub mod fairness;
+#[cfg(feature = "internals")]
 pub mod filter;
 #[cfg(feature = "internals")]
 pub mod hash;
@@ -66,6 +68,8 @@ mod csv;
 mod db;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod error;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod fairness;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod filter;
 #[cfg(all(feature = "server", not(feature = "internals")))]

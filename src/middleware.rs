@@ -14,8 +14,9 @@
 //! 9. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
 //! 10. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!     let alone validated.
-//! 11. [`admission::AdmissionLayer`] takes a request slot, which is held until the response has been read.
-//! 12. [`buffering`] buffers the request message and the response within a memory budget. Only admitted callers use it up.
+//! 11. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
+//! 12. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
+//!     a slow client holds none, and until the response is buffered or its stream ends.
 //! 13. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
@@ -39,14 +40,19 @@ pub mod method_table;
 pub mod protocol;
 pub mod retry;
 pub mod unauthenticated_limits;
+mod unread;
 
 use std::time::Duration;
+
+use crate::fairness::SharePercent;
 
 /// The limits of requests.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestLimits {
     /// Maximum number of concurrent requests, without unauthenticated ones.
-    pub requests_max: usize,
+    pub requests_max: u32,
+    /// The part of the requests, and of the memory for messages, that one user may take.
+    pub share: SharePercent,
     /// Maximum size of one message, also after decompression.
     pub message_bytes_max: usize,
     /// The deadline of calls whose client sets none.

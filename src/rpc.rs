@@ -13,9 +13,8 @@ mod users;
 
 pub use users::check_username;
 
-use std::{net::IpAddr, sync::Arc};
+use std::net::IpAddr;
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -25,6 +24,7 @@ use crate::{
     auth::throttle::LoginLimits,
     db::{Db, batchers::Batchers},
     error::Result,
+    fairness::FairSemaphore,
     transport::client_address::ClientAddress,
 };
 
@@ -36,9 +36,9 @@ pub struct Api {
     pub batchers: Batchers,
     pub session_hours: i32,
     /// One permit per concurrent import.
-    pub imports: Arc<Semaphore>,
+    pub imports: FairSemaphore,
     /// One permit per concurrent export.
-    pub exports: Arc<Semaphore>,
+    pub exports: FairSemaphore,
     /// Cancelled when the server stops: streams end, and their clients resume on another server.
     pub stopping: CancellationToken,
 }

@@ -4,7 +4,6 @@ use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hyper::body::Incoming;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -17,9 +16,10 @@ use crate::{
     config::Limits,
     db::{
         Conn, Db, Health, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
-        response_budget::prune_response_budgets, tokens::prune_tokens,
+        tokens::prune_tokens,
     },
     error::Result,
+    fairness::FairSemaphore,
     middleware::{
         RequestLimits,
         admission::{AdmissionLayer, LoadSheddingLayer, RequestSlots},
@@ -62,7 +62,6 @@ pub async fn run(
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let db = db.with_storage_limits(limits.storage());
     let stopping = CancellationToken::new();
     let auth = Auth::new(db.clone(), limits.bcrypt.cost)?;
     let api = Api {
@@ -71,8 +70,8 @@ pub async fn run(
         login_limits: LoginLimits::new(limits.free_login_failures()),
         batchers: Batchers::new(db.clone()),
         session_hours: limits.session_hours,
-        imports: Arc::new(Semaphore::new(limits.imports as usize)),
-        exports: Arc::new(Semaphore::new(limits.exports as usize)),
+        imports: FairSemaphore::new("imports", limits.imports, limits.share()),
+        exports: FairSemaphore::new("exports", limits.exports, limits.share()),
         stopping: stopping.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -129,7 +128,7 @@ pub fn middleware_stack(
 + Sync
 + 'static
 + use<> {
-    let slots = Arc::new(RequestSlots::new(limits.requests_max));
+    let slots = Arc::new(RequestSlots::new("request slots", limits.requests_max, limits.share));
     ServiceBuilder::new()
         .layer(ProtocolLayer)
         .layer(ErrorMappingLayer)
@@ -141,8 +140,8 @@ pub fn middleware_stack(
         .layer(LoadSheddingLayer(Arc::clone(&slots)))
         .layer(AuthenticationLayer::new(auth))
         .layer(AuthorizationLayer)
-        .layer(AdmissionLayer(slots))
         .layer(BufferingLayer::new(limits))
+        .layer(AdmissionLayer(slots))
         .layer(RetryLayer)
         .service(routes.prepare())
 }
@@ -226,14 +225,13 @@ async fn set_health(health: &HealthReporter, reads: ServingStatus, writes: Servi
     health.set_service_status(WRITES_SERVICE, writes).await;
 }
 
-/// Deletes old data every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
+/// Deletes expired request ids, tokens and audit events every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
         interval.tick().await;
         for (what, pruned) in [
             ("request ids", pruned(&db, async |conn| prune_requests(conn).await).await),
-            ("response budgets", pruned(&db, async |conn| prune_response_budgets(conn).await).await),
             ("tokens", pruned(&db, async |conn| prune_tokens(conn).await).await),
             ("audit events", pruned(&db, async |conn| prune_audit_events(conn).await).await),
         ] {

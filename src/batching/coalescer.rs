@@ -5,7 +5,7 @@
 //! call waits.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::HashSet,
     hash::Hash,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -18,8 +18,13 @@ use futures_util::{
 };
 use tokio::sync::oneshot;
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fairness::{FairQueue, Flow, SharePercent},
+};
 
+/// The part of the waiting calls that may be those of one flow.
+const WAITING_SHARE: SharePercent = SharePercent(75);
 /// A batch that runs longer than this is cancelled once all its callers have stopped waiting.
 const CANCELLABLE_AFTER: Duration = Duration::from_millis(100);
 
@@ -76,7 +81,7 @@ struct Inner<I, O, K> {
 }
 
 struct State<I, O> {
-    waiting: VecDeque<PendingCall<I, O>>,
+    waiting: FairQueue<PendingCall<I, O>>,
     batches_in_flight: usize,
 }
 
@@ -97,17 +102,17 @@ where
         run_batch: RunBatch<I, O>,
         run_individually: RunIndividually<I, O>,
     ) -> Self {
-        let state = Mutex::new(State { waiting: VecDeque::new(), batches_in_flight: 0 });
+        let state = Mutex::new(State { waiting: FairQueue::default(), batches_in_flight: 0 });
         Self { inner: Arc::new(Inner { affinity, run_batch, run_individually, bounds, state }) }
     }
 
     /// Executes the item in the next batch that has room for it. If the future is dropped before that batch starts, the
-    /// item is not executed.
-    pub async fn call(&self, item: I) -> Result<O> {
+    /// item is not executed. The flows that wait take turns.
+    pub async fn call(&self, flow: Flow, item: I) -> Result<O> {
         if (self.inner.affinity)(&item) == BatchAffinity::Individual {
             return (self.inner.run_individually)(item).await;
         }
-        match self.enqueue(item)? {
+        match self.enqueue(flow, item)? {
             Enqueued::Inline(item) => InlineBatch(Arc::clone(&self.inner)).run(item).await,
             Enqueued::Waiting(outcome) => {
                 outcome.await.map_err(|_| Error::Internal("a batch ended without an outcome"))?
@@ -115,18 +120,23 @@ where
         }
     }
 
-    fn enqueue(&self, item: I) -> Result<Enqueued<I, O>> {
+    fn enqueue(&self, flow: Flow, item: I) -> Result<Enqueued<I, O>> {
         let mut state = self.inner.lock();
         let is_free = state.batches_in_flight < self.inner.bounds.batches_max;
         if is_free && state.waiting.is_empty() && self.inner.bounds.runs_inline {
             state.batches_in_flight += 1;
             return Ok(Enqueued::Inline(item));
         }
-        if state.waiting.len() >= self.inner.bounds.waiting_max {
-            return Err(Error::Exhausted(format!("too many calls of this kind wait (limit {})", state.waiting.len())));
+        let waiting_max = self.inner.bounds.waiting_max;
+        let share = WAITING_SHARE.of(u32::try_from(waiting_max).unwrap_or(u32::MAX)) as usize;
+        let has_used_up_share = flow != Flow::Internal && state.waiting.len_of(flow) >= share;
+        if state.waiting.len() >= waiting_max || has_used_up_share {
+            return Err(Error::Exhausted(format!(
+                "too many calls of this kind wait (limit {waiting_max}, for one caller {share})"
+            )));
         }
         let (sender, outcome) = oneshot::channel();
-        state.waiting.push_back(PendingCall { item, outcome: sender });
+        state.waiting.push_back(flow, PendingCall { item, outcome: sender });
         if is_free {
             state.batches_in_flight += 1;
             tokio::spawn(Arc::clone(&self.inner).run_batches());
@@ -217,19 +227,19 @@ where
         let mut state = self.lock();
         let mut calls = Vec::new();
         let mut keys = HashSet::new();
-        let mut later = VecDeque::new();
+        let mut later = Vec::new();
         while calls.len() < self.bounds.items_max {
-            let Some(call) = state.waiting.pop_front() else { break };
+            let Some((flow, call)) = state.waiting.pop_front() else { break };
             if call.outcome.is_closed() {
                 continue;
             }
             match (self.affinity)(&call.item) {
-                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push_back(call),
+                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push((flow, call)),
                 _ => calls.push(call),
             }
         }
-        while let Some(call) = later.pop_back() {
-            state.waiting.push_front(call);
+        while let Some((flow, call)) = later.pop() {
+            state.waiting.push_front(flow, call);
         }
         if calls.is_empty() {
             state.batches_in_flight -= 1;

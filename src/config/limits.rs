@@ -8,7 +8,8 @@ use clap::{Args, value_parser};
 use super::user::BcryptCost;
 use crate::{
     auth::throttle::FreeFailures,
-    db::{PoolOptions, StorageLimits},
+    db::PoolOptions,
+    fairness::SharePercent,
     middleware::RequestLimits,
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
@@ -32,6 +33,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_REQUESTS", default_value_t = 1_024, value_name = "N",
         value_parser = value_parser!(u32).range(1..=100_000), help_heading = "Requests")]
     requests: u32,
+    /// The part of each limited resource that one user may hold, in percent
+    #[arg(long, env = "ISSUE_TRACKER_USER_SHARE_PERCENT", default_value_t = 75, value_name = "PERCENT",
+        value_parser = value_parser!(u32).range(1..=100), help_heading = "Requests")]
+    user_share_percent: u32,
     /// Deadline of unary calls whose client sets none, in milliseconds
     #[arg(long, env = "ISSUE_TRACKER_DEADLINE_MS", default_value_t = 30_000, value_name = "MS",
         value_parser = value_parser!(u64).range(1..=600_000), help_heading = "Requests")]
@@ -85,11 +90,6 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS", help_heading = "Connections")]
     trusted_proxies: Option<TrustedProxies>,
 
-    /// Maximum bytes of responses over 4 KiB that are stored for the request ids of a user in 24 hours
-    #[arg(long, env = "ISSUE_TRACKER_STORED_RESPONSE_BYTES", default_value_t = 268_435_456, value_name = "BYTES",
-        value_parser = value_parser!(i64).range(0..=1_099_511_627_776), help_heading = "Storage")]
-    stored_response_bytes: i64,
-
     #[command(flatten, next_help_heading = "Authentication")]
     pub bcrypt: BcryptCost,
     /// Lifetime of a session, in hours
@@ -126,17 +126,15 @@ impl Limits {
             connections_max: self.pool_connections,
             wait_max: Duration::from_millis(self.pool_wait_ms),
             statement_max: Duration::from_millis(self.statement_ms),
+            share: self.share(),
         }
-    }
-
-    pub fn storage(&self) -> StorageLimits {
-        StorageLimits { response_bytes_per_user_max: self.stored_response_bytes }
     }
 
     pub fn requests(&self) -> RequestLimits {
         RequestLimits {
-            requests_max: self.requests as usize,
+            requests_max: self.requests,
             message_bytes_max: self.message_bytes as usize,
+            share: self.share(),
             deadline_default: Duration::from_millis(self.deadline_ms),
         }
     }
@@ -153,6 +151,11 @@ impl Limits {
             header_bytes_max: self.header_bytes,
             trusted_proxies: self.trusted_proxies.clone().unwrap_or_default(),
         }
+    }
+
+    /// Returns the part of each limited resource that one user may hold.
+    pub fn share(&self) -> SharePercent {
+        SharePercent(self.user_share_percent)
     }
 
     pub fn free_login_failures(&self) -> FreeFailures {

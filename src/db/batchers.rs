@@ -11,7 +11,6 @@ use super::{
     issues::{self, IssueChange, IssueList, NewIssue},
     page::Page,
     pool::Db,
-    response_budget,
     row_locks::RowLocks,
 };
 use crate::{
@@ -20,6 +19,7 @@ use crate::{
         shared_read::SharedReads,
     },
     error::{Error, Result},
+    fairness::Flow,
     pb::{Comment, Issue, IssueView},
 };
 
@@ -96,7 +96,7 @@ type MutationBatcher<M> = Coalescer<MutationCall<M>, <M as BatchMutation>::Respo
 pub struct Batchers {
     db: Db,
     gets: Coalescer<(Uuid, IssueView), Issue, ()>,
-    lists: SharedReads<IssueList, Page<Issue>>,
+    lists: SharedReads<(Flow, IssueList), Page<Issue>>,
     pub creates: MutationBatcher<NewIssue>,
     pub updates: MutationBatcher<IssueChange>,
     pub comments: MutationBatcher<NewComment>,
@@ -115,13 +115,14 @@ impl Batchers {
     }
 
     /// Returns an issue. See [`issues::get_in_view`].
-    pub async fn get(&self, id: Uuid, view: IssueView) -> Result<Issue> {
-        self.gets.call((id, view)).await
+    pub async fn get(&self, flow: Flow, id: Uuid, view: IssueView) -> Result<Issue> {
+        self.gets.call(flow, (id, view)).await
     }
 
-    /// Returns a page of issues. See [`issues::list`].
-    pub async fn list(&self, list: IssueList) -> Result<Page<Issue>> {
-        self.lists.read(list).await
+    /// Returns a page of issues. See [`issues::list`]. Shared with concurrent calls of the same flow only, so that no caller
+    /// waits for a permit of another one.
+    pub async fn list(&self, flow: Flow, list: IssueList) -> Result<Page<Issue>> {
+        self.lists.read((flow, list)).await
     }
 
     /// Executes a mutation in the next batch of its kind. A dry run is executed individually and rolled back.
@@ -135,7 +136,7 @@ impl Batchers {
             return Box::pin(mutate_individually(&self.db, call)).await;
         }
         let options = call.options;
-        batcher.call(call).await.map_err(|error| options.explain(error))
+        batcher.call(Flow::User(call.caller_id), call).await.map_err(|error| options.explain(error))
     }
 }
 
@@ -162,12 +163,12 @@ fn get_batcher(db: &Db) -> Coalescer<(Uuid, IssueView), Issue, ()> {
     )
 }
 
-fn list_reads(db: &Db) -> SharedReads<IssueList, Page<Issue>> {
+fn list_reads(db: &Db) -> SharedReads<(Flow, IssueList), Page<Issue>> {
     let db = db.clone();
-    SharedReads::new(Box::new(move |list: IssueList| {
-        let db = db.clone();
+    SharedReads::new(Box::new(move |(flow, list): (Flow, IssueList)| {
+        let db = db.for_flow(flow);
         Box::pin(async move {
-            let _permit = if list.filter.searches() { Some(db.heavy_permit().await?) } else { None };
+            let _permit = if list.is_heavy() { Some(db.heavy_permit().await?) } else { None };
             issues::list(&db.conn().await?, &list).await
         })
     }))
@@ -231,18 +232,6 @@ async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) ->
         let applied = applied?;
         let stored: Vec<StoredResponse> =
             keys.iter().zip(&applied).filter_map(|(key, outcome)| stored_response(key, outcome)).collect();
-        let budget_bytes = db.storage_limits().response_bytes_per_user_max;
-        let uncharged =
-            response_budget::charge_batch(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await?;
-        if !uncharged.is_empty() {
-            tx.restart()?;
-            for (call, lock) in calls.iter().zip(&mut locks) {
-                if call.options.key.is_some() && uncharged.contains(&call.caller_id) {
-                    *lock = KeyLock::Unavailable;
-                }
-            }
-            continue;
-        }
         commit_with_responses(tx, &stored).await?;
         return Ok(outcomes(&calls, &locks, applied));
     }

@@ -1,15 +1,22 @@
 //! A connection with its prepared statements.
 
-use std::{future::Future, ops::Deref, pin::pin, task::Poll};
+use std::{future::Future, ops::Deref, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use futures_util::TryStreamExt;
+use tokio::time::timeout;
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
 use super::{
     manager::Manager,
     page::{Page, PageBounds},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fairness::FairPermit,
+};
+
+/// How long a statement may run on whose caller has stopped waiting.
+const ABANDONED_STATEMENT_MAX: Duration = Duration::from_millis(100);
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
@@ -17,8 +24,15 @@ pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 ///
 /// Statements whose futures are polled together are pipelined: they go to the server in the order of their first polls.
 pub struct Conn {
-    session: bb8::PooledConnection<'static, Manager>,
+    checkout: Arc<Checkout>,
     commit_mode: CommitMode,
+}
+
+/// A session that is checked out of the pool. Shared with the task that waits for an abandoned statement.
+struct Checkout {
+    session: bb8::PooledConnection<'static, Manager>,
+    /// Dropped after the session, so that the next holder of a permit finds it in the pool.
+    _permit: FairPermit,
 }
 
 /// When a connection commits what its statements write. Fixed when the connection is checked out: it decides what a lost
@@ -41,8 +55,12 @@ impl CommitMode {
 }
 
 impl Conn {
-    pub(super) fn new(session: bb8::PooledConnection<'static, Manager>, commit_mode: CommitMode) -> Self {
-        Self { session, commit_mode }
+    pub(super) fn new(
+        session: bb8::PooledConnection<'static, Manager>,
+        commit_mode: CommitMode,
+        permit: FairPermit,
+    ) -> Self {
+        Self { checkout: Arc::new(Checkout { session, _permit: permit }), commit_mode }
     }
 
     /// Returns all rows.
@@ -72,7 +90,7 @@ impl Conn {
     /// Reads rows until there are `rows_max` or their sizes exceed `bytes_max`; at least one row if there is any.
     ///
     /// The statement should select one row more than `rows_max`, so that `more` is known. A page that ends because of
-    /// `bytes_max` abandons its statement, and the pool closes the connection.
+    /// `bytes_max` abandons its statement.
     pub async fn query_page<T>(
         &self,
         sql: &str,
@@ -81,9 +99,20 @@ impl Conn {
         from_row: impl Fn(&Row) -> Result<T>,
         size: impl Fn(&T) -> usize,
     ) -> Result<Page<T>> {
-        let statement = self.statement(sql).await?;
+        self.query_prepared_page(&self.statement(sql).await?, params, bounds, from_row, size).await
+    }
+
+    /// As [`Conn::query_page`], for a prepared statement.
+    pub(super) async fn query_prepared_page<T>(
+        &self,
+        statement: &Statement,
+        params: Params<'_>,
+        bounds: PageBounds,
+        from_row: impl Fn(&Row) -> Result<T>,
+        size: impl Fn(&T) -> usize,
+    ) -> Result<Page<T>> {
         let read = async {
-            let mut rows = pin!(self.client().query_raw(&statement, params.iter().copied()).await?);
+            let mut rows = pin!(self.client().query_raw(statement, params.iter().copied()).await?);
             let mut items = Vec::new();
             let mut bytes = 0;
             while let Some(row) = rows.try_next().await? {
@@ -94,7 +123,7 @@ impl Conn {
                 if !items.is_empty() && !fits {
                     if has_room {
                         // The server may have many rows left to send, which the next statement would wait for.
-                        self.session.begin_statement();
+                        self.checkout.session.begin_statement();
                     }
                     return Ok::<_, Error>(Page { items, more: true });
                 }
@@ -131,33 +160,38 @@ impl Conn {
     /// Waits for the response of a statement.
     ///
     /// A caller that stops waiting (its deadline has passed, its client is gone) drops the future, and the statement
-    /// stays counted as in flight: the pool closes the connection.
+    /// stays counted as in flight until it has ended: see [`Conn::drop`].
     pub(super) async fn run<T, E: Into<Error>>(&self, response: impl Future<Output = Result<T, E>>) -> Result<T> {
         if self.client().is_closed() {
             // The statement is not sent: nothing is written, whatever the commit mode.
             return Err(Error::ConnectionLost);
         }
-        self.session.begin_statement();
+        self.checkout.session.begin_statement();
         let response = response.await;
-        self.session.end_statement();
+        self.checkout.session.end_statement();
         response.map_err(|error| self.explain(error.into()))
     }
 
     /// Returns what the error of a statement means on this connection.
     fn explain(&self, error: Error) -> Error {
         if matches!(error, Error::ReadOnly) {
-            self.session.report_read_only();
+            self.checkout.session.report_read_only();
         }
         self.commit_mode.classify(error)
     }
 
     /// Returns the prepared statement, and prepares it if this connection has not yet.
     pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
-        self.session.statement(sql).await
+        self.checkout.session.statement(sql).await
+    }
+
+    /// Prepares a statement that is not kept.
+    pub(super) async fn statement_once(&self, sql: &str) -> Result<Statement> {
+        self.checkout.session.prepare(sql).await
     }
 
     pub(super) fn client(&self) -> &Client {
-        self.session.client()
+        self.checkout.session.client()
     }
 
     /// Sends a command ahead of whatever is sent next on this connection, without waiting for its response: its first
@@ -173,9 +207,29 @@ impl Conn {
 
     /// Returns the connection as one that is closed on drop.
     pub(super) fn into_exclusive(self) -> ExclusiveConn {
-        // Counts as a statement in flight until the connection is released.
-        self.session.begin_statement();
+        self.checkout.session.set_stateful(true);
         ExclusiveConn(self)
+    }
+}
+
+impl Drop for Conn {
+    /// Keeps a session whose statement was abandoned, if it ends soon: calls with short deadlines would otherwise cost a new
+    /// session each. If it does not, the session is closed and the statement cancelled.
+    fn drop(&mut self) {
+        let session = &self.checkout.session;
+        if session.has_statement_in_flight()
+            && !session.is_closed_on_return()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let checkout = Arc::clone(&self.checkout);
+            runtime.spawn(async move {
+                // Sent after the statement. Ends the transaction that the statement may have been part of.
+                let ended = checkout.session.client().batch_execute("ROLLBACK");
+                if let Ok(Ok(())) = timeout(ABANDONED_STATEMENT_MAX, ended).await {
+                    checkout.session.end_all_statements();
+                }
+            });
+        }
     }
 }
 
@@ -186,7 +240,7 @@ pub(super) struct ExclusiveConn(Conn);
 impl ExclusiveConn {
     /// Returns the connection to the pool. The caller has ended everything that it began on the connection.
     pub(super) fn release(self) {
-        self.0.session.end_statement();
+        self.0.checkout.session.set_stateful(false);
     }
 }
 

@@ -6,14 +6,11 @@ use std::collections::HashSet;
 use prost::Message;
 use uuid::Uuid;
 
-use super::{
-    PRUNE_BATCH_ROWS,
-    conn::Conn,
-    pool::Db,
-    response_budget::{self, ResponseSize},
-    transaction::Tx,
+use super::{PRUNE_BATCH_ROWS, conn::Conn, pool::Db, transaction::Tx};
+use crate::{
+    error::{Error, Result},
+    fairness::Flow,
 };
-use crate::error::{Error, Result};
 
 /// How long responses are stored at least.
 pub const RESPONSES_STORED_HOURS: i32 = 24;
@@ -54,9 +51,10 @@ impl Db {
         options: MutationOptions,
         work: impl AsyncFnOnce(&Tx) -> Result<R>,
     ) -> Result<R> {
+        let db = self.for_flow(Flow::User(caller_id));
         // The transaction may wait for row locks, or for a call with the same key.
-        let _permit = self.lock_permit().await?;
-        let tx = self.begin().await?;
+        let _permit = db.lock_permit().await?;
+        let tx = db.begin().await?;
         if let Some(key) = options.key
             && let Some(stored) = find_response(&tx, caller_id, key, options.validate_only).await?
         {
@@ -75,11 +73,6 @@ impl Db {
             return Ok(response);
         }
         let stored = options.key.map(|key| StoredResponse { caller_id, key, response: response.encode_to_vec() });
-        let budget_bytes = self.storage_limits().response_bytes_per_user_max;
-        if let Err(error) = response_budget::charge(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await {
-            let _ = tx.rollback().await;
-            return Err(error);
-        }
         commit_with_responses(tx, stored.as_slice()).await.map_err(|error| options.explain(error))?;
         Ok(response)
     }
@@ -95,15 +88,17 @@ impl Db {
         if options.key.is_some() || options.validate_only {
             return self.mutate(caller_id, options, async |tx| work(tx).await).await;
         }
-        let _permit = self.lock_permit().await?;
-        work(&self.autocommit_conn().await?).await
+        let db = self.for_flow(Flow::User(caller_id));
+        let _permit = db.lock_permit().await?;
+        work(&db.autocommit_conn().await?).await
     }
 
     /// Returns whether the caller has used the key of these options before. Waits for a call in flight with it.
     pub async fn is_retry(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
         let Some(key) = options.key else { return Ok(false) };
-        let _permit = self.lock_permit().await?;
-        let tx = self.begin().await?;
+        let db = self.for_flow(Flow::User(caller_id));
+        let _permit = db.lock_permit().await?;
+        let tx = db.begin().await?;
         Ok(find_response(&tx, caller_id, key, options.validate_only).await?.is_some())
     }
 }
@@ -157,7 +152,7 @@ pub fn request_id_reused(request_id: Uuid) -> Error {
 pub(super) enum KeyLock {
     /// The key is new and locked until the transaction ends, or the mutation has none.
     Acquired,
-    /// The key was used before, or another call with it is in flight, or its response cannot be stored by a batch.
+    /// The key was used before, or another call with it is in flight.
     Unavailable,
 }
 
@@ -191,13 +186,6 @@ pub(super) struct StoredResponse {
     pub caller_id: Uuid,
     pub key: IdempotencyKey,
     pub response: Vec<u8>,
-}
-
-impl StoredResponse {
-    /// Returns the caller and the size of the response in bytes.
-    pub(super) fn size(&self) -> ResponseSize {
-        (self.caller_id, self.response.len())
-    }
 }
 
 /// Commits mutations together with their responses.

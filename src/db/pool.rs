@@ -1,17 +1,19 @@
-//! The pool of connections, and permits that reserve shares of it.
+//! The pool of connections, which callers share, and permits for work that takes its connections for long.
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 
 use super::{
-    admission::AdmissionControl,
     availability::Health,
     conn::{CommitMode, Conn},
     connection_string::ConnectionString,
     manager::Manager,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fairness::{FairPermit, FairSemaphore, Flow, SharePercent},
+};
 
 /// PostgreSQL's `lock_timeout`: how long a statement waits for a lock that another transaction holds.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,41 +35,40 @@ pub struct PoolOptions {
     pub wait_max: Duration,
     /// PostgreSQL's `statement_timeout`.
     pub statement_max: Duration,
+    /// How much of the pool one user may hold.
+    pub share: SharePercent,
 }
 
 impl PoolOptions {
     /// For a command that runs a few statements and exits.
-    pub const SMALL: Self =
-        Self { connections_max: 2, wait_max: Duration::from_secs(2), statement_max: Duration::from_secs(30) };
+    pub const SMALL: Self = Self {
+        connections_max: 2,
+        wait_max: Duration::from_secs(2),
+        statement_max: Duration::from_secs(30),
+        share: SharePercent(100),
+    };
 }
 
-/// Limits on stored data.
-#[derive(Clone, Copy, Debug)]
-pub struct StorageLimits {
-    /// The bytes of large responses that are stored for a user in 24 hours.
-    pub response_bytes_per_user_max: i64,
-}
-
-impl StorageLimits {
-    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX };
-}
-
-/// The pool. Clones share it.
+/// The pool, as one flow uses it. Clones share it.
 #[derive(Clone)]
 pub struct Db {
+    shared: Arc<Shared>,
+    flow: Flow,
+}
+
+struct Shared {
     pool: bb8::Pool<Manager>,
     manager: Manager,
     /// What works, according to the latest probes.
     health: watch::Receiver<Health>,
     options: PoolOptions,
-    lock_permits: Arc<Permits>,
-    heavy_permits: Arc<Permits>,
-    admission: Arc<AdmissionControl>,
-    storage_limits: StorageLimits,
+    connections: FairSemaphore,
+    lock_permits: FairSemaphore,
+    heavy_permits: FairSemaphore,
 }
 
 impl Db {
-    /// Returns a pool. Connects in the background: the database need not be available yet.
+    /// Returns a pool as [`Flow::Internal`] uses it. Connects in the background: the database need not be available yet.
     pub fn new(database: impl Into<ConnectionString>, options: PoolOptions) -> Self {
         let ConnectionString { mut config, connector } = database.into();
         // Just-in-time compilation costs short statements more than it saves.
@@ -90,8 +91,13 @@ impl Db {
 
     /// Returns a separate pool on the same database, for authentication.
     pub fn for_auth(&self) -> Self {
-        let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.options.clone() };
-        Self::with_manager(self.manager.clone(), self.health.clone(), options)
+        let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.shared.options.clone() };
+        Self::with_manager(self.shared.manager.clone(), self.shared.health.clone(), options)
+    }
+
+    /// Returns the same pool as this flow uses it.
+    pub fn for_flow(&self, flow: Flow) -> Self {
+        Self { shared: Arc::clone(&self.shared), flow }
     }
 
     fn with_manager(manager: Manager, health: watch::Receiver<Health>, options: PoolOptions) -> Self {
@@ -103,36 +109,32 @@ impl Db {
             .test_on_check_out(false)
             .retry_connection(false)
             .build_unchecked(manager.clone());
-        let connections = options.connections_max;
-        Self {
+        let (connections, share) = (options.connections_max, options.share);
+        let shared = Shared {
             pool,
             manager,
             health,
-            lock_permits: Arc::new(Permits::new(connections / 2, options.wait_max)),
-            heavy_permits: Arc::new(Permits::new(connections / 4, options.wait_max)),
-            admission: Arc::new(AdmissionControl::new(connections, options.wait_max)),
-            storage_limits: StorageLimits::NONE,
+            connections: FairSemaphore::new("database connections", connections, share),
+            lock_permits: FairSemaphore::new("row lock waiters", connections / 2, share),
+            heavy_permits: FairSemaphore::new("reports and searches", connections / 4, share),
             options,
-        }
-    }
-
-    /// Returns the pool with limits on stored data. A new pool has none.
-    pub fn with_storage_limits(self, storage_limits: StorageLimits) -> Self {
-        Self { storage_limits, ..self }
-    }
-
-    pub fn storage_limits(&self) -> StorageLimits {
-        self.storage_limits
+        };
+        Self { shared: Arc::new(shared), flow: Flow::Internal }
     }
 
     /// Returns a permit for work that can wait for row locks. Half of the connections stay free for other work.
-    pub async fn lock_permit(&self) -> Result<OwnedSemaphorePermit> {
-        self.lock_permits.acquire("too many requests wait for row locks; try again").await
+    pub async fn lock_permit(&self) -> Result<FairPermit> {
+        self.acquire(&self.shared.lock_permits, "too many requests wait for row locks; try again").await
     }
 
     /// Returns a permit for a query that can run for seconds. Three quarters of the connections stay free for other work.
-    pub async fn heavy_permit(&self) -> Result<OwnedSemaphorePermit> {
-        self.heavy_permits.acquire("too many concurrent reports and searches; try again").await
+    pub async fn heavy_permit(&self) -> Result<FairPermit> {
+        self.acquire(&self.shared.heavy_permits, "too many concurrent reports and searches; try again").await
+    }
+
+    async fn acquire(&self, permits: &FairSemaphore, refused: &str) -> Result<FairPermit> {
+        let permit = permits.acquire(self.flow, self.shared.options.wait_max).await;
+        permit.map_err(|_| Error::Exhausted(refused.to_owned()))
     }
 
     /// Returns a connection for statements that only read.
@@ -150,32 +152,29 @@ impl Db {
     }
 
     async fn checkout(&self, commit_mode: CommitMode) -> Result<Conn> {
-        let waiter = self.admission.enter().ok_or_else(|| {
-            Error::Exhausted("too many requests wait for a database connection; try again".to_owned())
-        })?;
-        let mut up = self.manager.availability().watch_up();
+        let Shared { pool, manager, connections, options, .. } = &*self.shared;
+        let mut up = manager.availability().watch_up();
+        let refused = "too many requests wait for a database connection; try again";
+        let permit = tokio::select! {
+            biased;
+            permit = self.acquire(connections, refused) => permit?,
+            Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
+        };
         loop {
             let session = tokio::select! {
                 biased;
-                session = self.pool.get_owned() => session,
+                session = pool.get_owned() => session,
                 Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
             };
             match session {
                 // It was closed or retired while it was idle. Dropping it makes room for a new one.
                 Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
-                Ok(session) => {
-                    waiter.admitted();
-                    return Ok(Conn::new(session, commit_mode));
+                Ok(session) => return Ok(Conn::new(session, commit_mode, permit)),
+                // No connection could be made, although this caller has a permit for one.
+                Err(bb8::RunError::TimedOut) if pool.state().connections < options.connections_max => {
+                    return Err(Error::Unavailable);
                 }
-                // No connection could be made.
-                Err(bb8::RunError::TimedOut) if self.pool.state().connections == 0 => return Err(Error::Unavailable),
-                Err(bb8::RunError::TimedOut) => {
-                    return Err(Error::Exhausted(format!(
-                        "all {} database connections were busy for {} ms",
-                        self.options.connections_max,
-                        self.options.wait_max.as_millis()
-                    )));
-                }
+                Err(bb8::RunError::TimedOut) => return Err(Error::Internal("a permit without a connection")),
                 Err(bb8::RunError::User(error)) => return Err(error.into()),
             }
         }
@@ -183,33 +182,6 @@ impl Db {
 
     /// Returns what works, as it changes.
     pub fn watch_health(&self) -> watch::Receiver<Health> {
-        self.health.clone()
-    }
-}
-
-/// A limited number of permits, with admission control for the callers that wait for one.
-struct Permits {
-    semaphore: Arc<Semaphore>,
-    admission: AdmissionControl,
-    wait_max: Duration,
-}
-
-impl Permits {
-    /// Returns `count` permits, at least one.
-    fn new(count: u32, wait_max: Duration) -> Self {
-        let count = count.max(1);
-        let semaphore = Arc::new(Semaphore::new(count as usize));
-        Self { semaphore, admission: AdmissionControl::new(count, wait_max), wait_max }
-    }
-
-    /// Waits for a permit. Fails with `Exhausted` and this message if none becomes free in time, or at once if the wait
-    /// would be too long.
-    async fn acquire(&self, message: &str) -> Result<OwnedSemaphorePermit> {
-        let exhausted = || Error::Exhausted(message.to_owned());
-        let waiter = self.admission.enter().ok_or_else(exhausted)?;
-        let permit = tokio::time::timeout(self.wait_max, Arc::clone(&self.semaphore).acquire_owned()).await;
-        let permit = permit.map_err(|_| exhausted())?.map_err(|_| exhausted())?;
-        waiter.admitted();
-        Ok(permit)
+        self.shared.health.clone()
     }
 }

@@ -31,6 +31,8 @@ pub struct Session {
     generation: u32,
     /// Whether it refused a write while new sessions can write.
     is_read_only: AtomicBool,
+    /// Whether it has state that the next caller must not meet: an open transaction, an advisory lock, a half-read result.
+    is_stateful: AtomicBool,
 }
 
 impl Session {
@@ -43,6 +45,7 @@ impl Session {
             availability,
             generation,
             is_read_only: AtomicBool::new(false),
+            is_stateful: AtomicBool::new(false),
         }
     }
 
@@ -60,10 +63,28 @@ impl Session {
         self.statements_in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Returns whether the session cannot be used again: it is closed or outdated, or a statement may still be running, which
-    /// the next one would wait for.
+    /// Ends what all calls of [`Session::begin_statement`] have counted.
+    pub(super) fn end_all_statements(&self) {
+        self.statements_in_flight.store(0, Ordering::Relaxed);
+    }
+
+    fn is_stateful(&self) -> bool {
+        self.is_stateful.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_stateful(&self, is_stateful: bool) {
+        self.is_stateful.store(is_stateful, Ordering::Relaxed);
+    }
+
+    /// Returns whether the session cannot be used again: it is closed, has state or is outdated, or a statement may still be
+    /// running, which the next one would wait for.
     pub(super) fn is_broken(&self) -> bool {
-        self.client.is_closed() || self.has_statement_in_flight() || self.is_outdated()
+        self.is_closed_on_return() || self.has_statement_in_flight()
+    }
+
+    /// Returns whether the session cannot be used again, whatever becomes of its statements.
+    pub(super) fn is_closed_on_return(&self) -> bool {
+        self.client.is_closed() || self.is_stateful() || self.is_outdated()
     }
 
     /// Returns whether a new session may be able to write and this one is not.
@@ -81,7 +102,7 @@ impl Session {
         }
     }
 
-    fn has_statement_in_flight(&self) -> bool {
+    pub(super) fn has_statement_in_flight(&self) -> bool {
         self.statements_in_flight.load(Ordering::Relaxed) > 0
     }
 
@@ -91,11 +112,7 @@ impl Session {
         if let Some(statement) = prepared {
             return Ok(statement);
         }
-        // Preparing can wait for a lock on a table, too.
-        self.begin_statement();
-        let statement = self.client.prepare(sql).await;
-        self.end_statement();
-        let statement = statement?;
+        let statement = self.prepare(sql).await?;
         let mut statements = self.lock_statements();
         if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
             && let Some(any) = statements.keys().next().cloned()
@@ -104,6 +121,15 @@ impl Session {
         }
         statements.insert(sql.to_owned(), statement.clone());
         Ok(statement)
+    }
+
+    /// Prepares a statement that lives as long as the result.
+    pub(super) async fn prepare(&self, sql: &str) -> Result<Statement> {
+        // Preparing can wait for a lock on a table, too.
+        self.begin_statement();
+        let statement = self.client.prepare(sql).await;
+        self.end_statement();
+        Ok(statement?)
     }
 
     fn lock_statements(&self) -> MutexGuard<'_, HashMap<String, Statement>> {
@@ -116,7 +142,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         // PostgreSQL notices a closed connection only when it next reads or writes. A cancel request makes it roll back
         // and release its locks now.
-        if self.has_statement_in_flight()
+        if (self.has_statement_in_flight() || self.is_stateful())
             && !self.client.is_closed()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {

@@ -313,6 +313,9 @@ fn long_filters_many_terms_and_nul_are_refused() {
     assert_eq!(terms(&most).len(), FILTER_TERMS_MAX);
     refused(&format!("{most}b"), most.len(), &["more than 32 terms"]);
     refused(&format!("{most}AND b"), most.len() + 4, &["more than 32 terms"]);
+    let most_labels = "label = a ".repeat(FILTER_LABELS_MAX);
+    assert_eq!(terms(&most_labels).len(), FILTER_LABELS_MAX);
+    refused(&format!("{most_labels}label = b"), most_labels.len(), &["more than 8 terms with labels"]);
     refused("a \"b\0\"", 4, &["NUL"]);
 }
 

@@ -7,11 +7,8 @@ use std::{
 };
 
 use futures_util::future::{Either, Ready, ready};
-use http::{Request, Response};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use http::{Extensions, Request, Response};
+use tokio::time::Instant;
 use tower::{Layer, Service};
 
 use super::{
@@ -19,8 +16,11 @@ use super::{
     method_policy::CallPolicy,
 };
 use crate::{
+    auth::Caller,
     backoff::random,
     error::{Error, RETRY_DELAY, Result},
+    fairness::{FairPermit, FairSemaphore, Flow, Refusal, SharePercent},
+    transport::client_address::ClientAddress,
 };
 
 /// Refusals per second that cost next to nothing.
@@ -30,30 +30,34 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
 
 /// A limited number of concurrent calls.
 pub struct RequestSlots {
-    slots: Arc<Semaphore>,
-    max: usize,
+    slots: FairSemaphore,
+    max: u32,
     refusals: Mutex<Refusals>,
 }
 
 impl RequestSlots {
-    pub fn new(max: usize) -> Self {
-        Self { slots: Arc::new(Semaphore::new(max)), max, refusals: Mutex::new(Refusals::new(Instant::now())) }
+    /// `name`: the name of the slots in log lines. `max`: how many calls may be in flight, of which one caller has a share.
+    pub fn new(name: &'static str, max: u32, share: SharePercent) -> Self {
+        Self { slots: FairSemaphore::new(name, max, share), max, refusals: Mutex::new(Refusals::new(Instant::now())) }
     }
 
-    /// Takes a slot until the result is dropped. Fails with `Overloaded` if none is free.
-    pub fn acquire(&self) -> Result<OwnedSemaphorePermit> {
-        Arc::clone(&self.slots).try_acquire_owned().map_err(|_| self.overloaded())
+    /// Takes a slot until the result is dropped. Fails with `Overloaded` if none is free, or the flow has used up its share.
+    pub fn acquire(&self, flow: Flow) -> Result<FairPermit> {
+        self.slots.try_acquire(flow, 1).map_err(|refusal| match refusal {
+            Refusal::Share => self.overloaded(self.slots.share_max()),
+            Refusal::Total | Refusal::Wait => self.overloaded(self.max),
+        })
     }
 
     fn has_free(&self) -> bool {
-        self.slots.available_permits() > 0
+        self.slots.has_free()
     }
 
-    fn overloaded(&self) -> Error {
+    fn overloaded(&self, requests_max: u32) -> Error {
         let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         // The jitter keeps refused clients from returning together.
         let delay = refusals.next_delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
-        Error::Overloaded { requests_max: self.max, delay }
+        Error::Overloaded { requests_max, delay }
     }
 }
 
@@ -116,13 +120,13 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         if CallPolicy::of(&request).role().is_some() && !self.slots.has_free() {
-            return Either::Left(ready(Err(self.slots.overloaded())));
+            return Either::Left(ready(Err(self.slots.overloaded(self.slots.max))));
         }
         Either::Right(self.inner.call(request))
     }
 }
 
-/// Takes a slot for each call that needs credentials, until its response has been read.
+/// Takes a slot for each call that needs credentials, until its response body is dropped.
 #[derive(Clone)]
 pub struct AdmissionLayer(pub Arc<RequestSlots>);
 
@@ -145,21 +149,29 @@ impl<S, B, R> Service<Request<B>> for Admission<S>
 where
     S: Service<Request<B>, Response = Response<R>, Error = Error>,
 {
-    type Response = Response<GuardedBody<R, Option<OwnedSemaphorePermit>>>;
+    type Response = Response<GuardedBody<R, Option<FairPermit>>>;
     type Error = Error;
-    type Future =
-        Either<Ready<Result<Self::Response>>, WrappedResponse<S::Future, Guard<Option<OwnedSemaphorePermit>>>>;
+    type Future = Either<Ready<Result<Self::Response>>, WrappedResponse<S::Future, Guard<Option<FairPermit>>>>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<()>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let slot = CallPolicy::of(&request).role().map(|_| self.slots.acquire()).transpose();
+        let slot = CallPolicy::of(&request).role().map(|_| self.slots.acquire(flow(request.extensions()))).transpose();
         match slot {
             Ok(slot) => Either::Right(WrappedResponse::new(self.inner.call(request), Guard(slot))),
             Err(error) => Either::Left(ready(Err(error))),
         }
+    }
+}
+
+/// Returns whom a request is made for: its caller, or the client that has not been authenticated.
+pub(super) fn flow(extensions: &Extensions) -> Flow {
+    match (extensions.get::<Caller>(), extensions.get::<ClientAddress>()) {
+        (Some(caller), _) => caller.flow(),
+        (None, Some(client)) => Flow::Address(client.network()),
+        (None, None) => Flow::Internal,
     }
 }
 

@@ -10,10 +10,11 @@ use http::{HeaderMap, Request};
 use tokio::time::sleep;
 use tower::{Layer, Service};
 
-use super::{method_policy::CallPolicy, retry::Attempts};
+use super::{admission::flow, method_policy::CallPolicy, retry::Attempts};
 use crate::{
     auth::{Auth, Caller},
     error::{Error, Result},
+    fairness::Flow,
     transport::activity::CallHandle,
 };
 
@@ -63,7 +64,7 @@ where
         }
         let (auth, mut inner) = (Arc::clone(&self.auth), self.inner.clone());
         Either::Right(Box::pin(async move {
-            let caller = authenticate(&auth, request.headers()).await?;
+            let caller = authenticate(&auth, request.headers(), flow(request.extensions())).await?;
             request.extensions_mut().insert(caller);
             if let Some(call) = request.extensions().get::<CallHandle>() {
                 call.mark_authenticated();
@@ -74,10 +75,10 @@ where
 }
 
 /// Looks up the token, again if the connection to the database is lost.
-async fn authenticate(auth: &Auth, headers: &HeaderMap) -> Result<Caller> {
+async fn authenticate(auth: &Auth, headers: &HeaderMap, client: Flow) -> Result<Caller> {
     let mut attempts = Attempts::default();
     loop {
-        let error = match auth.authenticate(headers).await {
+        let error = match auth.authenticate(headers, client).await {
             Ok(caller) => return Ok(caller),
             Err(error) => error,
         };

@@ -11,39 +11,39 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Request, Response};
-use http_body::{Body, Frame};
-use tokio::time::timeout;
+use http_body::Body;
+use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tower::{Layer, Service};
 
 use super::{
     RequestLimits,
+    admission::flow,
     body::{PolledFrame, RequestBody, UncutBody},
     compression::{ENCODING, MESSAGE_PREFIX_BYTES, is_gzip, take_accepts_gzip, unzip, zip},
-    deadline,
-    memory_budget::{MemoryBudget, Permits},
+    deadline::{self, READ_GRACE},
+    memory_budget::{MemoryBudget, MessageMemory},
     method_policy::CallPolicy,
+    unread::{Remaining, UnreadResponse},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    transport::activity::CallHandle,
+};
 
-/// Memory for the requests and responses of authenticated callers, beyond the first bytes of each.
-const BUDGET_KIB: usize = 256 * 1024;
-/// The first bytes of each message, which are not counted.
-const UNCOUNTED_BYTES: usize = 64 * 1024;
-/// The same for unauthenticated requests. Names and passwords fit into the uncounted bytes: a budget that others have used
-/// up keeps no user from signing in.
-const UNAUTHENTICATED_BUDGET_KIB: usize = 16 * 1024;
-const UNAUTHENTICATED_UNCOUNTED_BYTES: usize = 1024;
+/// Memory for the requests and responses of authenticated callers.
+const BUDGET_KIB: u32 = 256 * 1024;
+/// The same for unauthenticated requests, which client addresses share.
+const UNAUTHENTICATED_BUDGET_KIB: u32 = 16 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
 pub const UNAUTHENTICATED_MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Time allowed for the client to send an unauthenticated request.
 const UNAUTHENTICATED_READ_MAX: Duration = Duration::from_secs(5);
-/// How much of a response the connection gets at once.
-const PIECE_BYTES: usize = 16 * 1024;
 
 /// Buffers the request, unless its client streams, and the response, unless it is a stream.
 ///
-/// Messages are counted until the response has been read. A request that exceeds the budget fails with `Exhausted`.
+/// The message of a request is counted until the response is ready, and that of a response until it has been read. What
+/// exceeds the budget fails with `Exhausted`.
 #[derive(Clone)]
 pub struct BufferingLayer {
     buffers: Arc<Buffers>,
@@ -53,8 +53,12 @@ impl BufferingLayer {
     pub fn new(limits: RequestLimits) -> Self {
         let buffers = Buffers {
             limits,
-            budget: MemoryBudget::new(UNCOUNTED_BYTES, BUDGET_KIB),
-            unauthenticated_budget: MemoryBudget::new(UNAUTHENTICATED_UNCOUNTED_BYTES, UNAUTHENTICATED_BUDGET_KIB),
+            budget: MemoryBudget::new("message memory", BUDGET_KIB, limits.share),
+            unauthenticated_budget: MemoryBudget::new(
+                "message memory without credentials",
+                UNAUTHENTICATED_BUDGET_KIB,
+                limits.share,
+            ),
         };
         Self { buffers: Arc::new(buffers) }
     }
@@ -68,8 +72,14 @@ struct Buffers {
 }
 
 impl Buffers {
-    /// Returns the one message of a request with its prefix, decompressed, and the permits that it holds.
-    async fn read_request<B>(&self, body: B, headers: &HeaderMap, policy: CallPolicy) -> Result<(Bytes, Permits)>
+    /// Returns the one message of a request with its prefix, decompressed.
+    async fn read_request<B>(
+        &self,
+        body: B,
+        headers: &HeaderMap,
+        policy: CallPolicy,
+        memory: &mut MessageMemory,
+    ) -> Result<Bytes>
     where
         B: Body<Data = Bytes> + Unpin,
     {
@@ -82,40 +92,43 @@ impl Buffers {
             ),
             Some(_) => (&self.budget, message_bytes_max, self.limits.deadline_default),
         };
-        let mut permits = Permits::default();
-        let message = timeout(read_max, read_message(body, bytes_max, budget, &mut permits)).await;
+        let message = timeout(read_max, read_message(body, bytes_max, budget, memory)).await;
         let message = message.unwrap_or_else(|_| Err(deadline::exceeded()))?;
-        let message = if is_gzip(headers) { unzip(message, bytes_max, budget, &mut permits)? } else { message };
-        Ok((message, permits))
+        if is_gzip(headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }
     }
 
     /// Buffers the one message of a response.
     ///
     /// Mutations have been made by now, so their responses are not refused if they exceed the budget.
-    async fn read_response<R>(&self, mut body: R, may_be_refused: bool, mut permits: Permits) -> Result<BufferedBody<R>>
+    async fn read_response<R>(&self, mut body: R, may_be_refused: bool, memory: MessageMemory) -> Result<Remaining>
     where
         R: Body<Data = Bytes> + Unpin,
     {
-        let (mut data, mut trailers) = (None, None);
+        let mut response = Remaining { data: None, trailers: None, memory };
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.map_err(|_| Error::Internal("a response cannot be encoded"))?.into_data() {
-                Ok(bytes) if data.is_none() => {
-                    match self.budget.acquire(0, bytes.len()) {
-                        Err(error) if may_be_refused => return Err(error),
-                        acquired => permits.0.extend(acquired.ok().flatten()),
+                Ok(bytes) if response.data.is_none() => {
+                    let counted = self.budget.add(&mut response.memory, 0, bytes.len());
+                    if may_be_refused {
+                        counted?;
                     }
-                    data = Some(bytes);
+                    response.data = Some(bytes);
                 }
                 Ok(_) => return Err(Error::Internal("a response has more than one frame")),
-                Err(frame) => trailers = frame.into_trailers().ok(),
+                Err(frame) => response.trailers = frame.into_trailers().ok(),
             }
         }
-        Ok(BufferedBody { content: Content::Message { data, trailers }, _permits: permits })
+        Ok(response)
     }
 }
 
 /// Returns the whole body. `bytes_max` is that of the message without its prefix.
-async fn read_message<B>(mut body: B, bytes_max: usize, budget: &MemoryBudget, permits: &mut Permits) -> Result<Bytes>
+async fn read_message<B>(
+    mut body: B,
+    bytes_max: usize,
+    budget: &MemoryBudget,
+    memory: &mut MessageMemory,
+) -> Result<Bytes>
 where
     B: Body<Data = Bytes> + Unpin,
 {
@@ -129,7 +142,7 @@ where
         if before + data.len() > bytes_max + MESSAGE_PREFIX_BYTES {
             return Err(Error::too_large(bytes_max));
         }
-        permits.0.extend(budget.acquire(before, data.len())?);
+        budget.add(memory, before, data.len())?;
         if before == 0 {
             first = data;
         } else {
@@ -178,44 +191,36 @@ where
         Box::pin(async move {
             let (mut parts, body) = request.into_parts();
             let accepts_gzip = !policy.server_streaming && take_accepts_gzip(&mut parts.headers);
-            let (body, permits) = if policy.client_streaming {
-                (RequestBody::Stream(UncutBody(body)), Permits::default())
+            let (flow, call) = (flow(&parts.extensions), parts.extensions.get::<CallHandle>().cloned());
+            let mut memory = MessageMemory::of(flow);
+            let body = if policy.client_streaming {
+                RequestBody::Stream(UncutBody(body))
             } else {
-                let (message, permits) = buffers.read_request(body, &parts.headers, policy).await?;
-                (RequestBody::Message(message), permits)
+                RequestBody::Message(buffers.read_request(body, &parts.headers, policy, &mut memory).await?)
             };
             let response = inner.call(Request::from_parts(parts, body)).await?;
+            // The message of the request is dropped by now.
+            drop(memory);
             let (mut parts, body) = response.into_parts();
-            let mut body = match policy.server_streaming {
-                true => BufferedBody { content: Content::Stream(body), _permits: permits },
-                false => buffers.read_response(body, policy.only_reads, permits).await?,
-            };
-            if accepts_gzip && body.compress() {
+            if policy.server_streaming {
+                return Ok(Response::from_parts(parts, BufferedBody::Stream(body)));
+            }
+            let mut response = buffers.read_response(body, policy.only_reads, MessageMemory::of(flow)).await?;
+            if accepts_gzip && let Some(zipped) = response.data.as_deref().and_then(zip) {
+                response.data = Some(zipped);
                 parts.headers.insert(ENCODING, HeaderValue::from_static("gzip"));
             }
-            Ok(Response::from_parts(parts, body))
+            if let Some(call) = call {
+                call.expect_progress_by(Instant::now() + UnreadResponse::read_max(response.bytes()) + READ_GRACE);
+            }
+            Ok(Response::from_parts(parts, BufferedBody::Message(UnreadResponse::new(response))))
         })
     }
 }
 
-/// A response body with the permits that the request and the response hold until it has been read.
-pub struct BufferedBody<R> {
-    content: Content<R>,
-    _permits: Permits,
-}
-
-impl<R> BufferedBody<R> {
-    /// Compresses the message if that makes it smaller, and returns whether it has.
-    fn compress(&mut self) -> bool {
-        let Content::Message { data: Some(message), .. } = &mut self.content else { return false };
-        let Some(zipped) = zip(message) else { return false };
-        *message = zipped;
-        true
-    }
-}
-
-enum Content<R> {
-    Message { data: Option<Bytes>, trailers: Option<HeaderMap> },
+/// The body of a response: a message that is buffered, or a stream.
+pub enum BufferedBody<R> {
+    Message(UnreadResponse),
     Stream(R),
 }
 
@@ -224,33 +229,16 @@ impl<R: Body<Data = Bytes, Error = Status> + Unpin> Body for BufferedBody<R> {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> PolledFrame {
-        match &mut self.content {
-            Content::Message { data, trailers } => {
-                let piece = next_piece(data).map(Frame::data);
-                let frame = piece.or_else(|| trailers.take().map(Frame::trailers));
-                Poll::Ready(frame.map(Ok))
-            }
-            Content::Stream(body) => Pin::new(body).poll_frame(context),
+        match &mut *self {
+            Self::Message(response) => Poll::Ready(response.next_frame().map(Ok)),
+            Self::Stream(body) => Pin::new(body).poll_frame(context),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Message { data, trailers } => data.is_none() && trailers.is_none(),
-            Content::Stream(body) => body.is_end_stream(),
+        match self {
+            Self::Message(response) => response.is_end(),
+            Self::Stream(body) => body.is_end_stream(),
         }
     }
-}
-
-/// Takes the next piece of a message.
-///
-/// hyper takes a whole frame as soon as the client has window for one byte, and asks for the next one when it is sent. In
-/// pieces, a client that does not read leaves little memory uncounted.
-fn next_piece(data: &mut Option<Bytes>) -> Option<Bytes> {
-    let bytes = data.as_mut()?;
-    let piece = bytes.split_to(bytes.len().min(PIECE_BYTES));
-    if bytes.is_empty() {
-        *data = None;
-    }
-    Some(piece)
 }

@@ -25,8 +25,8 @@ use crate::{
 
 /// The longest deadline of a call that is not a stream.
 const DEADLINE_MAX: Duration = Duration::from_secs(600);
-/// Time allowed for the client to read the rest of a response after the deadline.
-const READ_GRACE: Duration = Duration::from_secs(20);
+/// Time allowed for the client beyond that: to read the rest of a response after the deadline, or one that is due.
+pub(super) const READ_GRACE: Duration = Duration::from_secs(20);
 /// Time allowed for the client of a stream to read what was sent: longer than imports and exports wait for it.
 const STREAM_STALL_MAX: Duration = Duration::from_secs(120);
 

@@ -1,59 +1,77 @@
 //! The memory that messages of requests and responses may take together.
 
-use std::sync::Arc;
+use crate::{
+    error::{Error, Result},
+    fairness::{FairPermit, FairSemaphore, Flow, SharePercent},
+};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-
-use crate::error::{Error, Result};
-
-/// The memory that messages may take together.
+/// The memory that messages may take together, of which one flow may take a share.
 pub(super) struct MemoryBudget {
-    /// The first bytes of each message, which are not counted.
-    uncounted_bytes: usize,
-    kib: Arc<Semaphore>,
+    kib: FairSemaphore,
 }
 
 impl MemoryBudget {
-    pub fn new(uncounted_bytes: usize, kib: usize) -> Self {
-        Self { uncounted_bytes, kib: Arc::new(Semaphore::new(kib)) }
+    /// `name`: the name of the budget in log lines.
+    pub fn new(name: &'static str, kib: u32, share: SharePercent) -> Self {
+        Self { kib: FairSemaphore::new(name, kib, share) }
     }
 
-    /// Counts `bytes` more of a message that has `before` bytes already. Returns `None` if they are among the uncounted
-    /// ones.
-    pub fn acquire(&self, before: usize, bytes: usize) -> Result<Option<OwnedSemaphorePermit>> {
-        let counted_kib = |bytes: usize| bytes.saturating_sub(self.uncounted_bytes).div_ceil(1024);
-        let kib = counted_kib(before + bytes) - counted_kib(before);
+    /// Counts `bytes` more of a message that has `before` bytes already, in KiB, until `memory` is dropped.
+    pub fn add(&self, memory: &mut MessageMemory, before: usize, bytes: usize) -> Result<()> {
+        let kib = (before + bytes).div_ceil(1024) - before.div_ceil(1024);
         if kib == 0 {
-            return Ok(None);
+            return Ok(());
         }
-        let kib = u32::try_from(kib).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&self.kib).try_acquire_many_owned(kib);
-        permit.map(Some).map_err(|_| {
-            Error::Exhausted("the memory for large requests and responses in flight is used up; try again".to_owned())
-        })
+        let permit = self.kib.try_acquire(memory.flow, u32::try_from(kib).unwrap_or(u32::MAX)).map_err(|_| {
+            Error::Exhausted("the memory for requests and responses in flight is used up; try again".to_owned())
+        })?;
+        match &mut memory.held {
+            Some(held) => held.merge(permit),
+            None => memory.held = Some(permit),
+        }
+        Ok(())
     }
 }
 
-/// The permits that the messages of a call hold.
-#[derive(Default)]
-pub(super) struct Permits(pub Vec<OwnedSemaphorePermit>);
+/// What the messages of a call hold of a budget.
+pub(super) struct MessageMemory {
+    flow: Flow,
+    held: Option<FairPermit>,
+}
+
+impl MessageMemory {
+    pub fn of(flow: Flow) -> Self {
+        Self { flow, held: None }
+    }
+
+    #[cfg(test)]
+    pub fn kib(&self) -> u32 {
+        self.held.as_ref().map_or(0, FairPermit::count)
+    }
+}
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
-    const UNCOUNTED_BYTES: usize = 64 * 1024;
-
     #[test]
-    fn bytes_beyond_the_uncounted_ones_are_counted_until_the_permit_is_dropped() {
-        let budget = MemoryBudget::new(UNCOUNTED_BYTES, 100);
-        assert!(budget.acquire(0, UNCOUNTED_BYTES).unwrap().is_none());
-        let first = budget.acquire(UNCOUNTED_BYTES, 60 * 1024).unwrap();
-        let second = budget.acquire(0, UNCOUNTED_BYTES + 40 * 1024).unwrap();
-        assert!(first.is_some() && second.is_some());
-        assert!(matches!(budget.acquire(0, UNCOUNTED_BYTES + 1), Err(Error::Exhausted(_))));
-        assert!(budget.acquire(0, UNCOUNTED_BYTES).unwrap().is_none());
+    fn bytes_are_counted_until_the_memory_is_dropped() {
+        let budget = MemoryBudget::new("memory", 100, SharePercent(75));
+        let [one, two] = [1, 2].map(|id| Flow::User(Uuid::from_u128(id)));
+        let mut first = MessageMemory::of(one);
+        budget.add(&mut first, 0, 1).unwrap();
+        budget.add(&mut first, 1, 1023).unwrap();
+        assert_eq!(first.kib(), 1);
+        budget.add(&mut first, 1024, 74 * 1024).unwrap();
+        assert_eq!(first.kib(), 75);
+        // The share of one flow, and then the whole.
+        assert!(matches!(budget.add(&mut first, 75 * 1024, 1), Err(Error::Exhausted(_))));
+        let mut second = MessageMemory::of(two);
+        assert!(matches!(budget.add(&mut second, 0, 25 * 1024 + 1), Err(Error::Exhausted(_))));
+        budget.add(&mut second, 0, 25 * 1024).unwrap();
         drop(first);
-        assert!(budget.acquire(0, UNCOUNTED_BYTES + 60 * 1024).unwrap().is_some());
+        budget.add(&mut second, 25 * 1024, 50 * 1024).unwrap();
     }
 }

@@ -9,21 +9,21 @@ use std::{
 
 use futures_util::future::{Either, Ready, ready};
 use http::{Request, Response};
-use tokio::sync::OwnedSemaphorePermit;
 use tower::{Layer, Service};
 
 use super::{
-    admission::RequestSlots,
+    admission::{RequestSlots, flow},
     body::{Guard, GuardedBody, WrappedResponse},
     method_policy::CallPolicy,
 };
 use crate::{
     error::{Error, Result},
+    fairness::{FairPermit, SharePercent},
     transport::{activity::CallHandle, client_address::ClientAddress},
 };
 
 /// Concurrent unauthenticated streams of all clients.
-const STREAMS_MAX: usize = 1_024;
+const STREAMS_MAX: u32 = 1_024;
 /// Concurrent unauthenticated streams of one client. One address can have many replicas that watch the health of the service.
 const STREAMS_PER_CLIENT_MAX: usize = 64;
 
@@ -41,7 +41,10 @@ struct Streams {
 
 impl Default for Streams {
     fn default() -> Self {
-        Self { slots: RequestSlots::new(STREAMS_MAX), of_clients: StreamsOfClients::default() }
+        Self {
+            slots: RequestSlots::new("streams without credentials", STREAMS_MAX, SharePercent(75)),
+            of_clients: StreamsOfClients::default(),
+        }
     }
 }
 
@@ -62,11 +65,11 @@ impl Streams {
             return Ok(None);
         }
         let of_client = self.of_clients.try_enter(call.client_address()).ok_or_else(too_many)?;
-        Ok(Some((of_client, self.slots.acquire()?)))
+        Ok(Some((of_client, self.slots.acquire(flow(request.extensions()))?)))
     }
 }
 
-type HeldStream = (StreamOfClient, OwnedSemaphorePermit);
+type HeldStream = (StreamOfClient, FairPermit);
 
 impl<S> Layer<S> for UnauthenticatedLimitsLayer {
     type Service = UnauthenticatedLimits<S>;

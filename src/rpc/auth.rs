@@ -18,6 +18,7 @@ use crate::{
         users::{self, Credentials},
     },
     error::{Error, Result},
+    fairness::Flow,
     pb::{
         ApiToken, ChangePasswordRequest, ChangePasswordResponse, CreateApiTokenRequest, CreateApiTokenResponse,
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
@@ -83,7 +84,7 @@ impl AuthService for Api {
 
     async fn who_am_i(&self, request: Request<WhoAmIRequest>) -> RpcResult<User> {
         let caller = Caller::of(&request)?;
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         Ok(users::get(&db, caller.user_id).await?.into())
     }
 
@@ -99,7 +100,7 @@ impl AuthService for Api {
         check.done()?;
 
         let wrong_password = || Error::invalid("current_password", "wrong password; expected the current one");
-        let old_hash = users::password_hash(&self.db.conn().await?, caller.user_id).await?;
+        let old_hash = users::password_hash(&self.db.for_flow(caller.flow()).conn().await?, caller.user_id).await?;
         // The first call has changed the current password, which a retry is therefore not checked against. The hash is
         // read before the look-up: it is still the old one if the first call commits in between.
         if self.db.is_retry(caller.user_id, options).await? {
@@ -175,7 +176,7 @@ impl AuthService for Api {
         check.done()?;
         let after = page.after_id()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = tokens::list_api_tokens(&db, user_id, after, page.limit(), page.bounds()).await?;
         let next_page_token = page.next_token(found.more, id_key(found.items.last().map(|item| &*item.id)).as_deref());
         Ok(ListApiTokensResponse { api_tokens: found.items, next_page_token }.into())
@@ -255,7 +256,7 @@ impl Api {
         new_password: &SecretString,
         address: Option<IpAddr>,
     ) -> Result<()> {
-        let hash = users::password_hash(&self.db.conn().await?, user_id).await?;
+        let hash = users::password_hash(&self.db.for_flow(Flow::User(user_id)).conn().await?, user_id).await?;
         let is_same = self.try_password(caller, user_id, new_password, &hash, address).await?.is_some();
         match options.key {
             Some(key) if !is_same => Err(request_id_reused(key.request_id)),

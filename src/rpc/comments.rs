@@ -42,6 +42,7 @@ impl CommentService for Api {
     }
 
     async fn list_comments(&self, request: Request<ListCommentsRequest>) -> RpcResult<ListCommentsResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let issue_id = check.uuid("issue_id", &request.issue_id);
@@ -49,7 +50,7 @@ impl CommentService for Api {
         check.done()?;
         let after = page.after_id()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = comments::list(&db, issue_id, after, page.limit(), page.bounds()).await?;
         if found.items.is_empty() && !comments::issue_exists(&db, issue_id).await? {
             return Err(Error::not_found("issue", "issue_id", issue_id).into());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::streaming::{ResponseSender, ResponseStream, respond};
@@ -10,6 +10,7 @@ use crate::{
     csv::{ExportChunk, ExportWriter},
     db::{Db, issues::ExportSession},
     error::{Error, Result},
+    fairness::FairPermit,
     filter::Filter,
     pb::ExportIssuesResponse,
 };
@@ -29,18 +30,11 @@ pub struct ExportOptions {
 }
 
 /// Starts an export.
-pub fn start(
-    db: Db,
-    options: ExportOptions,
-    permit: OwnedSemaphorePermit,
-    stopping: CancellationToken,
-) -> ExportStream {
-    respond(
-        EXPORT_CHUNKS_BUFFERED_MAX,
-        permit,
-        stopping,
-        |responses| async move { export(&db, &options, &responses).await },
-    )
+pub fn start(db: Db, options: ExportOptions, permit: FairPermit, stopping: CancellationToken) -> ExportStream {
+    respond(EXPORT_CHUNKS_BUFFERED_MAX, stopping, |responses| async move {
+        let _permit = permit;
+        export(&db, &options, &responses).await
+    })
 }
 
 async fn export(db: &Db, options: &ExportOptions, responses: &ResponseSender<ExportIssuesResponse>) -> Result<()> {

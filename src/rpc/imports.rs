@@ -4,9 +4,6 @@ mod options;
 mod stall_timeout;
 mod stream;
 
-use std::sync::Arc;
-
-use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Request, Response, Streaming};
 use uuid::Uuid;
 
@@ -17,7 +14,6 @@ use super::{
 use crate::{
     auth::Caller,
     db::imports,
-    error::{Error, Result},
     pb::{
         GetImportRequest, Import, ImportIssuesRequest, ImportIssuesResponse, ListImportErrorsRequest,
         ListImportErrorsResponse, RevertImportRequest, RevertImportResponse, import_service_server::ImportService,
@@ -40,10 +36,9 @@ impl ImportService for Api {
         request: Request<Streaming<ImportIssuesRequest>>,
     ) -> RpcResult<Self::ImportIssuesStream> {
         let caller = Caller::of(&request)?;
-        let permit = self.import_permit()?;
-        let (db, requests) = (self.db.clone(), request.into_inner());
-        let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, permit, self.stopping.clone(), |sender| async move {
-            stream::import(&db, caller.user_id, requests, sender).await
+        let (db, imports, requests) = (self.db.for_flow(caller.flow()), self.imports.clone(), request.into_inner());
+        let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, self.stopping.clone(), |sender| async move {
+            stream::import(&db, &imports, caller.user_id, requests, sender).await
         });
         Ok(Response::new(responses))
     }
@@ -55,7 +50,7 @@ impl ImportService for Api {
         let id = check.uuid("id", &request.id);
         check.done()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         Ok(imports::get(&db, id, owner(&caller), "id").await?.into())
     }
 
@@ -71,7 +66,7 @@ impl ImportService for Api {
         check.done()?;
         let after = page.after_position()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = imports::list_errors(&db, id, owner(&caller), after, page.limit(), page.bounds()).await?;
         let last = found.items.last().map(|(position, _)| position.to_be_bytes());
         let next_page_token = page.next_token(found.more, last.as_ref().map(|key| &key[..]));
@@ -88,20 +83,11 @@ impl ImportService for Api {
         check.done()?;
 
         // A revert holds a connection as long as an import.
-        let _permit = self.import_permit()?;
+        let _permit = stream::permit(&self.imports, caller.flow())?;
         let response = self.db.mutate(caller.user_id, options, async |tx| {
             imports::revert(tx, id, owner(&caller), caller.user_id, request.force).await
         });
         Ok(response.await?.into())
-    }
-}
-
-impl Api {
-    /// Takes a permit of --imports, for RPCs that hold a connection for long.
-    fn import_permit(&self) -> Result<OwnedSemaphorePermit> {
-        Arc::clone(&self.imports)
-            .try_acquire_owned()
-            .map_err(|_| Error::Exhausted("too many concurrent imports; retry later".to_owned()))
     }
 }
 

@@ -1,7 +1,5 @@
 //! `IssueService`.
 
-use std::sync::Arc;
-
 use tonic::Request;
 use uuid::Uuid;
 
@@ -62,8 +60,9 @@ impl IssueService for Api {
         match self.batchers.mutate(&self.batchers.creates, call).await {
             Ok(issue) => Ok(issue.into()),
             Err(error) => {
+                let db = self.db.for_flow(caller.flow());
                 let explained =
-                    issues::explain_create(&self.db, error, std::slice::from_ref(&issue), |_| "issue".to_owned());
+                    issues::explain_create(&db, error, std::slice::from_ref(&issue), |_| "issue".to_owned());
                 Err(Box::pin(explained).await.into())
             }
         }
@@ -97,28 +96,32 @@ impl IssueService for Api {
         });
         match response.await {
             Ok(response) => Ok(response.into()),
-            Err(error) => Err(issues::explain_create(&self.db, error, &new, field).await.into()),
+            Err(error) => {
+                Err(issues::explain_create(&self.db.for_flow(caller.flow()), error, &new, field).await.into())
+            }
         }
     }
 
     async fn get_issue(&self, request: Request<GetIssueRequest>) -> RpcResult<Issue> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let id = check.uuid("id", &request.id);
         let view = check.enumeration("view", request.view);
         check.done()?;
 
-        Ok(self.batchers.get(id, view).await?.into())
+        Ok(self.batchers.get(caller.flow(), id, view).await?.into())
     }
 
     async fn batch_get_issues(&self, request: Request<BatchGetIssuesRequest>) -> RpcResult<BatchGetIssuesResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let ids = check.uuids("ids", &request.ids, 1, BATCH_ITEMS_MAX);
         let view: IssueView = check.enumeration("view", request.view);
         check.done()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let bounds = PageBounds { rows_max: BATCH_ITEMS_MAX, bytes_max: RESPONSE_BYTES_MAX };
         let page = issues::batch_get(&db, &ids, bounds).await?;
         if page.more {
@@ -141,6 +144,7 @@ impl IssueService for Api {
     }
 
     async fn list_issues(&self, request: Request<ListIssuesRequest>) -> RpcResult<ListIssuesResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(
@@ -152,7 +156,7 @@ impl IssueService for Api {
         check.done()?;
         let list =
             IssueList { filter, show_deleted: request.show_deleted, after: page.after_id()?, bounds: page.bounds() };
-        let found = self.batchers.list(list).await?;
+        let found = self.batchers.list(caller.flow(), list).await?;
         let next_page_token =
             page.next_token(found.more, id_key(found.items.last().map(|issue| &*issue.id)).as_deref());
         Ok(ListIssuesResponse { issues: found.items, next_page_token }.into())
@@ -237,16 +241,18 @@ impl IssueService for Api {
     type ExportIssuesStream = ExportStream;
 
     async fn export_issues(&self, request: Request<ExportIssuesRequest>) -> RpcResult<ExportStream> {
+        let caller = Caller::of(&request)?;
         let ExportIssuesRequest { filter, show_deleted, escape_formulas } = request.into_inner();
         let mut check = Check::default();
         let filter = check.take("filter", filter::parse(&filter).map_err(|error| error.message));
         check.done()?;
 
-        let permit = Arc::clone(&self.exports)
-            .try_acquire_owned()
+        let permit = self
+            .exports
+            .try_acquire(caller.flow(), 1)
             .map_err(|_| Error::Exhausted("too many concurrent exports; retry later".to_owned()))?;
         let options = ExportOptions { filter, show_deleted, escape_formulas };
-        Ok(exports::start(self.db.clone(), options, permit, self.stopping.clone()).into())
+        Ok(exports::start(self.db.for_flow(caller.flow()), options, permit, self.stopping.clone()).into())
     }
 }
 

@@ -46,13 +46,14 @@ impl LabelService for Api {
     }
 
     async fn list_labels(&self, request: Request<ListLabelsRequest>) -> RpcResult<ListLabelsResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(request.page_size, &request.page_token, &[b"labels"]);
         check.done()?;
         let after = page.after_name()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = labels::list(&db, after, page.limit(), page.bounds()).await?;
         let next_page_token = page.next_token(found.more, found.items.last().map(|label| label.name.as_bytes()));
         Ok(ListLabelsResponse { labels: found.items, next_page_token }.into())

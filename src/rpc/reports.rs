@@ -4,6 +4,7 @@ use tonic::Request;
 
 use super::{Api, RpcResult};
 use crate::{
+    auth::Caller,
     db::reports,
     pb::{
         GetResolutionLatencyRequest, GetResolutionLatencyResponse, GetTopAssigneesRequest, GetTopAssigneesResponse,
@@ -18,6 +19,7 @@ const ASSIGNEES_MAX: i64 = 100;
 #[tonic::async_trait]
 impl ReportService for Api {
     async fn get_top_assignees(&self, request: Request<GetTopAssigneesRequest>) -> RpcResult<GetTopAssigneesResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let limit = match i64::from(request.limit) {
@@ -32,8 +34,9 @@ impl ReportService for Api {
         let scope: IssueScope = check.enumeration("scope", request.scope);
         check.done()?;
 
-        let _permit = self.db.heavy_permit().await?;
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow());
+        let _permit = db.heavy_permit().await?;
+        let db = db.conn().await?;
         Ok(reports::top_assignees(&db, limit, window, scope != IssueScope::All).await?.into())
     }
 
@@ -41,14 +44,16 @@ impl ReportService for Api {
         &self,
         request: Request<GetResolutionLatencyRequest>,
     ) -> RpcResult<GetResolutionLatencyResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let window = check.window(request.start_time, request.end_time);
         let group_by = check.enumeration("group_by", request.group_by);
         check.done()?;
 
-        let _permit = self.db.heavy_permit().await?;
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow());
+        let _permit = db.heavy_permit().await?;
+        let db = db.conn().await?;
         let groups = reports::resolution_latency(&db, window, group_by).await?;
         Ok(GetResolutionLatencyResponse { groups }.into())
     }

@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
-    time::timeout,
-};
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -39,11 +36,10 @@ impl<T> ResponseSender<T> {
 /// Runs a producer in a task of its own, and returns the stream of what it sends.
 ///
 /// The producer is dropped when the client cancels the call or its deadline passes (`Cancelled`), and when the service stops
-/// (`Stopping`). If it fails, its error ends the stream. `permit` is held until the producer ends. At most
+/// (`Stopping`). If it fails, its error ends the stream; what it holds is released before. At most
 /// `buffered_max` messages wait for the client.
 pub fn respond<T, F>(
     buffered_max: usize,
-    permit: OwnedSemaphorePermit,
     stopping: CancellationToken,
     produce: impl FnOnce(ResponseSender<T>) -> F,
 ) -> ResponseStream<T>
@@ -60,7 +56,6 @@ where
             () = sender.messages.closed() => Err(Error::Cancelled),
             () = stopping.cancelled() => Err(Error::Stopping),
         };
-        drop(permit);
         if let Err(error) = produced {
             sender.fail(error).await;
         }

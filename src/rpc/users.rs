@@ -54,6 +54,7 @@ impl UserService for Api {
     }
 
     async fn get_user(&self, request: Request<GetUserRequest>) -> RpcResult<User> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let (by_id, by_name) = (!request.id.is_empty(), !request.username.is_empty());
@@ -64,7 +65,7 @@ impl UserService for Api {
         }
         check.done()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let user = match id {
             Some(id) => users::get(&db, id).await?,
             None => users::get_by_username(&db, &username).await?,
@@ -73,13 +74,14 @@ impl UserService for Api {
     }
 
     async fn list_users(&self, request: Request<ListUsersRequest>) -> RpcResult<ListUsersResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let page = check.page(request.page_size, &request.page_token, &[b"users"]);
         check.done()?;
         let after = page.after_name()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = users::list(&db, after, page.limit(), page.bounds()).await?;
         let next_page_token = page.next_token(found.more, found.items.last().map(|user| user.username.as_bytes()));
         Ok(ListUsersResponse { users: found.items, next_page_token }.into())
@@ -158,6 +160,7 @@ impl UserService for Api {
     }
 
     async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> RpcResult<ListAuditEventsResponse> {
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut check = Check::default();
         let user_id = check.optional_uuid("user_id", &request.user_id);
@@ -166,7 +169,7 @@ impl UserService for Api {
         check.done()?;
         let after = page.after_number()?;
 
-        let db = self.db.conn().await?;
+        let db = self.db.for_flow(caller.flow()).conn().await?;
         let found = audit::list(&db, user_id, after.unwrap_or(i64::MAX), page.limit(), page.bounds()).await?;
         let last = found.items.last().map(|event| event.id.to_be_bytes());
         let next_page_token = page.next_token(found.more, last.as_ref().map(|id| &id[..]));

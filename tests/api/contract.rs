@@ -4,7 +4,6 @@ mod authorization;
 mod compression;
 mod layers;
 mod request_ids;
-mod response_budget;
 mod streaming_rpc;
 mod wire;
 

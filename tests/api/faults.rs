@@ -115,7 +115,10 @@ async fn calls_blocked_on_locks_leave_connections_for_other_calls() {
         issues.push(tracker.member.file("locked").await);
     }
     let lock = Lock::all_issues(&tracker).await;
-    let updates: Vec<_> = issues.iter().map(|issue| spawn_update(&tracker.member, retitle(issue, "changed"))).collect();
+    // Each user may hold one of the two permits for lock waiters.
+    let users = [&tracker.member, &tracker.admin].into_iter().cycle();
+    let updates: Vec<_> =
+        issues.iter().zip(users).map(|(issue, user)| spawn_update(user, retitle(issue, "changed"))).collect();
     tracker.wait_until(lock_waiters!("= 2")).await;
 
     let filed = tracker.member.file("not locked").await;

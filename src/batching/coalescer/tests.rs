@@ -50,7 +50,7 @@ async fn start(coalescer: &Arc<Coalescer<u32, u32, u32>>, items: &[u32]) -> Vec<
     let mut calls = Vec::new();
     for item in items.iter().copied() {
         let coalescer = Arc::clone(coalescer);
-        calls.push(tokio::spawn(async move { coalescer.call(item).await }));
+        calls.push(tokio::spawn(async move { coalescer.call(Flow::Internal, item).await }));
         settle().await;
     }
     calls
@@ -60,8 +60,8 @@ async fn start(coalescer: &Arc<Coalescer<u32, u32, u32>>, items: &[u32]) -> Vec<
 async fn call_without_load_is_a_batch_of_its_own() {
     let batches = Arc::default();
     let coalescer = doubler(BOUNDS, Arc::new(Semaphore::new(100)), Arc::clone(&batches));
-    assert_eq!(coalescer.call(1).await.unwrap(), 2);
-    assert_eq!(coalescer.call(2).await.unwrap(), 4);
+    assert_eq!(coalescer.call(Flow::Internal, 1).await.unwrap(), 2);
+    assert_eq!(coalescer.call(Flow::Internal, 2).await.unwrap(), 4);
     assert_eq!(*batches.lock().unwrap(), [[1], [2]]);
 }
 
@@ -112,7 +112,7 @@ async fn cancelled_inline_batch_starts_the_next_batch() {
     settle().await;
     permits.add_permits(100);
     assert_eq!(calls.pop().unwrap().await.unwrap().unwrap(), 4);
-    assert_eq!(coalescer.call(3).await.unwrap(), 6);
+    assert_eq!(coalescer.call(Flow::Internal, 3).await.unwrap(), 6);
     assert_eq!(*batches.lock().unwrap(), [[2], [3]]);
 }
 
@@ -130,7 +130,7 @@ async fn spawned_batch_outlives_its_caller_until_it_is_cancellable() {
     start(&coalescer, &[2]).await[0].abort();
     tokio::time::sleep(2 * CANCELLABLE_AFTER).await;
     permits.add_permits(1);
-    assert_eq!(coalescer.call(3).await.unwrap(), 6);
+    assert_eq!(coalescer.call(Flow::Internal, 3).await.unwrap(), 6);
     assert_eq!(*batches.lock().unwrap(), [[1], [3]]);
 }
 
@@ -163,7 +163,29 @@ async fn excess_calls_fail_at_once() {
     let bounds = Bounds { waiting_max: 2, ..BOUNDS };
     let coalescer = Arc::new(doubler(bounds, Arc::clone(&permits), batches));
     let _calls = start(&coalescer, &[1, 2, 3]).await;
-    assert!(matches!(coalescer.call(4).await, Err(Error::Exhausted(_))));
+    assert!(matches!(coalescer.call(Flow::Internal, 4).await, Err(Error::Exhausted(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_flows_take_turns_and_none_uses_up_the_queue() {
+    let [one, two] = [1, 2].map(|id| Flow::User(uuid::Uuid::from_u128(id)));
+    let (permits, batches) = (Arc::new(Semaphore::new(0)), Arc::default());
+    let bounds = Bounds { items_max: 2, waiting_max: 4, ..BOUNDS };
+    let coalescer = Arc::new(doubler(bounds, Arc::clone(&permits), Arc::clone(&batches)));
+    let mut calls = start(&coalescer, &[0]).await;
+    for (flow, item) in [(one, 1), (one, 2), (one, 3), (two, 4)] {
+        let caller = Arc::clone(&coalescer);
+        calls.push(tokio::spawn(async move { caller.call(flow, item).await }));
+        settle().await;
+        if item == 3 {
+            assert!(matches!(coalescer.call(one, 9).await, Err(Error::Exhausted(_))), "the share is three");
+        }
+    }
+    permits.add_permits(3);
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    assert_eq!(*batches.lock().unwrap(), [vec![0], vec![1, 4], vec![2, 3]]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -204,7 +226,7 @@ async fn panicking_batch_fails_only_its_own_calls() {
         outcomes.push(call.await.unwrap().map_err(|error| error.code()));
     }
     assert_eq!(outcomes, [Err(tonic::Code::Internal), Ok(2)]);
-    assert_eq!(coalescer.call(3).await.unwrap(), 6);
+    assert_eq!(coalescer.call(Flow::Internal, 3).await.unwrap(), 6);
 }
 
 #[tokio::test(start_paused = true)]
@@ -225,7 +247,7 @@ async fn individual_call_does_not_delay_batches_and_is_cancelled_with_its_caller
     });
     let coalescer = Arc::new(Coalescer::new(BOUNDS, |item| BatchAffinity::Distinct(*item), batch, slow));
     let calls = start(&coalescer, &[15, 15]).await;
-    assert_eq!(coalescer.call(1).await.unwrap(), 2);
+    assert_eq!(coalescer.call(Flow::Internal, 1).await.unwrap(), 2);
     calls[0].abort();
     let mut outcomes = Vec::new();
     for call in calls {
@@ -251,7 +273,7 @@ proptest! {
                 .iter()
                 .map(|item| {
                     let (coalescer, item) = (Arc::clone(&coalescer), *item);
-                    tokio::spawn(async move { coalescer.call(item).await })
+                    tokio::spawn(async move { coalescer.call(Flow::Internal, item).await })
                 })
                 .collect();
             for (call, item) in calls.into_iter().zip(&items) {

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::OnceLock};
 
 use prost::Message;
-use tokio_postgres::{Row, types::ToSql};
+use tokio_postgres::{Row, Statement, types::ToSql};
 use uuid::Uuid;
 
 use super::{get::VIEW_COMMENT_BOUNDS, row::IssueColumns};
@@ -29,6 +29,21 @@ pub struct IssueList {
     pub bounds: PageBounds,
 }
 
+impl IssueList {
+    /// Returns whether reading a page can take long: only lists that one index serves, newest first, read little more than
+    /// they return.
+    pub fn is_heavy(&self) -> bool {
+        match &self.filter.terms[..] {
+            [] => false,
+            // The indexes by status leave deleted issues out.
+            [Term::Status(_)] => self.show_deleted,
+            [Term::Assignee(user)] => *user == UserRef::None,
+            [Term::Reporter(_) | Term::Label(_)] => false,
+            [Term::Priority(_) | Term::Search(_)] | [_, _, ..] => true,
+        }
+    }
+}
+
 /// Returns the issues with these ids, in the order of the ids, without those that do not exist. `more` if they exceed the
 /// bounds.
 pub async fn batch_get(db: &Conn, ids: &[Uuid], bounds: PageBounds) -> Result<Page<Issue>> {
@@ -42,14 +57,16 @@ pub async fn batch_get(db: &Conn, ids: &[Uuid], bounds: PageBounds) -> Result<Pa
             ARRAY(SELECT label_id FROM issue_labels issue_label WHERE issue_label.issue_id = issue.id) AS label_ids
         FROM unnest($1::uuid[]) WITH ORDINALITY AS requested (id, ordinal) JOIN issues issue ON issue.id = requested.id
         ORDER BY requested.ordinal";
-    query_issues(db, SQL, &[&ids], bounds).await
+    query_issues(db, &db.statement(SQL).await?, &[&ids], bounds).await
 }
 
 /// Returns a page of issues, newest first.
 pub async fn list(db: &Conn, list: &IssueList) -> Result<Page<Issue>> {
     let (sql, params) = list_statement(list);
     let params: Vec<&(dyn ToSql + Sync)> = params.iter().map(|param| &**param as _).collect();
-    query_issues(db, &sql, &params, list.bounds).await
+    // Heavy lists have many shapes, each of which would take memory on every connection.
+    let statement = if list.is_heavy() { db.statement_once(&sql).await? } else { db.statement(&sql).await? };
+    query_issues(db, &statement, &params, list.bounds).await
 }
 
 /// Returns the statement of [`list`] and its parameters. What the caller typed is only in the parameters.
@@ -97,7 +114,7 @@ pub async fn add_comments(db: &Conn, issues: &mut [Issue], ids: &[Uuid], bytes_m
 ///
 /// Many issues have few different labels: these are read once, after the issues, so that labels are never older than the
 /// version of their issue.
-async fn query_issues(db: &Conn, sql: &str, params: Params<'_>, bounds: PageBounds) -> Result<Page<Issue>> {
+async fn query_issues(db: &Conn, statement: &Statement, params: Params<'_>, bounds: PageBounds) -> Result<Page<Issue>> {
     const LABELS: &str = "-- labels_of_page
         SELECT id, name, description FROM labels WHERE id = ANY ($1) ORDER BY lower(name)";
     let columns: OnceLock<IssueColumns> = OnceLock::new();
@@ -112,7 +129,7 @@ async fn query_issues(db: &Conn, sql: &str, params: Params<'_>, bounds: PageBoun
         let issue = Issue { comment_count: row.get("comment_count"), ..columns.issue(row) };
         Ok((issue, row.get::<_, Vec<Uuid>>("label_ids")))
     };
-    let page = db.query_page(sql, params, bounds, from_row, |(issue, _)| issue.encoded_len()).await?;
+    let page = db.query_prepared_page(statement, params, bounds, from_row, |(issue, _)| issue.encoded_len()).await?;
     let mut label_ids: Vec<Uuid> = page.items.iter().flat_map(|(_, label_ids)| label_ids).copied().collect();
     label_ids.sort_unstable();
     label_ids.dedup();

@@ -14,6 +14,7 @@ use crate::{
         imports::{Checkpoint, IMPORT_ERRORS_SENT_MAX, IMPORT_ERRORS_STORED_MAX, ImportRun, ImportSpec, Started},
     },
     error::{Error, Result, Violation, quote},
+    fairness::{FairPermit, FairSemaphore, Flow},
     pb::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
         import_issues_response::Message,
@@ -40,6 +41,7 @@ impl Responses {
 /// Runs an import, and sends progress, row errors and the summary.
 pub(super) async fn import(
     db: &Db,
+    imports: &FairSemaphore,
     caller_id: Uuid,
     mut requests: Streaming<ImportIssuesRequest>,
     sender: ResponseSender<ImportIssuesResponse>,
@@ -50,6 +52,8 @@ pub(super) async fn import(
         return Err(Error::invalid("options", "missing; expected as the first message of the stream"));
     };
     let spec = Arc::new(options::parse(caller_id, options)?);
+    // Taken now, so that a client that sends nothing keeps no other import out.
+    let _permit = permit(imports, Flow::User(caller_id))?;
     let mut responses = Responses { sender, stall_timeout: StallTimeout::default() };
     let run = match ImportRun::start(db, Arc::clone(&spec)).await? {
         Started::Running(run) => *run,
@@ -69,6 +73,11 @@ pub(super) async fn import(
         write_batches(run, &spec, parsed, responses)
     )?;
     Ok(())
+}
+
+/// Takes a permit of --imports, for RPCs that hold a connection for long.
+pub(super) fn permit(imports: &FairSemaphore, flow: Flow) -> Result<FairPermit> {
+    imports.try_acquire(flow, 1).map_err(|_| Error::Exhausted("too many concurrent imports; retry later".to_owned()))
 }
 
 /// Returns the client's next message; `None` when it has half-closed the stream.

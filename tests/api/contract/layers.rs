@@ -7,11 +7,12 @@ use std::{fs, path::Path};
 use module_graph::ModuleGraph;
 
 /// The modules of `src/`. Each imports only from the modules before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 21] = [
     "pb",
     "hash",
     "limits",
     "backoff",
+    "fairness",
     "error",
     "tls",
     "transport",

@@ -191,7 +191,9 @@ async fn ten_concurrent_imports_with_shared_labels_all_commit() {
         let import = import(file).id(Uuid::now_v7()).skip_invalid();
         import.with(|options| options.create_labels = true)
     };
-    let imports = (0..10).map(|nth| import_of(nth).spawn_by(&tracker.member));
+    // More than the share of one user.
+    let user = |nth: usize| if nth.is_multiple_of(2) { &tracker.member } else { &tracker.admin };
+    let imports = (0..10).map(|nth| import_of(nth).spawn_by(user(nth)));
     for import in imports.collect::<Vec<_>>() {
         let responses = import.await.unwrap().unwrap();
         assert_eq!(responses.counts(), (ImportState::Committed, 6_000, 6_000, 0, 0));

@@ -1,0 +1,98 @@
+//! A queue that takes its flows in turns.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::flow::Flow;
+
+/// A queue in order of arrival within each flow, which takes one item of each flow in turn.
+pub struct FairQueue<T> {
+    items: HashMap<Flow, VecDeque<T>>,
+    /// The flows that have items, the next one first.
+    turns: VecDeque<Flow>,
+    len: usize,
+}
+
+impl<T> Default for FairQueue<T> {
+    fn default() -> Self {
+        Self { items: HashMap::new(), turns: VecDeque::new(), len: 0 }
+    }
+}
+
+impl<T> FairQueue<T> {
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub fn len_of(&self, flow: Flow) -> usize {
+        self.items.get(&flow).map_or(0, VecDeque::len)
+    }
+
+    pub fn push_back(&mut self, flow: Flow, item: T) {
+        let items = self.items.entry(flow).or_default();
+        if items.is_empty() {
+            self.turns.push_back(flow);
+        }
+        items.push_back(item);
+        self.len += 1;
+    }
+
+    /// Puts back an item that [`FairQueue::pop_front`] has returned: it is the first of its flow, whose turn is next.
+    pub fn push_front(&mut self, flow: Flow, item: T) {
+        let items = self.items.entry(flow).or_default();
+        if !items.is_empty() {
+            self.turns.retain(|other| *other != flow);
+        }
+        self.turns.push_front(flow);
+        items.push_front(item);
+        self.len += 1;
+    }
+
+    /// Returns the first item of the flow whose turn it is.
+    pub fn pop_front(&mut self) -> Option<(Flow, T)> {
+        let flow = self.turns.pop_front()?;
+        let items = self.items.get_mut(&flow)?;
+        let item = items.pop_front()?;
+        self.len -= 1;
+        if items.is_empty() {
+            self.items.remove(&flow);
+        } else {
+            self.turns.push_back(flow);
+        }
+        Some((flow, item))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn flows_are_taken_in_turns_and_each_in_order_of_arrival() {
+        let [one, two] = [1, 2].map(|id| Flow::User(Uuid::from_u128(id)));
+        let mut queue = FairQueue::default();
+        (0..3).for_each(|nth| queue.push_back(one, ("one", nth)));
+        queue.push_back(two, ("two", 0));
+        assert_eq!((queue.len(), queue.len_of(one), queue.len_of(two)), (4, 3, 1));
+        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).map(|(_, item)| item).collect();
+        assert_eq!(all, [("one", 0), ("two", 0), ("one", 1), ("one", 2)]);
+        assert!(queue.is_empty() && queue.items.is_empty());
+    }
+
+    #[test]
+    fn item_that_is_put_back_is_the_next_one() {
+        let [one, two] = [1, 2].map(|id| Flow::User(Uuid::from_u128(id)));
+        let mut queue = FairQueue::default();
+        (0..2).for_each(|nth| queue.push_back(one, nth));
+        queue.push_back(two, 10);
+        let (flow, item) = queue.pop_front().unwrap();
+        queue.push_front(flow, item);
+        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).map(|(_, item)| item).collect();
+        assert_eq!(all, [0, 10, 1]);
+    }
+}

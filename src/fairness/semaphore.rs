@@ -1,0 +1,311 @@
+//! A semaphore whose permits flows share.
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
+
+use super::{
+    flow::{Flow, SharePercent},
+    refusals::{Refusal, RefusalLog},
+};
+
+/// A semaphore that granted no permit to its waiters for this long counts as slow as that wait. Longer than a busy machine
+/// takes to open the first connections of a pool.
+const STANDSTILL_MIN: Duration = Duration::from_secs(1);
+/// The weight of the latest interval in the moving average: one in so many.
+const INTERVALS_AVERAGED: u32 = 8;
+
+/// Permits that flows share. Clones share them too.
+///
+/// A permit that becomes free goes to the waiting flow that holds the fewest. One flow holds no more than its share, also
+/// while nobody waits.
+#[derive(Clone)]
+pub struct FairSemaphore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// The name of the resource in log lines.
+    resource: &'static str,
+    permits: u32,
+    share_max: u32,
+    state: Mutex<State>,
+}
+
+struct State {
+    free: u32,
+    /// The permits that each flow holds, if any.
+    held: HashMap<Flow, u32>,
+    /// The flows that wait.
+    waiting: HashMap<Flow, WaitingFlow>,
+    /// Numbers waiters and turns.
+    next_number: u64,
+    progress: Progress,
+    refusals: RefusalLog,
+}
+
+struct WaitingFlow {
+    /// The number of the last grant, or of the first waiter: of flows that hold equally many permits, the one with the
+    /// lowest is next.
+    turn: u64,
+    /// At least one, in order of arrival.
+    waiters: VecDeque<Waiter>,
+}
+
+struct Waiter {
+    number: u64,
+    permit: oneshot::Sender<FairPermit>,
+}
+
+/// How fast waiters are granted permits.
+struct Progress {
+    /// The moving average of the time between two grants while others waited.
+    interval: Duration,
+    /// When a waiter was granted a permit last, or the first one began to wait.
+    time: Instant,
+    /// Whether someone has waited for the whole time since `time`.
+    is_whole_interval: bool,
+}
+
+impl FairSemaphore {
+    /// `resource`: its name in log lines.
+    pub fn new(resource: &'static str, permits: u32, share: SharePercent) -> Self {
+        let permits = permits.max(1);
+        let state = State {
+            free: permits,
+            held: HashMap::new(),
+            waiting: HashMap::new(),
+            next_number: 0,
+            progress: Progress { interval: Duration::ZERO, time: Instant::now(), is_whole_interval: false },
+            refusals: RefusalLog::default(),
+        };
+        Self { inner: Arc::new(Inner { resource, permits, share_max: share.of(permits), state: Mutex::new(state) }) }
+    }
+
+    /// Returns how many permits one flow may hold.
+    pub fn share_max(&self) -> u32 {
+        self.inner.share_max
+    }
+
+    pub fn has_free(&self) -> bool {
+        self.inner.lock().free > 0
+    }
+
+    /// Takes `count` permits at once, or none.
+    pub fn try_acquire(&self, flow: Flow, count: u32) -> Result<FairPermit, Refusal> {
+        let mut state = self.inner.lock();
+        match state.refusal(&self.inner, flow, count) {
+            None => Ok(state.grant(&self.inner, flow, count)),
+            Some(refusal) => {
+                state.refusals.record(self.inner.resource, flow, refusal);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the wait would be too long: the requests of
+    /// this flow that wait already, times the average interval between two grants, times the flows that wait.
+    pub async fn acquire(&self, flow: Flow, wait_max: Duration) -> Result<FairPermit, Refusal> {
+        let refused = || {
+            self.inner.lock().refusals.record(self.inner.resource, flow, Refusal::Wait);
+            Refusal::Wait
+        };
+        let waiting = {
+            let mut state = self.inner.lock();
+            if !state.waiting.contains_key(&flow) && state.refusal(&self.inner, flow, 1).is_none() {
+                return Ok(state.grant(&self.inner, flow, 1));
+            }
+            (state.estimated_wait(self.inner.permits, flow) <= wait_max).then(|| state.enqueue(&self.inner, flow))
+        };
+        let mut waiting = waiting.ok_or_else(refused)?;
+        match timeout(wait_max, &mut waiting.permit).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_)) | Err(_) => {
+                drop(waiting);
+                Err(refused())
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic of another holder leaves the state valid.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Returns why the flow cannot have `count` permits now.
+    fn refusal(&self, inner: &Inner, flow: Flow, count: u32) -> Option<Refusal> {
+        let held = self.held.get(&flow).copied().unwrap_or(0);
+        if flow != Flow::Internal && held.saturating_add(count) > inner.share_max {
+            return Some(Refusal::Share);
+        }
+        (self.free < count).then_some(Refusal::Total)
+    }
+
+    fn grant(&mut self, inner: &Arc<Inner>, flow: Flow, count: u32) -> FairPermit {
+        self.free -= count;
+        *self.held.entry(flow).or_default() += count;
+        FairPermit { inner: Some(Arc::clone(inner)), flow, count }
+    }
+
+    fn give_back(&mut self, flow: Flow, count: u32) {
+        self.free += count;
+        if let Entry::Occupied(mut held) = self.held.entry(flow) {
+            *held.get_mut() -= count;
+            if *held.get() == 0 {
+                held.remove();
+            }
+        }
+    }
+
+    fn enqueue(&mut self, inner: &Arc<Inner>, flow: Flow) -> Waiting {
+        if self.waiting.is_empty() {
+            self.progress.time = Instant::now();
+            self.progress.is_whole_interval = false;
+        }
+        let number = self.next_number();
+        let (sender, permit) = oneshot::channel();
+        let of_flow =
+            self.waiting.entry(flow).or_insert_with(|| WaitingFlow { turn: number, waiters: VecDeque::new() });
+        of_flow.waiters.push_back(Waiter { number, permit: sender });
+        Waiting { inner: Arc::clone(inner), flow, number, permit }
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    /// Returns the waiting flow that is next: one that has not used up its share, and holds the fewest permits.
+    fn next_flow(&self, inner: &Inner) -> Option<Flow> {
+        let candidates = self.waiting.iter().filter(|(flow, _)| self.refusal(inner, **flow, 1).is_none());
+        let next = candidates.min_by_key(|(flow, waiting)| {
+            (**flow != Flow::Internal, self.held.get(flow).copied().unwrap_or(0), waiting.turn)
+        });
+        next.map(|(flow, _)| *flow)
+    }
+
+    /// Grants the free permits to waiters.
+    fn grant_to_waiters(&mut self, inner: &Arc<Inner>) {
+        while self.free > 0
+            && let Some(flow) = self.next_flow(inner)
+        {
+            let turn = self.next_number();
+            let Entry::Occupied(mut waiting) = self.waiting.entry(flow) else { return };
+            waiting.get_mut().turn = turn;
+            let waiter = waiting.get_mut().waiters.pop_front();
+            if waiting.get().waiters.is_empty() {
+                waiting.remove();
+            }
+            let Some(waiter) = waiter else { continue };
+            match waiter.permit.send(self.grant(inner, flow, 1)) {
+                Ok(()) => self.progress.advance(),
+                // The waiter has left. Dropping the permit here would lock the state again.
+                Err(mut permit) => {
+                    permit.inner = None;
+                    self.give_back(flow, 1);
+                }
+            }
+        }
+    }
+
+    fn estimated_wait(&self, permits: u32, flow: Flow) -> Duration {
+        let ahead = self.waiting.get(&flow).map_or(0, |waiting| waiting.waiters.len()) * self.waiting.len();
+        let standstill = self.progress.time.elapsed();
+        let interval = match !self.waiting.is_empty() && standstill >= STANDSTILL_MIN {
+            true => self.progress.interval.max(standstill / permits),
+            false => self.progress.interval,
+        };
+        interval.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX))
+    }
+}
+
+impl Progress {
+    /// Counts a grant.
+    fn advance(&mut self) {
+        let now = Instant::now();
+        let interval = now.duration_since(self.time);
+        // The first waiter has waited for a part of an interval only, which can show that intervals are shorter than the
+        // average, and not that they are longer.
+        if self.is_whole_interval || interval < self.interval {
+            self.interval = (self.interval * (INTERVALS_AVERAGED - 1) + interval) / INTERVALS_AVERAGED;
+        }
+        self.time = now;
+        self.is_whole_interval = true;
+    }
+}
+
+/// One or more permits of a flow, until this is dropped.
+#[derive(Debug)]
+pub struct FairPermit {
+    /// `None`: the permits were given back.
+    inner: Option<Arc<Inner>>,
+    flow: Flow,
+    count: u32,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("FairSemaphore").field("resource", &self.resource).finish_non_exhaustive()
+    }
+}
+
+impl FairPermit {
+    /// Returns how many permits these are.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Adds the permits of another one, of the same semaphore and flow.
+    pub fn merge(&mut self, mut other: Self) {
+        debug_assert_eq!(self.flow, other.flow);
+        if other.inner.take().is_some() {
+            self.count += other.count;
+        }
+    }
+}
+
+impl Drop for FairPermit {
+    fn drop(&mut self) {
+        if let Some(inner) = self.inner.take() {
+            let mut state = inner.lock();
+            state.give_back(self.flow, self.count);
+            state.grant_to_waiters(&inner);
+        }
+    }
+}
+
+/// A place in the queue. Dropped, it is left, and a permit that was granted meanwhile goes to the next waiter.
+struct Waiting {
+    inner: Arc<Inner>,
+    flow: Flow,
+    number: u64,
+    permit: oneshot::Receiver<FairPermit>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        let Entry::Occupied(mut waiting) = state.waiting.entry(self.flow) else { return };
+        let waiters = &mut waiting.get_mut().waiters;
+        if let Ok(place) = waiters.binary_search_by_key(&self.number, |waiter| waiter.number) {
+            waiters.remove(place);
+        }
+        if waiters.is_empty() {
+            waiting.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
