@@ -17,6 +17,7 @@ pub mod batchers;
 pub mod connection_string;
 pub mod idempotency;
 pub mod migrate;
+pub mod response_budget;
 pub mod row_locks;
 pub mod time;
 
@@ -34,7 +35,7 @@ pub use self::{
     conn::Conn,
     connection_string::ConnectionString,
     page::{Page, PageBounds},
-    pool::{Db, PoolOptions},
+    pool::{Db, PoolOptions, StorageLimits},
 };
 #[cfg(feature = "internals")]
 pub use self::{conn::Params, transaction::Tx};

@@ -68,6 +68,9 @@ pub enum Error {
     /// A limit on concurrent work is reached.
     #[error("{0}")]
     Exhausted(String),
+    /// A limit on stored data is reached. `metadata` has the numbers.
+    #[error("{message}")]
+    QuotaExceeded { reason: &'static str, message: String, metadata: Vec<(&'static str, i64)> },
     /// Too many wrong passwords. The next attempt is admitted after the delay.
     #[error("too many wrong passwords; try again in {} s", seconds_up(.delay))]
     TooManyTries { delay: Duration },
@@ -211,6 +214,7 @@ impl Error {
             | Self::AlreadyExists(_)
             | Self::VersionMismatch(_)
             | Self::Precondition { .. }
+            | Self::QuotaExceeded { .. }
             | Self::ChangedSince { .. } => true,
             Self::OffsetGap { .. }
             | Self::Unimplemented(_)
@@ -440,7 +444,9 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) | Self::Overloaded { .. } | Self::TooManyTries { .. } => Code::ResourceExhausted,
+            Self::Exhausted(_) | Self::Overloaded { .. } | Self::QuotaExceeded { .. } | Self::TooManyTries { .. } => {
+                Code::ResourceExhausted
+            }
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable
@@ -458,6 +464,7 @@ impl Error {
             Self::InvalidReason { reason, .. }
             | Self::Precondition { reason, .. }
             | Self::Aborted { reason, .. }
+            | Self::QuotaExceeded { reason, .. }
             | Self::Timeout { reason, .. } => reason,
             Self::NotFound(_) => "NOT_FOUND",
             Self::AlreadyExists(_) => "ALREADY_EXISTS",
@@ -510,6 +517,7 @@ impl Error {
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
             Self::TooManyTries { delay } | Self::Overloaded { delay, .. } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }
+            | Self::QuotaExceeded { .. }
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
@@ -544,6 +552,10 @@ impl Error {
             Self::ChangedSince { count, ids } => {
                 add("changed_count", count.to_string());
                 add("changed_ids", ids.iter().map(Uuid::to_string).collect::<Vec<_>>().join(","));
+                (Vec::new(), 0)
+            }
+            Self::QuotaExceeded { metadata, .. } => {
+                metadata.iter().for_each(|(key, value)| add(key, value.to_string()));
                 (Vec::new(), 0)
             }
             _ => (Vec::new(), 0),

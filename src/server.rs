@@ -16,7 +16,7 @@ use crate::{
     config::Limits,
     db::{
         Conn, Db, Health, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
-        tokens::prune_tokens,
+        response_budget::prune_response_budgets, tokens::prune_tokens,
     },
     error::Result,
     fairness::FairSemaphore,
@@ -62,6 +62,7 @@ pub async fn run(
     limits: &Limits,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    let db = db.with_storage_limits(limits.storage());
     let stopping = CancellationToken::new();
     let auth = Auth::new(db.clone(), limits.bcrypt.cost)?;
     let api = Api {
@@ -225,13 +226,14 @@ async fn set_health(health: &HealthReporter, reads: ServingStatus, writes: Servi
     health.set_service_status(WRITES_SERVICE, writes).await;
 }
 
-/// Deletes expired request ids, tokens and audit events every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
+/// Deletes old data every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
         interval.tick().await;
         for (what, pruned) in [
             ("request ids", pruned(&db, async |conn| prune_requests(conn).await).await),
+            ("response budgets", pruned(&db, async |conn| prune_response_budgets(conn).await).await),
             ("tokens", pruned(&db, async |conn| prune_tokens(conn).await).await),
             ("audit events", pruned(&db, async |conn| prune_audit_events(conn).await).await),
         ] {

@@ -8,7 +8,7 @@ use clap::{Args, value_parser};
 use super::user::BcryptCost;
 use crate::{
     auth::throttle::FreeFailures,
-    db::PoolOptions,
+    db::{PoolOptions, StorageLimits},
     fairness::SharePercent,
     middleware::RequestLimits,
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
@@ -90,6 +90,11 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS", help_heading = "Connections")]
     trusted_proxies: Option<TrustedProxies>,
 
+    /// Maximum bytes of responses over 4 KiB that are stored for the request ids of a user in 24 hours
+    #[arg(long, env = "ISSUE_TRACKER_STORED_RESPONSE_BYTES", default_value_t = 268_435_456, value_name = "BYTES",
+        value_parser = value_parser!(i64).range(0..=1_099_511_627_776), help_heading = "Storage")]
+    stored_response_bytes: i64,
+
     #[command(flatten, next_help_heading = "Authentication")]
     pub bcrypt: BcryptCost,
     /// Lifetime of a session, in hours
@@ -128,6 +133,10 @@ impl Limits {
             statement_max: Duration::from_millis(self.statement_ms),
             share: self.share(),
         }
+    }
+
+    pub fn storage(&self) -> StorageLimits {
+        StorageLimits { response_bytes_per_user_max: self.stored_response_bytes }
     }
 
     pub fn requests(&self) -> RequestLimits {

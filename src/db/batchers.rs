@@ -11,6 +11,7 @@ use super::{
     issues::{self, IssueChange, IssueList, NewIssue},
     page::Page,
     pool::Db,
+    response_budget,
     row_locks::RowLocks,
 };
 use crate::{
@@ -232,6 +233,18 @@ async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) ->
         let applied = applied?;
         let stored: Vec<StoredResponse> =
             keys.iter().zip(&applied).filter_map(|(key, outcome)| stored_response(key, outcome)).collect();
+        let budget_bytes = db.storage_limits().response_bytes_per_user_max;
+        let uncharged =
+            response_budget::charge_batch(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await?;
+        if !uncharged.is_empty() {
+            tx.restart()?;
+            for (call, lock) in calls.iter().zip(&mut locks) {
+                if call.options.key.is_some() && uncharged.contains(&call.caller_id) {
+                    *lock = KeyLock::Unavailable;
+                }
+            }
+            continue;
+        }
         commit_with_responses(tx, &stored).await?;
         return Ok(outcomes(&calls, &locks, applied));
     }

@@ -6,7 +6,13 @@ use std::collections::HashSet;
 use prost::Message;
 use uuid::Uuid;
 
-use super::{PRUNE_BATCH_ROWS, conn::Conn, pool::Db, transaction::Tx};
+use super::{
+    PRUNE_BATCH_ROWS,
+    conn::Conn,
+    pool::Db,
+    response_budget::{self, ResponseSize},
+    transaction::Tx,
+};
 use crate::{
     error::{Error, Result},
     fairness::Flow,
@@ -73,6 +79,11 @@ impl Db {
             return Ok(response);
         }
         let stored = options.key.map(|key| StoredResponse { caller_id, key, response: response.encode_to_vec() });
+        let budget_bytes = self.storage_limits().response_bytes_per_user_max;
+        if let Err(error) = response_budget::charge(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await {
+            let _ = tx.rollback().await;
+            return Err(error);
+        }
         commit_with_responses(tx, stored.as_slice()).await.map_err(|error| options.explain(error))?;
         Ok(response)
     }
@@ -152,7 +163,7 @@ pub fn request_id_reused(request_id: Uuid) -> Error {
 pub(super) enum KeyLock {
     /// The key is new and locked until the transaction ends, or the mutation has none.
     Acquired,
-    /// The key was used before, or another call with it is in flight.
+    /// The key was used before, or another call with it is in flight, or its response cannot be stored by a batch.
     Unavailable,
 }
 
@@ -186,6 +197,13 @@ pub(super) struct StoredResponse {
     pub caller_id: Uuid,
     pub key: IdempotencyKey,
     pub response: Vec<u8>,
+}
+
+impl StoredResponse {
+    /// Returns the caller and the size of the response in bytes.
+    pub(super) fn size(&self) -> ResponseSize {
+        (self.caller_id, self.response.len())
+    }
 }
 
 /// Commits mutations together with their responses.

@@ -49,11 +49,23 @@ impl PoolOptions {
     };
 }
 
+/// Limits on stored data.
+#[derive(Clone, Copy, Debug)]
+pub struct StorageLimits {
+    /// The bytes of large responses that are stored for a user in 24 hours.
+    pub response_bytes_per_user_max: i64,
+}
+
+impl StorageLimits {
+    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX };
+}
+
 /// The pool, as one flow uses it. Clones share it.
 #[derive(Clone)]
 pub struct Db {
     shared: Arc<Shared>,
     flow: Flow,
+    storage_limits: StorageLimits,
 }
 
 struct Shared {
@@ -97,7 +109,7 @@ impl Db {
 
     /// Returns the same pool as this flow uses it.
     pub fn for_flow(&self, flow: Flow) -> Self {
-        Self { shared: Arc::clone(&self.shared), flow }
+        Self { flow, ..self.clone() }
     }
 
     fn with_manager(manager: Manager, health: watch::Receiver<Health>, options: PoolOptions) -> Self {
@@ -119,7 +131,16 @@ impl Db {
             heavy_permits: FairSemaphore::new("reports and searches", connections / 4, share),
             options,
         };
-        Self { shared: Arc::new(shared), flow: Flow::Internal }
+        Self { shared: Arc::new(shared), flow: Flow::Internal, storage_limits: StorageLimits::NONE }
+    }
+
+    /// Returns the pool with limits on stored data. A new pool has none.
+    pub fn with_storage_limits(self, storage_limits: StorageLimits) -> Self {
+        Self { storage_limits, ..self }
+    }
+
+    pub fn storage_limits(&self) -> StorageLimits {
+        self.storage_limits
     }
 
     /// Returns a permit for work that can wait for row locks. Half of the connections stay free for other work.

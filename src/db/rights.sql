@@ -17,6 +17,7 @@ BEGIN
         ('issue_events',            'SELECT, INSERT'),
         ('comments',                'SELECT, INSERT, UPDATE'),
         ('requests',                'SELECT, INSERT, DELETE'), -- deleted after a day
+        ('stored_response_bytes',   'SELECT, INSERT, UPDATE, DELETE'),
         ('imports',                 'SELECT, INSERT, UPDATE'),
         ('import_errors',           'SELECT, INSERT, DELETE'),
         ('import_issues',           'SELECT, INSERT, DELETE'),

@@ -4,6 +4,7 @@ mod authorization;
 mod compression;
 mod layers;
 mod request_ids;
+mod response_budget;
 mod streaming_rpc;
 mod wire;
 

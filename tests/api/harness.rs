@@ -156,8 +156,13 @@ impl Tracker {
 
     /// Starts another service on the same database, with clients for the same users.
     pub async fn start_replica(&self) -> Self {
+        self.start_replica_with(limits(&[])).await
+    }
+
+    /// As [`Self::start_replica`], with these [`limits`].
+    pub async fn start_replica_with(&self, limits: Limits) -> Self {
         let service_config = as_role(&self.config, SERVICE_ROLE);
-        let instance = Instance::start(self.config.clone(), service_config, limits(&[])).await;
+        let instance = Instance::start(self.config.clone(), service_config, limits).await;
         let client = |client: &Client| Client { channel: instance.channel.clone(), ..client.clone() };
         let (admin, member, viewer) = (client(&self.admin), client(&self.member), client(&self.viewer));
         Self { admin, member, viewer, instance }
