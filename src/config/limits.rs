@@ -94,6 +94,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_STORED_RESPONSE_BYTES", default_value_t = 268_435_456, value_name = "BYTES",
         value_parser = value_parser!(i64).range(0..=1_099_511_627_776), help_heading = "Storage")]
     stored_response_bytes: i64,
+    /// Maximum labels
+    #[arg(long, env = "ISSUE_TRACKER_LABELS", default_value_t = 10_000, value_name = "N",
+        value_parser = value_parser!(i64).range(1..=1_000_000), help_heading = "Storage")]
+    labels: i64,
 
     #[command(flatten, next_help_heading = "Authentication")]
     pub bcrypt: BcryptCost,
@@ -136,7 +140,7 @@ impl Limits {
     }
 
     pub fn storage(&self) -> StorageLimits {
-        StorageLimits { response_bytes_per_user_max: self.stored_response_bytes }
+        StorageLimits { response_bytes_per_user_max: self.stored_response_bytes, labels_max: self.labels }
     }
 
     pub fn requests(&self) -> RequestLimits {

@@ -20,12 +20,44 @@ pub(super) fn from_row(row: &Row) -> Label {
     Label { id: row.get::<_, Uuid>("id").to_string(), name: row.get("name"), description: row.get("description") }
 }
 
-/// Creates a label. `AlreadyExists` names `label.name`.
+/// Creates a label. `AlreadyExists` names `label.name`. The transaction must end with [`check_count`].
 pub async fn create(db: &Conn, name: &str, description: &str) -> Result<Label> {
     const SQL: &str = "-- create_label
         INSERT INTO labels (id, name, description) VALUES ($1, $2, $3) RETURNING id, name, description";
     let row = db.query_one(SQL, &[&Uuid::now_v7(), &name, &description]).await;
     row.map(|row| from_row(&row)).map_err(|error| name_taken(error, name))
+}
+
+const COUNT_LABELS: &str = "-- count_labels
+    SELECT count(*) AS label_count FROM (SELECT FROM labels LIMIT $1) AS counted";
+
+/// Fails with `QuotaExceeded` if there are more than `labels_max` labels, with those of this transaction. Transactions that
+/// check concurrently wait until this one has ended: call it last before the commit.
+pub async fn check_count(db: &Conn, labels_max: i64) -> Result<()> {
+    const LOCK: &str = "-- lock_label_count\nSELECT pg_advisory_xact_lock(hashtextextended('label count', 0))";
+    let counted_max = labels_max + 1;
+    // Pipelined: the second statement takes its snapshot when the first one has the lock.
+    db.prepare(&[LOCK, COUNT_LABELS]).await?;
+    let count_params: Params = &[&counted_max];
+    let (locked, counted) = tokio::join!(biased; db.execute(LOCK, &[]), db.query_one(COUNT_LABELS, count_params));
+    locked?;
+    check_counted(counted?.get("label_count"), labels_max)
+}
+
+/// As [`check_count`], without waiting: labels of other transactions in progress are not counted.
+pub async fn check_visible_count(db: &Conn, labels_max: i64) -> Result<()> {
+    check_counted(db.query_one(COUNT_LABELS, &[&(labels_max + 1)]).await?.get("label_count"), labels_max)
+}
+
+fn check_counted(label_count: i64, labels_max: i64) -> Result<()> {
+    if label_count <= labels_max {
+        return Ok(());
+    }
+    Err(Error::QuotaExceeded {
+        reason: "LABELS_EXCEEDED",
+        message: format!("label: there would be more than {labels_max} labels; delete labels that are not used"),
+        metadata: vec![("labels_max", labels_max)],
+    })
 }
 
 fn name_taken(error: Error, name: &str) -> Error {

@@ -54,10 +54,11 @@ impl PoolOptions {
 pub struct StorageLimits {
     /// The bytes of large responses that are stored for a user in 24 hours.
     pub response_bytes_per_user_max: i64,
+    pub labels_max: i64,
 }
 
 impl StorageLimits {
-    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX };
+    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX, labels_max: i64::MAX - 1 };
 }
 
 /// The pool, as one flow uses it. Clones share it.

@@ -39,9 +39,11 @@ impl LabelService for Api {
         let description = check.text("label.description", label.description, LABEL_DESCRIPTION_CHARS_MAX);
         check.done()?;
 
-        let response = self
-            .db
-            .mutate_by_statement(caller.user_id, options, async |conn| labels::create(conn, &name, &description).await);
+        let response = self.db.mutate(caller.user_id, options, async |tx| {
+            let label = labels::create(tx, &name, &description).await?;
+            labels::check_count(tx, self.db.storage_limits().labels_max).await?;
+            Ok(label)
+        });
         Ok(response.await?.into())
     }
 

@@ -14,6 +14,7 @@ macro_rules! import_locks {
 
 mod existing;
 mod interruptions;
+mod label_limit;
 mod mapping;
 mod records;
 mod repeated_interruptions;

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata};
+use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, limits};
 
 async fn create(client: &Client, name: &str, description: &str) -> Result<Label, Status> {
     let label = Label { id: String::new(), name: name.to_owned(), description: description.to_owned() };
@@ -468,4 +468,54 @@ async fn retry_with_the_request_id_returns_the_stored_response_and_writes_once()
     let other = AddIssueLabelsRequest { expected_version: 2, ..add };
     assert_error(client.add_issue_labels(other).await, Code::InvalidArgument, "REQUEST_ID_REUSED");
     assert_eq!(tracker.member.get(&issue.id).await.version, 3);
+}
+
+#[tokio::test]
+async fn label_beyond_the_limit_is_refused_and_writes_nothing() {
+    let tracker = Tracker::start_with(limits(&["--labels", "2"])).await;
+    let [first, _] = create_labels(&tracker.member, ["first", "second"]).await;
+    let third = CreateLabelRequest {
+        label: Some(Label { name: "third".into(), ..Label::default() }),
+        request_id: Uuid::now_v7().to_string(),
+        ..CreateLabelRequest::default()
+    };
+    let create_third = async |validate_only| {
+        let request = CreateLabelRequest { validate_only, ..third.clone() };
+        tracker.member.labels().create_label(request).await
+    };
+    let before = tracker.contents().await;
+
+    for validate_only in [true, false] {
+        let status = assert_error(create_third(validate_only).await, Code::ResourceExhausted, "LABELS_EXCEEDED");
+        assert!(status.message().contains("more than 2 labels"), "{status:?}");
+        assert_eq!(error_metadata(&status, "labels_max").as_deref(), Some("2"));
+        assert!(status.get_details_retry_info().is_none(), "a retry does not help");
+    }
+    assert_error(create(&tracker.member, "FIRST", "").await, Code::AlreadyExists, "ALREADY_EXISTS");
+    assert_eq!(tracker.contents().await, before);
+
+    delete(&tracker.member, &first.id, false).await.unwrap();
+    let created = create_third(false).await.unwrap().into_inner();
+    assert_eq!(create_third(false).await.unwrap().into_inner(), created, "the stored response");
+    update(&tracker.member, Label { name: "renamed".into(), ..created }, &["name"]).await.unwrap();
+}
+
+#[tokio::test]
+async fn concurrent_calls_on_two_replicas_keep_to_the_limit_of_labels() {
+    let tracker = Tracker::start_with(limits(&["--labels", "10"])).await;
+    let replica = tracker.start_replica_with(limits(&["--labels", "10"])).await;
+
+    let clients = [&tracker.member, &replica.member];
+    let created = futures_util::future::join_all(
+        (0..40)
+            .zip(clients.into_iter().cycle())
+            .map(async |(n, client)| create(client, &format!("label {n}"), "").await),
+    );
+    let (created, refused): (Vec<_>, Vec<_>) = created.await.into_iter().partition(Result::is_ok);
+
+    assert_eq!((created.len(), refused.len()), (10, 30));
+    for outcome in refused {
+        assert_error(outcome, Code::ResourceExhausted, "LABELS_EXCEEDED");
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 10);
 }

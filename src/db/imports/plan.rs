@@ -56,15 +56,24 @@ enum ExternalIdOwner {
     },
 }
 
+/// The limits of a plan.
+#[derive(Clone, Copy)]
+pub(super) struct PlanLimits {
+    /// The maximum number of errors that are returned. All are counted.
+    pub errors_max: usize,
+    /// The maximum number of labels that exist.
+    pub labels_max: i64,
+}
+
 /// Plans a batch. Creates missing labels if the import may, and locks the issues and labels that its updates depend on
-/// until the end of the transaction. At most `errors_max` errors are returned; all are counted.
+/// until the end of the transaction.
 pub(super) async fn plan_batch<'a>(
     db: &Conn,
     spec: &ImportSpec,
     references: &mut References,
     default_assignee_id: Option<Uuid>,
     batch: &'a Batch,
-    errors_max: usize,
+    PlanLimits { errors_max, labels_max }: PlanLimits,
 ) -> Result<BatchPlan<'a>> {
     const NOW: &str = "-- import_time\nSELECT now() AS now";
 
@@ -92,7 +101,8 @@ pub(super) async fn plan_batch<'a>(
     let mut plan = planner.plan;
     if spec.create_labels {
         let rows = plan.inserts.iter().map(|insert| insert.row).chain(plan.updates.iter().map(|update| update.row));
-        references.create_labels(db, rows.flat_map(|row| row.labels.iter().map(String::as_str))).await?;
+        let names = rows.flat_map(|row| row.labels.iter().map(String::as_str));
+        references.create_labels(db, labels_max, names).await?;
     }
     for insert in &mut plan.inserts {
         insert.label_ids = references.label_ids(insert.row)?;

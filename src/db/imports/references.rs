@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::Conn;
 use crate::{
     csv::ImportRow,
+    db::labels,
     error::{Error, Result},
 };
 
@@ -25,12 +26,22 @@ pub(super) async fn find_user(db: &Conn, username: &str) -> Result<Option<Uuid>>
 pub(super) struct References {
     users: HashMap<String, Option<Uuid>>,
     labels: HashMap<String, Option<Uuid>>,
+    /// Whether the transaction has created labels.
+    has_created_labels: bool,
 }
 
 impl References {
     pub fn clear(&mut self) {
-        self.users.clear();
-        self.labels.clear();
+        *self = Self::default();
+    }
+
+    /// Fails with `QuotaExceeded` if the transaction has created labels and there are too many. Call it last before the
+    /// commit.
+    pub async fn check_label_count(&mut self, db: &Conn, labels_max: i64) -> Result<()> {
+        match std::mem::take(&mut self.has_created_labels) {
+            true => labels::check_count(db, labels_max).await,
+            false => Ok(()),
+        }
     }
 
     /// Looks up all names in the rows.
@@ -70,8 +81,9 @@ impl References {
         Ok(ids)
     }
 
-    /// Creates the labels that do not exist, and looks them up.
-    pub async fn create_labels(&mut self, db: &Conn, names: impl Iterator<Item = &str>) -> Result<()> {
+    /// Creates the labels that do not exist, and looks them up. Fails with `QuotaExceeded` if there are too many already;
+    /// the transaction must end with [`Self::check_label_count`].
+    pub async fn create_labels(&mut self, db: &Conn, labels_max: i64, names: impl Iterator<Item = &str>) -> Result<()> {
         // Sorted, so that two imports that create the same labels do not deadlock.
         const SQL: &str = "-- create_labels
             INSERT INTO labels (id, name)
@@ -86,7 +98,10 @@ impl References {
             return Ok(());
         }
         let ids: Vec<Uuid> = missing.iter().map(|_| Uuid::now_v7()).collect();
-        db.execute(SQL, &[&ids, &missing]).await?;
+        if db.execute(SQL, &[&ids, &missing]).await? > 0 {
+            self.has_created_labels = true;
+            labels::check_visible_count(db, labels_max).await?;
+        }
         for name in &missing {
             self.labels.remove(*name);
         }

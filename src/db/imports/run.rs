@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{
     Checkpoint, IMPORT_ERRORS_STORED_MAX, ImportSpec, already_running,
-    plan::plan_batch,
+    plan::{PlanLimits, plan_batch},
     references::{References, find_user},
     state, write,
 };
@@ -143,8 +143,9 @@ impl ImportRun {
         if !spec.is_single_transaction() {
             self.conn.enqueue("BEGIN")?;
         }
-        let plan =
-            plan_batch(&self.conn, &spec, &mut self.references, self.default_assignee_id, batch, errors_max).await?;
+        let labels_max = self.db.storage_limits().labels_max;
+        let limits = PlanLimits { errors_max, labels_max };
+        let plan = plan_batch(&self.conn, &spec, &mut self.references, self.default_assignee_id, batch, limits).await?;
         let updated_count = write::execute(&self.conn, &spec, &header, &plan).await?;
 
         let planned = plan.inserts.len() + plan.updates.len() + plan.skips.len();
@@ -165,6 +166,7 @@ impl ImportRun {
         if !spec.is_single_transaction() {
             state::insert_errors(&self.conn, spec.import_id, stored_errors, &errors).await?;
             state::save_checkpoint(&self.conn, &spec, &next, &header, batch.is_last).await?;
+            self.references.check_label_count(&self.conn, labels_max).await?;
             self.conn.commit().await.map_err(Error::with_request_id)?;
         } else if !spec.validate_only {
             self.errors.extend_from_slice(&errors);
@@ -178,7 +180,7 @@ impl ImportRun {
 
     /// Commits or rejects an atomic import, rolls back a dry run, and returns the summary. Must be called after the last
     /// batch, with which an import in IMPORT_MODE_SKIP_INVALID is committed already.
-    pub async fn finish(self) -> Result<ImportSummary> {
+    pub async fn finish(mut self) -> Result<ImportSummary> {
         let (spec, checkpoint) = (&*self.spec, &self.checkpoint);
         let state = if spec.mode == ImportMode::Atomic && checkpoint.rejected_count > 0 {
             ImportState::Rejected
@@ -191,6 +193,7 @@ impl ImportRun {
             if state == ImportState::Committed {
                 let header = self.header.as_ref().ok_or(Error::Internal("an import has no last batch"))?;
                 state::save_checkpoint(&self.conn, spec, checkpoint, header, true).await?;
+                self.references.check_label_count(&self.conn, self.db.storage_limits().labels_max).await?;
                 self.conn.commit().await.map_err(Error::with_request_id)?;
             } else {
                 self.conn.client().batch_execute("ROLLBACK").await?;
