@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::harness::assert_invalid;
+use crate::harness::{assert_invalid, limits};
 
 /// Returns `column_names` from pairs of a name in the file and a column.
 fn names(names: &[(&str, &str)]) -> HashMap<String, String> {
@@ -234,7 +234,7 @@ async fn create_labels_creates_each_missing_label_once() {
 
 #[tokio::test]
 async fn import_accepts_more_labels_than_its_cache_holds() {
-    let tracker = Tracker::start().await;
+    let tracker = Tracker::start_with(limits(&["--labels", "20000"])).await;
     tracker.member.label("0").await;
     let labels = |row: usize| (row * 100..row * 100 + 100).map(|n| n.to_string()).collect::<Vec<_>>().join(";");
     let rows: String = (0..101).map(|row| format!("{row},{}\n", labels(row))).collect();
