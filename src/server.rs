@@ -15,8 +15,13 @@ use crate::{
     auth::throttle::LoginLimits,
     config::Limits,
     db::{
-        Conn, Db, Health, PRUNE_BATCH_ROWS, audit::prune_audit_events, batchers::Batchers, idempotency::prune_requests,
-        response_budget::prune_response_budgets, tokens::prune_tokens,
+        Conn, Db, Health, StorageLimits,
+        audit::prune_audit_events,
+        batchers::Batchers,
+        idempotency::prune_requests,
+        imports::{prune_import_errors, prune_imports},
+        response_budget::prune_response_budgets,
+        tokens::prune_tokens,
     },
     error::Result,
     fairness::FairSemaphore,
@@ -232,10 +237,15 @@ async fn prune(db: Db) {
     loop {
         interval.tick().await;
         for (what, pruned) in [
-            ("request ids", pruned(&db, async |conn| prune_requests(conn).await).await),
-            ("response budgets", pruned(&db, async |conn| prune_response_budgets(conn).await).await),
-            ("tokens", pruned(&db, async |conn| prune_tokens(conn).await).await),
-            ("audit events", pruned(&db, async |conn| prune_audit_events(conn).await).await),
+            ("request ids", pruned(&db, async |conn, _| prune_requests(conn).await).await),
+            ("response budgets", pruned(&db, async |conn, _| prune_response_budgets(conn).await).await),
+            (
+                "import errors",
+                pruned(&db, async |conn, limits| prune_import_errors(conn, limits.import_error_days).await).await,
+            ),
+            ("imports", pruned(&db, async |conn, limits| prune_imports(conn, limits.import_days).await).await),
+            ("tokens", pruned(&db, async |conn, _| prune_tokens(conn).await).await),
+            ("audit events", pruned(&db, async |conn, _| prune_audit_events(conn).await).await),
         ] {
             if let Err(error) = pruned {
                 tracing::warn!(code = ?error.code(), what, "pruning failed");
@@ -244,8 +254,8 @@ async fn prune(db: Db) {
     }
 }
 
-/// Repeats `prune` until it deletes fewer rows than its maximum.
-async fn pruned(db: &Db, prune: impl AsyncFn(&Conn) -> Result<u64>) -> Result<()> {
-    while prune(&db.conn().await?).await? == PRUNE_BATCH_ROWS as u64 {}
+/// Repeats `prune` until it deletes nothing.
+async fn pruned(db: &Db, prune: impl AsyncFn(&Conn, StorageLimits) -> Result<u64>) -> Result<()> {
+    while prune(&db.conn().await?, db.storage_limits()).await? > 0 {}
     Ok(())
 }

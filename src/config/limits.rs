@@ -98,6 +98,18 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_LABELS", default_value_t = 10_000, value_name = "N",
         value_parser = value_parser!(i64).range(1..=1_000_000), help_heading = "Storage")]
     labels: i64,
+    /// Maximum row errors of imports that are stored for a user; those of older imports are removed first
+    #[arg(long, env = "ISSUE_TRACKER_IMPORT_ERRORS", default_value_t = 50_000, value_name = "N",
+        value_parser = value_parser!(i64).range(10_000..=100_000_000), help_heading = "Storage")]
+    import_errors: i64,
+    /// Days for which the row errors of an import are stored after it has ended
+    #[arg(long, env = "ISSUE_TRACKER_IMPORT_ERROR_DAYS", default_value_t = 30, value_name = "DAYS",
+        value_parser = value_parser!(i32).range(1..=3_650), help_heading = "Storage")]
+    import_error_days: i32,
+    /// Days for which an import can be read and reverted after it has ended
+    #[arg(long, env = "ISSUE_TRACKER_IMPORT_DAYS", default_value_t = 90, value_name = "DAYS",
+        value_parser = value_parser!(i32).range(1..=3_650), help_heading = "Storage")]
+    import_days: i32,
 
     #[command(flatten, next_help_heading = "Authentication")]
     pub bcrypt: BcryptCost,
@@ -140,7 +152,13 @@ impl Limits {
     }
 
     pub fn storage(&self) -> StorageLimits {
-        StorageLimits { response_bytes_per_user_max: self.stored_response_bytes, labels_max: self.labels }
+        StorageLimits {
+            response_bytes_per_user_max: self.stored_response_bytes,
+            labels_max: self.labels,
+            import_errors_per_user_max: self.import_errors,
+            import_error_days: self.import_error_days,
+            import_days: self.import_days,
+        }
     }
 
     pub fn requests(&self) -> RequestLimits {

@@ -2,17 +2,20 @@
 //!
 //! [`run`] is an import in state RUNNING. For each batch, [`references`] looks up the names that rows refer to, [`plan`]
 //! decides whether a row is inserted, updates an issue, is skipped or is rejected, and [`write`](mod@write) executes the
-//! plan. [`state`] stores the transitions, [`read`] returns an import and its errors, and [`revert`](mod@revert) undoes it.
+//! plan. [`state`] stores the transitions, [`read`] returns an import and its errors, [`revert`](mod@revert) undoes it, and
+//! [`retention`] removes old imports and errors.
 
 mod plan;
 mod read;
 mod references;
+mod retention;
 mod revert;
 mod run;
 mod state;
 mod write;
 
 pub use read::{get, list_errors};
+pub use retention::{prune_import_errors, prune_imports};
 #[cfg(feature = "internals")]
 pub use revert::IMPORT_CHANGED_SHOWN_MAX;
 pub use revert::revert;

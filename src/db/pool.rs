@@ -55,10 +55,22 @@ pub struct StorageLimits {
     /// The bytes of large responses that are stored for a user in 24 hours.
     pub response_bytes_per_user_max: i64,
     pub labels_max: i64,
+    /// The row errors of imports that are stored for a user.
+    pub import_errors_per_user_max: i64,
+    /// How long the row errors of an import are stored.
+    pub import_error_days: i32,
+    /// How long an import can be read and reverted.
+    pub import_days: i32,
 }
 
 impl StorageLimits {
-    const NONE: Self = Self { response_bytes_per_user_max: i64::MAX, labels_max: i64::MAX - 1 };
+    const NONE: Self = Self {
+        response_bytes_per_user_max: i64::MAX,
+        labels_max: i64::MAX - 1,
+        import_errors_per_user_max: i64::MAX,
+        import_error_days: i32::MAX,
+        import_days: i32::MAX,
+    };
 }
 
 /// The pool, as one flow uses it. Clones share it.

@@ -18,7 +18,8 @@ BEGIN
         ('comments',                'SELECT, INSERT, UPDATE'),
         ('requests',                'SELECT, INSERT, DELETE'), -- deleted after a day
         ('stored_response_bytes',   'SELECT, INSERT, UPDATE, DELETE'),
-        ('imports',                 'SELECT, INSERT, UPDATE'),
+        ('imports',                 'SELECT, INSERT, UPDATE, DELETE'), -- deleted when they are old
+        ('expired_imports',         'SELECT, INSERT, DELETE'),
         ('import_errors',           'SELECT, INSERT, DELETE'),
         ('import_issues',           'SELECT, INSERT, DELETE'),
         ('audit_events',            'SELECT, INSERT, DELETE'),

@@ -19,6 +19,7 @@ mod mapping;
 mod records;
 mod repeated_interruptions;
 mod resume;
+mod retention;
 mod revert;
 mod rows;
 mod stream;

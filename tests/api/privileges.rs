@@ -96,7 +96,6 @@ async fn server_role_cannot_rewrite_history() {
         "UPDATE requests SET reply = ''",
         "DELETE FROM comments",
         "DELETE FROM users",
-        "DELETE FROM imports",
     ] {
         assert_insufficient_privilege(&service, statement).await;
     }

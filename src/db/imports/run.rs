@@ -8,6 +8,7 @@ use super::{
     Checkpoint, IMPORT_ERRORS_STORED_MAX, ImportSpec, already_running,
     plan::{PlanLimits, plan_batch},
     references::{References, find_user},
+    retention::{check_not_removed, evict_import_errors},
     state, write,
 };
 use crate::{
@@ -76,9 +77,13 @@ impl ImportRun {
                 run.checkpoint = stored.checkpoint;
                 run.header = stored.column_names.map(|names| Arc::new(Header::from_names(&names)));
             }
+        } else if let Err(error) = check_not_removed(&run.conn, spec.import_id).await {
+            run.release().await;
+            return Err(error);
         }
         run.default_assignee_id = run.find_default_assignee().await?;
         if !spec.validate_only {
+            evict_import_errors(&run.conn, spec.caller_id, db.storage_limits().import_errors_per_user_max).await?;
             match run.header {
                 Some(_) => state::resume(&run.conn, &spec).await?,
                 None => state::start(&run.conn, &spec).await?,

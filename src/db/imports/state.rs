@@ -3,10 +3,10 @@
 use tokio_postgres::Row;
 use uuid::Uuid;
 
-use super::{Checkpoint, Conn, ImportSpec};
+use super::{Checkpoint, Conn, IMPORT_ERRORS_STORED_MAX, ImportSpec};
 use crate::{
     csv::{Header, RowError},
-    db::Db,
+    db::{Db, conn::Params},
     error::{Error, Result},
     pb::{ImportMode, ImportState},
 };
@@ -145,7 +145,8 @@ pub(super) async fn start(db: &Conn, spec: &ImportSpec) -> Result<()> {
             updated_count = 0,
             skipped_count = 0,
             rejected_count = 0,
-            error_count = 0";
+            error_count = 0,
+            stored_error_count = 0";
     let ImportSpec { import_id, caller_id, mode, fingerprint, total_bytes, .. } = spec;
     let (mode, state, total_bytes) = (*mode as i16, ImportState::Running as i16, total_bytes.cast_signed());
     check_one_row(db.execute(SQL, &[import_id, caller_id, &mode, &&fingerprint[..], &total_bytes, &state]).await?)
@@ -176,6 +177,7 @@ pub(super) async fn save_checkpoint(
             skipped_count = /* skipped_count */ $7,
             rejected_count = /* rejected_count */ $8,
             error_count = /* error_count */ $9,
+            stored_error_count = least(/* error_count */ $9, /* errors_stored_max */ $13::int8),
             columns = /* column_names */ $10,
             state = /* state */ $11,
             finish_time = CASE WHEN /* is_finished */ $12 THEN now() END
@@ -190,6 +192,7 @@ pub(super) async fn save_checkpoint(
     #[rustfmt::skip]
     let saved = db.execute(SQL, &[
         id, &offset, &line_number, &rows, &created, &updated, &skipped, &rejected, &errors, &names, &state, &is_finished,
+        &(IMPORT_ERRORS_STORED_MAX as i64),
     ]).await?;
     if is_finished && checkpoint.skipped_count > 0 {
         // There can be as many as the file has rows, and no other call waits for this.
@@ -229,11 +232,14 @@ pub(super) async fn reject(db: &Conn, import_id: Uuid, checkpoint: &Checkpoint, 
             updated_count = 0,
             skipped_count = 0,
             rejected_count = /* rejected_count */ $4,
-            error_count = /* error_count */ $5
+            error_count = /* error_count */ $5,
+            stored_error_count = /* stored_error_count */ $6
         WHERE id = /* id */ $1";
+    let stored_error_count = errors.len() as i32;
     let [_, _, rows, .., rejected, error_count] = checkpoint_values(checkpoint);
     let state = ImportState::Rejected as i16;
-    check_one_row(db.execute(SQL, &[&import_id, &state, &rows, &rejected, &error_count]).await?)?;
+    let params: Params = &[&import_id, &state, &rows, &rejected, &error_count, &stored_error_count];
+    check_one_row(db.execute(SQL, params).await?)?;
     insert_errors(db, import_id, 0, errors).await
 }
 
