@@ -87,9 +87,10 @@ impl References {
         // Sorted, so that two imports that create the same labels do not deadlock.
         const SQL: &str = "-- create_labels
             INSERT INTO labels (id, name)
-            SELECT n.id, n.name
+            SELECT DISTINCT ON (lower(n.name)) n.id, n.name
             FROM unnest($1::uuid[], $2::text[]) WITH ORDINALITY AS n (id, name, position)
             ORDER BY lower(n.name), n.position
+            LIMIT $3
             ON CONFLICT DO NOTHING";
         let mut seen = HashSet::new();
         let missing: Vec<&str> =
@@ -98,7 +99,9 @@ impl References {
             return Ok(());
         }
         let ids: Vec<Uuid> = missing.iter().map(|_| Uuid::now_v7()).collect();
-        if db.execute(SQL, &[&ids, &missing]).await? > 0 {
+        // More would fail anyway. A batch can name half a million.
+        let created_max = labels_max + 1;
+        if db.execute(SQL, &[&ids, &missing, &created_max]).await? > 0 {
             self.has_created_labels = true;
             labels::check_visible_count(db, labels_max).await?;
         }

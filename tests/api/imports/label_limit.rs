@@ -35,6 +35,21 @@ async fn import_beyond_the_limit_of_labels_fails_and_writes_no_row() {
 }
 
 #[tokio::test]
+async fn refused_import_inserts_no_more_labels_than_the_limit_allows() {
+    let tracker = Tracker::start_with(limits(&["--labels", "3"])).await;
+    let rows: String = (0..200)
+        .map(|row| format!("issue,{}\n", names(row * 100..row * 100 + 100).collect::<Vec<_>>().join(";")))
+        .collect();
+    let import = import(format!("title,labels\n{rows}")).with(|options| options.create_labels = true);
+
+    assert_error(import.by(&tracker.member).await, Code::ResourceExhausted, "LABELS_EXCEEDED");
+
+    // Rows that were rolled back take space until they are vacuumed.
+    let bytes = tracker.count("SELECT pg_relation_size('labels')").await;
+    assert!(bytes <= 8_192, "{bytes}");
+}
+
+#[tokio::test]
 async fn refused_import_resumes_when_labels_were_deleted() {
     let tracker = Tracker::start_with(limits(&["--labels", "6"])).await;
     let import = creating((0..7_000).map(|row| format!("label {}", row / 1_000)));
