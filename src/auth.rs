@@ -33,8 +33,8 @@ use crate::{
     pb::Role,
 };
 
-/// How long a token is valid without a look-up in the database. A token that is revoked on one replica stays valid on the
-/// others for up to this time.
+/// How long a token is valid for new calls without a look-up in the database. A token that is revoked on one replica stays
+/// valid on the others for up to this time.
 const TOKEN_CACHED: Duration = Duration::from_secs(5);
 /// Maximum number of cached tokens.
 const TOKENS_CACHED_MAX: u64 = 10_000;
@@ -76,6 +76,8 @@ type Lookups = Coalescer<[u8; TOKEN_BYTES], Option<TokenOwner>, ()>;
 #[derive(Clone, Copy)]
 struct CachedCaller {
     caller: Caller,
+    /// When the look-up began.
+    looked_up: Instant,
     /// The generation in which the look-up began.
     generation: u64,
     /// When the token expires. `None`: it does not.
@@ -154,23 +156,32 @@ impl Auth {
         ))?;
         let sha256 = bearer_sha256(token)
             .ok_or(Error::Unauthenticated("authorization: malformed; expected \"Bearer <token>\""))?;
+        self.find_caller(sha256, TOKEN_CACHED, client).await
+    }
+
+    /// Returns the caller whose token has this SHA-256. Fails with `Unauthenticated` if the token is not valid.
+    ///
+    /// `age_max`: how long ago the token may have been looked up in the database, up to 5 s. `flow`: whose turn it is, if the
+    /// token must be looked up.
+    pub async fn find_caller(&self, sha256: [u8; TOKEN_BYTES], age_max: Duration, flow: Flow) -> Result<Caller> {
         let generation = self.generation.load(Ordering::SeqCst);
         let now = Instant::now();
         if let Some(cached) = self.callers.get(&sha256).await
             && cached.generation == generation
+            && now.duration_since(cached.looked_up) < age_max
             && cached.valid_until.is_none_or(|end| now < end)
         {
             return Ok(cached.caller);
         }
         // Boxed: it is rare, and would make the future of every request larger, which is moved several times.
-        let found = Box::pin(self.lookups.call(client, sha256)).await?;
+        let found = Box::pin(self.lookups.call(flow, sha256)).await?;
         let TokenOwner { token_id, user_id, role, valid_for } = found.ok_or(Error::Unauthenticated(
             "authorization: the token is unknown, expired or revoked, or its user is disabled; sign in again",
         ))?;
         let caller = Caller { user_id, role, token_id };
         // Counted from before the look-up, so that it ends early rather than late. A time beyond the clock has no end.
         let valid_until = valid_for.and_then(|valid_for| now.checked_add(valid_for));
-        self.callers.insert(sha256, CachedCaller { caller, generation, valid_until }).await;
+        self.callers.insert(sha256, CachedCaller { caller, looked_up: now, generation, valid_until }).await;
         Ok(caller)
     }
 }

@@ -14,10 +14,11 @@
 //! 9. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
 //! 10. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!     let alone validated.
-//! 11. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
-//! 12. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
+//! 11. [`reauthentication`] repeats 9 and 10 for streams, every second, and ends those that would fail now.
+//! 12. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
+//! 13. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
 //!     a slow client holds none, and until the response is buffered or its stream ends.
-//! 13. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
+//! 14. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
 //!
@@ -38,6 +39,7 @@ mod memory_budget;
 pub mod method_policy;
 pub mod method_table;
 pub mod protocol;
+pub mod reauthentication;
 pub mod retry;
 pub mod unauthenticated_limits;
 mod unread;

@@ -38,6 +38,7 @@ use crate::{
         method_policy::{MethodPolicyLayer, MethodTable},
         method_table::METHODS,
         protocol::ProtocolLayer,
+        reauthentication::ReauthenticationLayer,
         retry::RetryLayer,
         unauthenticated_limits::UnauthenticatedLimitsLayer,
     },
@@ -144,8 +145,9 @@ pub fn middleware_stack(
         .layer(DrainingLayer::new(stopping))
         .layer(UnauthenticatedLimitsLayer::default())
         .layer(LoadSheddingLayer(Arc::clone(&slots)))
-        .layer(AuthenticationLayer::new(auth))
+        .layer(AuthenticationLayer::new(auth.clone()))
         .layer(AuthorizationLayer)
+        .layer(ReauthenticationLayer::new(auth))
         .layer(BufferingLayer::new(limits))
         .layer(AdmissionLayer(slots))
         .layer(RetryLayer)

@@ -12,6 +12,7 @@ use super::method_policy::CallPolicy;
 use crate::{
     auth::Caller,
     error::{Error, Result},
+    pb::Role,
 };
 
 /// Fails with `PermissionDenied` if the caller's role is too low.
@@ -54,7 +55,11 @@ where
 
 fn check<B>(request: &Request<B>) -> Result<()> {
     let Some(required) = CallPolicy::of(request).role() else { return Ok(()) };
-    let caller = request.extensions().get::<Caller>().ok_or(Error::Internal("a request without a caller"))?;
+    authorize(request.extensions().get::<Caller>().ok_or(Error::Internal("a request without a caller"))?, required)
+}
+
+/// Fails with `PermissionDenied` if the caller's role is lower than the required one.
+pub(super) fn authorize(caller: &Caller, required: Role) -> Result<()> {
     if caller.role < required {
         return Err(Error::PermissionDenied(format!(
             "the method requires {}, the caller has {}",

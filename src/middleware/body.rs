@@ -100,9 +100,7 @@ impl<R: Body<Data = Bytes, Error = Status> + Unpin> EndableBody<R> {
     /// Drops the body and returns the trailers of the error.
     pub fn end(&mut self, error: Error) -> PolledFrame {
         *self = Self::Ended;
-        let mut trailers = HeaderMap::new();
-        let added = Status::from(error).add_header(&mut trailers);
-        Poll::Ready(added.ok().map(|()| Ok(Frame::trailers(trailers))))
+        Poll::Ready(error_trailers(error))
     }
 
     pub fn is_end_stream(&self) -> bool {
@@ -111,6 +109,13 @@ impl<R: Body<Data = Bytes, Error = Status> + Unpin> EndableBody<R> {
             Self::Ended => true,
         }
     }
+}
+
+/// Returns the last frame of a response that ends with an error.
+pub fn error_trailers(error: Error) -> Option<Result<Frame<Bytes>, Status>> {
+    let mut trailers = HeaderMap::new();
+    let added = Status::from(error).add_header(&mut trailers);
+    added.ok().map(|()| Ok(Frame::trailers(trailers)))
 }
 
 /// A response body, or none where a status without a body is returned instead.

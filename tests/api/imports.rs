@@ -21,6 +21,7 @@ mod repeated_interruptions;
 mod resume;
 mod retention;
 mod revert;
+mod revocation;
 mod rows;
 mod stream;
 

@@ -1,6 +1,7 @@
 //! Black-box tests of the service with a real server, generated clients and a real database. Each test has a database of
 //! its own, and its name states a rule.
 
+mod credentials;
 mod h2_client;
 mod harness;
 #[path = "../support"]

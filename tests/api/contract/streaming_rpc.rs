@@ -1,6 +1,8 @@
-//! A server-streaming RPC that the middleware has no code for, behind the real middleware and transport.
+//! A server-streaming and a client-streaming RPC that the middleware has no code for, behind the real middleware and
+//! transport.
 //!
-//! All that the middleware knows of it is its entry in the method table, which `build.rs` generates for declared methods.
+//! All that the middleware knows of them are their entries in the method table, which `build.rs` generates for declared
+//! methods.
 
 use std::{
     convert::Infallible,
@@ -11,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{
     StreamExt,
-    future::{BoxFuture, Ready, ready},
+    future::{BoxFuture, Ready, join_all, ready},
     stream::{self, BoxStream},
 };
 use issue_tracker::{
@@ -26,18 +28,20 @@ use tonic::{
     Code, Request, Response, Status, Streaming,
     body::Body,
     client::Grpc,
-    server::{NamedService, ServerStreamingService},
+    server::{ClientStreamingService, NamedService, ServerStreamingService},
     service::Routes,
     transport::{Channel, Endpoint},
 };
 use tower::Service;
 
 use crate::{
-    harness::{Client, Tracker, assert_error, limits},
+    credentials::{ENDS_WITHIN, End},
+    harness::{Client, Tracker, advance_clock, assert_error, limits},
     support::{bounds::HANG, codec::BytesCodec, eventually::eventually},
 };
 
 const PATH: &str = "/test.v1.WatchService/Watch";
+const UPLOAD_PATH: &str = "/test.v1.UploadService/Upload";
 
 /// Streams the caller's id, and then nothing more.
 #[derive(Clone)]
@@ -73,7 +77,42 @@ impl ServerStreamingService<Bytes> for WatchService {
     }
 }
 
-/// A server of that service alone, for one call at a time, on the database of a tracker.
+/// Receives messages, and responds when the client has sent all of them.
+#[derive(Clone)]
+struct UploadService;
+
+impl NamedService for UploadService {
+    const NAME: &'static str = "test.v1.UploadService";
+}
+
+impl Service<http::Request<Body>> for UploadService {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        Box::pin(async { Ok(tonic::server::Grpc::new(BytesCodec).client_streaming(Self, request).await) })
+    }
+}
+
+impl ClientStreamingService<Bytes> for UploadService {
+    type Response = Vec<u8>;
+    type Future = BoxFuture<'static, Result<Response<Vec<u8>>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<Bytes>>) -> Self::Future {
+        let mut messages = request.into_inner();
+        Box::pin(async move {
+            while messages.message().await?.is_some() {}
+            Ok(Response::new(Vec::new()))
+        })
+    }
+}
+
+/// A server of these services alone, for one call at a time, on the database of a tracker.
 struct WatchServer {
     channel: Channel,
     stopping: CancellationToken,
@@ -91,10 +130,11 @@ impl WatchServer {
             default_deadline: None,
         };
         let limits = limits(&["--requests", "1"]);
-        let methods = methods().unwrap().with_method(PATH, policy);
+        let upload = CallPolicy { client_streaming: true, server_streaming: false, ..policy };
+        let methods = methods().unwrap().with_method(PATH, policy).with_method(UPLOAD_PATH, upload);
         let auth = Auth::new(tracker.db.clone(), 4).unwrap();
         let stopping = CancellationToken::new();
-        let routes = Routes::new(WatchService);
+        let routes = Routes::new(WatchService).add_service(UploadService);
         let service = middleware_stack(methods, auth, limits.requests(), stopping.clone(), routes);
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = tcp.local_addr().unwrap();
@@ -105,8 +145,7 @@ impl WatchServer {
     }
 
     async fn watch(&self, client: &Client, deadline: Option<Duration>) -> Result<Streaming<Bytes>, Status> {
-        let mut request = Request::new(stream::iter([Vec::new()]));
-        request.metadata_mut().insert("authorization", format!("Bearer {}", client.token).parse().unwrap());
+        let mut request = request(client, stream::iter([Vec::new()]));
         if let Some(deadline) = deadline {
             request.set_timeout(deadline);
         }
@@ -115,6 +154,22 @@ impl WatchServer {
         let response = timeout(HANG, grpc.streaming(request, PATH.parse().unwrap(), BytesCodec)).await;
         Ok(response.expect("the call gets no response")?.into_inner())
     }
+
+    /// Sends a message, and no more. Fails if there is no response within [`ENDS_WITHIN`].
+    async fn upload(&self, client: &Client) -> Result<Response<Bytes>, Status> {
+        let messages = stream::iter([Vec::new()]).chain(stream::pending());
+        let mut grpc = Grpc::new(self.channel.clone());
+        grpc.ready().await.unwrap();
+        let response = grpc.client_streaming(request(client, messages), UPLOAD_PATH.parse().unwrap(), BytesCodec);
+        timeout(ENDS_WITHIN, response).await.expect("the call does not end")
+    }
+}
+
+/// Returns a request with the token of a client.
+fn request<T>(client: &Client, messages: T) -> Request<T> {
+    let mut request = Request::new(messages);
+    request.metadata_mut().insert("authorization", format!("Bearer {}", client.token).parse().unwrap());
+    request
 }
 
 /// Returns the next message, or `None` at the end of the stream. Panics after [`HANG`].
@@ -161,4 +216,49 @@ async fn a_new_streaming_rpc_ends_at_the_shutdown() {
     next(&mut watch).await.unwrap().unwrap();
     server.stopping.cancel();
     assert_error(next(&mut watch).await, Code::Unavailable, "STOPPING");
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_ends_within_5_s_of_its_credentials() {
+    let tracker = Tracker::start().await;
+    let cases = End::ALL.map(async |end| {
+        let server = WatchServer::start(&tracker).await;
+        let member = end.member(&tracker, &format!("{end:?}")).await;
+        let mut watch = server.watch(&member, None).await.unwrap();
+        next(&mut watch).await.unwrap().unwrap();
+
+        // The server has a cache of its own, as another replica has.
+        end.apply(&tracker, &member).await;
+
+        let ended = timeout(ENDS_WITHIN, watch.message()).await;
+        let (code, reason) = end.error();
+        assert_error(ended.unwrap_or_else(|_| panic!("{end:?} does not end the stream")), code, reason);
+    });
+    join_all(cases).await;
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_continues_while_its_credentials_are_valid() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut watch = server.watch(&tracker.member, None).await.unwrap();
+    next(&mut watch).await.unwrap().unwrap();
+    for _ in 0..60 {
+        advance_clock(Duration::from_secs(1)).await;
+    }
+    let ended = timeout(Duration::from_secs(1), watch.message()).await;
+    assert!(ended.is_err(), "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_new_client_streaming_rpc_ends_within_5_s_of_its_credentials() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let end = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        End::Demoted.apply(&tracker, &tracker.member).await;
+    };
+    let (result, ()) = tokio::join!(server.upload(&tracker.member), end);
+    assert_error(result, Code::PermissionDenied, "PERMISSION_DENIED");
+    assert_error(server.upload(&tracker.viewer).await, Code::PermissionDenied, "PERMISSION_DENIED");
 }

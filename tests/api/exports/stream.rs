@@ -2,13 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use issue_tracker::{
     config::Limits,
     pb::{AddIssueLabelsRequest, UpdateIssueRequest, UpdateLabelRequest},
 };
 
 use super::*;
-use crate::harness::{self, assert_retriable, eventually, limits};
+use crate::{
+    credentials::{ENDS_WITHIN, End},
+    harness::{self, assert_retriable, eventually, limits},
+};
 
 /// Minimum size of every chunk but the last.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -223,4 +227,57 @@ async fn shutdown_ends_the_stream_with_an_error() {
     assert_error(read_rest(&mut chunks, &mut file).await, Code::Unavailable, "STOPPING");
     drop(chunks);
     tracker.wait_until_stopped().await;
+}
+
+/// Asserts that an export on `server`, whose client does not read, ends when its credentials end on `tracker`.
+async fn assert_export_ends(end: End, tracker: &Tracker, server: &Tracker, username: &str) {
+    let member = end.member(tracker, username).await;
+    let on_server = server.client_with_token(Some(&member.token));
+    let (mut chunks, mut file) = start_export(&on_server).await;
+
+    end.apply(tracker, &member).await;
+    tokio::time::sleep(ENDS_WITHIN).await;
+
+    let (code, reason) = end.error();
+    assert_error(read_rest(&mut chunks, &mut file).await, code, reason);
+    assert!(file.len() < LARGE_ISSUES * LARGE_ISSUE_BYTES, "{username} has received the whole file");
+}
+
+#[tokio::test]
+async fn export_ends_within_5_s_of_its_credentials_on_every_replica() {
+    let with_3_exports = || limits(&["--exports", "3", "--imports", "1"]);
+    let tracker = large_tracker(with_3_exports()).await;
+    let replica = tracker.start_replica_with(with_3_exports()).await;
+    let ends = [End::TokenRevoked, End::SessionLoggedOut, End::UserDisabled];
+    let cases = ends.into_iter().flat_map(|end| [(end, &tracker, "here"), (end, &replica, "there")]);
+    join_all(cases.map(async |(end, server, place)| {
+        assert_export_ends(end, &tracker, server, &format!("{end:?}-{place}")).await;
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn unread_export_of_a_disabled_user_frees_its_connection_within_5_s() {
+    let tracker = large_tracker(limits(&[])).await;
+    let (_chunks, _) = start_export(&tracker.viewer).await;
+    tracker.wait_until(EXPORT_BLOCKED_ON_READER).await;
+
+    End::UserDisabled.apply(&tracker, &tracker.viewer).await;
+
+    let ended = tokio::time::timeout(ENDS_WITHIN, tracker.wait_until(NO_ACTIVE_EXPORT)).await;
+    ended.expect("the export still holds its connection");
+}
+
+#[tokio::test]
+async fn export_of_a_member_who_becomes_a_viewer_continues() {
+    let tracker = large_tracker(limits(&[])).await;
+    let (mut chunks, mut file) = start_export(&tracker.member).await;
+
+    End::Demoted.apply(&tracker, &tracker.member).await;
+    for _ in 0..5 {
+        advance_clock(Duration::from_secs(1)).await;
+    }
+
+    read_rest(&mut chunks, &mut file).await.unwrap();
+    assert_eq!(titles(std::str::from_utf8(&file).unwrap()).len(), LARGE_ISSUES);
 }
