@@ -8,6 +8,7 @@ mod imports;
 mod issues;
 mod labels;
 mod reports;
+mod stall_timeout;
 mod streaming;
 mod users;
 

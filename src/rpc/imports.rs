@@ -1,7 +1,6 @@
 //! `ImportService`: streamed CSV files, and the state, errors and reversal of an import. See `docs/imports.md`.
 
 mod options;
-mod stall_timeout;
 mod stream;
 
 use tonic::{Request, Response, Streaming};

@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 use tonic::Streaming;
 use uuid::Uuid;
 
-use super::{options, stall_timeout::StallTimeout};
+use super::options;
 use crate::{
     csv::{Batch, BatchReader, FileError, HeaderError, RowError},
     db::{
@@ -19,7 +19,7 @@ use crate::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
         import_issues_response::Message,
     },
-    rpc::streaming::ResponseSender,
+    rpc::{stall_timeout::StallTimeout, streaming::ResponseSender},
 };
 
 /// The maximum size of the data of one chunk.
