@@ -14,7 +14,7 @@ mod users;
 
 pub use users::check_username;
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -36,12 +36,22 @@ pub struct Api {
     pub login_limits: LoginLimits,
     pub batchers: Batchers,
     pub session_hours: i32,
+    pub stream_limits: StreamLimits,
     /// One permit per concurrent import.
     pub imports: FairSemaphore,
     /// One permit per concurrent export.
     pub exports: FairSemaphore,
     /// Cancelled when the server stops: streams end, and their clients resume on another server.
     pub stopping: CancellationToken,
+}
+
+/// How long streams may last.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamLimits {
+    /// Maximum duration of an import, which can be resumed then.
+    pub import_duration_max: Duration,
+    /// Maximum duration of an export, and so the maximum age of its snapshot.
+    pub export_duration_max: Duration,
 }
 
 type RpcResult<T> = Result<Response<T>, Status>;

@@ -77,6 +77,7 @@ pub async fn run(
         login_limits: LoginLimits::new(limits.free_login_failures()),
         batchers: Batchers::new(db.clone()),
         session_hours: limits.session_hours,
+        stream_limits: limits.streams(),
         imports: FairSemaphore::new("imports", limits.imports, limits.share()),
         exports: FairSemaphore::new("exports", limits.exports, limits.share()),
         stopping: stopping.clone(),

@@ -229,9 +229,11 @@ pub fn failure(status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let is_from_service = info.as_ref().is_some_and(|info| info.domain == ERROR_DOMAIN);
     let is_retryable = match status.code() {
-        Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Cancelled => true,
+        Code::Unavailable | Code::Aborted | Code::Cancelled => true,
         // Without a delay, the service has reached a limit on stored data.
         Code::ResourceExhausted => !is_from_service || status.get_details_retry_info().is_some(),
+        // The next attempt would begin at the start, and take as long.
+        Code::DeadlineExceeded => info.is_none_or(|info| info.reason != "EXPORT_TIMEOUT"),
         // An error without our details is not the service's but the connection's.
         Code::Unknown | Code::Internal => !is_from_service,
         Code::OutOfRange => info.is_some_and(|info| info.reason == "IMPORT_OFFSET_GAP"),
@@ -368,6 +370,7 @@ mod tests {
         let exceeded = ErrorDetails::with_error_info("LABELS_EXCEEDED", ERROR_DOMAIN, []);
         assert!(!is_retryable(&Status::with_error_details(Code::ResourceExhausted, "too many labels", exceeded)));
         assert!(is_retryable(&service_error(Code::OutOfRange, "IMPORT_OFFSET_GAP", "why", &[])));
+        assert!(!is_retryable(&service_error(Code::DeadlineExceeded, "EXPORT_TIMEOUT", "why", &[])));
         assert!(is_retryable(&Status::new(Code::Unknown, "h2 protocol error")), "an error of the connection");
         assert!(is_retryable(&Status::new(Code::Internal, "h2 protocol error")), "an error of the connection");
     }

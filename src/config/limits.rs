@@ -11,6 +11,7 @@ use crate::{
     db::{PoolOptions, StorageLimits},
     fairness::SharePercent,
     middleware::RequestLimits,
+    rpc::StreamLimits,
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
 
@@ -57,6 +58,14 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_EXPORTS", default_value_t = 4, value_name = "N",
         value_parser = value_parser!(u32).range(1..=999), help_heading = "Requests")]
     pub exports: u32,
+    /// Maximum duration of an import, in seconds; it can be resumed
+    #[arg(long, env = "ISSUE_TRACKER_IMPORT_SECONDS", default_value_t = 86_400, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Requests")]
+    import_seconds: u64,
+    /// Maximum duration of an export, in seconds; its database snapshot becomes as old
+    #[arg(long, env = "ISSUE_TRACKER_EXPORT_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(1..=86_400), help_heading = "Requests")]
+    export_seconds: u64,
     /// Time that in-flight requests have to finish at shutdown, in seconds
     #[arg(long, env = "ISSUE_TRACKER_DRAIN_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=3_600), help_heading = "Requests")]
@@ -187,6 +196,13 @@ impl Limits {
     /// Returns the part of each limited resource that one user may hold.
     pub fn share(&self) -> SharePercent {
         SharePercent(self.user_share_percent)
+    }
+
+    pub fn streams(&self) -> StreamLimits {
+        StreamLimits {
+            import_duration_max: Duration::from_secs(self.import_seconds),
+            export_duration_max: Duration::from_secs(self.export_seconds),
+        }
     }
 
     pub fn free_login_failures(&self) -> FreeFailures {

@@ -2,21 +2,29 @@
 
 use std::time::Duration;
 
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::streaming::{ResponseSender, ResponseStream, respond};
+use super::{
+    stall_timeout::{MinimumRate, StallTimeout, limit_duration},
+    streaming::{ResponseSender, ResponseStream, respond},
+};
 use crate::{
     csv::{ExportChunk, ExportWriter},
     db::{Db, issues::ExportSession},
-    error::{Error, Result},
+    error::Result,
     fairness::FairPermit,
     filter::Filter,
     pb::ExportIssuesResponse,
 };
 
-/// How long an export waits for its client to read a chunk.
-const EXPORT_IDLE_MAX: Duration = Duration::from_secs(60);
+/// 16 KiB/s. A client that reads slower would keep a snapshot, which keeps PostgreSQL from removing old row versions.
+static EXPORT_RATE_MIN: MinimumRate = MinimumRate {
+    waited_max: Duration::from_secs(120),
+    bytes: 1_920 * 1024,
+    reason: "EXPORT_IDLE",
+    missing: "read",
+    advice: "read the stream continuously, and export again",
+};
 /// The maximum number of chunks that wait for the client.
 const EXPORT_CHUNKS_BUFFERED_MAX: usize = 4;
 
@@ -27,6 +35,7 @@ pub struct ExportOptions {
     pub filter: Filter,
     pub show_deleted: bool,
     pub escape_formulas: bool,
+    pub duration_max: Duration,
 }
 
 /// Starts an export.
@@ -38,25 +47,33 @@ pub fn start(db: Db, options: ExportOptions, permit: FairPermit, stopping: Cance
 }
 
 async fn export(db: &Db, options: &ExportOptions, responses: &ResponseSender<ExportIssuesResponse>) -> Result<()> {
+    let advice = "read faster, or export fewer issues with a filter";
+    limit_duration(options.duration_max, "EXPORT_TIMEOUT", advice, send_chunks(db, options, responses)).await
+}
+
+async fn send_chunks(db: &Db, options: &ExportOptions, responses: &ResponseSender<ExportIssuesResponse>) -> Result<()> {
     let mut session = ExportSession::open(db, &options.filter, options.show_deleted).await?;
     let mut writer = ExportWriter::new(options.escape_formulas)?;
+    let mut stall_timeout = StallTimeout::new(&EXPORT_RATE_MIN);
     while let Some(row) = session.next().await? {
         if let Some(chunk) = writer.write(&row)? {
-            send(responses, chunk).await?;
+            send(responses, &mut stall_timeout, chunk).await?;
         }
     }
     session.finish().await?;
     let last = writer.finish()?;
-    if last.data.is_empty() { Ok(()) } else { send(responses, last).await }
+    if last.data.is_empty() { Ok(()) } else { send(responses, &mut stall_timeout, last).await }
 }
 
-async fn send(responses: &ResponseSender<ExportIssuesResponse>, chunk: ExportChunk) -> Result<()> {
+async fn send(
+    responses: &ResponseSender<ExportIssuesResponse>,
+    stall_timeout: &mut StallTimeout,
+    chunk: ExportChunk,
+) -> Result<()> {
     let ExportChunk { data, row_count } = chunk;
+    let bytes = data.len() as u64;
     let response = ExportIssuesResponse { data, row_count: row_count.cast_signed() };
-    timeout(EXPORT_IDLE_MAX, responses.send(response)).await.unwrap_or_else(|_| {
-        let seconds = EXPORT_IDLE_MAX.as_secs();
-        let message =
-            format!("stream: no response read for {seconds} s; read the stream continuously, and export again");
-        Err(Error::Timeout { reason: "EXPORT_IDLE", message })
-    })
+    stall_timeout.wait(responses.send(response), "no response read").await??;
+    stall_timeout.add_bytes(bytes);
+    Ok(())
 }

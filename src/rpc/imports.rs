@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Api, RpcResult,
+    stall_timeout::limit_duration,
     streaming::{ResponseStream, respond},
 };
 use crate::{
@@ -36,8 +37,10 @@ impl ImportService for Api {
     ) -> RpcResult<Self::ImportIssuesStream> {
         let caller = Caller::of(&request)?;
         let (db, imports, requests) = (self.db.for_flow(caller.flow()), self.imports.clone(), request.into_inner());
+        let duration_max = self.stream_limits.import_duration_max;
         let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, self.stopping.clone(), |sender| async move {
-            stream::import(&db, &imports, caller.user_id, requests, sender).await
+            let import = stream::import(&db, &imports, caller.user_id, requests, sender);
+            limit_duration(duration_max, "IMPORT_TIMEOUT", stream::RESUME, import).await
         });
         Ok(Response::new(responses))
     }

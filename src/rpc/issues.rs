@@ -251,7 +251,8 @@ impl IssueService for Api {
             .exports
             .try_acquire(caller.flow(), 1)
             .map_err(|_| Error::Exhausted("too many concurrent exports; retry later".to_owned()))?;
-        let options = ExportOptions { filter, show_deleted, escape_formulas };
+        let duration_max = self.stream_limits.export_duration_max;
+        let options = ExportOptions { filter, show_deleted, escape_formulas, duration_max };
         Ok(exports::start(self.db.for_flow(caller.flow()), options, permit, self.stopping.clone()).into())
     }
 }

@@ -1,4 +1,5 @@
-//! Bounds how long an import waits for its client, because it holds a permit, a connection and maybe a transaction.
+//! Bounds how long a stream lasts and how long it waits for its client, because it holds a permit, a connection, and maybe a
+//! snapshot or row locks.
 
 use std::time::Duration;
 
@@ -6,54 +7,83 @@ use tokio::time::{Instant, timeout};
 
 use crate::error::{Error, Result};
 
-/// How long an import waits for the client to send a message or to read a response.
-const IMPORT_IDLE_MAX: Duration = Duration::from_secs(60);
-/// How long it waits in total while fewer than [`IMPORT_STALL_BYTES`] of the file arrive. Empty chunks keep an import with
-/// a slow source alive only up to this limit.
-const IMPORT_STALL_MAX: Duration = Duration::from_secs(600);
-const IMPORT_STALL_BYTES: u64 = 64 * 1024;
+/// How long a stream waits for the client to send or to read one message.
+const IDLE_MAX: Duration = Duration::from_secs(60);
+
+/// The rate at which the client of a stream must send or read, averaged over the time that the stream waits for it.
+#[derive(Debug)]
+pub struct MinimumRate {
+    /// How long the stream waits in total for each `bytes` of the file. Empty messages keep it alive only up to this limit.
+    pub waited_max: Duration,
+    pub bytes: u64,
+    /// The reason of the error.
+    pub reason: &'static str,
+    /// What the client has not done with the bytes: `received` or `read`.
+    pub missing: &'static str,
+    /// What the client can do instead.
+    pub advice: &'static str,
+}
 
 /// Tracks the time spent waiting for the client; the service's own work does not count.
-#[derive(Default)]
-pub(super) struct StallTimeout {
+pub struct StallTimeout {
+    rate: &'static MinimumRate,
     waited: Duration,
     bytes: u64,
 }
 
 impl StallTimeout {
+    pub fn new(rate: &'static MinimumRate) -> Self {
+        Self { rate, waited: Duration::ZERO, bytes: 0 }
+    }
+
     /// Waits for the client. Fails with a `Timeout` that names `missing`, what the client has not done.
     pub async fn wait<T>(&mut self, client: impl Future<Output = T>, missing: &str) -> Result<T> {
-        let remaining = IMPORT_STALL_MAX.saturating_sub(self.waited);
+        let remaining = self.rate.waited_max.saturating_sub(self.waited);
         let began = Instant::now();
-        let done = timeout(remaining.min(IMPORT_IDLE_MAX), client).await;
+        let done = timeout(remaining.min(IDLE_MAX), client).await;
         self.waited += began.elapsed();
-        done.map_err(|_| match remaining < IMPORT_IDLE_MAX {
-            true => stalled(),
-            false => idle(missing),
+        done.map_err(|_| match remaining < IDLE_MAX {
+            true => self.rate.too_slow(),
+            false => self.rate.idle(missing),
         })
     }
 
-    /// Counts bytes of the file; the total wait starts anew at every [`IMPORT_STALL_BYTES`].
+    /// Counts bytes of the file; the total wait starts anew whenever there are [`MinimumRate::bytes`].
     pub fn add_bytes(&mut self, bytes: u64) {
         self.bytes += bytes;
-        if self.bytes >= IMPORT_STALL_BYTES {
-            *self = Self::default();
+        if self.bytes >= self.rate.bytes {
+            *self = Self::new(self.rate);
         }
     }
 }
 
-fn idle(missing: &str) -> Error {
-    let message =
-        format!("stream: {missing} for {} s; send the file again with the same import_id", IMPORT_IDLE_MAX.as_secs());
-    Error::Timeout { reason: "IMPORT_IDLE", message }
+/// Runs the producer of a stream for at most `duration_max`. Then it is dropped, and the stream fails with a `Timeout` of
+/// this reason. `advice`: what the client can do.
+pub async fn limit_duration(
+    duration_max: Duration,
+    reason: &'static str,
+    advice: &str,
+    producer: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    timeout(duration_max, producer).await.unwrap_or_else(|_| {
+        let message = format!("stream: not complete after {} s; {advice}", duration_max.as_secs());
+        Err(Error::Timeout { reason, message })
+    })
 }
 
-fn stalled() -> Error {
-    let (seconds, kib) = (IMPORT_STALL_MAX.as_secs(), IMPORT_STALL_BYTES / 1024);
-    let message = format!(
-        "stream: fewer than {kib} KiB received in {seconds} s of waiting; send the file again with the same import_id"
-    );
-    Error::Timeout { reason: "IMPORT_IDLE", message }
+impl MinimumRate {
+    fn idle(&self, missing: &str) -> Error {
+        self.timeout(&format!("{missing} for {} s", IDLE_MAX.as_secs()))
+    }
+
+    fn too_slow(&self) -> Error {
+        let (kib, seconds) = (self.bytes / 1024, self.waited_max.as_secs());
+        self.timeout(&format!("fewer than {kib} KiB {} in {seconds} s of waiting", self.missing))
+    }
+
+    fn timeout(&self, problem: &str) -> Error {
+        Error::Timeout { reason: self.reason, message: format!("stream: {problem}; {}", self.advice) }
+    }
 }
 
 #[cfg(test)]
@@ -63,10 +93,18 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    /// 1 KiB/s.
+    const RATE: MinimumRate = MinimumRate {
+        waited_max: Duration::from_secs(600),
+        bytes: 600 * 1024,
+        reason: "IMPORT_IDLE",
+        missing: "received",
+        advice: "send it again",
+    };
 
-    /// Returns when an import ends whose client sends `bytes` after every `pause`, and its error; `None` after a day.
+    /// Returns when a stream ends whose client sends `bytes` after every `pause`, and its error; `None` after a day.
     async fn waited_for(bytes: u64, pause: Duration) -> Option<(Duration, String)> {
-        let (mut stall_timeout, began) = (StallTimeout::default(), Instant::now());
+        let (mut stall_timeout, began) = (StallTimeout::new(&RATE), Instant::now());
         while began.elapsed() < 24 * 3_600 * SECOND {
             match stall_timeout.wait(sleep(pause), "no message received").await {
                 Ok(()) => stall_timeout.add_bytes(bytes),
@@ -81,24 +119,41 @@ mod tests {
     async fn a_silent_client_times_out_after_60_s() {
         let (waited, message) = waited_for(1024 * 1024, 61 * SECOND).await.unwrap();
         assert!((60 * SECOND..61 * SECOND).contains(&waited), "{waited:?}");
-        assert_eq!(message, "stream: no message received for 60 s; send the file again with the same import_id");
+        assert_eq!(message, "stream: no message received for 60 s; send it again");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_client_that_trickles_times_out_after_600_s() {
+    async fn a_client_below_the_minimum_rate_times_out_after_600_s() {
         for (bytes, pause) in
-            [(0, 59 * SECOND), (1, 59 * SECOND), (0, SECOND / 10), (109, SECOND), (6_000, 55 * SECOND)]
+            [(0, 59 * SECOND), (1, 59 * SECOND), (0, SECOND / 10), (1_000, SECOND), (58 * 1024, 59 * SECOND)]
         {
             let (waited, message) = waited_for(bytes, pause).await.unwrap();
             assert!((600 * SECOND..603 * SECOND).contains(&waited), "{bytes} in {pause:?}: {waited:?}");
-            assert!(message.contains("fewer than 64 KiB received in 600 s"), "{message}");
+            assert_eq!(message, "stream: fewer than 600 KiB received in 600 s of waiting; send it again");
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_slow_client_does_not_time_out() {
+    async fn bursts_below_the_minimum_rate_time_out() {
+        let (mut stall_timeout, began) = (StallTimeout::new(&RATE), Instant::now());
+        let mut result = Ok(());
+        while result.is_ok() {
+            assert!(began.elapsed() < 3_600 * SECOND);
+            // 64 KiB every 7 minutes, and a sign of life every 30 s.
+            for _ in 0..14 {
+                if result.is_ok() {
+                    result = stall_timeout.wait(sleep(30 * SECOND), "no message received").await;
+                }
+            }
+            stall_timeout.add_bytes(64 * 1024);
+        }
+        assert!((600 * SECOND..603 * SECOND).contains(&began.elapsed()), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_at_the_minimum_rate_does_not_time_out() {
         for (bytes, pause) in
-            [(256 * 1024, 59 * SECOND), (256 * 1024, 30 * SECOND), (120, SECOND), (7_000, 59 * SECOND)]
+            [(256 * 1024, 59 * SECOND), (64 * 1024, 59 * SECOND), (1_100, SECOND), (700 * 1024, 59 * SECOND)]
         {
             assert_eq!(waited_for(bytes, pause).await, None, "{bytes} in {pause:?}");
         }
@@ -106,7 +161,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn time_between_waits_does_not_count() {
-        let mut stall_timeout = StallTimeout::default();
+        let mut stall_timeout = StallTimeout::new(&RATE);
         for _ in 0..100 {
             stall_timeout.wait(sleep(SECOND), "no message received").await.unwrap();
             sleep(3_600 * SECOND).await;

@@ -1,6 +1,6 @@
 //! `ImportService.ImportIssues`: one task parses the client's chunks into batches while another writes the batch before.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 use tonic::Streaming;
@@ -19,11 +19,23 @@ use crate::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
         import_issues_response::Message,
     },
-    rpc::{stall_timeout::StallTimeout, streaming::ResponseSender},
+    rpc::{
+        stall_timeout::{MinimumRate, StallTimeout},
+        streaming::ResponseSender,
+    },
 };
 
 /// The maximum size of the data of one chunk.
 const IMPORT_CHUNK_BYTES_MAX: usize = 1024 * 1024;
+/// 1 KiB/s. A slow source may pause for 10 minutes.
+static IMPORT_RATE_MIN: MinimumRate = MinimumRate {
+    waited_max: Duration::from_secs(600),
+    bytes: 600 * 1024,
+    reason: "IMPORT_IDLE",
+    missing: "received",
+    advice: RESUME,
+};
+pub(super) const RESUME: &str = "send the file again with the same import_id";
 
 /// The client's end of the response stream.
 struct Responses {
@@ -46,7 +58,7 @@ pub(super) async fn import(
     mut requests: Streaming<ImportIssuesRequest>,
     sender: ResponseSender<ImportIssuesResponse>,
 ) -> Result<()> {
-    let mut stall_timeout = StallTimeout::default();
+    let mut stall_timeout = StallTimeout::new(&IMPORT_RATE_MIN);
     let first = next_message(&mut requests, &mut stall_timeout).await?;
     let Some(import_issues_request::Message::Options(options)) = first else {
         return Err(Error::invalid("options", "missing; expected as the first message of the stream"));
@@ -54,7 +66,7 @@ pub(super) async fn import(
     let spec = Arc::new(options::parse(caller_id, options)?);
     // Taken now, so that a client that sends nothing keeps no other import out.
     let _permit = permit(imports, Flow::User(caller_id))?;
-    let mut responses = Responses { sender, stall_timeout: StallTimeout::default() };
+    let mut responses = Responses { sender, stall_timeout: StallTimeout::new(&IMPORT_RATE_MIN) };
     let run = match ImportRun::start(db, Arc::clone(&spec)).await? {
         Started::Running(run) => *run,
         Started::AlreadyFinished(summary) => return responses.send(Message::Summary(summary)).await,
@@ -106,7 +118,7 @@ async fn read_file(
 ) -> Result<()> {
     // A closed channel means that `write_batches` has failed. Its error is reported, not this one.
     let send = async |batch| batches.send(batch).await.map_err(|_| Error::Cancelled);
-    let mut stall_timeout = StallTimeout::default();
+    let mut stall_timeout = StallTimeout::new(&IMPORT_RATE_MIN);
     while let Some(message) = next_message(&mut requests, &mut stall_timeout).await? {
         let import_issues_request::Message::Chunk(chunk) = message else {
             return Err(Error::invalid("options", "sent twice; expected only as the first message"));

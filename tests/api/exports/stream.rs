@@ -11,6 +11,7 @@ use issue_tracker::{
 use super::*;
 use crate::{
     credentials::{ENDS_WITHIN, End},
+    h2_client::{H2Client, framed},
     harness::{self, assert_retriable, eventually, limits},
 };
 
@@ -146,6 +147,57 @@ async fn export_not_read_for_60_s_fails_and_frees_its_permit() {
     let status = assert_error(result, Code::DeadlineExceeded, "EXPORT_IDLE");
     assert!(status.message().contains("60 s"), "{status:?}");
     // The only export permit is free again.
+    assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
+}
+
+#[tokio::test]
+async fn export_read_below_the_minimum_rate_fails_and_frees_its_permit() {
+    let tracker = large_tracker(limits(&[])).await;
+    let mut raw = H2Client::open(&tracker).await;
+    let (response, mut request) = raw.begin(&tracker, "IssueService/ExportIssues").await.unwrap();
+    request.send_data(framed(&ExportIssuesRequest::default()), true).unwrap();
+    let mut body = response.await.unwrap().into_body();
+    tracker.wait_until(EXPORT_BLOCKED_ON_READER).await;
+
+    let mut ended_after = Duration::ZERO;
+    while tracker.count(active_exports!("true", "")).await == 1 {
+        assert!(ended_after < Duration::from_secs(600), "the export is still served");
+        // A window of data, 64 KiB, every 20 s.
+        let mut read = 0;
+        while read < 64_000 {
+            let Some(data) = body.data().await.transpose().unwrap() else { break };
+            body.flow_control().release_capacity(data.len()).unwrap();
+            read += data.len();
+        }
+        advance_clock(Duration::from_secs(20)).await;
+        ended_after += Duration::from_secs(20);
+    }
+
+    assert!(ended_after >= Duration::from_secs(120), "{ended_after:?}");
+    while let Some(data) = body.data().await {
+        body.flow_control().release_capacity(data.unwrap().len()).unwrap();
+    }
+    let trailers = body.trailers().await.unwrap().unwrap();
+    let status = Status::from_header_map(&trailers).unwrap();
+    let status = assert_error(Err::<(), _>(status), Code::DeadlineExceeded, "EXPORT_IDLE");
+    assert!(status.message().contains("fewer than 1920 KiB read in 120 s"), "{status:?}");
+    assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
+}
+
+#[tokio::test]
+async fn export_beyond_its_maximum_duration_fails_and_frees_its_permit() {
+    let tracker = large_tracker(limits(&["--export-seconds", "40"])).await;
+    let (mut chunks, mut file) = start_export(&tracker.viewer).await;
+    tracker.wait_until(EXPORT_BLOCKED_ON_READER).await;
+    advance_clock(Duration::from_secs(39)).await;
+    tracker.wait_until(EXPORT_BLOCKED_ON_READER).await;
+
+    advance_clock(Duration::from_secs(2)).await;
+
+    tracker.wait_until(NO_ACTIVE_EXPORT).await;
+    let result = read_rest(&mut chunks, &mut file).await;
+    let status = assert_error(result, Code::DeadlineExceeded, "EXPORT_TIMEOUT");
+    assert!(status.message().contains("40 s"), "{status:?}");
     assert_eq!(titles(&export(&tracker.viewer).await).len(), LARGE_ISSUES);
 }
 
