@@ -3,6 +3,7 @@
 //! A query is a free function on [`Conn`], in the file of its noun. A [`Tx`] dereferences to [`Conn`]: the same function
 //! runs with or without a transaction. Nothing in this module depends on gRPC.
 
+mod activity;
 mod availability;
 mod conn;
 mod manager;

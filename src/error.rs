@@ -1,5 +1,6 @@
 //! The errors of requests, and the only place that turns them into gRPC statuses.
 
+pub mod refusals;
 mod text;
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
@@ -12,8 +13,11 @@ use tonic_types::{
 };
 use uuid::Uuid;
 
-use self::text::{indices, join, named};
 pub use self::text::{is_invisible, quote};
+use self::{
+    refusals::{count_call_refusal, count_refused_statement},
+    text::{indices, join, named},
+};
 
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
@@ -366,6 +370,24 @@ fn ends_the_session(error: &tokio_postgres::Error) -> bool {
     matches!(severity, Some(Severity::Fatal | Severity::Panic)) && !is_refusal
 }
 
+/// Returns whether the database cannot be reached, refuses connections for now, or accepts no writes. A retry can succeed.
+pub fn is_unavailable(error: &tokio_postgres::Error) -> bool {
+    let io_error = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+    match error.code() {
+        Some(state) => {
+            const STATES: [SqlState; 3] = [
+                SqlState::READ_ONLY_SQL_TRANSACTION,
+                SqlState::LOCK_NOT_AVAILABLE,
+                SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
+            ];
+            // 08: connections; 53: no memory, disk space or connections; 57P: starting or stopping.
+            STATES.contains(state) || ["08", "53", "57P"].iter().any(|class| state.code().starts_with(class))
+        }
+        // TLS reports a certificate that it refuses as invalid data.
+        None => error.is_closed() || io_error.is_some_and(|error| error.kind() != std::io::ErrorKind::InvalidData),
+    }
+}
+
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(state) = error.code() else {
@@ -392,11 +414,19 @@ impl From<tokio_postgres::Error> for Error {
                 reason: "STATEMENT_TIMEOUT",
                 message: "a statement exceeded the time limit; nothing was written".to_owned(),
             },
-            SqlState::READ_ONLY_SQL_TRANSACTION => Self::ReadOnly,
-            SqlState::CANNOT_CONNECT_NOW
-            | SqlState::TOO_MANY_CONNECTIONS
-            | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Self::Unavailable,
-            _ if state.code().starts_with("08") || state.code().starts_with("53") => Self::Unavailable,
+            SqlState::READ_ONLY_SQL_TRANSACTION => {
+                count_refused_statement(&error);
+                Self::ReadOnly
+            }
+            // Class 08: connections; class 53: no memory, disk space or connections.
+            SqlState::CANNOT_CONNECT_NOW | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => {
+                count_refused_statement(&error);
+                Self::Unavailable
+            }
+            _ if state.code().starts_with("08") || state.code().starts_with("53") => {
+                count_refused_statement(&error);
+                Self::Unavailable
+            }
             _ => Self::Database(Arc::new(error)),
         }
     }
@@ -415,7 +445,8 @@ impl From<Error> for Status {
     }
 }
 
-/// Logs errors that are not the caller's fault. Never logs the driver's text: it can quote values.
+/// Logs errors that are not the caller's fault; refusals at most once a minute per cause. Never logs the driver's text: it can
+/// quote values.
 fn log(error: &Error) {
     match error {
         Error::Database(source) => {
@@ -428,6 +459,13 @@ fn log(error: &Error) {
             );
         }
         Error::Internal(what) => tracing::error!(what, "internal error"),
+        Error::Overloaded { .. }
+        | Error::Exhausted(_)
+        | Error::Unavailable
+        | Error::ReadOnly
+        | Error::ConnectionLost
+        | Error::OutcomeUnknown { .. }
+        | Error::Timeout { reason: "STATEMENT_TIMEOUT", .. } => count_call_refusal(error),
         _ => {}
     }
 }

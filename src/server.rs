@@ -239,6 +239,9 @@ async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
         interval.tick().await;
+        if db.watch_health().wait_for(|health| health.writes).await.is_err() {
+            return;
+        }
         for (what, pruned) in [
             ("request ids", pruned(&db, async |conn, _| prune_requests(conn).await).await),
             ("response budgets", pruned(&db, async |conn, _| prune_response_budgets(conn).await).await),

@@ -1,5 +1,7 @@
 //! Tests the binary: output, exit codes, signals, files on disk and logs.
 
+#[path = "binary/database_wait.rs"]
+mod database_wait;
 #[path = "binary/file_descriptors.rs"]
 mod file_descriptors;
 #[path = "binary/import_recovery.rs"]

@@ -1,6 +1,12 @@
 //! `issue-tracker serve`.
 
-use std::{borrow::Cow, net::SocketAddr, path::Path};
+use std::{
+    borrow::Cow,
+    net::SocketAddr,
+    path::Path,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use secrecy::{ExposeSecret, SecretString};
@@ -12,8 +18,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::bootstrap::{create_first_administrator, prepare_private_database};
 use crate::{
+    backoff::{Backoff, random},
     config::{Limits, ServeArgs, exit_code},
-    db::{ConnectionString, Db, migrate::migrate, users},
+    db::{
+        ConnectionString, Db,
+        migrate::{migrate, unavailability},
+        users,
+    },
+    error::Result,
     postgres::{Cluster, Durability},
     server,
     transport::{listener::Listener, tls::Acceptor},
@@ -21,6 +33,12 @@ use crate::{
 
 /// Open files besides connections: standard streams, certificates, logs, the runtime's.
 const OTHER_FILES: usize = 64;
+/// The delay between attempts to prepare a database that is not available at the start.
+const PREPARE_BACKOFF: Backoff = Backoff { first: Duration::from_millis(200), max: Duration::from_secs(5) };
+/// The interval of log lines while the database is not available at the start.
+const WAIT_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the address is not printed because the first probe of a prepared database has not succeeded.
+const FIRST_PROBE_MAX: Duration = Duration::from_secs(2);
 
 /// Serves until SIGINT or SIGTERM. Prints the address, and on a private database the first calls to try.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
@@ -35,7 +53,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let listener = Listener { tcp, tls };
     let stop = stop_at_signals()?;
     match &args.database.database_url {
-        Some(url) => serve_when(prepare_external(&args, url, listener.tcp.local_addr()?), listener, &args, stop).await,
+        Some(url) => serve_external(&args, url, listener, stop).await,
         None => serve_with_cluster(&args, listener, stop).await,
     }
 }
@@ -72,13 +90,57 @@ async fn serve_when(
     server::run(listener, db, &args.limits, stop.cancelled()).await
 }
 
-async fn prepare_external(args: &ServeArgs, url: &SecretString, address: SocketAddr) -> anyhow::Result<Db> {
-    let target: ConnectionString = url.expose_secret().parse()?;
-    migrate(target.clone()).await?;
-    let db = Db::new(target, args.limits.pool());
-    warn_without_users(&db).await?;
-    println!("listening on {address}");
-    Ok(db)
+/// Serves at once, although calls fail with UNAVAILABLE and health reports NOT_SERVING until the database is prepared.
+async fn serve_external(
+    args: &ServeArgs,
+    url: &SecretString,
+    listener: Listener,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let database: ConnectionString = url.expose_secret().parse()?;
+    let address = listener.tcp.local_addr()?;
+    let db = Db::unprepared(database.clone(), args.limits.pool());
+    let mut served = pin!(server::run(listener, db.clone(), &args.limits, stop.cancelled()));
+    tokio::select! {
+        served = &mut served => return served,
+        prepared = prepare_external(database, &db, address, args.database_wait()) => prepared?,
+    }
+    served.await
+}
+
+/// Applies pending migrations and allows calls. Waits up to `wait_max` for a database that is not available, and prints the
+/// address once the database is prepared or known to be unavailable.
+async fn prepare_external(
+    database: ConnectionString,
+    db: &Db,
+    address: SocketAddr,
+    wait_max: Duration,
+) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let mut failures = 0;
+    let mut logged: Option<Instant> = None;
+    while let Err(error) = migrate(database.clone()).await {
+        let Some(cause) = unavailability(&error).filter(|_| began.elapsed() < wait_max) else { return Err(error) };
+        if failures == 0 {
+            println!("listening on {address}");
+        }
+        if logged.is_none_or(|logged| logged.elapsed() >= WAIT_LOG_INTERVAL) {
+            logged = Some(Instant::now());
+            let (waited_s, wait_max_s) = (began.elapsed().as_secs(), wait_max.as_secs());
+            tracing::warn!(cause, waited_s, wait_max_s, "database was unavailable at start");
+        }
+        tokio::time::sleep(PREPARE_BACKOFF.delay(failures, random())).await;
+        failures += 1;
+    }
+    db.set_prepared();
+    let _ = tokio::time::timeout(FIRST_PROBE_MAX, db.watch_health().wait_for(|health| health.reads)).await;
+    if let Err(error) = warn_without_users(db).await {
+        tracing::warn!(code = ?error.code(), "search for users failed");
+    }
+    if failures == 0 {
+        println!("listening on {address}");
+    }
+    Ok(())
 }
 
 /// Prepares the private database, creates the first administrator, and prints how to call the service.
@@ -166,7 +228,7 @@ fn stop_at_signals() -> anyhow::Result<CancellationToken> {
     Ok(stop)
 }
 
-async fn warn_without_users(db: &Db) -> anyhow::Result<()> {
+async fn warn_without_users(db: &Db) -> Result<()> {
     if !users::exist(&db.conn().await?).await? {
         tracing::warn!(create_with = "issue-tracker user create --role admin NAME", "no users found");
     }

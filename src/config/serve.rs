@@ -1,9 +1,9 @@
 //! The flags of `serve`.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::bail;
-use clap::Args;
+use clap::{Args, value_parser};
 
 use super::{Database, Limits, ServerTls};
 
@@ -16,6 +16,10 @@ pub struct ServeArgs {
     pub tls: ServerTls,
     #[command(flatten)]
     pub database: Database,
+    /// Time to wait for an external database that is not available at the start, in seconds; 0 exits at once
+    #[arg(long, env = "ISSUE_TRACKER_WAIT_FOR_DATABASE", default_value_t = 600, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(0..=86_400), help_heading = "Database")]
+    wait_for_database: u64,
     #[command(flatten)]
     pub limits: Limits,
 }
@@ -33,5 +37,10 @@ impl ServeArgs {
             );
         }
         self.limits.check()
+    }
+
+    /// Returns how long to wait for an external database that is not available at the start.
+    pub fn database_wait(&self) -> Duration {
+        Duration::from_secs(self.wait_for_database)
     }
 }

@@ -166,6 +166,7 @@ impl Conn {
             // The statement is not sent: nothing is written, whatever the commit mode.
             return Err(Error::ConnectionLost);
         }
+        let _awaited = self.checkout.session.await_response();
         self.checkout.session.begin_statement();
         let response = response.await;
         self.checkout.session.end_statement();

@@ -1,26 +1,23 @@
 //! Connects for the pool, and detects broken connections.
 
-use std::{
-    error::Error as _,
-    io,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{error::Error as _, io, sync::Arc, time::Duration};
 
-use bb8_postgres::PostgresConnectionManager;
-use tokio::sync::watch;
-use tokio_postgres::{Client, Config, error::DbError};
+use tokio::{sync::watch, task::AbortHandle, time::timeout};
+use tokio_postgres::{Client, Config};
 
 use super::{
+    activity::SessionActivity,
     availability::{Availability, Health},
+    pool::CONNECT_TIMEOUT,
     probe,
     session::Session,
     tls::Connector,
 };
-use crate::backoff::{Backoff, random};
+use crate::{
+    backoff::{Backoff, random},
+    error::{Error, refusals::count_refused_connection},
+};
 
-/// Minimum time between two log lines about refused connections.
-const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How often a connection is made that closes before the server has answered.
 const CONNECT_ATTEMPTS_MAX: u32 = 3;
 const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(100) };
@@ -28,23 +25,17 @@ const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max
 /// Opens connections for the pool, and detects broken ones.
 #[derive(Clone)]
 pub struct Manager {
-    inner: PostgresConnectionManager<Connector>,
+    config: Arc<Config>,
     connector: Connector,
     availability: Arc<Availability>,
-    /// When a refused connection was logged last.
-    refusal_logged: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Manager {
-    /// Starts the probes. Returns what works, as it changes.
-    pub fn start(config: Config, connector: Connector) -> (Self, watch::Receiver<Health>) {
-        let (health, watched) = watch::channel(Health { reads: true, writes: true });
-        let manager = Self {
-            inner: PostgresConnectionManager::new(config, connector.clone()),
-            connector,
-            availability: Arc::default(),
-            refusal_logged: Arc::default(),
-        };
+    /// Starts the probes. Returns what works, as it changes. `prepared`: the schema is known to be that of this program.
+    pub fn start(config: Config, connector: Connector, prepared: bool) -> (Self, watch::Receiver<Health>) {
+        let (health, watched) = watch::channel(Health { reads: prepared, writes: prepared });
+        let availability = Arc::new(Availability::new(prepared));
+        let manager = Self { config: Arc::new(config), connector, availability };
         tokio::spawn(probe::run(manager.clone(), health));
         (manager, watched)
     }
@@ -55,40 +46,46 @@ impl Manager {
 
     /// Opens a connection outside the pools.
     pub(super) async fn connect_client(&self) -> Result<Client, tokio_postgres::Error> {
-        bb8::ManageConnection::connect(&self.inner).await
+        self.connect_with_handle().await.map(|(client, _)| client)
     }
 
-    /// Logs that the server refuses connections: a wrong password, too many connections. PostgreSQL's message is not
-    /// logged, because it can quote values.
-    pub(super) fn log_refusal(&self, error: &DbError) {
-        let now = Instant::now();
-        let mut logged = self.refusal_logged.lock().unwrap_or_else(PoisonError::into_inner);
-        if logged.is_none_or(|logged| now.duration_since(logged) >= REFUSAL_LOG_INTERVAL) {
-            *logged = Some(now);
-            tracing::warn!(sqlstate = error.code().code(), "database refused connection");
-        }
+    async fn connect_with_handle(&self) -> Result<(Client, AbortHandle), tokio_postgres::Error> {
+        let (client, connection) = self.config.connect(self.connector.clone()).await?;
+        let connection = tokio::spawn(async move { drop(connection.await) });
+        Ok((client, connection.abort_handle()))
+    }
+
+    async fn connect_session(&self) -> Result<Session, tokio_postgres::Error> {
+        // Read first: a session that connects while sessions are retired or become suspect may be one of them.
+        let (generation, suspicion) = (self.availability.generation(), self.availability.suspicion());
+        let (client, connection) = self.connect_with_handle().await?;
+        let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
+        let activity = SessionActivity::new(pid, connection, suspicion);
+        Ok(Session::new(client, self.connector.clone(), activity, Arc::clone(&self.availability), generation))
     }
 }
 
 impl bb8::ManageConnection for Manager {
     type Connection = Session;
-    type Error = tokio_postgres::Error;
+    type Error = Error;
 
-    async fn connect(&self) -> Result<Session, tokio_postgres::Error> {
-        // Read first: a session that connects while sessions are retired may be one of them.
-        let generation = self.availability.generation();
-        let client =
-            repeat_if_closed(|| self.inner.connect()).await.inspect_err(|error| match error.as_db_error() {
-                // A server that refuses a connection is available. Of other errors the probe finds out the reason.
-                Some(error) => self.log_refusal(error),
-                None => self.availability.request_probe(),
-            })?;
+    async fn connect(&self) -> Result<Session, Error> {
+        // The driver limits the time of the TCP connection only.
+        let connected = timeout(CONNECT_TIMEOUT, repeat_if_closed(|| self.connect_session())).await;
+        let connected = connected.inspect_err(|_| self.availability.request_probe()).map_err(|_| Error::Unavailable)?;
+        let session = connected.inspect_err(|error| {
+            count_refused_connection(error);
+            // A server that refuses a connection is available. Of other errors the probe finds out the reason.
+            if error.as_db_error().is_none() {
+                self.availability.request_probe();
+            }
+        })?;
         self.availability.set_up(true);
-        Ok(Session::new(client, self.connector.clone(), Arc::clone(&self.availability), generation))
+        Ok(session)
     }
 
-    async fn is_valid(&self, session: &mut Session) -> Result<(), tokio_postgres::Error> {
-        session.client().batch_execute("").await
+    async fn is_valid(&self, session: &mut Session) -> Result<(), Error> {
+        Ok(session.client().batch_execute("").await?)
     }
 
     fn has_broken(&self, session: &mut Session) -> bool {

@@ -6,7 +6,11 @@ use anyhow::{Context, anyhow, bail};
 use refinery::{Migration, Runner};
 use tokio_postgres::{Client, error::SqlState};
 
-use super::connection_string::ConnectionString;
+use super::{
+    connection_string::ConnectionString,
+    pool::{CONNECT_TIMEOUT, NETWORK_SILENCE_MAX},
+};
+use crate::error::{is_unavailable, refusals::cause};
 
 mod migrations {
     refinery::embed_migrations!("migrations");
@@ -23,6 +27,13 @@ const SERVER_VERSION_MIN: i32 = 150_000;
 /// differs from the one in this program.
 pub async fn migrate(database: impl Into<ConnectionString>) -> anyhow::Result<()> {
     with_client(database.into(), migrate_with).await
+}
+
+/// Returns the cause of a failed migration if the database was unavailable: it cannot be reached, refuses connections for
+/// now, or accepts no writes. Returns `None` if a retry fails in the same way.
+pub fn unavailability(error: &anyhow::Error) -> Option<String> {
+    let error = error.chain().find_map(|cause| cause.downcast_ref::<tokio_postgres::Error>())?;
+    is_unavailable(error).then(|| cause(error))
 }
 
 /// Grants the role the privileges that serving needs, and revokes all others: see `rights.sql`. Requires the owner of the
@@ -44,7 +55,8 @@ async fn with_client(
     database: ConnectionString,
     work: impl AsyncFnOnce(&mut Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let ConnectionString { config, connector } = database;
+    let ConnectionString { mut config, connector } = database;
+    config.connect_timeout(CONNECT_TIMEOUT).tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
     let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
     let connection = tokio::spawn(connection);
     let result = work(&mut client).await;

@@ -20,9 +20,15 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// PostgreSQL's `idle_in_transaction_session_timeout`: how long a transaction may wait for its next statement.
 const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a database server may not acknowledge data before its connections count as lost.
-const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
+pub(super) const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
+/// When and how often the server probes a connection on which the service sends nothing.
+const SERVER_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+const SERVER_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const SERVER_KEEPALIVE_COUNT: u32 = 3;
+/// How often the server checks during a statement whether its connection is closed.
+const CONNECTION_CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// Time allowed for a new connection, the TLS handshake and authentication included.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections of the pool that authenticates callers. It is separate, so that authentication does not wait for
 /// requests.
 const AUTH_CONNECTIONS_MAX: u32 = 3;
@@ -95,22 +101,29 @@ struct Shared {
 impl Db {
     /// Returns a pool as [`Flow::Internal`] uses it. Connects in the background: the database need not be available yet.
     pub fn new(database: impl Into<ConnectionString>, options: PoolOptions) -> Self {
-        let ConnectionString { mut config, connector } = database.into();
-        // Just-in-time compilation costs short statements more than it saves.
-        let settings = format!(
-            "{} -c jit=off -c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout={}",
-            config.get_options().unwrap_or_default(),
-            options.statement_max.as_millis(),
-            LOCK_TIMEOUT.as_millis(),
-            IDLE_IN_TRANSACTION_TIMEOUT.as_millis(),
-        );
-        config.options(settings.trim());
+        Self::with_schema(database.into(), options, true)
+    }
+
+    /// Returns a pool on a database whose schema may be missing or outdated. Calls fail with `Unavailable` and health
+    /// reports that nothing works until [`Db::set_prepared`].
+    pub fn unprepared(database: impl Into<ConnectionString>, options: PoolOptions) -> Self {
+        Self::with_schema(database.into(), options, false)
+    }
+
+    /// Allows calls: the schema is that of this program.
+    pub fn set_prepared(&self) {
+        self.shared.manager.availability().set_prepared();
+    }
+
+    fn with_schema(database: ConnectionString, options: PoolOptions, prepared: bool) -> Self {
+        let ConnectionString { mut config, connector } = database;
+        config.options(session_settings(config.get_options().unwrap_or_default(), &options));
         config.application_name("issue-tracker");
         config.connect_timeout(CONNECT_TIMEOUT);
         // Detects a server that vanishes without closing its connections: by unacknowledged data, or by keepalives.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
-        let (manager, health) = Manager::start(config, connector);
+        let (manager, health) = Manager::start(config, connector, prepared);
         Self::with_manager(manager, health, options)
     }
 
@@ -187,6 +200,9 @@ impl Db {
 
     async fn checkout(&self, commit_mode: CommitMode) -> Result<Conn> {
         let Shared { pool, manager, connections, options, .. } = &*self.shared;
+        if !manager.availability().is_prepared() {
+            return Err(Error::Unavailable);
+        }
         let mut up = manager.availability().watch_up();
         let refused = "too many requests wait for a database connection; try again";
         let permit = tokio::select! {
@@ -203,13 +219,15 @@ impl Db {
             match session {
                 // It was closed or retired while it was idle. Dropping it makes room for a new one.
                 Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
+                // Another connection was lost without being closed: this one may be lost too.
+                Ok(session) if session.is_suspect() && !session.validate().await => continue,
                 Ok(session) => return Ok(Conn::new(session, commit_mode, permit)),
                 // No connection could be made, although this caller has a permit for one.
                 Err(bb8::RunError::TimedOut) if pool.state().connections < options.connections_max => {
                     return Err(Error::Unavailable);
                 }
                 Err(bb8::RunError::TimedOut) => return Err(Error::Internal("a permit without a connection")),
-                Err(bb8::RunError::User(error)) => return Err(error.into()),
+                Err(bb8::RunError::User(error)) => return Err(error),
             }
         }
     }
@@ -218,4 +236,25 @@ impl Db {
     pub fn watch_health(&self) -> watch::Receiver<Health> {
         self.shared.health.clone()
     }
+}
+
+/// Returns the settings of a session, after those of the connection string.
+fn session_settings(own: &str, options: &PoolOptions) -> String {
+    let milliseconds = |time: Duration| time.as_millis();
+    let settings = [
+        // Just-in-time compilation costs short statements more than it saves.
+        "jit=off".to_owned(),
+        format!("statement_timeout={}", milliseconds(options.statement_max)),
+        format!("lock_timeout={}", milliseconds(LOCK_TIMEOUT)),
+        format!("idle_in_transaction_session_timeout={}", milliseconds(IDLE_IN_TRANSACTION_TIMEOUT)),
+        // Without these, the server keeps the locks of a replica that vanished for up to two hours. On Unix sockets they
+        // are without effect.
+        format!("tcp_user_timeout={}", milliseconds(NETWORK_SILENCE_MAX)),
+        format!("tcp_keepalives_idle={}", SERVER_KEEPALIVE_IDLE.as_secs()),
+        format!("tcp_keepalives_interval={}", SERVER_KEEPALIVE_INTERVAL.as_secs()),
+        format!("tcp_keepalives_count={SERVER_KEEPALIVE_COUNT}"),
+        // A server that runs a statement or waits for a lock does not read: it must look for a closed connection.
+        format!("client_connection_check_interval={}", milliseconds(CONNECTION_CHECK_INTERVAL)),
+    ];
+    settings.iter().fold(own.to_owned(), |all, setting| format!("{all} -c {setting}")).trim().to_owned()
 }

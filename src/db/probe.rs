@@ -1,8 +1,11 @@
 //! Probes whether the database answers and whether it accepts writes.
 //!
-//! The probe has a connection of its own, so that a busy pool does not look like an unavailable database.
+//! The probes have connections of their own, so that a busy pool does not look like an unavailable database.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use tokio::{sync::watch, time::timeout};
 use tokio_postgres::{Client, Error};
@@ -11,12 +14,15 @@ use super::{
     availability::{Availability, Health},
     manager::{Manager, repeat_if_closed},
 };
+use crate::error::refusals::{cause, count_refused_connection};
 
 /// The interval of probes and the time allowed for one. Together less than two seconds: health is not outdated for longer.
 const PROBE_INTERVAL: Duration = Duration::from_millis(500);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1_200);
 /// How long a database must respond after an outage before it counts as healthy.
 const PROBE_STEADY: Duration = Duration::from_millis(200);
+/// How long neither probes nor calls receive a response before the calls are ended.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// The interval of write probes while they succeed.
 const WRITE_PROBE_INTERVAL: Duration = Duration::from_secs(5);
 /// The interval of write probes while they fail, or while sessions fail as read-only.
@@ -30,109 +36,193 @@ const WRITE_PROBE: &str = "-- write_probe
         VALUES (gen_random_uuid(), gen_random_uuid(), decode(repeat('00', 32), 'hex'));
     ROLLBACK";
 
+/// The backends of suspect sessions that wait for a response and are not working on one.
+const IDLE_BACKENDS: &str = "-- idle_backends
+    SELECT pid FROM unnest($1::int4[]) AS suspect (pid)
+    WHERE NOT EXISTS (SELECT FROM pg_stat_activity WHERE pg_stat_activity.pid = suspect.pid AND state = 'active')";
+
 /// Probes the database until all receivers of `health` are dropped.
 pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
-    let mut probe = Probe { manager, health, client: None, write_probed: None, report_handled: None };
-    while !probe.health.is_closed() {
-        let reads = probe.probe_reads().await;
-        let writes = reads && probe.probe_writes().await;
-        let found = Health { reads, writes };
-        probe.health.send_if_modified(|was| std::mem::replace(was, found) != found);
-        let _ = timeout(PROBE_INTERVAL, probe.availability().probe_requested()).await;
-    }
+    let answers = AtomicBool::new(health.borrow().reads);
+    let publish = || {
+        let availability = manager.availability();
+        let reads = answers.load(Ordering::Relaxed) && availability.is_prepared();
+        let found = Health { reads, writes: reads && availability.is_writable() };
+        health.send_if_modified(|was| std::mem::replace(was, found) != found);
+    };
+    let reads = async {
+        let mut probe = ReadProbe { manager: &manager, answers: true, client: None, silence: None };
+        while !health.is_closed() {
+            answers.store(probe.probe().await, Ordering::Relaxed);
+            publish();
+            let _ = timeout(PROBE_INTERVAL, manager.availability().probe_requested()).await;
+        }
+    };
+    let writes = async {
+        let mut probe = WriteProbe { manager: &manager, client: None, probed: None, report_handled: None };
+        while !health.is_closed() {
+            if answers.load(Ordering::Relaxed) && manager.availability().is_prepared() {
+                probe.probe().await;
+                publish();
+            }
+            let _ = timeout(PROBE_INTERVAL, manager.availability().write_probe_requested()).await;
+        }
+    };
+    tokio::join!(reads, writes);
 }
 
-struct Probe {
-    manager: Manager,
-    health: watch::Sender<Health>,
+/// Probes whether the database answers.
+struct ReadProbe<'a> {
+    manager: &'a Manager,
+    /// Whether the latest probe succeeded.
+    answers: bool,
     client: Option<Client>,
-    /// When the latest write probe ran.
-    write_probed: Option<Instant>,
-    /// When a write probe last ran because sessions had failed as read-only.
-    report_handled: Option<Instant>,
+    silence: Option<Silence>,
 }
 
-impl Probe {
+/// Since when probes have received no response.
+struct Silence {
+    since: Instant,
+    /// The responses that sessions have received, as counted when it was last seen to change.
+    responses: u64,
+}
+
+impl ReadProbe<'_> {
     fn availability(&self) -> &Availability {
         self.manager.availability()
     }
 
     /// Returns whether the database answers.
-    async fn probe_reads(&mut self) -> bool {
-        let was_healthy = self.health.borrow().reads;
-        let outcome = timeout(PROBE_TIMEOUT, async {
-            if let Some(client) = &self.client
-                && client.batch_execute("").await.is_ok()
-            {
-                return Ok(None);
-            }
-            // A lost connection does not mean that the database is unavailable.
-            let connected = repeat_if_closed(|| async {
-                let connected = self.manager.connect_client().await?;
-                connected.batch_execute("").await?;
-                if !was_healthy {
-                    // A server that restarts again at once is not healthy.
-                    tokio::time::sleep(PROBE_STEADY).await;
-                    connected.batch_execute("").await?;
-                }
-                Ok(connected)
-            });
-            Ok::<_, Error>(Some(connected.await?))
-        });
-        match outcome.await {
-            Ok(Ok(connected)) => {
-                self.client = connected.or_else(|| self.client.take());
-                self.availability().set_up(true);
-                return true;
-            }
+    async fn probe(&mut self) -> bool {
+        let outcome = timeout(PROBE_TIMEOUT, self.respond()).await;
+        self.answers = matches!(outcome, Ok(Ok(())));
+        match outcome {
+            Ok(Ok(())) => self.availability().set_up(true),
             Ok(Err(error)) => {
-                error.as_db_error().inspect(|error| self.manager.log_refusal(error));
+                count_refused_connection(&error);
                 self.availability().set_up(false);
             }
             // The server hangs or is overloaded. Calls that wait for it may still succeed.
-            Err(_) if was_healthy => tracing::warn!("database probe timed out"),
-            Err(_) => {}
+            Err(_) => self.check_silence(),
         }
-        self.client = None;
-        false
+        if self.answers {
+            self.silence = None;
+        } else {
+            self.client = None;
+        }
+        self.answers
     }
 
-    /// Returns whether the database accepts writes. Inserts a row and rolls it back every 5 s, every second while that
-    /// fails, and at once if a session has failed as read-only.
-    async fn probe_writes(&mut self) -> bool {
-        let was_writable = self.availability().is_writable();
+    async fn respond(&mut self) -> Result<(), Error> {
+        if let Some(client) = &self.client
+            && client.batch_execute("").await.is_ok()
+        {
+            return self.end_idle_suspects().await;
+        }
+        // A lost connection does not mean that the database is unavailable. It may mean that other connections are lost.
+        self.availability().suspect_sessions();
+        let (manager, was_healthy) = (self.manager, self.answers);
+        let connected = repeat_if_closed(|| async {
+            let connected = manager.connect_client().await?;
+            connected.batch_execute("").await?;
+            if !was_healthy {
+                // A server that restarts again at once is not healthy.
+                tokio::time::sleep(PROBE_STEADY).await;
+                connected.batch_execute("").await?;
+            }
+            Ok(connected)
+        });
+        self.client = Some(connected.await?);
+        Ok(())
+    }
+
+    /// Closes suspect sessions that wait for a response which their backends are not working on: the request or the
+    /// response is lost, although the connection is open.
+    async fn end_idle_suspects(&self) -> Result<(), Error> {
+        let suspects = self.availability().waiting_suspects();
+        if let Some(client) = &self.client
+            && !suspects.is_empty()
+        {
+            let pids: Vec<i32> = suspects.iter().map(|suspect| suspect.pid).collect();
+            let rows = client.query(IDLE_BACKENDS, &[&pids]).await?;
+            let idle: Vec<i32> = rows.iter().map(|row| row.get("pid")).collect();
+            for suspect in suspects.iter().filter(|suspect| idle.contains(&suspect.pid)) {
+                suspect.close();
+                tracing::warn!(backend.pid = suspect.pid, "silent database connection was closed");
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the calls that wait for the database if it has been silent for too long.
+    fn check_silence(&mut self) {
+        let responses = self.availability().response_count();
+        match &mut self.silence {
+            Some(silence) if silence.responses == responses => {
+                if silence.since.elapsed() >= SILENCE_MAX {
+                    self.availability().set_up(false);
+                    self.availability().close_waiting_sessions();
+                }
+            }
+            silence => {
+                if silence.is_none() {
+                    tracing::warn!("database probe timed out");
+                }
+                // The probe has waited already.
+                *silence = Some(Silence { since: Instant::now() - PROBE_TIMEOUT, responses });
+            }
+        }
+    }
+}
+
+/// Probes whether the database accepts writes.
+struct WriteProbe<'a> {
+    manager: &'a Manager,
+    client: Option<Client>,
+    /// When the latest probe ran.
+    probed: Option<Instant>,
+    /// When a probe last ran because sessions had failed as read-only.
+    report_handled: Option<Instant>,
+}
+
+impl WriteProbe<'_> {
+    /// Inserts a row and rolls it back if the latest probe was 5 s ago, or 1 s if it failed, or if a session has failed as
+    /// read-only since.
+    async fn probe(&mut self) {
+        let availability = self.manager.availability();
+        let was_writable = availability.is_writable();
         let is_past = |since: Option<Instant>, interval| since.is_none_or(|since| since.elapsed() >= interval);
         let is_reported =
-            self.availability().has_read_only_report() && is_past(self.report_handled, WRITE_PROBE_RETRY_INTERVAL);
+            availability.has_read_only_report() && is_past(self.report_handled, WRITE_PROBE_RETRY_INTERVAL);
         let interval = if was_writable { WRITE_PROBE_INTERVAL } else { WRITE_PROBE_RETRY_INTERVAL };
-        if !is_reported && !is_past(self.write_probed, interval) {
-            return was_writable;
+        if !is_reported && !is_past(self.probed, interval) {
+            return;
         }
         // Sessions that fail from here on report it again.
-        self.availability().clear_read_only_report();
-        let now = Some(Instant::now());
-        self.write_probed = now;
+        availability.clear_read_only_report();
+        self.probed = Some(Instant::now());
         if is_reported {
-            self.report_handled = now;
+            self.report_handled = self.probed;
         }
         // Settings of a session and the server behind a name are those of the time when it connected: only a new connection
         // shows whether new ones can write.
         let needs_new = is_reported || !was_writable;
-        let error = match timeout(PROBE_TIMEOUT, self.insert(needs_new)).await {
+        let failure = match timeout(PROBE_TIMEOUT, self.insert(needs_new)).await {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.code().map_or("none", |code| code.code()).to_owned()),
+            Ok(Err(error)) => Some(cause(&error)),
             Err(_) => Some("timeout".to_owned()),
         };
-        self.availability().set_writable(error.is_none());
-        match (was_writable, &error) {
-            (true, Some(cause)) => tracing::warn!(cause, "writes became unavailable"),
-            (false, None) => tracing::info!("writes became available"),
+        availability.set_writable(failure.is_none());
+        match &failure {
+            Some(cause) if was_writable => tracing::warn!(cause, "writes became unavailable"),
+            None if !was_writable => tracing::info!("writes became available"),
             _ => {}
         }
-        if needs_new && error.is_none() {
-            self.availability().retire_sessions();
+        if failure.is_some() {
+            self.client = None;
+        } else if needs_new {
+            availability.retire_sessions();
         }
-        error.is_none()
     }
 
     /// Inserts a row and rolls it back, on a new connection if `needs_new` or if that fails on the connection of the probe.

@@ -6,16 +6,25 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
+use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 
-use super::{availability::Availability, tls::Connector};
+use super::{
+    activity::{Awaited, SessionActivity},
+    availability::Availability,
+    tls::Connector,
+};
 use crate::error::Result;
 
 /// Maximum prepared statements of a connection. Only the shapes of filters are more than a few dozen; past the bound, an
 /// arbitrary statement makes room for a new one.
 const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
+
+/// Time allowed for the response of a suspect session.
+const VALIDATION_MAX: Duration = Duration::from_secs(1);
 
 /// A connection to the server with its prepared statements.
 pub struct Session {
@@ -26,6 +35,7 @@ pub struct Session {
     /// Statements that were sent and whose response has not arrived. After the checkout has ended: statements whose
     /// callers have stopped waiting.
     statements_in_flight: AtomicU32,
+    activity: Arc<SessionActivity>,
     availability: Arc<Availability>,
     /// See [`Availability::generation`].
     generation: u32,
@@ -36,12 +46,21 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) fn new(client: Client, connector: Connector, availability: Arc<Availability>, generation: u32) -> Self {
+    pub(super) fn new(
+        client: Client,
+        connector: Connector,
+        activity: SessionActivity,
+        availability: Arc<Availability>,
+        generation: u32,
+    ) -> Self {
+        let activity = Arc::new(activity);
+        availability.register(&activity);
         Self {
             client,
             connector,
             statements: Mutex::default(),
             statements_in_flight: AtomicU32::new(0),
+            activity,
             availability,
             generation,
             is_read_only: AtomicBool::new(false),
@@ -61,6 +80,12 @@ impl Session {
     /// Ends what [`Session::begin_statement`] has counted.
     pub(super) fn end_statement(&self) {
         self.statements_in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.activity.count_response();
+    }
+
+    /// Counts a caller as waiting for a response until the guard is dropped.
+    pub(super) fn await_response(&self) -> Awaited<'_> {
+        self.activity.await_response()
     }
 
     /// Ends what all calls of [`Session::begin_statement`] have counted.
@@ -90,6 +115,28 @@ impl Session {
     /// Returns whether a new session may be able to write and this one is not.
     pub(super) fn is_outdated(&self) -> bool {
         self.generation != self.availability.generation() || self.is_read_only.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether the connection may be lost without being closed, because another one was lost.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.activity.suspicion() != self.availability.suspicion()
+    }
+
+    /// Returns whether a suspect session responds within 1 s. If it does not, it is closed and all others are retired.
+    pub(super) async fn validate(&self) -> bool {
+        let suspicion = self.availability.suspicion();
+        match timeout(VALIDATION_MAX, self.client.batch_execute("")).await {
+            Ok(Ok(())) => {
+                self.activity.trust(suspicion);
+                return true;
+            }
+            Ok(Err(_)) => {}
+            Err(_) => self.availability.retire_sessions(),
+        }
+        self.activity.close();
+        // The connection closes when its task next runs. Until then the session must not be used.
+        self.begin_statement();
+        false
     }
 
     /// Reports that the server refused a write because the session is read-only.
@@ -126,6 +173,7 @@ impl Session {
     /// Prepares a statement that lives as long as the result.
     pub(super) async fn prepare(&self, sql: &str) -> Result<Statement> {
         // Preparing can wait for a lock on a table, too.
+        let _awaited = self.await_response();
         self.begin_statement();
         let statement = self.client.prepare(sql).await;
         self.end_statement();
@@ -140,6 +188,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.availability.unregister(&self.activity);
         // PostgreSQL notices a closed connection only when it next reads or writes. A cancel request makes it roll back
         // and release its locks now.
         if (self.has_statement_in_flight() || self.is_stateful())

@@ -60,7 +60,7 @@ fn listening_beyond_loopback_without_tls_requires_insecure_plaintext() {
     // These are allowed: startup proceeds until the database connection fails.
     let nowhere = format!("host={} user=x", dir.path("nowhere").display());
     for listen in ["0.0.0.0:0", "127.0.0.1:0", "127.8.8.8:0"] {
-        let mut command = program(&["--listen", listen, "--database-url", &nowhere]);
+        let mut command = program(&["--listen", listen, "--database-url", &nowhere, "--wait-for-database", "0"]);
         command.env("ISSUE_TRACKER_INSECURE_PLAINTEXT", if listen == "0.0.0.0:0" { "1" } else { "0" });
         let output = finished(command.spawn().unwrap());
         assert_refused(&output, "cannot connect to the database");

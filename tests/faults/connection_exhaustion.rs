@@ -152,8 +152,9 @@ async fn database_without_free_connections_is_reported_unavailable_and_the_servi
         !serves(&channel).await
     })
     .await;
-    // Another service fails to start, with an error message.
-    let output = finished(program(&["--database-url", &external.url(), "--listen", "127.0.0.1:0"]).spawn().unwrap());
+    // Another service that does not wait fails to start, with an error message.
+    let args = ["--database-url", &external.url(), "--listen", "127.0.0.1:0", "--wait-for-database", "0"];
+    let output = finished(program(&args).spawn().unwrap());
     assert!(output.status.code().is_some_and(|code| code != 0), "{output:?}");
     assert!(!output.stderr.is_empty() && !String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
 

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -62,6 +62,10 @@ struct ProxyState {
     injected_count: AtomicUsize,
     /// Incremented to close every established connection.
     close_signal: watch::Sender<u32>,
+    /// Incremented to make every established connection silent.
+    silence_signal: watch::Sender<u32>,
+    /// Whether new connections are silent, too.
+    is_silent: AtomicBool,
     /// Incremented to send the delayed responses.
     release_signal: watch::Sender<u32>,
     /// Every connection established since the last close holds a clone of the sender, so the receiver ends with the
@@ -84,6 +88,8 @@ impl Proxy {
             plan: Mutex::default(),
             injected_count: AtomicUsize::new(0),
             close_signal: watch::channel(0).0,
+            silence_signal: watch::channel(0).0,
+            is_silent: AtomicBool::new(false),
             release_signal: watch::channel(0).0,
             open_connection: Mutex::new(mpsc::channel(1)),
         });
@@ -136,6 +142,23 @@ impl Proxy {
         assert!(result.expect("the service does not close its connections").is_none());
     }
 
+    /// Discards from now on what either side sends on an established connection, and keeps the connection open: as a
+    /// middlebox does that has forgotten it.
+    pub fn silence_established(&self) {
+        self.state.silence_signal.send_modify(|count| *count += 1);
+    }
+
+    /// Discards everything that is sent, on new connections too, until [`Proxy::end_silence`].
+    pub fn silence_all(&self) {
+        self.state.is_silent.store(true, Ordering::SeqCst);
+        self.silence_established();
+    }
+
+    /// Forwards what is sent on new connections.
+    pub fn end_silence(&self) {
+        self.state.is_silent.store(false, Ordering::SeqCst);
+    }
+
     pub fn release(&self) {
         self.state.release_signal.send_modify(|count| *count += 1);
     }
@@ -179,6 +202,8 @@ impl Connection {
     /// Serves one connection. Returns `None` when it closes or breaks.
     async fn run(service: TcpStream, state: Arc<ProxyState>) -> Option<()> {
         let (mut close_signal, mut release_signal) = (state.close_signal.subscribe(), state.release_signal.subscribe());
+        let mut silence_signal = state.silence_signal.subscribe();
+        let is_silent = state.is_silent.load(Ordering::SeqCst);
         service.set_nodelay(true).ok()?;
         let database = UnixStream::connect(&state.socket).await.ok()?;
         let mut connection = Self {
@@ -196,6 +221,9 @@ impl Connection {
             ready_received: 0,
             open_connection: None,
         };
+        if is_silent {
+            return connection.discard_all().await;
+        }
         loop {
             tokio::select! {
                 read = connection.service.read_buf(&mut connection.from_service) => {
@@ -215,6 +243,7 @@ impl Connection {
                 _ = close_signal.changed() => if connection.open_connection.is_some() {
                     return connection.close().await;
                 },
+                _ = silence_signal.changed() => return connection.discard_all().await,
                 _ = release_signal.changed() => {
                     connection.response_mode = ResponseMode::Forward;
                     let held = std::mem::take(&mut connection.held);
@@ -231,6 +260,21 @@ impl Connection {
         service.shutdown().await.ok()?;
         while service.read_buf(&mut from_service).await.ok()? > 0 {}
         Some(())
+    }
+
+    /// Discards what either side sends until one of them closes.
+    async fn discard_all(mut self) -> Option<()> {
+        loop {
+            let read = tokio::select! {
+                read = self.service.read_buf(&mut self.from_service) => read,
+                read = self.database.read_buf(&mut self.from_database) => read,
+            };
+            if read.ok()? == 0 {
+                return None;
+            }
+            self.from_service.clear();
+            self.from_database.clear();
+        }
     }
 
     /// Forwards each complete message of the service, or injects a fault at it.

@@ -98,7 +98,7 @@ pub async fn update_many(
     let mut outcomes = Vec::with_capacity(changes.len());
     for (row, change) in rows.iter().zip(changes) {
         let problem: Option<&str> = row.get("problem");
-        if problem == Some("busy") {
+        if problem == Some("busy") && row_locks == RowLocks::Skip {
             outcomes.push(Outcome::Individual);
             continue;
         }
@@ -154,7 +154,8 @@ fn check_problems<'a>(
     for (problem, version, change, field) in judged {
         match problem {
             None => {}
-            Some("missing") => missing.push(Resource::missing("issue", field, change.id)),
+            // Busy, although the statement waited for its lock: the issue was removed meanwhile, by RevertImport.
+            Some("missing" | "busy") => missing.push(Resource::missing("issue", field, change.id)),
             Some("stale") => stale.push(StaleVersion {
                 field,
                 id: change.id,

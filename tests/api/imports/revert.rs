@@ -1,12 +1,17 @@
 //! `RevertImport`.
 
-use issue_tracker::pb::{DeleteLabelRequest, UpdateIssueRequest};
+use std::sync::Arc;
+
+use issue_tracker::pb::{BulkUpdateStatusRequest, DeleteLabelRequest, UpdateIssueRequest};
 
 use super::{
     interruptions::{Interruption, RawImport},
     *,
 };
-use crate::harness::{assert_invalid, error_metadata};
+use crate::{
+    harness::{assert_invalid, error_metadata, limits},
+    lock_waiters,
+};
 
 /// Runs an import, which must commit, and returns its id.
 async fn commit(tracker: &Tracker, import: Import) -> String {
@@ -377,9 +382,50 @@ async fn revert_waits_for_a_concurrent_comment_and_keeps_its_issue() {
         let client = tracker.member.clone();
         async move { revert(&client, &id, false).await }
     });
-    tracker.wait_until(crate::lock_waiters!("> 0")).await;
+    tracker.wait_until(lock_waiters!("> 0")).await;
     other.batch_execute("COMMIT").await.unwrap();
 
     assert_error(call.await.unwrap(), Code::FailedPrecondition, "IMPORT_CHANGED_SINCE");
     assert_eq!(issue_count(&tracker).await, 2);
+}
+
+#[tokio::test]
+async fn changes_that_wait_for_a_revert_fail_with_not_found() {
+    // Half of the connections may wait for row locks.
+    let tracker = Arc::new(Tracker::start_with(limits(&["--pool-connections", "10"])).await);
+    let id = commit(&tracker, import("title,external_id\na,1\nb,2\nc,3\n")).await;
+    let ids: Vec<Uuid> =
+        tracker.sql("SELECT id FROM issues ORDER BY id", &[]).await.iter().map(|row| row.get(0)).collect();
+    // The revert locks the issues in the order of their ids, and waits for the last one.
+    let last = tracker.session().await;
+    last.query("BEGIN", &[]).await.unwrap();
+    last.query("SELECT FROM issues WHERE id = $1 FOR UPDATE", &[&ids[2]]).await.unwrap();
+    let reverted = tokio::spawn({
+        let (tracker, id) = (Arc::clone(&tracker), id.clone());
+        async move { revert(&tracker.member, &id, false).await }
+    });
+    tracker.wait_until(lock_waiters!("= 1")).await;
+    let issue = Issue { id: ids[0].to_string(), title: "changed".into(), ..Issue::default() };
+    let update = UpdateIssueRequest { issue: Some(issue), ..Default::default() };
+    let updates = [update.clone(), UpdateIssueRequest { comment: "with a comment".into(), ..update }].map(|update| {
+        let mut issues = tracker.member.issues();
+        tokio::spawn(async move { issues.update_issue(update).await.map(drop) })
+    });
+    let status = BulkUpdateStatusRequest {
+        ids: vec![ids[1].to_string()],
+        status: IssueStatus::Closed.into(),
+        ..Default::default()
+    };
+    let bulk = tokio::spawn({
+        let mut issues = tracker.member.issues();
+        async move { issues.bulk_update_status(status).await.map(drop) }
+    });
+    tracker.wait_until(lock_waiters!("= 4")).await;
+
+    last.query("COMMIT", &[]).await.unwrap();
+
+    assert_eq!(counts(&reverted.await.unwrap().unwrap()), (3, 0, 0));
+    for changed in [bulk].into_iter().chain(updates) {
+        assert_error(changed.await.unwrap(), Code::NotFound, "NOT_FOUND");
+    }
 }
