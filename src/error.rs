@@ -75,6 +75,9 @@ pub enum Error {
     /// A limit on stored data is reached. `metadata` has the numbers.
     #[error("{message}")]
     QuotaExceeded { reason: &'static str, message: String, metadata: Vec<(&'static str, i64)> },
+    /// The metadata of the call is too large.
+    #[error("metadata: larger than {bytes_max} bytes; expected less metadata")]
+    MetadataTooLarge { bytes_max: usize },
     /// Too many wrong passwords. The next attempt is admitted after the delay.
     #[error("too many wrong passwords; try again in {} s", seconds_up(.delay))]
     TooManyTries { delay: Duration },
@@ -226,6 +229,7 @@ impl Error {
             | Self::PermissionDenied(_)
             | Self::Exhausted(_)
             | Self::Overloaded { .. }
+            | Self::MetadataTooLarge { .. }
             | Self::TooManyTries { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
@@ -465,7 +469,9 @@ fn log(error: &Error) {
         | Error::ReadOnly
         | Error::ConnectionLost
         | Error::OutcomeUnknown { .. }
-        | Error::Timeout { reason: "STATEMENT_TIMEOUT", .. } => count_call_refusal(error),
+        | Error::Timeout { reason: "STATEMENT_TIMEOUT", .. } => {
+            count_call_refusal(error.reason(), &error.to_string());
+        }
         _ => {}
     }
 }
@@ -482,9 +488,11 @@ impl Error {
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Unauthenticated(_) => Code::Unauthenticated,
             Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_) | Self::Overloaded { .. } | Self::QuotaExceeded { .. } | Self::TooManyTries { .. } => {
-                Code::ResourceExhausted
-            }
+            Self::Exhausted(_)
+            | Self::Overloaded { .. }
+            | Self::QuotaExceeded { .. }
+            | Self::MetadataTooLarge { .. }
+            | Self::TooManyTries { .. } => Code::ResourceExhausted,
             Self::Timeout { .. } => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
             Self::Unavailable
@@ -513,6 +521,7 @@ impl Error {
             Self::Unauthenticated(_) => "UNAUTHENTICATED",
             Self::PermissionDenied(_) => "PERMISSION_DENIED",
             Self::Exhausted(_) | Self::Overloaded { .. } => "OVERLOADED",
+            Self::MetadataTooLarge { .. } => "METADATA_TOO_LARGE",
             Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
             Self::Conflict(_) => "CONFLICT",
@@ -559,6 +568,7 @@ impl Error {
             | Self::Unimplemented(_)
             | Self::Unauthenticated(_)
             | Self::PermissionDenied(_)
+            | Self::MetadataTooLarge { .. }
             | Self::Timeout { .. }
             | Self::Cancelled
             | Self::OutcomeUnknown { has_request_id: false }
@@ -585,6 +595,10 @@ impl Error {
             }
             Self::OffsetGap { expected_offset, .. } => {
                 add("expected_offset", expected_offset.to_string());
+                (Vec::new(), 0)
+            }
+            Self::MetadataTooLarge { bytes_max } => {
+                add("bytes_max", bytes_max.to_string());
                 (Vec::new(), 0)
             }
             Self::ChangedSince { count, ids } => {

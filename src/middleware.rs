@@ -6,19 +6,20 @@
 //! 2. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
 //! 3. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
 //! 4. [`call_log`] logs the call at the level debug.
-//! 5. [`deadline`] limits the time of everything below, waiting included.
-//! 6. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
-//! 7. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
+//! 5. [`metadata_limit`] refuses calls with too much metadata.
+//! 6. [`deadline`] limits the time of everything below, waiting included.
+//! 7. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
+//! 8. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
 //!    so that health checks and logins work under load, and load without credentials keeps no caller out.
-//! 8. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
-//! 9. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
-//! 10. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
+//! 9. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
+//! 10. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
+//! 11. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!     let alone validated.
-//! 11. [`reauthentication`] repeats 9 and 10 for streams, every second, and ends those that would fail now.
-//! 12. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
-//! 13. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
+//! 12. [`reauthentication`] repeats 10 and 11 for streams, every second, and ends those that would fail now.
+//! 13. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
+//! 14. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
 //!     a slow client holds none, and until the response is buffered or its stream ends.
-//! 14. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
+//! 15. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
 //!
@@ -36,6 +37,7 @@ pub mod deadline;
 pub mod draining;
 pub mod error_mapping;
 mod memory_budget;
+pub mod metadata_limit;
 pub mod method_policy;
 pub mod method_table;
 pub mod protocol;
@@ -55,6 +57,8 @@ pub struct RequestLimits {
     pub requests_max: u32,
     /// The part of the requests, and of the memory for messages, that one user may take.
     pub share: SharePercent,
+    /// Maximum size of a call's metadata.
+    pub metadata_bytes_max: usize,
     /// Maximum size of one message, also after decompression.
     pub message_bytes_max: usize,
     /// The deadline of calls whose client sets none.

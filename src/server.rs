@@ -35,6 +35,7 @@ use crate::{
         deadline::DeadlineLayer,
         draining::DrainingLayer,
         error_mapping::ErrorMappingLayer,
+        metadata_limit::MetadataLimitLayer,
         method_policy::{MethodPolicyLayer, MethodTable},
         method_table::METHODS,
         protocol::ProtocolLayer,
@@ -57,7 +58,9 @@ const READS_SERVICE: &str = "issuetracker.reads";
 /// The name whose health is that of writes.
 const WRITES_SERVICE: &str = "issuetracker.writes";
 /// How often expired rows are deleted.
-const PRUNE_INTERVAL: Duration = Duration::from_secs(3_600);
+const PRUNE_INTERVAL: Duration = Duration::from_secs(300);
+/// The pause between two statements that delete expired rows: leaves the database to the calls.
+const PRUNE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Serves until `shutdown` is ready.
 ///
@@ -142,6 +145,7 @@ pub fn middleware_stack(
         .layer(ErrorMappingLayer)
         .layer(MethodPolicyLayer::new(methods))
         .layer(CallLogLayer)
+        .layer(MetadataLimitLayer::new(limits.metadata_bytes_max))
         .layer(DeadlineLayer::new(limits.deadline_default))
         .layer(DrainingLayer::new(stopping))
         .layer(UnauthenticatedLimitsLayer::default())
@@ -234,7 +238,7 @@ async fn set_health(health: &HealthReporter, reads: ServingStatus, writes: Servi
     health.set_service_status(WRITES_SERVICE, writes).await;
 }
 
-/// Deletes old data every hour. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
+/// Deletes old data every five minutes. Replicas can prune concurrently: rows that another one deletes meanwhile are skipped.
 async fn prune(db: Db) {
     let mut interval = tokio::time::interval(PRUNE_INTERVAL);
     loop {
@@ -262,6 +266,8 @@ async fn prune(db: Db) {
 
 /// Repeats `prune` until it deletes nothing.
 async fn pruned(db: &Db, prune: impl AsyncFn(&Conn, StorageLimits) -> Result<u64>) -> Result<()> {
-    while prune(&db.conn().await?, db.storage_limits()).await? > 0 {}
+    while prune(&db.conn().await?, db.storage_limits()).await? > 0 {
+        tokio::time::sleep(PRUNE_PAUSE).await;
+    }
     Ok(())
 }

@@ -15,6 +15,10 @@ use crate::{
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
 
+/// How much larger than allowed the metadata of a call may be for the service to refuse the call itself. Beyond, HTTP/2
+/// answers with the HTTP status 431.
+const DECODED_HEADERS_MULTIPLE: u32 = 8;
+
 #[derive(Clone, Debug, Args)]
 pub struct Limits {
     /// Maximum connections to the database
@@ -173,6 +177,7 @@ impl Limits {
     pub fn requests(&self) -> RequestLimits {
         RequestLimits {
             requests_max: self.requests,
+            metadata_bytes_max: self.header_bytes as usize,
             message_bytes_max: self.message_bytes as usize,
             share: self.share(),
             deadline_default: Duration::from_millis(self.deadline_ms),
@@ -188,7 +193,7 @@ impl Limits {
             keepalive_interval: Duration::from_secs(self.keepalive_seconds),
             keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
             streams_max: self.streams,
-            header_bytes_max: self.header_bytes,
+            header_bytes_max: self.header_bytes * DECODED_HEADERS_MULTIPLE,
             trusted_proxies: self.trusted_proxies.clone().unwrap_or_default(),
         }
     }

@@ -2,22 +2,19 @@
 
 use std::{error::Error as _, io, sync::Arc, time::Duration};
 
-use tokio::{sync::watch, task::AbortHandle, time::timeout};
+use tokio::{task::AbortHandle, time::timeout};
 use tokio_postgres::{Client, Config};
 
-use super::{
-    activity::SessionActivity,
-    availability::{Availability, Health},
-    pool::CONNECT_TIMEOUT,
-    probe,
-    session::Session,
-    tls::Connector,
-};
+use super::{activity::SessionActivity, availability::Availability, session::Session, tls::Connector};
 use crate::{
     backoff::{Backoff, random},
     error::{Error, refusals::count_refused_connection},
 };
 
+/// Time allowed for a new connection, the TLS handshake and authentication included.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a database server may not acknowledge data before its connections count as lost.
+pub(super) const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How often a connection is made that closes before the server has answered.
 const CONNECT_ATTEMPTS_MAX: u32 = 3;
 const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(100) };
@@ -31,13 +28,9 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Starts the probes. Returns what works, as it changes. `prepared`: the schema is known to be that of this program.
-    pub fn start(config: Config, connector: Connector, prepared: bool) -> (Self, watch::Receiver<Health>) {
-        let (health, watched) = watch::channel(Health { reads: prepared, writes: prepared });
-        let availability = Arc::new(Availability::new(prepared));
-        let manager = Self { config: Arc::new(config), connector, availability };
-        tokio::spawn(probe::run(manager.clone(), health));
-        (manager, watched)
+    /// `prepared`: the schema is known to be that of this program.
+    pub(super) fn new(config: Config, connector: Connector, prepared: bool) -> Self {
+        Self { config: Arc::new(config), connector, availability: Arc::new(Availability::new(prepared)) }
     }
 
     pub(super) fn availability(&self) -> &Availability {

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, error::SqlState};
 
 use super::{
     connection_string::ConnectionString,
-    pool::{CONNECT_TIMEOUT, NETWORK_SILENCE_MAX},
+    manager::{CONNECT_TIMEOUT, NETWORK_SILENCE_MAX},
 };
 use crate::error::{is_unavailable, refusals::cause};
 

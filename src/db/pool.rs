@@ -8,7 +8,8 @@ use super::{
     availability::Health,
     conn::{CommitMode, Conn},
     connection_string::ConnectionString,
-    manager::Manager,
+    manager::{CONNECT_TIMEOUT, Manager, NETWORK_SILENCE_MAX},
+    probe,
 };
 use crate::{
     error::{Error, Result},
@@ -19,16 +20,12 @@ use crate::{
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// PostgreSQL's `idle_in_transaction_session_timeout`: how long a transaction may wait for its next statement.
 const IDLE_IN_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a database server may not acknowledge data before its connections count as lost.
-pub(super) const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// When and how often the server probes a connection on which the service sends nothing.
 const SERVER_KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const SERVER_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const SERVER_KEEPALIVE_COUNT: u32 = 3;
 /// How often the server checks during a statement whether its connection is closed.
 const CONNECTION_CHECK_INTERVAL: Duration = Duration::from_secs(2);
-/// Time allowed for a new connection, the TLS handshake and authentication included.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections of the pool that authenticates callers. It is separate, so that authentication does not wait for
 /// requests.
 const AUTH_CONNECTIONS_MAX: u32 = 3;
@@ -123,7 +120,9 @@ impl Db {
         // Detects a server that vanishes without closing its connections: by unacknowledged data, or by keepalives.
         config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
 
-        let (manager, health) = Manager::start(config, connector, prepared);
+        let manager = Manager::new(config, connector, prepared);
+        let (health_found, health) = watch::channel(Health { reads: prepared, writes: prepared });
+        tokio::spawn(probe::run(manager.clone(), health_found));
         Self::with_manager(manager, health, options)
     }
 

@@ -11,8 +11,6 @@ use std::{
 
 use tokio_postgres::error::SqlState;
 
-use super::Error;
-
 /// The interval of log lines with the same cause.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum number of causes that are counted one by one. Further ones share a count.
@@ -39,9 +37,8 @@ pub(super) fn count_refused_statement(error: &tokio_postgres::Error) {
 
 /// Counts a call that is refused because of a limit or because the database is unavailable, and logs it at most once a
 /// minute per cause.
-pub(super) fn count_call_refusal(error: &Error) {
-    let (reason, cause) = (error.reason(), error.to_string());
-    if let Some(count) = due_count(&cause) {
+pub(super) fn count_call_refusal(reason: &str, cause: &str) {
+    if let Some(count) = due_count(cause) {
         tracing::warn!(reason, cause, count, "calls refused");
     }
 }

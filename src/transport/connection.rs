@@ -67,7 +67,7 @@ pub struct ConnectionLimits {
     pub keepalive_timeout: Duration,
     /// Maximum number of concurrent calls of one connection. Clients queue further ones.
     pub streams_max: u32,
-    /// Maximum size of the headers of a call.
+    /// Maximum size of the headers of a call that are decoded. A call with more receives the HTTP status 431.
     pub header_bytes_max: u32,
     /// The proxies whose `x-forwarded-for` is trusted.
     pub trusted_proxies: TrustedProxies,

@@ -71,3 +71,23 @@ async fn rejected_database_login_is_logged_with_its_sqlstate_and_without_the_ser
     sql.batch_execute("ALTER ROLE serving LOGIN").await.unwrap();
     wait_until("the health check reports SERVING", || run(&["health", "--listen", &service.address]).status.success());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn statement_refused_for_a_full_disk_is_logged_with_its_sqlstate_and_without_the_server_message() {
+    let external = External::start(Durability::Throwaway);
+    let service = Service::on(&external, &[]);
+    let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN RAISE 'the row has sesame' USING ERRCODE = '53100'; END$$;
+        CREATE TRIGGER refuse BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION refuse()";
+    session(&external.config()).await.batch_execute(refuse).await.unwrap();
+
+    for _ in 0..3 {
+        let error = login(&service, "nobody", "a password").await.unwrap_err();
+        assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+    }
+
+    let log = service.log();
+    assert_eq!(log.matches("database refused statement sqlstate=\"53100\" count=1").count(), 1, "{log}");
+    assert_eq!(log.matches("calls refused reason=\"DATABASE_UNAVAILABLE\"").count(), 1, "{log}");
+    assert!(!log.contains("sesame"), "{log}");
+}

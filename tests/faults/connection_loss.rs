@@ -329,7 +329,7 @@ async fn connections_closed_while_idle_fail_no_call() {
 async fn silent_connections_are_replaced_and_fail_no_call() {
     let proxied = ProxiedService::start().await;
     for iteration in 0..2 {
-        let calls = (0..4).map(|nth| ListIssuesRequest { filter: format!("x{nth}"), ..Default::default() });
+        let calls = (1..=4).map(|page_size| ListIssuesRequest { page_size, ..Default::default() });
         let calls: Vec<_> = calls.collect();
         let list = |call| proxied.call("IssueService/ListIssues", call);
         for listed in futures_util::future::join_all(calls.iter().map(list)).await {

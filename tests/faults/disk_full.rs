@@ -63,7 +63,6 @@ async fn full_disk_fails_writes_clearly_keeps_reads_working_and_loses_no_data() 
         assert_eq!(Issue::decode(&*read).unwrap(), existing);
         assert!(serves(&channel).await, "a full disk must not make health fail");
     }
-    assert!(service.log().contains("database refused statement sqlstate=\"53100\""), "{}", service.log());
     shim.fill_disk(false);
     for message in &rejected {
         call(&channel, &token, create, message).await.unwrap();

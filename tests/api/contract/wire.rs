@@ -12,7 +12,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use tonic_reflection::pb;
 
 use super::{call, call_path, our_files, our_methods, required_role};
-use crate::harness::{Tracker, assert_error, assert_invalid};
+use crate::harness::{Tracker, assert_error, assert_invalid, error_metadata};
 
 fn our_services() -> Vec<String> {
     let files = our_files();
@@ -160,4 +160,20 @@ async fn metadata_above_16_kib_is_rejected_and_later_calls_succeed() {
     auth.who_am_i(with_metadata(17 * 1024)).await.unwrap_err();
     auth.who_am_i(with_metadata(1024 * 1024)).await.unwrap_err();
     auth.who_am_i(with_metadata(0)).await.unwrap();
+}
+
+#[tokio::test]
+async fn metadata_over_the_limit_is_resource_exhausted_with_details() {
+    let tracker = Tracker::start().await;
+    let who_am_i = async |bytes: usize| {
+        let mut request = Request::new(WhoAmIRequest::default());
+        request.metadata_mut().insert("x-large", "x".repeat(bytes).parse().unwrap());
+        tracker.viewer.auth().who_am_i(request).await.map(drop)
+    };
+    who_am_i(15_000).await.unwrap();
+    for bytes in [17_000, 100_000] {
+        let status = assert_error(who_am_i(bytes).await, Code::ResourceExhausted, "METADATA_TOO_LARGE");
+        assert_eq!(error_metadata(&status, "bytes_max").as_deref(), Some("16384"));
+    }
+    who_am_i(10).await.unwrap();
 }

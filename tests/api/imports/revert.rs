@@ -391,7 +391,7 @@ async fn revert_waits_for_a_concurrent_comment_and_keeps_its_issue() {
 
 #[tokio::test]
 async fn changes_that_wait_for_a_revert_fail_with_not_found() {
-    // Half of the connections may wait for row locks.
+    // Half of the connections may wait for row locks, and a user has a share of these.
     let tracker = Arc::new(Tracker::start_with(limits(&["--pool-connections", "10"])).await);
     let id = commit(&tracker, import("title,external_id\na,1\nb,2\nc,3\n")).await;
     let ids: Vec<Uuid> =
@@ -417,7 +417,7 @@ async fn changes_that_wait_for_a_revert_fail_with_not_found() {
         ..Default::default()
     };
     let bulk = tokio::spawn({
-        let mut issues = tracker.member.issues();
+        let mut issues = tracker.admin.issues();
         async move { issues.bulk_update_status(status).await.map(drop) }
     });
     tracker.wait_until(lock_waiters!("= 4")).await;
