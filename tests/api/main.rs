@@ -15,6 +15,7 @@ mod support {
     pub mod scratch;
 }
 
+mod abuse;
 mod audit;
 mod auth;
 mod batches;

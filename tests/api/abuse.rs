@@ -1,0 +1,276 @@
+//! A catalogue of abuse, one pattern per test: one caller abuses the service, other users do ordinary work meanwhile and
+//! succeed, and afterwards the service has all of its permits.
+//!
+//! More patterns are in `auth/floods.rs` (tokens, passwords and resets), `conformance/floods.rs` (frames, headers and
+//! incomplete logins) and `conformance/connections.rs` (idle connections).
+
+mod held_calls;
+mod imports;
+mod member;
+mod unauthenticated;
+mod viewer;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use issue_tracker::pb::{
+    Comment, CreateCommentRequest, CreateIssueRequest, GetIssueRequest, Issue, ListCommentsRequest, ListIssuesRequest,
+    Priority, Role, Status as IssueStatus, UpdateIssueRequest,
+};
+use tokio::{
+    task::{JoinHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use tonic::{Code, Request, Status, transport::Endpoint};
+
+use crate::{
+    harness::{Client, Tracker, limits},
+    lock_waiters,
+    support::eventually::eventually,
+};
+
+/// `--requests` of the service.
+const REQUESTS: usize = 64;
+/// The part of [`REQUESTS`] that one user may hold. The rest suffices for [`OTHERS`].
+const REQUESTS_OF_ONE: usize = 48;
+/// `--pool-connections` of the service.
+const CONNECTIONS: usize = 8;
+/// The part of [`CONNECTIONS`] that one user may hold.
+const CONNECTIONS_OF_ONE: usize = 6;
+/// The users who do ordinary work.
+const OTHERS: usize = 16;
+/// How often each of them does it during an abuse.
+const ROUNDS: usize = 2;
+/// The deadline of an ordinary call.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a statement takes that reads the issue of [`Scene::file_slow_issue`]. 40 of them fill all connections for
+/// longer than `--pool-wait-ms`.
+const SLOW_SECONDS: u32 = 1;
+/// How many calls a flood begins each second at most. It bounds the processor time of a test.
+const FLOOD_CALLS_PER_SECOND: u32 = 250;
+
+/// A service, and the users whose work an abuse must not affect.
+struct Scene {
+    tracker: Tracker,
+    others: Vec<Other>,
+}
+
+/// A user who does ordinary work.
+struct Other {
+    client: Client,
+    issue_id: String,
+}
+
+impl Scene {
+    async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    async fn start_with(args: &[&str]) -> Self {
+        let small = ["--requests", "64", "--pool-connections", "8", "--pool-wait-ms", "4000"];
+        let tracker = Tracker::start_with(limits(&[&small, args].concat())).await;
+        let mut others = Vec::new();
+        for nth in 0..OTHERS {
+            let user = tracker.user(&format!("other-{nth}"), Role::Member).await;
+            let client = connect(&tracker, &user);
+            let issue_id = client.file("ordinary").await.id;
+            others.push(Other { client, issue_id });
+        }
+        let scene = Self { tracker, others };
+        // Opens all database connections.
+        scene.assert_unharmed().await;
+        scene
+    }
+
+    fn viewer(&self) -> Client {
+        connect(&self.tracker, &self.tracker.viewer)
+    }
+
+    fn member(&self) -> Client {
+        connect(&self.tracker, &self.tracker.member)
+    }
+
+    /// Asserts that at least 99.5 % of the ordinary calls of other users succeed.
+    async fn assert_others_succeed(&self) {
+        let outcomes = join_all(self.others.iter().map(Other::work)).await.concat();
+        let failures: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
+        let (failed, all) = (failures.len(), outcomes.len());
+        assert!(failed * 200 <= all, "{failed} of {all} ordinary calls failed, such as {:?}", failures[0]);
+    }
+
+    /// Asserts that as many calls run at the same time as there are request slots and database connections.
+    async fn assert_unharmed(&self) {
+        const NO_STATEMENTS: &str = "SELECT count(*) = 0 FROM pg_stat_activity
+            WHERE state <> 'idle' AND usename <> current_user AND datname = current_database()";
+        self.tracker.wait_until(NO_STATEMENTS).await;
+        // The service may not have noticed yet that a client has left.
+        eventually("all permits are free", async || self.all_permits_are_free().await).await;
+    }
+
+    async fn all_permits_are_free(&self) -> bool {
+        let blocker = self.tracker.session().await;
+        blocker.batch_execute("BEGIN; LOCK TABLE issues, comments IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        let [first, second] = [&self.others[0], &self.others[1]];
+        // Each list holds a connection.
+        let mut calls: Vec<_> = (0..CONNECTIONS)
+            .map(|nth| if nth < CONNECTIONS_OF_ONE { first } else { second })
+            .map(Other::spawn_list_comments)
+            .collect();
+        let blocked = self.tracker.wait_until(lock_waiters!("= 8"));
+        let all_blocked = timeout(Duration::from_secs(2), blocked).await.is_ok();
+        let requests_of_other = REQUESTS - REQUESTS_OF_ONE - (CONNECTIONS - CONNECTIONS_OF_ONE);
+        calls.extend((CONNECTIONS_OF_ONE..REQUESTS_OF_ONE).map(|_| first.spawn_get_issue()));
+        calls.extend((0..requests_of_other).map(|_| second.spawn_get_issue()));
+        // A call beyond a limit fails at once.
+        sleep(Duration::from_millis(50)).await;
+        blocker.batch_execute("COMMIT").await.unwrap();
+        let outcomes = join_all(calls).await;
+        all_blocked && outcomes.into_iter().all(|outcome| outcome.unwrap().is_ok())
+    }
+
+    /// Files an issue that matches the filters of slow lists, and has each statement that reads it take [`SLOW_SECONDS`]
+    /// without processor time.
+    ///
+    /// Ordinary work does not read it: conditions on numbers and ids are evaluated first.
+    async fn file_slow_issue(&self) -> Issue {
+        let member = &self.tracker.member;
+        let mut label_ids = Vec::new();
+        for name in "abcdefgh".chars() {
+            label_ids.push(member.label(&name.to_string()).await.id);
+        }
+        let issue = member.file_as(Issue {
+            title: "slow".into(),
+            status: IssueStatus::Closed.into(),
+            priority: Priority::Critical.into(),
+            assignee_id: member.user.id.clone(),
+            label_ids,
+            ..Issue::default()
+        });
+        let issue = issue.await;
+        let session = self.tracker.session().await;
+        let policy = format!(
+            "ALTER TABLE issues ENABLE ROW LEVEL SECURITY;
+            CREATE POLICY slow ON issues
+                USING (title <> 'slow' OR pg_sleep({SLOW_SECONDS}) IS NOT NULL) WITH CHECK (true)"
+        );
+        session.batch_execute(&policy).await.unwrap();
+        issue
+    }
+
+    /// Returns how many sessions of the database have been opened.
+    async fn sessions_opened(&self) -> i64 {
+        self.tracker.count("SELECT sessions FROM pg_stat_database WHERE datname = current_database()").await
+    }
+}
+
+impl Other {
+    async fn work(&self) -> Vec<Result<(), Status>> {
+        let mut outcomes = Vec::new();
+        let (mut issues, mut comments) = (self.client.issues(), self.client.comments());
+        for nth in 0..ROUNDS {
+            let issue = Issue { title: format!("ordinary {nth}"), ..Issue::default() };
+            let create = CreateIssueRequest { issue: Some(issue.clone()), ..Default::default() };
+            outcomes.push(issues.create_issue(ordinary(create)).await.map(drop));
+            let get = GetIssueRequest { id: self.issue_id.clone(), ..Default::default() };
+            outcomes.push(issues.get_issue(ordinary(get)).await.map(drop));
+            let issue = Issue { id: self.issue_id.clone(), ..issue };
+            let update = UpdateIssueRequest { issue: Some(issue), ..Default::default() };
+            outcomes.push(issues.update_issue(ordinary(update)).await.map(drop));
+            let comment = Comment { issue_id: self.issue_id.clone(), content: "done".into(), ..Comment::default() };
+            let comment = CreateCommentRequest { comment: Some(comment), ..Default::default() };
+            outcomes.push(comments.create_comment(ordinary(comment)).await.map(drop));
+            outcomes.push(list(&self.client, "status = open").await);
+        }
+        outcomes
+    }
+
+    fn spawn_list_comments(&self) -> JoinHandle<Result<(), Status>> {
+        let (mut comments, issue_id) = (self.client.comments(), self.issue_id.clone());
+        let request = ListCommentsRequest { issue_id, ..Default::default() };
+        tokio::spawn(async move { comments.list_comments(ordinary(request)).await.map(drop) })
+    }
+
+    fn spawn_get_issue(&self) -> JoinHandle<Result<(), Status>> {
+        let (mut issues, id) = (self.client.issues(), self.issue_id.clone());
+        let request = GetIssueRequest { id, ..Default::default() };
+        tokio::spawn(async move { issues.get_issue(ordinary(request)).await.map(drop) })
+    }
+}
+
+/// Returns a request with [`DEADLINE`].
+fn ordinary<T>(message: T) -> Request<T> {
+    with_deadline(message, DEADLINE)
+}
+
+fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(deadline);
+    request
+}
+
+/// Returns a client that sends the same token on a connection of its own.
+fn connect(tracker: &Tracker, client: &Client) -> Client {
+    let channel = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap().connect_lazy();
+    Tracker::client_on(channel, &client.token)
+}
+
+/// Lists the issues that match a filter.
+async fn list(client: &Client, filter: &str) -> Result<(), Status> {
+    let request = ListIssuesRequest { filter: filter.to_owned(), page_size: 10, ..Default::default() };
+    client.issues().list_issues(ordinary(request)).await.map(drop)
+}
+
+/// Concurrent tasks that repeat a call until the flood is stopped. Calls that end soon are made in bursts, at most
+/// [`FLOOD_CALLS_PER_SECOND`].
+struct Flood {
+    tasks: JoinSet<()>,
+    outcomes: Arc<Mutex<BTreeMap<String, usize>>>,
+    begun: Arc<AtomicUsize>,
+}
+
+impl Flood {
+    /// Starts tasks, and waits until each has begun a call. Each call has another number.
+    async fn start<F>(concurrent: u32, call: impl Fn(usize) -> F + Clone + Send + 'static) -> Self
+    where
+        F: Future<Output = Result<(), Status>> + Send + 'static,
+    {
+        let (outcomes, begun) = (Arc::<Mutex<BTreeMap<String, usize>>>::default(), Arc::<AtomicUsize>::default());
+        let mut tasks = JoinSet::new();
+        let interval = Duration::from_secs(1) * concurrent / FLOOD_CALLS_PER_SECOND;
+        for _ in 0..concurrent {
+            let (outcomes, begun, call) = (Arc::clone(&outcomes), Arc::clone(&begun), call.clone());
+            tasks.spawn(async move {
+                loop {
+                    let outcome = call(begun.fetch_add(1, Ordering::Relaxed)).await;
+                    let code = outcome.map_or_else(|status| status.code(), |()| Code::Ok);
+                    *outcomes.lock().unwrap().entry(format!("{code:?}")).or_default() += 1;
+                    sleep(interval).await;
+                }
+            });
+        }
+        let flood = Self { tasks, outcomes, begun };
+        eventually("all tasks of the flood have begun", async || flood.begun() >= concurrent as usize).await;
+        // Lets the calls reach the service.
+        sleep(Duration::from_millis(100)).await;
+        flood
+    }
+
+    /// Returns how many calls have begun.
+    fn begun(&self) -> usize {
+        self.begun.load(Ordering::Relaxed)
+    }
+
+    /// Abandons the calls in flight. Asserts that all others have ended with these codes, by name.
+    async fn stop(mut self, expected: &[&str]) {
+        self.tasks.shutdown().await;
+        let outcomes = self.outcomes.lock().unwrap();
+        assert!(outcomes.keys().all(|code| expected.contains(&&**code)), "{outcomes:?}");
+    }
+}
