@@ -19,13 +19,13 @@ async fn assert_lists_do_not_hurt(filter: &'static str) {
     let scene = Scene::start().await;
     scene.file_slow_issue().await;
     let viewer = scene.viewer();
-    let flood = Flood::start(40, move |_| {
+    let flood = Flood::start(40, move |nth| {
         let viewer = viewer.clone();
-        async move { list(&viewer, filter).await }
+        async move { list(&viewer, filter, nth).await }
     });
     let flood = flood.await;
     scene.assert_others_succeed().await;
-    list(&scene.others[0].client, filter).await.expect("another user's list is admitted");
+    list(&scene.others[0].client, filter, 0).await.expect("another user's list is admitted");
     flood.stop(&["Ok", "ResourceExhausted"]).await;
     scene.assert_unharmed().await;
 }
@@ -95,7 +95,7 @@ async fn filters_of_many_shapes_do_not_hurt_others_or_fill_the_memory_of_the_dat
         let viewer = viewer.clone();
         // Each octal digit of the number is a term.
         let filter: Vec<_> = (0..4).map(|digit| TERMS[(nth % 4096) >> (3 * digit) & 7]).collect();
-        async move { list(&viewer, &filter.join(" ")).await }
+        async move { list(&viewer, &filter.join(" "), nth).await }
     });
     let flood = flood.await;
     scene.assert_others_succeed().await;
@@ -188,9 +188,9 @@ async fn refused_calls_in_a_loop_do_not_hurt_others() {
     scene.file_slow_issue().await;
     // These hold all slots of the viewer.
     let viewer = scene.viewer();
-    let holders = Flood::start(REQUESTS_OF_ONE as u32, move |_| {
+    let holders = Flood::start(REQUESTS_OF_ONE as u32, move |nth| {
         let viewer = viewer.clone();
-        async move { list(&viewer, "slow").await }
+        async move { list(&viewer, "slow", nth).await }
     });
     let holders = holders.await;
     let (viewer, id) = (scene.viewer(), scene.others[0].issue_id.clone());
@@ -218,7 +218,7 @@ async fn invalid_filters_of_the_maximum_length_do_not_hurt_others() {
     let flood = Flood::start(40, move |nth| {
         let viewer = viewer.clone();
         let filter = format!("{nth} {}", "(\"\\".repeat(660));
-        async move { list(&viewer, &filter).await }
+        async move { list(&viewer, &filter, nth).await }
     });
     let flood = flood.await;
     scene.assert_others_succeed().await;
