@@ -1,6 +1,7 @@
 //! The middleware: what happens to a request before a handler sees it, and to the response after.
 //!
-//! Most files are one layer, a [`tower::Layer`]; the others are what layers share. `server.rs` composes them in this order, from the outside in:
+//! Most files are one layer, a [`tower::Layer`]; the others are what layers share. `server.rs` composes them in this order,
+//! from the outside in:
 //!
 //! 1. [`protocol`] answers what is not gRPC with an HTTP status.
 //! 2. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.

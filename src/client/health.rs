@@ -13,7 +13,8 @@ use crate::config::ClientTls;
 /// Time allowed for the connection and the response together.
 const HEALTH_CHECK_MAX: Duration = Duration::from_secs(10);
 
-/// Returns the status of a name of the service; the empty name is the service as a whole. Fails, without retries, if it cannot be reached or does not respond within 10 s.
+/// Returns the status of a name of the service; the empty name is the service as a whole. Fails, without retries, if it
+/// cannot be reached or does not respond within 10 s.
 pub async fn check_health(server: &Uri, tls: &ClientTls, name: String) -> anyhow::Result<ServingStatus> {
     let endpoint = ServerEndpoint::new(server, tls)?;
     let Ok(status) = timeout(HEALTH_CHECK_MAX, check(&endpoint, name)).await else {

@@ -16,8 +16,8 @@ use super::{
     refusals::{Refusal, RefusalLog},
 };
 
-/// A semaphore that granted no permit to its waiters for this long counts as slow as that wait. Longer than a busy machine
-/// takes to open the first connections of a pool.
+/// If no waiter was granted a permit for this long, the interval between two grants is taken to be at least that time divided
+/// by the number of permits. Longer than a busy machine takes to open the first connections of a pool.
 const STANDSTILL_MIN: Duration = Duration::from_secs(1);
 /// The weight of the latest interval in the moving average: one in so many.
 const INTERVALS_AVERAGED: u32 = 8;
@@ -110,8 +110,8 @@ impl FairSemaphore {
         }
     }
 
-    /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the wait would be too long: the requests of
-    /// this flow that wait already, times the average interval between two grants, times the flows that wait.
+    /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the expected wait is longer. This is the
+    /// number of waiters of this flow, times the number of waiting flows, times the average interval between two grants.
     pub async fn acquire(&self, flow: Flow, wait_max: Duration) -> Result<FairPermit, Refusal> {
         let refused = || {
             self.inner.lock().refusals.record(self.inner.resource, flow, Refusal::Wait);
