@@ -201,7 +201,7 @@ fn lookups(db: &Db) -> Lookups {
                 Ok(found.into_iter().map(Outcome::Done).collect())
             })
         }),
-        Box::new(move |sha256| {
+        Box::new(move |_, sha256| {
             let db = of_one.clone();
             Box::pin(async move {
                 let found = tokens::find_owners(&db.conn().await?, &[sha256]).await?.pop();

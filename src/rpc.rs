@@ -39,6 +39,8 @@ pub struct Api {
     pub stream_limits: StreamLimits,
     /// One permit per concurrent import.
     pub imports: FairSemaphore,
+    /// One permit per ImportIssues call whose first message has not arrived.
+    pub import_starts: FairSemaphore,
     /// One permit per concurrent export.
     pub exports: FairSemaphore,
     /// Cancelled when the server stops: streams end, and their clients resume on another server.

@@ -62,6 +62,9 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(300);
 /// The pause between two statements that delete expired rows: leaves the database to the calls.
 const PRUNE_PAUSE: Duration = Duration::from_millis(200);
 
+/// Concurrent ImportIssues calls whose first message has not arrived. Each may take the memory of the largest message.
+const IMPORT_STARTS_MAX: u32 = 16;
+
 /// Serves until `shutdown` is ready.
 ///
 /// Then health reports NOT_SERVING, new calls are refused, streams end, and calls in flight have `limits.drain()` to finish.
@@ -82,6 +85,7 @@ pub async fn run(
         session_hours: limits.session_hours,
         stream_limits: limits.streams(),
         imports: FairSemaphore::new("imports", limits.imports, limits.share()),
+        import_starts: FairSemaphore::new("imports that start", IMPORT_STARTS_MAX, limits.share()),
         exports: FairSemaphore::new("exports", limits.exports, limits.share()),
         stopping: stopping.clone(),
     };

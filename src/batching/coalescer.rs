@@ -14,7 +14,7 @@ use std::{
 
 use futures_util::{
     FutureExt,
-    future::{BoxFuture, join_all},
+    future::{BoxFuture, CatchUnwind, join_all},
 };
 use tokio::sync::oneshot;
 
@@ -33,7 +33,7 @@ const CANCELLABLE_AFTER: Duration = Duration::from_millis(100);
 pub type RunBatch<I, O> = Box<dyn Fn(Vec<I>) -> BoxFuture<'static, Result<Vec<Outcome<O>>>> + Send + Sync>;
 
 /// Executes one item by itself. May wait for row locks.
-pub type RunIndividually<I, O> = Box<dyn Fn(I) -> BoxFuture<'static, Result<O>> + Send + Sync>;
+pub type RunIndividually<I, O> = Box<dyn Fn(Flow, I) -> BoxFuture<'static, Result<O>> + Send + Sync>;
 
 /// The outcome of an item in a batch.
 #[derive(Debug)]
@@ -62,8 +62,7 @@ pub struct Bounds {
     pub batches_max: usize,
     /// Maximum items that wait for a batch. Excess calls fail with `Exhausted`.
     pub waiting_max: usize,
-    /// Whether a call that finds no batch in flight runs in the task of its caller, and is cancelled with it. This saves
-    /// a task. A cancelled statement costs a connection, so callers must not be able to cancel calls at will.
+    /// Whether a call that finds no batch in flight runs in the task of its caller. This saves a task.
     pub runs_inline: bool,
 }
 
@@ -86,6 +85,7 @@ struct State<I, O> {
 }
 
 struct PendingCall<I, O> {
+    flow: Flow,
     item: I,
     outcome: oneshot::Sender<Result<O>>,
 }
@@ -110,10 +110,10 @@ where
     /// item is not executed. The flows that wait take turns.
     pub async fn call(&self, flow: Flow, item: I) -> Result<O> {
         if (self.inner.affinity)(&item) == BatchAffinity::Individual {
-            return (self.inner.run_individually)(item).await;
+            return (self.inner.run_individually)(flow, item).await;
         }
         match self.enqueue(flow, item)? {
-            Enqueued::Inline(item) => InlineBatch(Arc::clone(&self.inner)).run(item).await,
+            Enqueued::Inline(item) => InlineBatch::run(Arc::clone(&self.inner), flow, item).await,
             Enqueued::Waiting(outcome) => {
                 outcome.await.map_err(|_| Error::Internal("a batch ended without an outcome"))?
             }
@@ -136,7 +136,7 @@ where
             )));
         }
         let (sender, outcome) = oneshot::channel();
-        state.waiting.push_back(flow, PendingCall { item, outcome: sender });
+        state.waiting.push_back(flow, PendingCall { flow, item, outcome: sender });
         if is_free {
             state.batches_in_flight += 1;
             tokio::spawn(Arc::clone(&self.inner).run_batches());
@@ -153,13 +153,20 @@ enum Enqueued<I, O> {
     Waiting(oneshot::Receiver<Result<O>>),
 }
 
-/// A batch of one call in the task of its caller: see [`Bounds::runs_inline`]. When it ends or is cancelled, the calls that
-/// have arrived meanwhile are executed next.
-struct InlineBatch<I, O, K>(Arc<Inner<I, O, K>>)
+/// A batch of one call in the task of its caller: see [`Bounds::runs_inline`]. When it has ended, the calls that have arrived
+/// meanwhile are executed next.
+struct InlineBatch<I, O, K>
 where
     I: Clone + Send + 'static,
     O: Send + 'static,
-    K: Copy + Eq + Hash + Send + 'static;
+    K: Copy + Eq + Hash + Send + 'static,
+{
+    inner: Arc<Inner<I, O, K>>,
+    /// `None` when it has ended.
+    running: Option<BatchInFlight<O>>,
+}
+
+type BatchInFlight<O> = CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Result<Vec<Outcome<O>>>>>>;
 
 impl<I, O, K> InlineBatch<I, O, K>
 where
@@ -167,15 +174,20 @@ where
     O: Send + 'static,
     K: Copy + Eq + Hash + Send + 'static,
 {
-    async fn run(self, item: I) -> Result<O> {
-        let inner = Arc::clone(&self.0);
-        let outcome = inner.outcomes(vec![item.clone()]).await.map(|mut outcomes| outcomes.pop());
-        drop(self);
-        match outcome {
+    async fn run(inner: Arc<Inner<I, O, K>>, flow: Flow, item: I) -> Result<O> {
+        let running = AssertUnwindSafe((inner.run_batch)(vec![item.clone()])).catch_unwind();
+        let mut batch = Self { inner: Arc::clone(&inner), running: Some(running) };
+        let outcomes = match &mut batch.running {
+            Some(running) => running.await,
+            None => return Err(Error::Internal("a batch has no future")),
+        };
+        batch.running = None;
+        drop(batch);
+        match outcomes.unwrap_or(Err(Error::Internal("a batch panicked"))).map(|mut outcomes| outcomes.pop()) {
             Ok(Some(Outcome::Done(outcome))) => outcome,
-            Ok(Some(Outcome::Individual)) => (inner.run_individually)(item).await,
+            Ok(Some(Outcome::Individual)) => (inner.run_individually)(flow, item).await,
             Ok(None) => Err(Error::Internal("a batch ended without an outcome")),
-            Err(error) if error.is_undone() => (inner.run_individually)(item).await,
+            Err(error) if error.is_undone() => (inner.run_individually)(flow, item).await,
             Err(error) => Err(error),
         }
     }
@@ -188,16 +200,24 @@ where
     K: Copy + Eq + Hash + Send + 'static,
 {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        if state.waiting.is_empty() {
-            state.batches_in_flight -= 1;
-            return;
+        if self.running.is_none() {
+            let mut state = self.inner.lock();
+            if state.waiting.is_empty() {
+                state.batches_in_flight -= 1;
+                return;
+            }
         }
-        drop(state);
         // Without a runtime the process is ending, and no caller waits.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(Arc::clone(&self.0).run_batches());
-        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let (inner, running) = (Arc::clone(&self.inner), self.running.take());
+        runtime.spawn(async move {
+            // The caller has stopped waiting. The batch keeps its place until it has ended, so that calls with short
+            // deadlines do not run more batches than may be in flight.
+            if let Some(running) = running {
+                let _ = tokio::time::timeout(CANCELLABLE_AFTER, running).await;
+            }
+            inner.run_batches().await;
+        });
     }
 }
 
@@ -229,17 +249,17 @@ where
         let mut keys = HashSet::new();
         let mut later = Vec::new();
         while calls.len() < self.bounds.items_max {
-            let Some((flow, call)) = state.waiting.pop_front() else { break };
+            let Some(call) = state.waiting.pop_front() else { break };
             if call.outcome.is_closed() {
                 continue;
             }
             match (self.affinity)(&call.item) {
-                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push((flow, call)),
+                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push(call),
                 _ => calls.push(call),
             }
         }
-        while let Some((flow, call)) = later.pop() {
-            state.waiting.push_front(flow, call);
+        while let Some(call) = later.pop() {
+            state.waiting.push_front(call.flow, call);
         }
         if calls.is_empty() {
             state.batches_in_flight -= 1;
@@ -277,7 +297,7 @@ where
 
     /// Executes a call in a task of its own, which is cancelled when the caller stops waiting.
     fn spawn_individually(self: &Arc<Self>, mut call: PendingCall<I, O>) {
-        let running = (self.run_individually)(call.item);
+        let running = (self.run_individually)(call.flow, call.item);
         tokio::spawn(async move {
             let outcome = tokio::select! {
                 outcome = running => outcome,

@@ -40,7 +40,7 @@ pub struct Limits {
     requests: u32,
     /// The part of each limited resource that one user may hold, in percent
     #[arg(long, env = "ISSUE_TRACKER_USER_SHARE_PERCENT", default_value_t = 75, value_name = "PERCENT",
-        value_parser = value_parser!(u32).range(1..=100), help_heading = "Requests")]
+        value_parser = value_parser!(u32).range(10..=100), help_heading = "Requests")]
     user_share_percent: u32,
     /// Deadline of unary calls whose client sets none, in milliseconds
     #[arg(long, env = "ISSUE_TRACKER_DEADLINE_MS", default_value_t = 30_000, value_name = "MS",

@@ -157,8 +157,8 @@ fn get_batcher(db: &Db) -> Coalescer<(Uuid, IssueView), Issue, ()> {
                 }
             })
         }),
-        Box::new(move |(id, view)| {
-            let db = individual_db.clone();
+        Box::new(move |flow, (id, view)| {
+            let db = individual_db.for_flow(flow);
             Box::pin(async move { issues::get_in_view(&db.conn().await?, id, view).await })
         }),
     )
@@ -169,8 +169,8 @@ fn list_reads(db: &Db) -> SharedReads<(Flow, IssueList), Page<Issue>> {
     SharedReads::new(Box::new(move |(flow, list): (Flow, IssueList)| {
         let db = db.for_flow(flow);
         Box::pin(async move {
-            let _permit = if list.is_heavy() { Some(db.heavy_permit().await?) } else { None };
-            issues::list(&db.conn().await?, &list).await
+            let conn = if list.is_heavy() { db.heavy_conn().await? } else { db.conn().await? };
+            issues::list(&conn, &list).await
         })
     }))
 }
@@ -184,7 +184,7 @@ fn mutation_batcher<M: BatchMutation>(db: &Db) -> MutationBatcher<M> {
             let db = batch_db.clone();
             Box::pin(async move { mutate_batch(&db, calls).await })
         }),
-        Box::new(move |call| {
+        Box::new(move |_, call| {
             let db = individual_db.clone();
             Box::pin(async move { mutate_individually(&db, call).await })
         }),

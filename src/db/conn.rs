@@ -3,7 +3,10 @@
 use std::{future::Future, ops::Deref, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use futures_util::TryStreamExt;
-use tokio::time::timeout;
+use tokio::{
+    sync::oneshot,
+    time::{sleep, timeout},
+};
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
 use super::{
@@ -32,7 +35,7 @@ pub struct Conn {
 struct Checkout {
     session: bb8::PooledConnection<'static, Manager>,
     /// Dropped after the session, so that the next holder of a permit finds it in the pool.
-    _permit: FairPermit,
+    _permits: [Option<FairPermit>; 2],
 }
 
 /// When a connection commits what its statements write. Fixed when the connection is checked out: it decides what a lost
@@ -58,9 +61,9 @@ impl Conn {
     pub(super) fn new(
         session: bb8::PooledConnection<'static, Manager>,
         commit_mode: CommitMode,
-        permit: FairPermit,
+        permits: [Option<FairPermit>; 2],
     ) -> Self {
-        Self { checkout: Arc::new(Checkout { session, _permit: permit }), commit_mode }
+        Self { checkout: Arc::new(Checkout { session, _permits: permits }), commit_mode }
     }
 
     /// Returns all rows.
@@ -183,12 +186,35 @@ impl Conn {
 
     /// Returns the prepared statement, and prepares it if this connection has not yet.
     pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
-        self.checkout.session.statement(sql).await
+        match self.checkout.session.prepared(sql) {
+            Some(statement) => Ok(statement),
+            None => {
+                let statement = self.statement_once(sql).await?;
+                self.checkout.session.keep(sql, &statement);
+                Ok(statement)
+            }
+        }
     }
 
     /// Prepares a statement that is not kept.
+    ///
+    /// In a task of its own: if it were abandoned halfway, the server would keep a statement that nothing closes.
     pub(super) async fn statement_once(&self, sql: &str) -> Result<Statement> {
-        self.checkout.session.prepare(sql).await
+        let (mut sender, prepared) = oneshot::channel();
+        let (checkout, sql) = (Arc::clone(&self.checkout), sql.to_owned());
+        tokio::spawn(async move {
+            let abandoned = async {
+                sender.closed().await;
+                sleep(ABANDONED_STATEMENT_MAX).await;
+            };
+            let statement = tokio::select! {
+                statement = checkout.session.prepare(&sql) => statement,
+                () = abandoned => return,
+            };
+            drop(checkout);
+            let _ = sender.send(statement);
+        });
+        prepared.await.unwrap_or(Err(Error::ConnectionLost))
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -224,8 +250,8 @@ impl Drop for Conn {
         {
             let checkout = Arc::clone(&self.checkout);
             runtime.spawn(async move {
-                // Sent after the statement. Ends the transaction that the statement may have been part of.
-                let ended = checkout.session.client().batch_execute("ROLLBACK");
+                // Sent after the statement, and after the ROLLBACK of its transaction.
+                let ended = checkout.session.client().batch_execute("");
                 if let Ok(Ok(())) = timeout(ABANDONED_STATEMENT_MAX, ended).await {
                     checkout.session.end_all_statements();
                 }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     PRUNE_BATCH_ROWS,
-    conn::Conn,
+    conn::{CommitMode, Conn},
     pool::Db,
     response_budget::{self, ResponseSize},
     transaction::Tx,
@@ -59,8 +59,7 @@ impl Db {
     ) -> Result<R> {
         let db = self.for_flow(Flow::User(caller_id));
         // The transaction may wait for row locks, or for a call with the same key.
-        let _permit = db.lock_permit().await?;
-        let tx = db.begin().await?;
+        let tx = db.begin_lock_waiting().await?;
         if let Some(key) = options.key
             && let Some(stored) = find_response(&tx, caller_id, key, options.validate_only).await?
         {
@@ -100,16 +99,14 @@ impl Db {
             return self.mutate(caller_id, options, async |tx| work(tx).await).await;
         }
         let db = self.for_flow(Flow::User(caller_id));
-        let _permit = db.lock_permit().await?;
-        work(&db.autocommit_conn().await?).await
+        work(&db.lock_waiting_conn(CommitMode::EachStatement).await?).await
     }
 
     /// Returns whether the caller has used the key of these options before. Waits for a call in flight with it.
     pub async fn is_retry(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
         let Some(key) = options.key else { return Ok(false) };
         let db = self.for_flow(Flow::User(caller_id));
-        let _permit = db.lock_permit().await?;
-        let tx = db.begin().await?;
+        let tx = db.begin_lock_waiting().await?;
         Ok(find_response(&tx, caller_id, key, options.validate_only).await?.is_some())
     }
 }

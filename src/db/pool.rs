@@ -168,14 +168,33 @@ impl Db {
         self.storage_limits
     }
 
-    /// Returns a permit for work that can wait for row locks. Half of the connections stay free for other work.
-    pub async fn lock_permit(&self) -> Result<FairPermit> {
-        self.acquire(&self.shared.lock_permits, "too many requests wait for row locks; try again").await
+    /// Returns a connection for statements that only read.
+    ///
+    /// Fails with `Unavailable` at once if the database is unavailable; with `Exhausted` if no connection becomes free
+    /// in time, or at once if the wait would be too long.
+    pub async fn conn(&self) -> Result<Conn> {
+        self.checkout(CommitMode::Explicit, None).await
     }
 
-    /// Returns a permit for a query that can run for seconds. Three quarters of the connections stay free for other work.
-    pub async fn heavy_permit(&self) -> Result<FairPermit> {
-        self.acquire(&self.shared.heavy_permits, "too many concurrent reports and searches; try again").await
+    /// Returns a connection for statements that write, each of which is a transaction of its own. If the connection is
+    /// lost, the outcome of the statement is unknown.
+    pub async fn autocommit_conn(&self) -> Result<Conn> {
+        self.checkout(CommitMode::EachStatement, None).await
+    }
+
+    /// As [`Db::conn`], for a query that can run for seconds. Three quarters of the connections stay free for other work.
+    pub async fn heavy_conn(&self) -> Result<Conn> {
+        let refused = "too many concurrent reports and searches; try again";
+        let permit = self.acquire(&self.shared.heavy_permits, refused).await?;
+        self.checkout(CommitMode::Explicit, Some(permit)).await
+    }
+
+    /// As [`Db::conn`] or [`Db::autocommit_conn`], for statements that can wait for row locks. Half of the connections stay
+    /// free for other work.
+    pub(super) async fn lock_waiting_conn(&self, commit_mode: CommitMode) -> Result<Conn> {
+        let refused = "too many requests wait for row locks; try again";
+        let permit = self.acquire(&self.shared.lock_permits, refused).await?;
+        self.checkout(commit_mode, Some(permit)).await
     }
 
     async fn acquire(&self, permits: &FairSemaphore, refused: &str) -> Result<FairPermit> {
@@ -183,21 +202,8 @@ impl Db {
         permit.map_err(|_| Error::Exhausted(refused.to_owned()))
     }
 
-    /// Returns a connection for statements that only read.
-    ///
-    /// Fails with `Unavailable` at once if the database is unavailable; with `Exhausted` if no connection becomes free
-    /// in time, or at once if the wait would be too long.
-    pub async fn conn(&self) -> Result<Conn> {
-        self.checkout(CommitMode::Explicit).await
-    }
-
-    /// Returns a connection for statements that write, each of which is a transaction of its own. If the connection is
-    /// lost, the outcome of the statement is unknown.
-    pub async fn autocommit_conn(&self) -> Result<Conn> {
-        self.checkout(CommitMode::EachStatement).await
-    }
-
-    async fn checkout(&self, commit_mode: CommitMode) -> Result<Conn> {
+    /// `of_work`: the permit for the kind of work, which is held until the session has returned to the pool.
+    async fn checkout(&self, commit_mode: CommitMode, of_work: Option<FairPermit>) -> Result<Conn> {
         let Shared { pool, manager, connections, options, .. } = &*self.shared;
         if !manager.availability().is_prepared() {
             return Err(Error::Unavailable);
@@ -220,7 +226,7 @@ impl Db {
                 Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
                 // Another connection was lost without being closed: this one may be lost too.
                 Ok(session) if session.is_suspect() && !session.validate().await => continue,
-                Ok(session) => return Ok(Conn::new(session, commit_mode, permit)),
+                Ok(session) => return Ok(Conn::new(session, commit_mode, [Some(permit), of_work])),
                 // No connection could be made, although this caller has a permit for one.
                 Err(bb8::RunError::TimedOut) if pool.state().connections < options.connections_max => {
                     return Err(Error::Unavailable);

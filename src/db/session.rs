@@ -153,13 +153,13 @@ impl Session {
         self.statements_in_flight.load(Ordering::Relaxed) > 0
     }
 
-    /// Returns the prepared statement, and prepares it if the session has not yet.
-    pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
-        let prepared = self.lock_statements().get(sql).cloned();
-        if let Some(statement) = prepared {
-            return Ok(statement);
-        }
-        let statement = self.prepare(sql).await?;
+    /// Returns the statement if it is prepared and kept.
+    pub(super) fn prepared(&self, sql: &str) -> Option<Statement> {
+        self.lock_statements().get(sql).cloned()
+    }
+
+    /// Keeps a prepared statement.
+    pub(super) fn keep(&self, sql: &str, statement: &Statement) {
         let mut statements = self.lock_statements();
         if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
             && let Some(any) = statements.keys().next().cloned()
@@ -167,7 +167,6 @@ impl Session {
             statements.remove(&any);
         }
         statements.insert(sql.to_owned(), statement.clone());
-        Ok(statement)
     }
 
     /// Prepares a statement that lives as long as the result.

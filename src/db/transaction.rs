@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use super::{
-    conn::{Conn, Params},
+    conn::{CommitMode, Conn, Params},
     pool::Db,
 };
 use crate::error::{Error, Result};
@@ -15,9 +15,12 @@ const BEGIN: &str = "BEGIN; SET LOCAL enable_seqscan = off";
 impl Db {
     /// Begins a transaction.
     pub async fn begin(&self) -> Result<Tx> {
-        let conn = self.conn().await?;
-        conn.enqueue(BEGIN)?;
-        Ok(Tx { conn, open: true })
+        Tx::on(self.conn().await?)
+    }
+
+    /// Begins a transaction that can wait for row locks.
+    pub(super) async fn begin_lock_waiting(&self) -> Result<Tx> {
+        Tx::on(self.lock_waiting_conn(CommitMode::Explicit).await?)
     }
 }
 
@@ -28,6 +31,11 @@ pub struct Tx {
 }
 
 impl Tx {
+    fn on(conn: Conn) -> Result<Self> {
+        conn.enqueue(BEGIN)?;
+        Ok(Self { conn, open: true })
+    }
+
     /// Commits. If the connection is lost meanwhile, the error is `OutcomeUnknown`.
     ///
     /// After a statement has failed, PostgreSQL rolls back instead: return the error of the statement.

@@ -7,8 +7,8 @@ use uuid::Uuid;
 /// Whom a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Flow {
-    /// The service itself: batches of many callers, and maintenance. Served first and without a maximum share, because the
-    /// service bounds this work itself.
+    /// The service itself: batches of many callers, and maintenance. Served first, and may hold all permits but one, because
+    /// the service bounds this work itself.
     Internal,
     User(Uuid),
     /// A client that has not been authenticated.

@@ -52,7 +52,7 @@ impl<T> FairQueue<T> {
     }
 
     /// Returns the first item of the flow whose turn it is.
-    pub fn pop_front(&mut self) -> Option<(Flow, T)> {
+    pub fn pop_front(&mut self) -> Option<T> {
         let flow = self.turns.pop_front()?;
         let items = self.items.get_mut(&flow)?;
         let item = items.pop_front()?;
@@ -62,7 +62,7 @@ impl<T> FairQueue<T> {
         } else {
             self.turns.push_back(flow);
         }
-        Some((flow, item))
+        Some(item)
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
         (0..3).for_each(|nth| queue.push_back(one, ("one", nth)));
         queue.push_back(two, ("two", 0));
         assert_eq!((queue.len(), queue.len_of(one), queue.len_of(two)), (4, 3, 1));
-        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).map(|(_, item)| item).collect();
+        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).collect();
         assert_eq!(all, [("one", 0), ("two", 0), ("one", 1), ("one", 2)]);
         assert!(queue.is_empty() && queue.items.is_empty());
     }
@@ -90,9 +90,9 @@ mod tests {
         let mut queue = FairQueue::default();
         (0..2).for_each(|nth| queue.push_back(one, nth));
         queue.push_back(two, 10);
-        let (flow, item) = queue.pop_front().unwrap();
-        queue.push_front(flow, item);
-        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).map(|(_, item)| item).collect();
+        let item = queue.pop_front().unwrap();
+        queue.push_front(one, item);
+        let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).collect();
         assert_eq!(all, [0, 10, 1]);
     }
 }

@@ -1,6 +1,10 @@
 //! Logs who is refused, and why.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -34,7 +38,7 @@ impl Refusal {
 
 /// Counts the refusals of each flow since the last log line about it.
 #[derive(Default)]
-pub(super) struct RefusalLog(HashMap<Flow, Refused>);
+pub(super) struct RefusalLog(Mutex<HashMap<Flow, Refused>>);
 
 struct Refused {
     logged: Instant,
@@ -42,28 +46,52 @@ struct Refused {
 }
 
 impl RefusalLog {
-    /// Counts a refusal. Logs it, with all that were counted before, if the last line is a minute old.
-    pub fn record(&mut self, resource: &'static str, flow: Flow, refusal: Refusal) {
+    /// Counts a refusal. Logs it, with those that were counted before, if the last line about the flow is a minute old.
+    pub fn record(&self, resource: &'static str, flow: Flow, refusal: Refusal) {
+        let Some(count) = self.count_to_log(flow) else { return };
+        let reason = refusal.as_str();
+        match flow {
+            Flow::User(user_id) => tracing::warn!(resource, %user_id, reason, count, "caller limited"),
+            Flow::Address(client) => tracing::warn!(resource, %client, reason, count, "caller limited"),
+            Flow::Internal => tracing::warn!(resource, reason, count, "internal work limited"),
+        }
+    }
+
+    fn count_to_log(&self, flow: Flow) -> Option<u64> {
         let now = Instant::now();
-        let count = match self.0.get_mut(&flow) {
-            Some(refused) if now.duration_since(refused.logged) < LOG_INTERVAL => {
-                refused.count += 1;
-                return;
-            }
-            Some(refused) => std::mem::take(&mut refused.count) + 1,
-            None => 1,
-        };
-        if self.0.len() >= FLOWS_MAX {
-            self.0.retain(|_, refused| now.duration_since(refused.logged) < LOG_INTERVAL);
+        let mut flows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(refused) = flows.get_mut(&flow) {
+            refused.count += 1;
+            let is_due = now.duration_since(refused.logged) >= LOG_INTERVAL;
+            return is_due.then(|| {
+                refused.logged = now;
+                std::mem::take(&mut refused.count)
+            });
         }
-        if self.0.len() < FLOWS_MAX || self.0.contains_key(&flow) {
-            self.0.insert(flow, Refused { logged: now, count: 0 });
-            let reason = refusal.as_str();
-            match flow {
-                Flow::User(user_id) => tracing::warn!(resource, %user_id, reason, count, "caller limited"),
-                Flow::Address(client) => tracing::warn!(resource, %client, reason, count, "caller limited"),
-                Flow::Internal => tracing::warn!(resource, reason, count, "batches limited"),
-            }
+        if flows.len() >= FLOWS_MAX {
+            flows.retain(|_, refused| now.duration_since(refused.logged) < LOG_INTERVAL);
         }
+        if flows.len() >= FLOWS_MAX {
+            return None;
+        }
+        flows.insert(flow, Refused { logged: now, count: 0 });
+        Some(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn refusals_of_a_flow_are_logged_once_a_minute_with_their_count() {
+        let log = RefusalLog::default();
+        let other = Flow::Address([192, 0, 2, 1].into());
+        let counts = [Flow::Internal, Flow::Internal, other, Flow::Internal].map(|flow| log.count_to_log(flow));
+        assert_eq!(counts, [Some(1), None, Some(1), None]);
+        advance(LOG_INTERVAL).await;
+        assert_eq!([log.count_to_log(Flow::Internal), log.count_to_log(Flow::Internal)], [Some(3), None]);
     }
 }

@@ -36,11 +36,13 @@ struct Inner {
     resource: &'static str,
     permits: u32,
     share_max: u32,
+    refusals: RefusalLog,
     state: Mutex<State>,
 }
 
 struct State {
-    free: u32,
+    /// Negative after [`FairSemaphore::overdraw`].
+    free: i64,
     /// The permits that each flow holds, if any.
     held: HashMap<Flow, u32>,
     /// The flows that wait.
@@ -48,7 +50,6 @@ struct State {
     /// Numbers waiters and turns.
     next_number: u64,
     progress: Progress,
-    refusals: RefusalLog,
 }
 
 struct WaitingFlow {
@@ -79,14 +80,14 @@ impl FairSemaphore {
     pub fn new(resource: &'static str, permits: u32, share: SharePercent) -> Self {
         let permits = permits.max(1);
         let state = State {
-            free: permits,
+            free: i64::from(permits),
             held: HashMap::new(),
             waiting: HashMap::new(),
             next_number: 0,
             progress: Progress { interval: Duration::ZERO, time: Instant::now(), is_whole_interval: false },
-            refusals: RefusalLog::default(),
         };
-        Self { inner: Arc::new(Inner { resource, permits, share_max: share.of(permits), state: Mutex::new(state) }) }
+        let (share_max, refusals) = (share.of(permits), RefusalLog::default());
+        Self { inner: Arc::new(Inner { resource, permits, share_max, refusals, state: Mutex::new(state) }) }
     }
 
     /// Returns how many permits one flow may hold.
@@ -100,23 +101,31 @@ impl FairSemaphore {
 
     /// Takes `count` permits at once, or none.
     pub fn try_acquire(&self, flow: Flow, count: u32) -> Result<FairPermit, Refusal> {
-        let mut state = self.inner.lock();
-        match state.refusal(&self.inner, flow, count) {
-            None => Ok(state.grant(&self.inner, flow, count)),
-            Some(refusal) => {
-                state.refusals.record(self.inner.resource, flow, refusal);
-                Err(refusal)
+        let refusal = {
+            let mut state = self.inner.lock();
+            match state.refusal(&self.inner, flow, count) {
+                None => return Ok(state.grant(&self.inner, flow, count)),
+                Some(refusal) => refusal,
             }
-        }
+        };
+        self.record_refusal(flow, refusal);
+        Err(refusal)
+    }
+
+    /// Logs that the flow was refused a permit, at most once a minute for each flow.
+    pub fn record_refusal(&self, flow: Flow, refusal: Refusal) {
+        self.inner.refusals.record(self.inner.resource, flow, refusal);
+    }
+
+    /// Takes `count` permits, also if the flow has used up its share or too few are free. Others are refused until they are
+    /// given back.
+    pub fn overdraw(&self, flow: Flow, count: u32) -> FairPermit {
+        self.inner.lock().grant(&self.inner, flow, count)
     }
 
     /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the expected wait is longer. This is the
     /// number of waiters of this flow, times the number of waiting flows, times the average interval between two grants.
     pub async fn acquire(&self, flow: Flow, wait_max: Duration) -> Result<FairPermit, Refusal> {
-        let refused = || {
-            self.inner.lock().refusals.record(self.inner.resource, flow, Refusal::Wait);
-            Refusal::Wait
-        };
         let waiting = {
             let mut state = self.inner.lock();
             if !state.waiting.contains_key(&flow) && state.refusal(&self.inner, flow, 1).is_none() {
@@ -124,14 +133,13 @@ impl FairSemaphore {
             }
             (state.estimated_wait(self.inner.permits, flow) <= wait_max).then(|| state.enqueue(&self.inner, flow))
         };
-        let mut waiting = waiting.ok_or_else(refused)?;
-        match timeout(wait_max, &mut waiting.permit).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_)) | Err(_) => {
-                drop(waiting);
-                Err(refused())
-            }
+        if let Some(mut waiting) = waiting
+            && let Ok(Ok(permit)) = timeout(wait_max, &mut waiting.permit).await
+        {
+            return Ok(permit);
         }
+        self.record_refusal(flow, Refusal::Wait);
+        Err(Refusal::Wait)
     }
 }
 
@@ -146,20 +154,22 @@ impl State {
     /// Returns why the flow cannot have `count` permits now.
     fn refusal(&self, inner: &Inner, flow: Flow, count: u32) -> Option<Refusal> {
         let held = self.held.get(&flow).copied().unwrap_or(0);
-        if flow != Flow::Internal && held.saturating_add(count) > inner.share_max {
+        // Internal work leaves one permit to users.
+        let share_max = if flow == Flow::Internal { inner.permits.max(2) - 1 } else { inner.share_max };
+        if held.saturating_add(count) > share_max {
             return Some(Refusal::Share);
         }
-        (self.free < count).then_some(Refusal::Total)
+        (self.free < i64::from(count)).then_some(Refusal::Total)
     }
 
     fn grant(&mut self, inner: &Arc<Inner>, flow: Flow, count: u32) -> FairPermit {
-        self.free -= count;
+        self.free -= i64::from(count);
         *self.held.entry(flow).or_default() += count;
         FairPermit { inner: Some(Arc::clone(inner)), flow, count }
     }
 
     fn give_back(&mut self, flow: Flow, count: u32) {
-        self.free += count;
+        self.free += i64::from(count);
         if let Entry::Occupied(mut held) = self.held.entry(flow) {
             *held.get_mut() -= count;
             if *held.get() == 0 {
@@ -220,7 +230,9 @@ impl State {
     }
 
     fn estimated_wait(&self, permits: u32, flow: Flow) -> Duration {
-        let ahead = self.waiting.get(&flow).map_or(0, |waiting| waiting.waiters.len()) * self.waiting.len();
+        // Internal work does not take turns with others.
+        let flows = if flow == Flow::Internal { 1 } else { self.waiting.len() };
+        let ahead = self.waiting.get(&flow).map_or(0, |waiting| waiting.waiters.len()) * flows;
         let standstill = self.progress.time.elapsed();
         let interval = match !self.waiting.is_empty() && standstill >= STANDSTILL_MIN {
             true => self.progress.interval.max(standstill / permits),

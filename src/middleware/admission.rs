@@ -120,6 +120,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         if CallPolicy::of(&request).role().is_some() && !self.slots.has_free() {
+            self.slots.slots.record_refusal(flow(request.extensions()), Refusal::Total);
             return Either::Left(ready(Err(self.slots.overloaded(self.slots.max))));
         }
         Either::Right(self.inner.call(request))

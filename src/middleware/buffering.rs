@@ -32,9 +32,11 @@ use crate::{
 };
 
 /// Memory for the requests and responses of authenticated callers.
-const BUDGET_KIB: u32 = 256 * 1024;
+pub const BUDGET_KIB: u32 = 256 * 1024;
 /// The same for unauthenticated requests, which client addresses share.
 const UNAUTHENTICATED_BUDGET_KIB: u32 = 16 * 1024;
+/// What a call takes beside its message: about the size of its metadata and its task.
+const CALL_BYTES: usize = 4 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
 pub const UNAUTHENTICATED_MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Time allowed for the client to send an unauthenticated request.
@@ -92,6 +94,8 @@ impl Buffers {
             ),
             Some(_) => (&self.budget, message_bytes_max, self.limits.deadline_default),
         };
+        // A client that begins calls and sends no message takes memory too.
+        budget.add(memory, 0, CALL_BYTES)?;
         let message = timeout(read_max, read_message(body, bytes_max, budget, memory)).await;
         let message = message.unwrap_or_else(|_| Err(deadline::exceeded()))?;
         if is_gzip(headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }
@@ -104,13 +108,14 @@ impl Buffers {
     where
         R: Body<Data = Bytes> + Unpin,
     {
-        let mut response = Remaining { data: None, trailers: None, memory };
+        let mut response = Remaining::new(memory);
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.map_err(|_| Error::Internal("a response cannot be encoded"))?.into_data() {
                 Ok(bytes) if response.data.is_none() => {
-                    let counted = self.budget.add(&mut response.memory, 0, bytes.len());
                     if may_be_refused {
-                        counted?;
+                        self.budget.add(&mut response.memory, 0, bytes.len())?;
+                    } else {
+                        self.budget.add_beyond(&mut response.memory, bytes.len());
                     }
                     response.data = Some(bytes);
                 }

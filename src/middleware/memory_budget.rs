@@ -18,19 +18,24 @@ impl MemoryBudget {
 
     /// Counts `bytes` more of a message that has `before` bytes already, in KiB, until `memory` is dropped.
     pub fn add(&self, memory: &mut MessageMemory, before: usize, bytes: usize) -> Result<()> {
-        let kib = (before + bytes).div_ceil(1024) - before.div_ceil(1024);
-        if kib == 0 {
-            return Ok(());
-        }
-        let permit = self.kib.try_acquire(memory.flow, u32::try_from(kib).unwrap_or(u32::MAX)).map_err(|_| {
-            Error::Exhausted("the memory for requests and responses in flight is used up; try again".to_owned())
-        })?;
-        match &mut memory.held {
-            Some(held) => held.merge(permit),
-            None => memory.held = Some(permit),
+        match kib(before, bytes) {
+            0 => {}
+            kib => memory.hold(self.kib.try_acquire(memory.flow, kib).map_err(|_| {
+                Error::Exhausted("the memory for requests and responses in flight is used up; try again".to_owned())
+            })?),
         }
         Ok(())
     }
+
+    /// As [`MemoryBudget::add`], for a message that cannot be refused: others are refused instead until it is dropped.
+    pub fn add_beyond(&self, memory: &mut MessageMemory, bytes: usize) {
+        memory.hold(self.kib.overdraw(memory.flow, kib(0, bytes)));
+    }
+}
+
+/// Returns by how many KiB a message grows.
+fn kib(before: usize, bytes: usize) -> u32 {
+    u32::try_from((before + bytes).div_ceil(1024) - before.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 /// What the messages of a call hold of a budget.
@@ -42,6 +47,13 @@ pub(super) struct MessageMemory {
 impl MessageMemory {
     pub fn of(flow: Flow) -> Self {
         Self { flow, held: None }
+    }
+
+    fn hold(&mut self, permit: FairPermit) {
+        match &mut self.held {
+            Some(held) => held.merge(permit),
+            None => self.held = Some(permit),
+        }
     }
 
     #[cfg(test)]
@@ -73,5 +85,9 @@ mod tests {
         budget.add(&mut second, 0, 25 * 1024).unwrap();
         drop(first);
         budget.add(&mut second, 25 * 1024, 50 * 1024).unwrap();
+        budget.add_beyond(&mut second, 100 * 1024);
+        assert!(matches!(budget.add(&mut MessageMemory::of(one), 0, 1), Err(Error::Exhausted(_))));
+        drop(second);
+        budget.add(&mut MessageMemory::of(one), 0, 1).unwrap();
     }
 }

@@ -33,7 +33,7 @@ pub enum UnreadResponse {
         /// Takes what remains when the time to read it is over.
         _timer: AbortOnDropHandle<()>,
     },
-    /// The client has been told that it has read too slowly.
+    /// The client was sent an error because it read too slowly.
     Ended,
 }
 
@@ -42,6 +42,8 @@ pub struct Remaining {
     pub data: Option<Bytes>,
     pub trailers: Option<HeaderMap>,
     pub(super) memory: MessageMemory,
+    /// Whether the connection has taken a part of the message.
+    is_split: bool,
 }
 
 impl UnreadResponse {
@@ -96,13 +98,22 @@ impl UnreadResponse {
 }
 
 impl Remaining {
+    pub(super) fn new(memory: MessageMemory) -> Self {
+        Self { data: None, trailers: None, memory, is_split: false }
+    }
+
     pub fn bytes(&self) -> usize {
         self.data.as_ref().map_or(0, Bytes::len)
     }
 
     fn next_frame(&mut self) -> Option<Frame<Bytes>> {
         let Some(data) = &mut self.data else { return self.trailers.take().map(Frame::trailers) };
-        let piece = data.split_to(data.len().min(PIECE_BYTES));
+        if !self.is_split && data.len() <= PIECE_BYTES {
+            return self.data.take().map(Frame::data);
+        }
+        self.is_split = true;
+        // A copy: a part of the message would keep all of it in memory while it waits in the connection.
+        let piece = Bytes::copy_from_slice(&data.split_to(data.len().min(PIECE_BYTES)));
         if data.is_empty() {
             self.data = None;
         }
@@ -121,8 +132,9 @@ mod tests {
 
     fn response(bytes: usize) -> UnreadResponse {
         let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), 0.into())]);
-        let data = Some(vec![7; bytes].into());
-        UnreadResponse::new(Remaining { data, trailers: Some(trailers), memory: MessageMemory::of(Flow::Internal) })
+        let mut response = Remaining::new(MessageMemory::of(Flow::Internal));
+        (response.data, response.trailers) = (Some(vec![7; bytes].into()), Some(trailers));
+        UnreadResponse::new(response)
     }
 
     fn status(frame: &Frame<Bytes>) -> Option<&str> {

@@ -36,10 +36,11 @@ impl ImportService for Api {
         request: Request<Streaming<ImportIssuesRequest>>,
     ) -> RpcResult<Self::ImportIssuesStream> {
         let caller = Caller::of(&request)?;
+        let start = stream::permit(&self.import_starts, caller.flow())?;
         let (db, imports, requests) = (self.db.for_flow(caller.flow()), self.imports.clone(), request.into_inner());
         let duration_max = self.stream_limits.import_duration_max;
         let responses = respond(IMPORT_RESPONSES_BUFFERED_MAX, self.stopping.clone(), |sender| async move {
-            let import = stream::import(&db, &imports, caller.user_id, requests, sender);
+            let import = stream::import(&db, start, &imports, caller.user_id, requests, sender);
             limit_duration(duration_max, "IMPORT_TIMEOUT", stream::RESUME, import).await
         });
         Ok(Response::new(responses))

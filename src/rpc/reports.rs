@@ -35,8 +35,7 @@ impl ReportService for Api {
         check.done()?;
 
         let db = self.db.for_flow(caller.flow());
-        let _permit = db.heavy_permit().await?;
-        let db = db.conn().await?;
+        let db = db.heavy_conn().await?;
         Ok(reports::top_assignees(&db, limit, window, scope != IssueScope::All).await?.into())
     }
 
@@ -52,8 +51,7 @@ impl ReportService for Api {
         check.done()?;
 
         let db = self.db.for_flow(caller.flow());
-        let _permit = db.heavy_permit().await?;
-        let db = db.conn().await?;
+        let db = db.heavy_conn().await?;
         let groups = reports::resolution_latency(&db, window, group_by).await?;
         Ok(GetResolutionLatencyResponse { groups }.into())
     }

@@ -30,7 +30,9 @@ fn doubler(bounds: Bounds, permits: Arc<Semaphore>, batches: Arc<Mutex<Vec<Vec<u
 }
 
 fn individually() -> RunIndividually<u32, u32> {
-    Box::new(|item| Box::pin(async move { if item == 13 { Err(Error::invalid("item", "13")) } else { double(item) } }))
+    Box::new(|_, item| {
+        Box::pin(async move { if item == 13 { Err(Error::invalid("item", "13")) } else { double(item) } })
+    })
 }
 
 fn double(item: u32) -> Result<u32> {
@@ -104,16 +106,31 @@ async fn call_whose_caller_has_gone_is_not_executed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancelled_inline_batch_starts_the_next_batch() {
+async fn abandoned_inline_batch_keeps_its_place_until_it_has_ended() {
     let (permits, batches) = (Arc::new(Semaphore::new(0)), Arc::default());
     let coalescer = Arc::new(doubler(BOUNDS, Arc::clone(&permits), Arc::clone(&batches)));
     let mut calls = start(&coalescer, &[1, 2]).await;
     calls[0].abort();
     settle().await;
+    assert_eq!(coalescer.inner.lock().batches_in_flight, 1);
     permits.add_permits(100);
     assert_eq!(calls.pop().unwrap().await.unwrap().unwrap(), 4);
     assert_eq!(coalescer.call(Flow::Internal, 3).await.unwrap(), 6);
-    assert_eq!(*batches.lock().unwrap(), [[2], [3]]);
+    assert_eq!(*batches.lock().unwrap(), [[1], [2], [3]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn abandoned_inline_batch_that_hangs_is_cancelled() {
+    let (permits, batches) = (Arc::new(Semaphore::new(0)), Arc::default());
+    let coalescer = Arc::new(doubler(BOUNDS, Arc::clone(&permits), Arc::clone(&batches)));
+    let calls = start(&coalescer, &[1, 2]).await;
+    calls[0].abort();
+    tokio::time::sleep(2 * CANCELLABLE_AFTER).await;
+    permits.add_permits(100);
+    for call in calls {
+        drop(call.await);
+    }
+    assert_eq!(*batches.lock().unwrap(), [[2]]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -237,7 +254,7 @@ async fn individual_call_does_not_delay_batches_and_is_cancelled_with_its_caller
         let outcome = |item| if item == 15 { Outcome::Individual } else { Outcome::Done(double(item)) };
         Box::pin(async move { Ok(items.into_iter().map(outcome).collect()) })
     });
-    let slow: RunIndividually<u32, u32> = Box::new(move |item| {
+    let slow: RunIndividually<u32, u32> = Box::new(move |_, item| {
         let counted = Arc::clone(&counted);
         Box::pin(async move {
             tokio::time::sleep(Duration::from_secs(60)).await;

@@ -15,6 +15,7 @@ use crate::{
     csv::{Batch, Header, RowError},
     db::{Db, conn::ExclusiveConn},
     error::{Error, Result, quote},
+    fairness::Flow,
     pb::{ImportMode, ImportState, ImportSummary},
 };
 
@@ -176,7 +177,7 @@ impl ImportRun {
         } else if !spec.validate_only {
             self.errors.extend_from_slice(&errors);
             // Only GetImport reads this. The import does not depend on it.
-            let _ = state::publish_progress(&self.db, spec.import_id, &next).await;
+            let _ = state::publish_progress(&self.db.for_flow(Flow::Internal), spec.import_id, &next).await;
         }
         self.checkpoint = next;
         self.header = Some(header);

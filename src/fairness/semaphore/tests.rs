@@ -44,10 +44,12 @@ async fn one_flow_holds_no_more_than_its_share_also_while_nobody_waits() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn internal_work_has_no_share_and_is_served_first() {
-    let semaphore = FairSemaphore::new("permits", 2, SHARE);
-    let _both = semaphore.try_acquire(Flow::Internal, 1).unwrap();
+async fn internal_work_leaves_one_permit_and_is_served_first() {
+    let semaphore = FairSemaphore::new("permits", 3, SHARE);
+    let _internal = semaphore.try_acquire(Flow::Internal, 1).unwrap();
     let last = semaphore.try_acquire(Flow::Internal, 1).unwrap();
+    assert_eq!(semaphore.try_acquire(Flow::Internal, 1).unwrap_err(), Refusal::Share);
+    let _of_user = semaphore.try_acquire(user(2), 1).unwrap();
     let mut of_user = wait(&semaphore, user(1));
     let mut internal = wait(&semaphore, Flow::Internal);
     drop(last);

@@ -53,6 +53,7 @@ impl Responses {
 /// Runs an import, and sends progress, row errors and the summary.
 pub(super) async fn import(
     db: &Db,
+    start: FairPermit,
     imports: &FairSemaphore,
     caller_id: Uuid,
     mut requests: Streaming<ImportIssuesRequest>,
@@ -66,6 +67,7 @@ pub(super) async fn import(
     let spec = Arc::new(options::parse(caller_id, options)?);
     // Taken now, so that a client that sends nothing keeps no other import out.
     let _permit = permit(imports, Flow::User(caller_id))?;
+    drop(start);
     let mut responses = Responses { sender, stall_timeout: StallTimeout::new(&IMPORT_RATE_MIN) };
     let run = match ImportRun::start(db, Arc::clone(&spec)).await? {
         Started::Running(run) => *run,
@@ -87,7 +89,7 @@ pub(super) async fn import(
     Ok(())
 }
 
-/// Takes a permit of --imports, for RPCs that hold a connection for long.
+/// Takes a permit for an import or its reversal.
 pub(super) fn permit(imports: &FairSemaphore, flow: Flow) -> Result<FairPermit> {
     imports.try_acquire(flow, 1).map_err(|_| Error::Exhausted("too many concurrent imports; retry later".to_owned()))
 }
