@@ -227,7 +227,7 @@ fn invalid_or_unreachable_database_url_is_reported_without_its_password() {
     let unreadable = format!("postgresql://me:{SECRET}@host:port/tracker");
     let unreachable = format!("postgresql://me:{SECRET}@127.0.0.1:1/tracker");
     for url in [&unreadable, &unreachable] {
-        for args in [&["--listen", "127.0.0.1:0"][..], &["migrate"]] {
+        for args in [&["--listen", "127.0.0.1:0", "--wait-for-database", "0"][..], &["migrate"]] {
             let output = run(&[args, &["--database-url", url]].concat());
             assert_refused(&output, "database");
             assert!(!text(&output.stderr).contains(SECRET), "{}", text(&output.stderr));

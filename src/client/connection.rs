@@ -224,14 +224,16 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+/// The reasons of RESOURCE_EXHAUSTED for limits that another attempt reaches too.
+const LASTING_LIMITS: [&str; 3] = ["LABELS_EXCEEDED", "STORED_RESPONSES_EXCEEDED", "METADATA_TOO_LARGE"];
+
 /// Classifies the error of a call: an error of the server, or of the connection to it.
 pub fn failure(status: &Status) -> Failure {
     let info = status.get_details_error_info();
     let is_from_service = info.as_ref().is_some_and(|info| info.domain == ERROR_DOMAIN);
     let is_retryable = match status.code() {
         Code::Unavailable | Code::Aborted | Code::Cancelled => true,
-        // Without a delay, the service has reached a limit on stored data.
-        Code::ResourceExhausted => !is_from_service || status.get_details_retry_info().is_some(),
+        Code::ResourceExhausted => !info.as_ref().is_some_and(|info| LASTING_LIMITS.contains(&&*info.reason)),
         // The next attempt would begin at the start, and take as long.
         Code::DeadlineExceeded => info.is_none_or(|info| info.reason != "EXPORT_TIMEOUT"),
         // An error without our details is not the service's but the connection's.

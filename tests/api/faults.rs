@@ -95,7 +95,7 @@ async fn exhausted_pool_fails_calls_until_a_connection_is_free() {
     let tracker =
         Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1", "--pool-wait-ms", "1500"])).await;
     let first = tracker.member.file("first").await;
-    let held = [tracker.db.conn().await.unwrap(), tracker.db.conn().await.unwrap()];
+    let held = tracker.hold_connections(2).await;
 
     assert_overloaded(try_get(&tracker.member, &first).await);
     assert_overloaded(try_file(&tracker.member, "third").await);

@@ -14,12 +14,13 @@ use issue_tracker::{
     auth::{hash_password, new_token},
     config::Limits,
     db::{
-        Db,
+        Conn, Db,
         audit::By,
         migrate::{grant_rights, migrate},
         tokens,
         users::{self, NewUser},
     },
+    fairness::Flow,
     pb::{
         self, Issue, Role, User, auth_service_client::AuthServiceClient, comment_service_client::CommentServiceClient,
         import_service_client::ImportServiceClient, issue_service_client::IssueServiceClient,
@@ -38,6 +39,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt;
+use uuid::Uuid;
 
 pub use crate::support::eventually::eventually;
 use crate::support::{database::session, scratch::scratch_dir};
@@ -191,6 +193,15 @@ impl Tracker {
     /// Returns a client on another channel. An empty token means no credentials.
     pub fn client_on(channel: Channel, token: &str) -> Client {
         Client { user: User::default(), token: token.to_owned(), channel }
+    }
+
+    /// Takes connections of the pool, each for a user of its own, so that no share ends it.
+    pub async fn hold_connections(&self, count: u128) -> Vec<Conn> {
+        let mut held = Vec::new();
+        for user in 0..count {
+            held.push(self.db.for_flow(Flow::User(Uuid::from_u128(user))).conn().await.unwrap());
+        }
+        held
     }
 
     /// Runs a query as superuser, not through the service.

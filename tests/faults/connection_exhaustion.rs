@@ -54,15 +54,20 @@ fn create(title: String) -> Vec<u8> {
 async fn requests_fail_with_overloaded_while_the_pool_is_exhausted_and_no_connection_leaks() {
     let external = External::start(Durability::Throwaway);
     let service = start(&external);
-    let (channel, token) = (service.channel(), create_callers(&external.config(), 1).await.remove(0).token);
+    // One user may hold three of four connections.
+    let tokens: Vec<String> =
+        create_callers(&external.config(), 2).await.into_iter().map(|caller| caller.token).collect();
+    let (channel, token) = (service.channel(), tokens[0].clone());
     let (rows, lock) = (session(&external.config()).await, session(&external.config()).await);
     for iteration in 0..Settings::from_environment().pick(3, 20) {
-        // Caches the token, so that authentication needs no connection.
-        call(&channel, &token, "IssueService/ListIssues", &list(0)).await.unwrap();
+        // Caches the tokens, so that authentication needs no connection.
+        for token in &tokens {
+            call(&channel, token, "IssueService/ListIssues", &list(0)).await.unwrap();
+        }
         lock.batch_execute("BEGIN; LOCK TABLE issues IN ACCESS EXCLUSIVE MODE").await.unwrap();
         let mut blocked_calls = JoinSet::new();
         for nth in 0..POOL_CONNECTIONS as usize {
-            let (channel, token) = (channel.clone(), token.clone());
+            let (channel, token) = (channel.clone(), tokens[nth % 2].clone());
             blocked_calls.spawn(async move { call(&channel, &token, "IssueService/ListIssues", &list(nth)).await });
         }
         eventually("every pooled connection waits for the lock", async || {
@@ -72,7 +77,7 @@ async fn requests_fail_with_overloaded_while_the_pool_is_exhausted_and_no_connec
 
         let mut rejected = JoinSet::new();
         for nth in 0..REJECTED_CALLS {
-            let (channel, token) = (channel.clone(), token.clone());
+            let (channel, token) = (channel.clone(), tokens[nth / 2 % 2].clone());
             rejected.spawn(async move {
                 match nth % 2 {
                     0 => call(&channel, &token, "IssueService/ListIssues", &list(100 + nth)).await,

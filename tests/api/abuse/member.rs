@@ -1,9 +1,9 @@
 //! Calls that a member repeats.
 
 use issue_tracker::pb::{
-    BatchCreateIssuesRequest, BulkUpdateStatusRequest, Comment, CreateCommentRequest, CreateIssueRequest,
-    CreateLabelRequest, DeleteIssueRequest, Issue, Label, Status as IssueStatus, UndeleteIssueRequest,
-    UpdateIssueRequest,
+    BatchCreateIssuesRequest, BatchGetIssuesRequest, BulkUpdateStatusRequest, Comment, CreateCommentRequest,
+    CreateIssueRequest, CreateLabelRequest, DeleteIssueRequest, Issue, IssueView, Label, Status as IssueStatus,
+    UndeleteIssueRequest, UpdateIssueRequest,
 };
 use uuid::Uuid;
 
@@ -183,4 +183,20 @@ async fn deletions_and_undeletions_of_one_issue_do_not_hurt_others() {
     });
     let expected = ["Ok", "Aborted", "FailedPrecondition", "NotFound", "ResourceExhausted"];
     assert_flood_does_not_hurt(&scene, flood.await, &expected).await;
+}
+
+#[tokio::test]
+async fn reads_of_1000_issues_in_the_full_view_do_not_hurt_others() {
+    let scene = Scene::start().await;
+    let ids = file_batch(&scene.tracker.member, BATCH).await;
+    for id in &ids[..10] {
+        scene.tracker.member.comment(id, &"x".repeat(10_000)).await;
+    }
+    let member = scene.member();
+    let flood = Flood::start(40, move |_| {
+        let (mut issues, ids) = (member.issues(), ids.clone());
+        let request = BatchGetIssuesRequest { ids, view: IssueView::Full.into() };
+        async move { issues.batch_get_issues(ordinary(request)).await.map(drop) }
+    });
+    assert_flood_does_not_hurt(&scene, flood.await, &["Ok", "ResourceExhausted"]).await;
 }

@@ -72,7 +72,7 @@ async fn waiting_for_a_connection_counts_towards_the_deadline() {
     let args = ["--pool-connections", "3", "--imports", "1", "--pool-wait-ms", "30000", "--deadline-ms", "400"];
     let tracker = Tracker::start_with(limits(&args)).await;
     let issue = tracker.member.file("locked").await;
-    let held = [tracker.db.conn().await.unwrap(), tracker.db.conn().await.unwrap(), tracker.db.conn().await.unwrap()];
+    let held = tracker.hold_connections(3).await;
 
     assert_error(try_get(&tracker.member, &issue).await, Code::DeadlineExceeded, "DEADLINE");
 
