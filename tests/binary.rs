@@ -197,6 +197,7 @@ fn invalid_flags_are_rejected_before_anything_starts() {
     for (args, why) in [
         (&["--imports", "5", "--pool-connections", "5"][..], "must be less than --pool-connections"),
         (&["--imports", "3", "--exports", "2", "--pool-connections", "5"], "must be less than --pool-connections"),
+        (&["--user-share-percent", "10", "--message-bytes", "67108864"], "must be twice --message-bytes"),
         (&["--imports", "0"], "--imports"),
         (&["--exports", "0"], "--exports"),
         (&["--pool-connections", "1"], "--pool-connections"),

@@ -10,7 +10,7 @@ use crate::{
     auth::throttle::FreeFailures,
     db::{PoolOptions, StorageLimits},
     fairness::SharePercent,
-    middleware::RequestLimits,
+    middleware::{RequestLimits, buffering::MESSAGE_MEMORY_KIB},
     rpc::StreamLimits,
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
@@ -141,7 +141,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Validates combinations of limits. Fails if imports and exports could hold all database connections.
+    /// Validates combinations of limits. Fails if imports and exports could hold all database connections, or one user could
+    /// not send the largest request and receive its response.
     pub fn check(&self) -> anyhow::Result<()> {
         if self.imports + self.exports >= self.pool_connections {
             bail!(
@@ -150,6 +151,15 @@ impl Limits {
                 self.imports,
                 self.exports,
                 self.pool_connections
+            );
+        }
+        let memory_kib = self.share().of(MESSAGE_MEMORY_KIB);
+        if memory_kib < 2 * self.message_bytes.div_ceil(1024) {
+            bail!(
+                "--user-share-percent {}: one user could have {memory_kib} KiB for messages, which must be twice \
+                 --message-bytes {}",
+                self.user_share_percent,
+                self.message_bytes
             );
         }
         Ok(())

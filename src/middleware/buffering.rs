@@ -32,9 +32,9 @@ use crate::{
 };
 
 /// Memory for the requests and responses of authenticated callers.
-pub const BUDGET_KIB: u32 = 256 * 1024;
+pub const MESSAGE_MEMORY_KIB: u32 = 256 * 1024;
 /// The same for unauthenticated requests, which client addresses share.
-const UNAUTHENTICATED_BUDGET_KIB: u32 = 16 * 1024;
+const UNAUTHENTICATED_MEMORY_KIB: u32 = 16 * 1024;
 /// What a call takes beside its message: about the size of its metadata and its task.
 const CALL_BYTES: usize = 4 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
@@ -55,10 +55,10 @@ impl BufferingLayer {
     pub fn new(limits: RequestLimits) -> Self {
         let buffers = Buffers {
             limits,
-            budget: MemoryBudget::new("message memory", BUDGET_KIB, limits.share),
+            budget: MemoryBudget::new("message memory", MESSAGE_MEMORY_KIB, limits.share),
             unauthenticated_budget: MemoryBudget::new(
                 "message memory without credentials",
-                UNAUTHENTICATED_BUDGET_KIB,
+                UNAUTHENTICATED_MEMORY_KIB,
                 limits.share,
             ),
         };
