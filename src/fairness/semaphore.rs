@@ -274,6 +274,7 @@ impl std::fmt::Debug for Inner {
 
 impl FairPermit {
     /// Returns how many permits these are.
+    #[cfg(test)]
     pub fn count(&self) -> u32 {
         self.count
     }
