@@ -33,8 +33,10 @@ use crate::{
 
 /// Memory for the requests and responses of authenticated callers.
 pub const MESSAGE_MEMORY_KIB: u32 = 256 * 1024;
-/// The same for unauthenticated requests, which client addresses share.
+/// The same for unauthenticated requests, which client addresses share. Names and passwords fit into the bytes that are not
+/// counted: a budget that others have used up, also from the same address, keeps no user from signing in.
 const UNAUTHENTICATED_MEMORY_KIB: u32 = 16 * 1024;
+const UNAUTHENTICATED_UNCOUNTED_BYTES: usize = 1024;
 /// What a call takes beside its message: about the size of its metadata and its task.
 const CALL_BYTES: usize = 4 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
@@ -55,9 +57,10 @@ impl BufferingLayer {
     pub fn new(limits: RequestLimits) -> Self {
         let buffers = Buffers {
             limits,
-            budget: MemoryBudget::new("message memory", MESSAGE_MEMORY_KIB, limits.share),
+            budget: MemoryBudget::new("message memory", 0, MESSAGE_MEMORY_KIB, limits.share),
             unauthenticated_budget: MemoryBudget::new(
                 "message memory without credentials",
+                UNAUTHENTICATED_UNCOUNTED_BYTES,
                 UNAUTHENTICATED_MEMORY_KIB,
                 limits.share,
             ),
@@ -94,8 +97,10 @@ impl Buffers {
             ),
             Some(_) => (&self.budget, message_bytes_max, self.limits.deadline_default),
         };
-        // A client that begins calls and sends no message takes memory too.
-        budget.add(memory, 0, CALL_BYTES)?;
+        if policy.role().is_some() {
+            // A client that begins calls and sends no message takes memory too. Unauthenticated calls have other limits.
+            budget.add(memory, 0, CALL_BYTES)?;
+        }
         let message = timeout(read_max, read_message(body, bytes_max, budget, memory)).await;
         let message = message.unwrap_or_else(|_| Err(deadline::exceeded()))?;
         if is_gzip(headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }

@@ -102,7 +102,7 @@ mod tests {
     }
 
     fn unzip_within(kib: u32, message: &Bytes) -> (Result<Bytes>, usize) {
-        let budget = MemoryBudget::new("memory", kib, SharePercent(100));
+        let budget = MemoryBudget::new("memory", 0, kib, SharePercent(100));
         let mut memory = MessageMemory::of(Flow::Internal);
         let unzipped = unzip(message.clone(), BYTES_MAX, &budget, &mut memory);
         (unzipped, memory.kib() as usize)

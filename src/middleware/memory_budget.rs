@@ -7,18 +7,20 @@ use crate::{
 
 /// The memory that messages may take together, of which one flow may take a share.
 pub(super) struct MemoryBudget {
+    /// The first bytes of each message, which are not counted.
+    uncounted_bytes: usize,
     kib: FairSemaphore,
 }
 
 impl MemoryBudget {
     /// `name`: the name of the budget in log lines.
-    pub fn new(name: &'static str, kib: u32, share: SharePercent) -> Self {
-        Self { kib: FairSemaphore::new(name, kib, share) }
+    pub fn new(name: &'static str, uncounted_bytes: usize, kib: u32, share: SharePercent) -> Self {
+        Self { uncounted_bytes, kib: FairSemaphore::new(name, kib, share) }
     }
 
     /// Counts `bytes` more of a message that has `before` bytes already, in KiB, until `memory` is dropped.
     pub fn add(&self, memory: &mut MessageMemory, before: usize, bytes: usize) -> Result<()> {
-        match kib(before, bytes) {
+        match self.counted_kib(before + bytes) - self.counted_kib(before) {
             0 => {}
             kib => memory.hold(self.kib.try_acquire(memory.flow, kib).map_err(|_| {
                 Error::Exhausted("the memory for requests and responses in flight is used up; try again".to_owned())
@@ -29,13 +31,12 @@ impl MemoryBudget {
 
     /// As [`MemoryBudget::add`], for a message that cannot be refused: others are refused instead until it is dropped.
     pub fn add_beyond(&self, memory: &mut MessageMemory, bytes: usize) {
-        memory.hold(self.kib.overdraw(memory.flow, kib(0, bytes)));
+        memory.hold(self.kib.overdraw(memory.flow, self.counted_kib(bytes)));
     }
-}
 
-/// Returns by how many KiB a message grows.
-fn kib(before: usize, bytes: usize) -> u32 {
-    u32::try_from((before + bytes).div_ceil(1024) - before.div_ceil(1024)).unwrap_or(u32::MAX)
+    fn counted_kib(&self, bytes: usize) -> u32 {
+        u32::try_from(bytes.saturating_sub(self.uncounted_bytes).div_ceil(1024)).unwrap_or(u32::MAX)
+    }
 }
 
 /// What the messages of a call hold of a budget.
@@ -70,7 +71,7 @@ mod tests {
 
     #[test]
     fn bytes_are_counted_until_the_memory_is_dropped() {
-        let budget = MemoryBudget::new("memory", 100, SharePercent(75));
+        let budget = MemoryBudget::new("memory", 0, 100, SharePercent(75));
         let [one, two] = [1, 2].map(|id| Flow::User(Uuid::from_u128(id)));
         let mut first = MessageMemory::of(one);
         budget.add(&mut first, 0, 1).unwrap();
@@ -89,5 +90,16 @@ mod tests {
         assert!(matches!(budget.add(&mut MessageMemory::of(one), 0, 1), Err(Error::Exhausted(_))));
         drop(second);
         budget.add(&mut MessageMemory::of(one), 0, 1).unwrap();
+    }
+
+    #[test]
+    fn first_bytes_can_be_free() {
+        let budget = MemoryBudget::new("memory", 1024, 4, SharePercent(75));
+        let mut memory = MessageMemory::of(Flow::Internal);
+        budget.add(&mut memory, 0, 4 * 1024).unwrap();
+        let mut other = MessageMemory::of(Flow::Internal);
+        assert!(matches!(budget.add(&mut other, 0, 1025), Err(Error::Exhausted(_))));
+        budget.add(&mut other, 0, 1024).unwrap();
+        assert_eq!((memory.kib(), other.kib()), (3, 0));
     }
 }
