@@ -90,6 +90,9 @@ pub async fn run(
         stopping: stopping.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();
+    // A new reporter says SERVING. Set before the first call is accepted.
+    let Health { reads, writes } = *db.watch_health().borrow();
+    set_health(&health, serving(reads), serving(writes)).await;
     let routes = routes(api, limits)?.add_service(
         health_service
             .max_decoding_message_size(UNAUTHENTICATED_MESSAGE_BYTES_MAX)
