@@ -227,9 +227,10 @@ impl Db {
                 // Another connection was lost without being closed: this one may be lost too.
                 Ok(session) if session.is_suspect() && !session.validate().await => continue,
                 Ok(session) => return Ok(Conn::new(session, commit_mode, [Some(permit), of_work])),
-                // No connection could be made, although this caller has a permit for one.
+                // No connection could be made, although this caller has a permit for one and the database is not known to be
+                // unavailable. The call can be repeated.
                 Err(bb8::RunError::TimedOut) if pool.state().connections < options.connections_max => {
-                    return Err(Error::Unavailable);
+                    return Err(Error::ConnectionLost);
                 }
                 Err(bb8::RunError::TimedOut) => return Err(Error::Internal("a permit without a connection")),
                 Err(bb8::RunError::User(error)) => return Err(error),
