@@ -1,28 +1,21 @@
-//! The errors of requests, and the only place that turns them into gRPC statuses.
+//! The errors of requests.
 
+mod database;
 pub mod refusals;
+mod status;
 mod text;
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
-use tokio_postgres::error::{DbError, Severity, SqlState};
-use tonic::{Code, Status};
-use tonic_types::{
-    BadRequest, ErrorDetail, ErrorInfo, FieldViolation, PreconditionFailure, PreconditionViolation, ResourceInfo,
-    RetryInfo, StatusExt,
-};
+use tokio_postgres::error::DbError;
 use uuid::Uuid;
 
-pub use self::text::{is_invisible, quote};
-use self::{
-    refusals::{count_call_refusal, count_refused_statement},
-    text::{indices, join, named},
+use self::text::join;
+pub use self::{
+    database::is_unavailable,
+    status::{ERROR_DOMAIN, RETRY_DELAY},
+    text::{is_invisible, quote},
 };
-
-/// `ErrorInfo.domain` of every error.
-pub const ERROR_DOMAIN: &str = "issuetracker";
-/// The delay in `RetryInfo`: long enough for a queue to drain, short enough for a person.
-pub const RETRY_DELAY: Duration = Duration::from_millis(500);
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -129,6 +122,11 @@ fn outcome_unknown(has_request_id: bool) -> &'static str {
     }
 }
 
+/// Returns the delay in seconds, rounded up.
+fn seconds_up(delay: &Duration) -> u64 {
+    delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
+}
+
 /// A field and what is wrong with it.
 #[derive(Clone, Debug)]
 pub struct Violation {
@@ -178,21 +176,6 @@ impl Error {
 
     pub fn precondition(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Precondition { reason, violations: vec![Violation::new(field, message)] }
-    }
-
-    /// Returns the error of the contract for a status that tonic itself has made, or `None` if the status stands as it is.
-    pub fn from_bare(status: &Status) -> Option<Self> {
-        match status.code() {
-            // Before and after decompression.
-            Code::OutOfRange | Code::ResourceExhausted => Some(Self::invalid("request", "a message is too large")),
-            Code::Internal | Code::InvalidArgument => Some(Self::undecodable()),
-            // tonic has a message for an unsupported compression, and none for an unknown method.
-            Code::Unimplemented if status.message().is_empty() => {
-                Some(Self::Unimplemented("no such method; reflection lists the methods that exist"))
-            }
-            Code::Unimplemented => Some(Self::Unimplemented("grpc-encoding: not supported; expected gzip or identity")),
-            _ => None,
-        }
     }
 
     /// Returns the error of a message that cannot be decoded. The decoder's own message can quote what was sent.
@@ -291,11 +274,6 @@ impl Error {
         }
     }
 
-    /// Returns the error that a status was made from, or `None` for a status of another library.
-    pub fn of_status(status: &Status) -> Option<&Self> {
-        std::error::Error::source(status)?.downcast_ref()
-    }
-
     /// Returns the error of a message with more than `bytes_max` bytes.
     pub fn too_large(bytes_max: usize) -> Self {
         Self::invalid("request", format!("the message is too large; expected at most {bytes_max} bytes"))
@@ -328,16 +306,10 @@ impl Resource {
     pub fn taken(kind: &'static str, taken: &'static str, field: impl Into<String>, name: impl fmt::Display) -> Self {
         Self { kind, name: quote(&name.to_string()), field: field.into(), taken }
     }
-}
 
-impl Resource {
     /// Returns whether the resource does not exist. Otherwise it is taken.
     pub fn is_missing(&self) -> bool {
         self.taken.is_empty()
-    }
-
-    fn problem(&self) -> &'static str {
-        if self.taken.is_empty() { "does not exist" } else { "is taken" }
     }
 }
 
@@ -363,271 +335,3 @@ impl fmt::Display for StaleVersion {
         write!(f, "{field}: issue \"{id}\" has version {current}, not {expected}; read it again")
     }
 }
-
-/// Whether the server ends the connection in whatever it was doing, be it a commit: not when it did not let one in.
-fn ends_the_session(error: &tokio_postgres::Error) -> bool {
-    let severity = error.as_db_error().and_then(DbError::parsed_severity);
-    let not_begun = [SqlState::CANNOT_CONNECT_NOW, SqlState::TOO_MANY_CONNECTIONS];
-    let is_refusal = error
-        .code()
-        .is_some_and(|code| not_begun.contains(code) || code.code().starts_with("28") || code.code().starts_with("3D"));
-    matches!(severity, Some(Severity::Fatal | Severity::Panic)) && !is_refusal
-}
-
-/// Returns whether the database cannot be reached, refuses connections for now, or accepts no writes. A retry can succeed.
-pub fn is_unavailable(error: &tokio_postgres::Error) -> bool {
-    let io_error = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
-    match error.code() {
-        Some(state) => {
-            const STATES: [SqlState; 3] = [
-                SqlState::READ_ONLY_SQL_TRANSACTION,
-                SqlState::LOCK_NOT_AVAILABLE,
-                SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
-            ];
-            // 08: connections; 53: no memory, disk space or connections; 57P: starting or stopping.
-            STATES.contains(state) || ["08", "53", "57P"].iter().any(|class| state.code().starts_with(class))
-        }
-        // TLS reports a certificate that it refuses as invalid data.
-        None => error.is_closed() || io_error.is_some_and(|error| error.kind() != std::io::ErrorKind::InvalidData),
-    }
-}
-
-impl From<tokio_postgres::Error> for Error {
-    fn from(error: tokio_postgres::Error) -> Self {
-        let Some(state) = error.code() else {
-            // Not an answer of the server: the connection is lost, or a value does not have the type that the program
-            // takes for granted.
-            return if error.is_closed() || std::error::Error::source(&error).is_some_and(|s| s.is::<std::io::Error>()) {
-                Self::ConnectionLost
-            } else {
-                Self::Database(Arc::new(error))
-            };
-        };
-        if ends_the_session(&error) {
-            return Self::ConnectionLost;
-        }
-        match *state {
-            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => {
-                Self::Conflict("the request conflicts with a concurrent one")
-            }
-            SqlState::LOCK_NOT_AVAILABLE => Self::Aborted {
-                reason: "CONFLICT",
-                message: "a concurrent request holds a lock; nothing was written, try again".to_owned(),
-            },
-            SqlState::QUERY_CANCELED => Self::Timeout {
-                reason: "STATEMENT_TIMEOUT",
-                message: "a statement exceeded the time limit; nothing was written".to_owned(),
-            },
-            SqlState::READ_ONLY_SQL_TRANSACTION => {
-                count_refused_statement(&error);
-                Self::ReadOnly
-            }
-            // Class 08: connections; class 53: no memory, disk space or connections.
-            SqlState::CANNOT_CONNECT_NOW | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => {
-                count_refused_statement(&error);
-                Self::Unavailable
-            }
-            _ if state.code().starts_with("08") || state.code().starts_with("53") => {
-                count_refused_statement(&error);
-                Self::Unavailable
-            }
-            _ => Self::Database(Arc::new(error)),
-        }
-    }
-}
-
-impl From<Error> for Status {
-    fn from(error: Error) -> Self {
-        log(&error);
-        let message = error.to_string();
-        let code = error.code();
-        let mut details = vec![ErrorInfo::new(error.reason(), ERROR_DOMAIN, error.metadata()).into()];
-        details.extend(error.details());
-        let mut status = Status::with_error_details_vec(code, message, details);
-        status.set_source(Arc::new(error));
-        status
-    }
-}
-
-/// Logs errors that are not the caller's fault; refusals at most once a minute per cause. Never logs the driver's text: it can
-/// quote values.
-fn log(error: &Error) {
-    match error {
-        Error::Database(source) => {
-            let source = source.as_db_error();
-            tracing::error!(
-                sqlstate = source.map(|error| error.code().code()),
-                table = source.and_then(DbError::table),
-                constraint = source.and_then(DbError::constraint),
-                "database error"
-            );
-        }
-        Error::Internal(what) => tracing::error!(what, "internal error"),
-        Error::Overloaded { .. }
-        | Error::Exhausted(_)
-        | Error::Unavailable
-        | Error::ReadOnly
-        | Error::ConnectionLost
-        | Error::OutcomeUnknown { .. }
-        | Error::Timeout { reason: "STATEMENT_TIMEOUT", .. } => {
-            count_call_refusal(error.reason(), &error.to_string());
-        }
-        _ => {}
-    }
-}
-
-impl Error {
-    pub fn code(&self) -> Code {
-        match self {
-            Self::Invalid(_) | Self::InvalidReason { .. } => Code::InvalidArgument,
-            Self::NotFound(_) => Code::NotFound,
-            Self::AlreadyExists(_) => Code::AlreadyExists,
-            Self::VersionMismatch(_) | Self::Aborted { .. } | Self::Conflict(_) => Code::Aborted,
-            Self::Precondition { .. } | Self::ChangedSince { .. } => Code::FailedPrecondition,
-            Self::OffsetGap { .. } => Code::OutOfRange,
-            Self::Unimplemented(_) => Code::Unimplemented,
-            Self::Unauthenticated(_) => Code::Unauthenticated,
-            Self::PermissionDenied(_) => Code::PermissionDenied,
-            Self::Exhausted(_)
-            | Self::Overloaded { .. }
-            | Self::QuotaExceeded { .. }
-            | Self::MetadataTooLarge { .. }
-            | Self::TooManyTries { .. } => Code::ResourceExhausted,
-            Self::Timeout { .. } => Code::DeadlineExceeded,
-            Self::Cancelled => Code::Cancelled,
-            Self::Unavailable
-            | Self::ReadOnly
-            | Self::ConnectionLost
-            | Self::OutcomeUnknown { .. }
-            | Self::Stopping => Code::Unavailable,
-            Self::Database(_) | Self::Internal(_) => Code::Internal,
-        }
-    }
-
-    fn reason(&self) -> &'static str {
-        match self {
-            Self::Invalid(_) => "INVALID",
-            Self::InvalidReason { reason, .. }
-            | Self::Precondition { reason, .. }
-            | Self::Aborted { reason, .. }
-            | Self::QuotaExceeded { reason, .. }
-            | Self::Timeout { reason, .. } => reason,
-            Self::NotFound(_) => "NOT_FOUND",
-            Self::AlreadyExists(_) => "ALREADY_EXISTS",
-            Self::VersionMismatch(_) => "VERSION_MISMATCH",
-            Self::OffsetGap { .. } => "IMPORT_OFFSET_GAP",
-            Self::ChangedSince { .. } => "IMPORT_CHANGED_SINCE",
-            Self::Unimplemented(_) => "UNIMPLEMENTED",
-            Self::Unauthenticated(_) => "UNAUTHENTICATED",
-            Self::PermissionDenied(_) => "PERMISSION_DENIED",
-            Self::Exhausted(_) | Self::Overloaded { .. } => "OVERLOADED",
-            Self::MetadataTooLarge { .. } => "METADATA_TOO_LARGE",
-            Self::TooManyTries { .. } => "TOO_MANY_TRIES",
-            Self::Cancelled => "CANCELLED",
-            Self::Conflict(_) => "CONFLICT",
-            Self::Unavailable | Self::ReadOnly | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
-            Self::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
-            Self::Stopping => "STOPPING",
-            Self::Database(_) | Self::Internal(_) => "INTERNAL",
-        }
-    }
-
-    fn details(&self) -> Vec<ErrorDetail> {
-        match self {
-            Self::Invalid(items) => vec![bad_request(named(items).iter().map(|item| (&*item.field, &*item.message)))],
-            Self::InvalidReason { field, message, .. } => vec![bad_request([(*field, &**message)])],
-            Self::NotFound(items) | Self::AlreadyExists(items) => {
-                let items = named(items);
-                let info = |item: &Resource| ResourceInfo::new(item.kind, &item.name, "", item.problem()).into();
-                let mut details: Vec<ErrorDetail> = items.iter().map(info).collect();
-                details.push(bad_request(items.iter().map(|item| (&*item.field, item.problem()))));
-                details
-            }
-            Self::VersionMismatch(items) => {
-                vec![bad_request(named(items).iter().map(|item| (&*item.field, "stale version")))]
-            }
-            Self::Precondition { reason, violations } => {
-                let violation = |item: &Violation| PreconditionViolation::new(*reason, &item.field, &item.message);
-                vec![PreconditionFailure::new(named(violations).iter().map(violation).collect::<Vec<_>>()).into()]
-            }
-            Self::ChangedSince { .. } => {
-                let violation = PreconditionViolation::new(self.reason(), "import_id", self.to_string());
-                vec![PreconditionFailure::new(vec![violation]).into()]
-            }
-            Self::Exhausted(_)
-            | Self::Unavailable
-            | Self::ReadOnly
-            | Self::ConnectionLost
-            | Self::OutcomeUnknown { has_request_id: true }
-            | Self::Stopping
-            | Self::Conflict(_)
-            | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
-            Self::TooManyTries { delay } | Self::Overloaded { delay, .. } => vec![RetryInfo::new(Some(*delay)).into()],
-            Self::OffsetGap { .. }
-            | Self::QuotaExceeded { .. }
-            | Self::Unimplemented(_)
-            | Self::Unauthenticated(_)
-            | Self::PermissionDenied(_)
-            | Self::MetadataTooLarge { .. }
-            | Self::Timeout { .. }
-            | Self::Cancelled
-            | Self::OutcomeUnknown { has_request_id: false }
-            | Self::Database(_)
-            | Self::Internal(_) => Vec::new(),
-        }
-    }
-
-    fn metadata(&self) -> HashMap<String, String> {
-        let mut metadata = HashMap::new();
-        let mut add = |key: &str, value: String| drop(metadata.insert(key.to_owned(), value));
-        let (fields, named_count): (Vec<&str>, usize) = match self {
-            Self::Invalid(items) | Self::Precondition { violations: items, .. } => {
-                (items.iter().map(|item| &*item.field).collect(), named(items).len())
-            }
-            Self::NotFound(items) | Self::AlreadyExists(items) => {
-                (items.iter().map(|item| &*item.field).collect(), named(items).len())
-            }
-            Self::VersionMismatch(items) => {
-                if let Some(first) = items.first() {
-                    add("current_version", first.current.to_string());
-                }
-                (items.iter().map(|item| &*item.field).collect(), named(items).len())
-            }
-            Self::OffsetGap { expected_offset, .. } => {
-                add("expected_offset", expected_offset.to_string());
-                (Vec::new(), 0)
-            }
-            Self::MetadataTooLarge { bytes_max } => {
-                add("bytes_max", bytes_max.to_string());
-                (Vec::new(), 0)
-            }
-            Self::ChangedSince { count, ids } => {
-                add("changed_count", count.to_string());
-                add("changed_ids", ids.iter().map(Uuid::to_string).collect::<Vec<_>>().join(","));
-                (Vec::new(), 0)
-            }
-            Self::QuotaExceeded { metadata, .. } => {
-                metadata.iter().for_each(|(key, value)| add(key, value.to_string()));
-                (Vec::new(), 0)
-            }
-            _ => (Vec::new(), 0),
-        };
-        if fields.len() > named_count {
-            add("indices", indices(&fields));
-        }
-        metadata
-    }
-}
-
-/// Returns the delay in seconds, rounded up.
-fn seconds_up(delay: &Duration) -> u64 {
-    delay.as_secs() + u64::from(delay.subsec_nanos() > 0)
-}
-
-fn bad_request<'a>(violations: impl IntoIterator<Item = (&'a str, &'a str)>) -> ErrorDetail {
-    let violations = violations.into_iter().map(|(field, message)| FieldViolation::new(field, message));
-    BadRequest::new(violations.collect::<Vec<_>>()).into()
-}
-
-#[cfg(test)]
-mod tests;

@@ -98,3 +98,22 @@ pub(super) fn indices(fields: &[&str]) -> String {
         .collect::<Vec<_>>()
         .join(",")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indices_are_ranges_of_the_numbers_in_brackets() {
+        let fields = ["ids[3]", "ids[0]", "ids[1]", "issues[7].title", "issues[7].assignee_id", "ids[2]", "filter"];
+        assert_eq!(indices(&fields), "0-3,7");
+    }
+
+    #[test]
+    fn quoted_values_are_short_and_printable() {
+        assert_eq!(quote("a\0b\nc"), "a\\u{0}b\\nc");
+        assert_eq!(quote("\u{202E}a\u{2028}b\u{61C}\u{E0041}"), "\\u{202e}a\\u{2028}b\\u{61c}\\u{e0041}");
+        assert_eq!(quote(&"e".repeat(100)), format!("{}…", "e".repeat(80)));
+        assert_eq!(quote(&"é".repeat(100)), format!("{}…", "é".repeat(40)));
+    }
+}
