@@ -40,18 +40,17 @@ use crate::{
     support::{bounds::HANG, codec::BytesCodec, eventually::eventually},
 };
 
-const PATH: &str = "/test.v1.WatchService/Watch";
-const UPLOAD_PATH: &str = "/test.v1.UploadService/Upload";
+const WATCH_PATH: &str = "/test.v1.StreamService/Watch";
+const UPLOAD_PATH: &str = "/test.v1.StreamService/Upload";
 
-/// Streams the caller's id, and then nothing more.
 #[derive(Clone)]
-struct WatchService;
+struct StreamService;
 
-impl NamedService for WatchService {
-    const NAME: &'static str = "test.v1.WatchService";
+impl NamedService for StreamService {
+    const NAME: &'static str = "test.v1.StreamService";
 }
 
-impl Service<http::Request<Body>> for WatchService {
+impl Service<http::Request<Body>> for StreamService {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
@@ -61,11 +60,20 @@ impl Service<http::Request<Body>> for WatchService {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(async { Ok(tonic::server::Grpc::new(BytesCodec).server_streaming(Self, request).await) })
+        Box::pin(async move {
+            let mut grpc = tonic::server::Grpc::new(BytesCodec);
+            match request.uri().path() {
+                UPLOAD_PATH => Ok(grpc.client_streaming(Upload, request).await),
+                _ => Ok(grpc.server_streaming(Watch, request).await),
+            }
+        })
     }
 }
 
-impl ServerStreamingService<Bytes> for WatchService {
+/// Streams the caller's id, and then nothing more.
+struct Watch;
+
+impl ServerStreamingService<Bytes> for Watch {
     type Response = Vec<u8>;
     type ResponseStream = BoxStream<'static, Result<Vec<u8>, Status>>;
     type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
@@ -78,28 +86,9 @@ impl ServerStreamingService<Bytes> for WatchService {
 }
 
 /// Receives messages, and responds when the client has sent all of them.
-#[derive(Clone)]
-struct UploadService;
+struct Upload;
 
-impl NamedService for UploadService {
-    const NAME: &'static str = "test.v1.UploadService";
-}
-
-impl Service<http::Request<Body>> for UploadService {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
-
-    fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(async { Ok(tonic::server::Grpc::new(BytesCodec).client_streaming(Self, request).await) })
-    }
-}
-
-impl ClientStreamingService<Bytes> for UploadService {
+impl ClientStreamingService<Bytes> for Upload {
     type Response = Vec<u8>;
     type Future = BoxFuture<'static, Result<Response<Vec<u8>>, Status>>;
 
@@ -112,14 +101,14 @@ impl ClientStreamingService<Bytes> for UploadService {
     }
 }
 
-/// A server of these services alone, for one call at a time, on the database of a tracker.
-struct WatchServer {
+/// A server of `StreamService` only, which admits one call at a time, on the database of a tracker.
+struct StreamServer {
     channel: Channel,
     stopping: CancellationToken,
     _stop: DropGuard,
 }
 
-impl WatchServer {
+impl StreamServer {
     async fn start(tracker: &Tracker) -> Self {
         let policy = CallPolicy {
             is_own: true,
@@ -131,10 +120,10 @@ impl WatchServer {
         };
         let limits = limits(&["--requests", "1"]);
         let upload = CallPolicy { client_streaming: true, server_streaming: false, ..policy };
-        let methods = methods().unwrap().with_method(PATH, policy).with_method(UPLOAD_PATH, upload);
+        let methods = methods().unwrap().with_method(WATCH_PATH, policy).with_method(UPLOAD_PATH, upload);
         let auth = Auth::new(tracker.db.clone(), 4).unwrap();
         let stopping = CancellationToken::new();
-        let routes = Routes::new(WatchService).add_service(UploadService);
+        let routes = Routes::new(StreamService);
         let service = middleware_stack(methods, auth, limits.requests(), stopping.clone(), routes);
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = tcp.local_addr().unwrap();
@@ -151,7 +140,7 @@ impl WatchServer {
         }
         let mut grpc = Grpc::new(self.channel.clone());
         grpc.ready().await.unwrap();
-        let response = timeout(HANG, grpc.streaming(request, PATH.parse().unwrap(), BytesCodec)).await;
+        let response = timeout(HANG, grpc.streaming(request, WATCH_PATH.parse().unwrap(), BytesCodec)).await;
         Ok(response.expect("the call gets no response")?.into_inner())
     }
 
@@ -180,7 +169,7 @@ async fn next(watch: &mut Streaming<Bytes>) -> Result<Option<Bytes>, Status> {
 #[tokio::test]
 async fn a_new_streaming_rpc_is_authenticated_authorized_and_streams() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let unauthenticated = tracker.client_with_token(Some("itk_none"));
     assert_error(server.watch(&unauthenticated, None).await, Code::Unauthenticated, "UNAUTHENTICATED");
     assert_error(server.watch(&tracker.viewer, None).await, Code::PermissionDenied, "PERMISSION_DENIED");
@@ -191,7 +180,7 @@ async fn a_new_streaming_rpc_is_authenticated_authorized_and_streams() {
 #[tokio::test]
 async fn a_new_streaming_rpc_holds_a_request_slot_until_it_ends() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
     next(&mut watch).await.unwrap().unwrap();
     assert_error(server.watch(&tracker.member, None).await, Code::ResourceExhausted, "OVERLOADED");
@@ -202,7 +191,7 @@ async fn a_new_streaming_rpc_holds_a_request_slot_until_it_ends() {
 #[tokio::test]
 async fn a_new_streaming_rpc_ends_at_its_deadline() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, Some(Duration::from_millis(500))).await.unwrap();
     next(&mut watch).await.unwrap().unwrap();
     assert_error(next(&mut watch).await, Code::DeadlineExceeded, "DEADLINE");
@@ -211,7 +200,7 @@ async fn a_new_streaming_rpc_ends_at_its_deadline() {
 #[tokio::test]
 async fn a_new_streaming_rpc_ends_at_the_shutdown() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
     next(&mut watch).await.unwrap().unwrap();
     server.stopping.cancel();
@@ -222,7 +211,7 @@ async fn a_new_streaming_rpc_ends_at_the_shutdown() {
 async fn a_new_streaming_rpc_ends_within_5_s_of_its_credentials() {
     let tracker = Tracker::start().await;
     let cases = End::ALL.map(async |end| {
-        let server = WatchServer::start(&tracker).await;
+        let server = StreamServer::start(&tracker).await;
         let member = end.member(&tracker, &format!("{end:?}")).await;
         let mut watch = server.watch(&member, None).await.unwrap();
         next(&mut watch).await.unwrap().unwrap();
@@ -240,7 +229,7 @@ async fn a_new_streaming_rpc_ends_within_5_s_of_its_credentials() {
 #[tokio::test]
 async fn a_new_streaming_rpc_continues_while_its_credentials_are_valid() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
     next(&mut watch).await.unwrap().unwrap();
     for _ in 0..60 {
@@ -253,7 +242,7 @@ async fn a_new_streaming_rpc_continues_while_its_credentials_are_valid() {
 #[tokio::test]
 async fn a_new_client_streaming_rpc_ends_within_5_s_of_its_credentials() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let end = async {
         tokio::time::sleep(Duration::from_millis(100)).await;
         End::Demoted.apply(&tracker, &tracker.member).await;
