@@ -16,7 +16,7 @@ pub struct ServeArgs {
     pub tls: ServerTls,
     #[command(flatten)]
     pub database: Database,
-    /// Time to wait for an external database that is not available at the start, in seconds; 0 exits at once
+    /// Time to wait for an external database that is not available at the start, in seconds; 0 exits immediately
     #[arg(long, env = "ISSUE_TRACKER_WAIT_FOR_DATABASE", default_value_t = 600, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(0..=86_400), help_heading = "Database")]
     wait_for_database: u64,
