@@ -38,8 +38,8 @@ use crate::{
 const TOKEN_CACHED: Duration = Duration::from_secs(5);
 /// Maximum number of cached tokens.
 const TOKENS_CACHED_MAX: u64 = 10_000;
-/// Tokens are looked up by one statement at a time, which leaves the other connections of this pool to logins: a flood of
-/// invalid tokens keeps no user from signing in. Requests that wait for a look-up have no request slot yet, so they have a
+/// Tokens are looked up by one statement at a time, which leaves the other connections of this pool to logins: users can
+/// sign in during a flood of invalid tokens. Requests that wait for a look-up have no request slot yet, so they have a
 /// limit of their own. Abandoned look-ups cost no connection either: any client can abandon requests.
 const LOOKUPS: Bounds = Bounds { items_max: 256, batches_max: 1, waiting_max: 4_096, runs_inline: false };
 /// 256 random bits.
@@ -149,7 +149,7 @@ impl Auth {
 
     /// Returns the caller whose token is in the header `authorization`. Fails with `Unauthenticated` without a valid token.
     ///
-    /// `client`: the address of the client, which waits in turns with others if the token is not cached.
+    /// `client`: the address of the client. If the token is not cached, clients take turns to look theirs up.
     pub async fn authenticate(&self, headers: &HeaderMap, client: Flow) -> Result<Caller> {
         let token = headers.get(AUTHORIZATION).ok_or(Error::Unauthenticated(
             "credentials: missing; expected metadata \"authorization: Bearer <token>\" with a token of AuthService.Login",

@@ -14,7 +14,7 @@ pub struct Backoff {
 impl Backoff {
     /// Returns the delay after `failures` earlier failures, shortened by up to half of it.
     ///
-    /// `random` is from 0 (the full delay) to 1 (half of it). It keeps callers that failed together from retrying together.
+    /// `random` is from 0 (the full delay) to 1 (half of it). It spreads the retries of callers that failed together.
     pub fn delay(&self, failures: u32, random: f64) -> Duration {
         const DOUBLINGS_MAX: u32 = 16;
         let full = self.first.saturating_mul(1 << failures.min(DOUBLINGS_MAX)).min(self.max);

@@ -16,9 +16,9 @@
 //!     let mut request = tonic::Request::new(tokio_stream::iter(messages));
 //!     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
 //!
-//!     let mut answers = ImportServiceClient::connect(address).await?.import_issues(request).await?.into_inner();
-//!     while let Some(answer) = answers.message().await? {
-//!         println!("{answer:?}");
+//!     let mut responses = ImportServiceClient::connect(address).await?.import_issues(request).await?.into_inner();
+//!     while let Some(response) = responses.message().await? {
+//!         println!("{response:?}");
 //!     }
 //!     Ok(())
 //! }

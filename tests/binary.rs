@@ -321,7 +321,7 @@ async fn logs_contain_no_client_data_even_after_a_database_crash() {
     File::open(dir.path("data/cluster/server.log")).unwrap().read_to_string(&mut logs).unwrap();
     assert!(logs.contains("postgres started"), "{logs}");
     assert!(
-        logs.contains("call answered method=\"/issuetracker.v1.IssueService/CreateIssue\" code=AlreadyExists"),
+        logs.contains("call finished method=\"/issuetracker.v1.IssueService/CreateIssue\" code=AlreadyExists"),
         "{logs}"
     );
     assert!(!logs.contains(SECRET), "{logs}");

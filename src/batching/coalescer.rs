@@ -211,7 +211,7 @@ where
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let (inner, running) = (Arc::clone(&self.inner), self.running.take());
         runtime.spawn(async move {
-            // The caller has stopped waiting. The batch keeps its place until it has ended, so that calls with short
+            // The caller has stopped waiting. The batch counts as in flight until it has ended, so that calls with short
             // deadlines do not run more batches than may be in flight.
             if let Some(running) = running {
                 let _ = tokio::time::timeout(CANCELLABLE_AFTER, running).await;
@@ -307,7 +307,7 @@ where
         });
     }
 
-    /// Runs a batch. A panic fails the batch, and not those that follow.
+    /// Runs a batch. A panic fails this batch only.
     async fn outcomes(&self, items: Vec<I>) -> Result<Vec<Outcome<O>>> {
         let batch = AssertUnwindSafe(async { (self.run_batch)(items).await });
         batch.catch_unwind().await.unwrap_or(Err(Error::Internal("a batch panicked")))

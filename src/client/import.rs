@@ -84,11 +84,11 @@ struct Import {
     committed_offset: u64,
     /// Whether the server may have started the import, in this process or an earlier one.
     may_have_started: bool,
-    /// Whether the last attempt that the server has answered, in this process or an earlier one, may have sent the whole
+    /// Whether the last attempt that the server has responded to, in this process or an earlier one, may have sent the whole
     /// file. The import may then be committed even if its summary was not received.
     all_sent: Arc<AtomicBool>,
-    /// Whether the server has answered the current attempt.
-    is_answered: bool,
+    /// Whether the server has responded to the current attempt.
+    has_response: bool,
     summary: Option<ImportSummary>,
 }
 
@@ -105,7 +105,7 @@ impl Import {
             committed_offset: 0,
             may_have_started: args.import_id.is_some(),
             all_sent: Arc::new(AtomicBool::new(args.import_id.is_some())),
-            is_answered: false,
+            has_response: false,
             summary: None,
             args,
         })
@@ -150,7 +150,7 @@ impl Import {
             let (why, wait) = match self.attempt(stream).await {
                 Ok(summary) => return Ok(summary),
                 Err(Failure::Final(error)) => {
-                    if self.is_answered {
+                    if self.has_response {
                         // The outcome is known: nothing was written but what the checkpoint says.
                         self.all_sent.store(false, Ordering::Relaxed);
                         self.may_have_started = self.committed_offset > 0;
@@ -168,7 +168,7 @@ impl Import {
     }
 
     async fn attempt(&mut self, stream: &ChunkStream) -> Result<ImportSummary, Failure> {
-        self.is_answered = false;
+        self.has_response = false;
         let mut client = ImportServiceClient::new(self.server.connect().await?);
         self.retries.connected();
         let (mut attempt, requests) = stream.requests(self.options.clone(), Arc::clone(&self.all_sent));
@@ -183,7 +183,7 @@ impl Import {
         };
         let offset = u64::try_from(start.committed_offset).unwrap_or(0);
         self.may_have_started = true;
-        self.is_answered = true;
+        self.has_response = true;
         self.all_sent.store(false, Ordering::Relaxed);
         // Errors of rows that are sent again are reported again.
         self.errors.remove_from(offset);
@@ -200,7 +200,7 @@ impl Import {
                 message = next_response(&mut responses) => message?,
                 error = &mut failed => {
                     // The server may still commit what it has received.
-                    self.is_answered = false;
+                    self.has_response = false;
                     let what = format!("cannot read {}", self.args.file.display());
                     return Err(anyhow::Error::new(error).context(what).into());
                 }

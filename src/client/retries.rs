@@ -1,4 +1,4 @@
-//! When to retry, and when to give up.
+//! When to retry, and when to stop.
 
 use std::time::{Duration, Instant};
 
@@ -9,18 +9,18 @@ const BACKOFF: Backoff = Backoff { first: Duration::from_millis(250), max: Durat
 /// address.
 const FIRST_CONNECT_MAX: Duration = Duration::from_secs(5);
 
-/// Exponential backoff with jitter, which gives up after a time without progress. Progress means an offset never reached
+/// Exponential backoff with jitter, which ends after a time without progress. Progress means an offset never reached
 /// before. The time of an attempt that repeats earlier work counts neither as progress nor as waiting.
 pub struct Retries {
     /// The maximum time without progress once the server has responded.
     limit: Duration,
     is_connected: bool,
     best_offset: u64,
-    /// The offset of the current attempt; `None` until the server has answered it.
+    /// The offset of the current attempt; `None` until the server has responded to it.
     offset: Option<u64>,
     /// Failed attempts since the last progress.
     failures: u32,
-    /// Time without progress and without an answer of a server, up to `since`.
+    /// Time without progress and without a response of a server, up to `since`.
     waited: Duration,
     since: Instant,
 }
@@ -62,9 +62,9 @@ impl Retries {
     }
 
     /// Records that the current attempt has failed. Returns the delay before the next, at least `asked`; `None` means to
-    /// give up. `random` is between 0 and 1.
+    /// stop. `random` is between 0 and 1.
     pub fn next_delay(&mut self, asked: Option<Duration>, random: f64, now: Instant) -> Option<Duration> {
-        // Once a server has answered an attempt, its time counts as work, not as waiting.
+        // Once a server has responded to an attempt, its time counts as work, not as waiting.
         if self.offset.take().is_none() {
             self.waited += now.saturating_duration_since(self.since);
         }

@@ -90,7 +90,7 @@ async fn serve_when(
     server::run(listener, db, &args.limits, stop.cancelled()).await
 }
 
-/// Serves at once, although calls fail with UNAVAILABLE and health reports NOT_SERVING until the database is prepared.
+/// Serves immediately, although calls fail with UNAVAILABLE and health reports NOT_SERVING until the database is prepared.
 async fn serve_external(
     args: &ServeArgs,
     url: &SecretString,

@@ -15,8 +15,8 @@ use crate::{
     transport::{client_address::TrustedProxies, connection::ConnectionLimits},
 };
 
-/// How much larger than allowed the metadata of a call may be for the service to refuse the call itself. Beyond, HTTP/2
-/// answers with the HTTP status 431.
+/// The size of metadata that is decoded, as a multiple of the allowed size: up to it the service refuses the call with a
+/// gRPC status. Beyond it, HTTP/2 responds with the HTTP status 431.
 const DECODED_HEADERS_MULTIPLE: u32 = 8;
 
 #[derive(Clone, Debug, Args)]
@@ -95,7 +95,7 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Connections")]
     age_grace_seconds: u64,
-    /// Interval of HTTP/2 pings, and time to answer one, in seconds
+    /// Interval of HTTP/2 pings, and time to acknowledge one, in seconds
     #[arg(long, env = "ISSUE_TRACKER_KEEPALIVE_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=3_600), help_heading = "Connections")]
     keepalive_seconds: u64,

@@ -19,7 +19,7 @@ use crate::{
     pb::{AuditAction, AuditEvent},
 };
 
-/// How long events are kept. A trigger refuses to delete younger ones.
+/// How long events are stored. A trigger refuses to delete younger ones.
 pub const AUDIT_EVENTS_KEPT_DAYS: i32 = 400;
 
 /// The actor of a change and its address, as events record them.

@@ -15,9 +15,9 @@ use super::activity::SessionActivity;
 /// What works, according to the latest probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// The database answers.
+    /// The database responds.
     pub reads: bool,
-    /// The database answers and accepts writes.
+    /// The database responds and accepts writes.
     pub writes: bool,
 }
 

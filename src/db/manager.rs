@@ -15,7 +15,7 @@ use crate::{
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a database server may not acknowledge data before its connections count as lost.
 pub(super) const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
-/// How often a connection is made that closes before the server has answered.
+/// Maximum attempts to make a connection that closes before the server has responded.
 const CONNECT_ATTEMPTS_MAX: u32 = 3;
 const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(100) };
 
@@ -104,7 +104,7 @@ where
     }
 }
 
-/// Returns whether the connection was accepted, and closed before an answer.
+/// Returns whether the connection was accepted, and closed before a response.
 fn is_closed(error: &tokio_postgres::Error) -> bool {
     let io_error = error.source().and_then(|source| source.downcast_ref::<io::Error>());
     error.is_closed()

@@ -1,4 +1,4 @@
-//! Probes whether the database answers and whether it accepts writes.
+//! Probes whether the database responds and whether it accepts writes.
 //!
 //! The probes have connections of their own, so that a busy pool does not look like an unavailable database.
 
@@ -43,17 +43,17 @@ const IDLE_BACKENDS: &str = "-- idle_backends
 
 /// Probes the database until all receivers of `health` are dropped.
 pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
-    let answers = AtomicBool::new(health.borrow().reads);
+    let responds = AtomicBool::new(health.borrow().reads);
     let publish = || {
         let availability = manager.availability();
-        let reads = answers.load(Ordering::Relaxed) && availability.is_prepared();
+        let reads = responds.load(Ordering::Relaxed) && availability.is_prepared();
         let found = Health { reads, writes: reads && availability.is_writable() };
         health.send_if_modified(|was| std::mem::replace(was, found) != found);
     };
     let reads = async {
-        let mut probe = ReadProbe { manager: &manager, answers: true, client: None, silence: None };
+        let mut probe = ReadProbe { manager: &manager, responds: true, client: None, silence: None };
         while !health.is_closed() {
-            answers.store(probe.probe().await, Ordering::Relaxed);
+            responds.store(probe.probe().await, Ordering::Relaxed);
             publish();
             let _ = timeout(PROBE_INTERVAL, manager.availability().probe_requested()).await;
         }
@@ -61,7 +61,7 @@ pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
     let writes = async {
         let mut probe = WriteProbe { manager: &manager, client: None, probed: None, report_handled: None };
         while !health.is_closed() {
-            if answers.load(Ordering::Relaxed) && manager.availability().is_prepared() {
+            if responds.load(Ordering::Relaxed) && manager.availability().is_prepared() {
                 probe.probe().await;
                 publish();
             }
@@ -71,11 +71,11 @@ pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
     tokio::join!(reads, writes);
 }
 
-/// Probes whether the database answers.
+/// Probes whether the database responds.
 struct ReadProbe<'a> {
     manager: &'a Manager,
     /// Whether the latest probe succeeded.
-    answers: bool,
+    responds: bool,
     client: Option<Client>,
     silence: Option<Silence>,
 }
@@ -92,10 +92,10 @@ impl ReadProbe<'_> {
         self.manager.availability()
     }
 
-    /// Returns whether the database answers.
+    /// Returns whether the database responds.
     async fn probe(&mut self) -> bool {
-        let outcome = timeout(PROBE_TIMEOUT, self.respond()).await;
-        self.answers = matches!(outcome, Ok(Ok(())));
+        let outcome = timeout(PROBE_TIMEOUT, self.execute()).await;
+        self.responds = matches!(outcome, Ok(Ok(())));
         match outcome {
             Ok(Ok(())) => self.availability().set_up(true),
             Ok(Err(error)) => {
@@ -105,15 +105,16 @@ impl ReadProbe<'_> {
             // The server hangs or is overloaded. Calls that wait for it may still succeed.
             Err(_) => self.check_silence(),
         }
-        if self.answers {
+        if self.responds {
             self.silence = None;
         } else {
             self.client = None;
         }
-        self.answers
+        self.responds
     }
 
-    async fn respond(&mut self) -> Result<(), Error> {
+    /// Executes an empty statement, on a new connection if that of the probe is lost.
+    async fn execute(&mut self) -> Result<(), Error> {
         if let Some(client) = &self.client
             && client.batch_execute("").await.is_ok()
         {
@@ -121,12 +122,12 @@ impl ReadProbe<'_> {
         }
         // A lost connection does not mean that the database is unavailable. It may mean that other connections are lost.
         self.availability().suspect_sessions();
-        let (manager, was_healthy) = (self.manager, self.answers);
+        let (manager, was_healthy) = (self.manager, self.responds);
         let connected = repeat_if_closed(|| async {
             let connected = manager.connect_client().await?;
             connected.batch_execute("").await?;
             if !was_healthy {
-                // A server that restarts again at once is not healthy.
+                // A server that soon restarts again is not healthy.
                 tokio::time::sleep(PROBE_STEADY).await;
                 connected.batch_execute("").await?;
             }

@@ -1,4 +1,4 @@
-//! What the pool keeps of a connection between checkouts.
+//! The state of a pooled connection between checkouts.
 
 use std::{
     collections::HashMap,
@@ -107,7 +107,7 @@ impl Session {
         self.is_closed_on_return() || self.has_statement_in_flight()
     }
 
-    /// Returns whether the session cannot be used again, whatever becomes of its statements.
+    /// Returns whether the session cannot be used again, whatever the outcome of its statements.
     pub(super) fn is_closed_on_return(&self) -> bool {
         self.client.is_closed() || self.is_stateful() || self.is_outdated()
     }

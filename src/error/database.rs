@@ -9,8 +9,7 @@ use super::{Error, refusals::count_refused_statement};
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(state) = error.code() else {
-            // Not an answer of the server: the connection is lost, or a value does not have the type that the program
-            // takes for granted.
+            // Not an error of the server: the connection is lost, or a value does not have the expected type.
             return if error.is_closed() || std::error::Error::source(&error).is_some_and(|s| s.is::<std::io::Error>()) {
                 Self::ConnectionLost
             } else {
@@ -50,7 +49,7 @@ impl From<tokio_postgres::Error> for Error {
     }
 }
 
-/// Whether the server ends the connection in whatever it was doing, be it a commit: not when it did not let one in.
+/// Returns whether the server ended an established session, possibly during a commit. Refused connections are not.
 fn ends_the_session(error: &tokio_postgres::Error) -> bool {
     let severity = error.as_db_error().and_then(DbError::parsed_severity);
     let not_begun = [SqlState::CANNOT_CONNECT_NOW, SqlState::TOO_MANY_CONNECTIONS];

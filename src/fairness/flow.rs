@@ -1,10 +1,10 @@
-//! Whom a request is made for, and how much of a resource that may take.
+//! Flows: the units between which resources are shared, and how much of a resource one may take.
 
 use std::net::IpAddr;
 
 use uuid::Uuid;
 
-/// Whom a request is made for.
+/// The user or client that a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Flow {
     /// The service itself: batches of many callers, and maintenance. Served first, and may hold all permits but one, because
@@ -15,7 +15,7 @@ pub enum Flow {
     Address(IpAddr),
 }
 
-/// The part of a resource that one flow may hold, in percent. The rest stays free for others, also while there are none.
+/// The part of a resource that one flow may hold, in percent. The rest stays free for other flows, even if there are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharePercent(pub u32);
 

@@ -1,4 +1,4 @@
-//! Logs who is refused, and why.
+//! Logs which flows are refused permits, and why.
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,7 @@ use super::flow::Flow;
 
 /// Minimum time between two log lines about one flow.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// Maximum number of flows that are counted. Past it, those that were not refused for [`LOG_INTERVAL`] are removed.
+/// Maximum number of flows that are counted. Beyond it, flows without a refusal for [`LOG_INTERVAL`] are removed.
 const FLOWS_MAX: usize = 1_024;
 
 /// Why a permit was refused.
@@ -22,7 +22,7 @@ pub enum Refusal {
     Share,
     /// All permits are held, or too few are free.
     Total,
-    /// The wait would have been too long, or was.
+    /// The wait was too long, or expected to be.
     Wait,
 }
 
@@ -46,7 +46,7 @@ struct Refused {
 }
 
 impl RefusalLog {
-    /// Counts a refusal. Logs it, with those that were counted before, if the last line about the flow is a minute old.
+    /// Counts a refusal. Logs the count since the last line about the flow, if that line is a minute old.
     pub fn record(&self, resource: &'static str, flow: Flow, refusal: Refusal) {
         let Some(count) = self.count_to_log(flow) else { return };
         let reason = refusal.as_str();

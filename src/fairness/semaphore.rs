@@ -1,4 +1,4 @@
-//! A semaphore whose permits flows share.
+//! A semaphore whose permits are shared by flows.
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
@@ -19,13 +19,13 @@ use super::{
 /// If no waiter was granted a permit for this long, the interval between two grants is taken to be at least that time divided
 /// by the number of permits. Longer than a busy machine takes to open the first connections of a pool.
 const STANDSTILL_MIN: Duration = Duration::from_secs(1);
-/// The weight of the latest interval in the moving average: one in so many.
+/// The weight of the latest interval in the moving average is one in this number.
 const INTERVALS_AVERAGED: u32 = 8;
 
-/// Permits that flows share. Clones share them too.
+/// Permits that are shared by flows, and by clones of the semaphore.
 ///
-/// A permit that becomes free goes to the waiting flow that holds the fewest. One flow holds no more than its share, also
-/// while nobody waits.
+/// A permit that becomes free goes to the waiting flow that holds the fewest. One flow holds no more than its share, even
+/// if no other flow waits.
 #[derive(Clone)]
 pub struct FairSemaphore {
     inner: Arc<Inner>,
@@ -71,7 +71,7 @@ struct Progress {
     interval: Duration,
     /// When a waiter was granted a permit last, or the first one began to wait.
     time: Instant,
-    /// Whether someone has waited for the whole time since `time`.
+    /// Whether a flow has waited for the whole time since `time`.
     is_whole_interval: bool,
 }
 
@@ -99,7 +99,7 @@ impl FairSemaphore {
         self.inner.lock().free > 0
     }
 
-    /// Takes `count` permits at once, or none.
+    /// Takes all of `count` permits without waiting, or none.
     pub fn try_acquire(&self, flow: Flow, count: u32) -> Result<FairPermit, Refusal> {
         let refusal = {
             let mut state = self.inner.lock();
@@ -117,8 +117,8 @@ impl FairSemaphore {
         self.inner.refusals.record(self.inner.resource, flow, refusal);
     }
 
-    /// Takes `count` permits, also if the flow has used up its share or too few are free. Others are refused until they are
-    /// given back.
+    /// Takes `count` permits, even if the flow has used up its share or too few are free. Until they are given back, other
+    /// requests are refused.
     pub fn overdraw(&self, flow: Flow, count: u32) -> FairPermit {
         self.inner.lock().grant(&self.inner, flow, count)
     }
@@ -220,7 +220,7 @@ impl State {
             let Some(waiter) = waiter else { continue };
             match waiter.permit.send(self.grant(inner, flow, 1)) {
                 Ok(()) => self.progress.advance(),
-                // The waiter has left. Dropping the permit here would lock the state again.
+                // The waiter has stopped waiting. Dropping the permit here would lock the state again.
                 Err(mut permit) => {
                     permit.inner = None;
                     self.give_back(flow, 1);
@@ -273,7 +273,7 @@ impl std::fmt::Debug for Inner {
 }
 
 impl FairPermit {
-    /// Returns how many permits these are.
+    /// Returns the number of permits.
     #[cfg(test)]
     pub fn count(&self) -> u32 {
         self.count
@@ -298,7 +298,7 @@ impl Drop for FairPermit {
     }
 }
 
-/// A place in the queue. Dropped, it is left, and a permit that was granted meanwhile goes to the next waiter.
+/// A waiter in the queue. Dropping it removes the waiter; a permit that was granted meanwhile goes to the next one.
 struct Waiting {
     inner: Arc<Inner>,
     flow: Flow,

@@ -1,4 +1,4 @@
-//! Request slots: how many calls are in flight at most, and how long refused clients are asked to stay away.
+//! Request slots: how many calls may be in flight, and after which delay refused clients are asked to retry.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -25,7 +25,7 @@ use crate::{
 
 /// Refusals per second that cost next to nothing.
 const CHEAP_REFUSALS_PER_SECOND: f64 = 500.0;
-/// The longest delay that a refused client is asked to wait.
+/// The longest delay after which a refused client is asked to retry.
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(10);
 
 /// A limited number of concurrent calls.
@@ -55,14 +55,14 @@ impl RequestSlots {
 
     fn overloaded(&self, requests_max: u32) -> Error {
         let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        // The jitter keeps refused clients from returning together.
+        // The jitter spreads the retries of clients that were refused together.
         let delay = refusals.next_delay(Instant::now()).mul_f64(0.75 + random() / 2.0);
         Error::Overloaded { requests_max, delay }
     }
 }
 
-/// Counts recent refusals. The more there are, the longer clients are asked to stay away: refusals take time from the calls
-/// that are admitted.
+/// Counts recent refusals. The more there are, the longer the delay until a retry: refusals take time from the calls that
+/// are admitted.
 struct Refusals {
     second_began: Instant,
     in_this_second: u32,
@@ -167,7 +167,7 @@ where
     }
 }
 
-/// Returns whom a request is made for: its caller, or the client that has not been authenticated.
+/// Returns the flow of a request: its caller, or the client that has not been authenticated.
 pub(super) fn flow(extensions: &Extensions) -> Flow {
     match (extensions.get::<Caller>(), extensions.get::<ClientAddress>()) {
         (Some(caller), _) => caller.flow(),

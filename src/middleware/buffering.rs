@@ -34,7 +34,7 @@ use crate::{
 /// Memory for the requests and responses of authenticated callers.
 pub const MESSAGE_MEMORY_KIB: u32 = 256 * 1024;
 /// The same for unauthenticated requests, which client addresses share. Names and passwords fit into the bytes that are not
-/// counted: a budget that others have used up, also from the same address, keeps no user from signing in.
+/// counted: users can sign in even if others, also from the same address, have used up the budget.
 const UNAUTHENTICATED_MEMORY_KIB: u32 = 16 * 1024;
 const UNAUTHENTICATED_UNCOUNTED_BYTES: usize = 1024;
 /// What a call takes beside its message: about the size of its metadata and its task.

@@ -63,7 +63,7 @@ where
                 }
                 Err(error) => error.code(),
             };
-            tracing::debug!(method, ?code, duration_ms = began.elapsed().as_millis() as u64, "call answered");
+            tracing::debug!(method, ?code, duration_ms = began.elapsed().as_millis() as u64, "call finished");
             result
         }))
     }

@@ -33,7 +33,7 @@ const STREAM_STALL_MAX: Duration = Duration::from_secs(120);
 /// Limits how long calls take.
 ///
 /// A stream has a deadline only if its client sets one. Other calls have a default deadline, and none is longer than 600 s.
-/// Those that need no credentials have no longer deadline than the default.
+/// The deadline of calls that need no credentials is at most the default.
 #[derive(Clone, Copy, Debug)]
 pub struct DeadlineLayer {
     default: Duration,
@@ -93,7 +93,7 @@ where
         if let Some(call) = &call {
             call.expect_progress_by(deadline.unwrap_or(now + STREAM_STALL_MAX) + READ_GRACE);
         }
-        // A call that is ready at once would succeed in spite of its deadline.
+        // Otherwise a call that is ready immediately would succeed although its deadline has passed.
         let response = deadline.is_none_or(|deadline| deadline > now).then(|| self.inner.call(request));
         Box::pin(async move {
             let response = response.ok_or_else(exceeded)?;

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-/// Refuses the calls of this service from the shutdown on. Health checks are still answered.
+/// Refuses the calls of this service from the shutdown on. Health checks still receive a response.
 ///
 /// Response streams end as soon as they have nothing to send. Calls whose client streams as well end by themselves: the
 /// server first reports how much of the stream it has processed.

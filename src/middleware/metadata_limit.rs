@@ -1,6 +1,6 @@
 //! Refuses calls whose metadata is too large.
 //!
-//! The transport accepts more than this limit: HTTP/2 itself would answer with the HTTP status 431, which clients report as
+//! The transport accepts more than this limit: HTTP/2 itself would respond with the HTTP status 431, which clients report as
 //! UNKNOWN.
 
 use std::task::{Context, Poll};

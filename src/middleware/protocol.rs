@@ -1,4 +1,4 @@
-//! Answers requests that are not gRPC with an HTTP status, as the gRPC specification requires.
+//! Refuses requests that are not gRPC with an HTTP status, as the gRPC specification requires.
 
 use std::task::{Context, Poll};
 

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::memory_budget::MessageMemory;
 use crate::error::Error;
 
-/// How much of a response the connection gets at once.
+/// How much of a response is passed to the connection in one piece.
 ///
 /// hyper takes a whole frame as soon as the client has window for one byte, and asks for the next one when it is sent. In
 /// pieces, a client that does not read leaves little memory uncounted.
@@ -169,7 +169,7 @@ mod tests {
         sleep(UnreadResponse::read_max(bytes) - Duration::from_millis(1)).await;
         assert!(remaining.lock().unwrap().is_some());
         sleep(Duration::from_millis(2)).await;
-        assert!(remaining.lock().unwrap().is_none(), "what it holds is dropped although nobody reads");
+        assert!(remaining.lock().unwrap().is_none(), "what it holds is dropped although the client does not read");
         assert_eq!(status(&response.next_frame().unwrap()), Some("4"));
         assert!(response.is_end() && response.next_frame().is_none());
     }

@@ -189,7 +189,7 @@ fn remove_unfinished(data_dir: &Path) -> anyhow::Result<()> {
             continue;
         }
         let path = entry.path();
-        warn!(path = %path.display(), "removing a cluster that was never finished");
+        warn!(path = %path.display(), "unfinished cluster found");
         let Ok(target) = fs::read_link(&path) else {
             remove_tree(&path)?;
             continue;

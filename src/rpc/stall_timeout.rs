@@ -139,7 +139,7 @@ mod tests {
         let mut result = Ok(());
         while result.is_ok() {
             assert!(began.elapsed() < 3_600 * SECOND);
-            // 64 KiB every 7 minutes, and a sign of life every 30 s.
+            // 64 KiB every 7 minutes, and an empty message every 30 s.
             for _ in 0..14 {
                 if result.is_ok() {
                     result = stall_timeout.wait(sleep(30 * SECOND), "no message received").await;

@@ -28,7 +28,7 @@ impl<T> ResponseSender<T> {
     }
 
     async fn fail(&self, error: Error) {
-        // The client may have cancelled or stopped reading. Then no one receives the error.
+        // The client may have cancelled or stopped reading. Then no client receives the error.
         let _ = timeout(ERROR_UNREAD_MAX, self.messages.send(Err(error.into()))).await;
     }
 }

@@ -63,7 +63,7 @@ pub struct ConnectionLimits {
     pub age_grace: Duration,
     /// How often the server pings a silent client.
     pub keepalive_interval: Duration,
-    /// How long the client may take to answer a ping.
+    /// How long the client may take to acknowledge a ping.
     pub keepalive_timeout: Duration,
     /// Maximum number of concurrent calls of one connection. Clients queue further ones.
     pub streams_max: u32,

@@ -394,7 +394,7 @@ async fn rejected_atomic_import_can_be_corrected_under_the_same_id() {
 async fn skip_invalid_imports_valid_rows_and_reports_invalid_ones_in_order() {
     let tracker = Tracker::start().await;
     // The database finds unknown assignees, after the parser has found the other errors.
-    let file = "title,status,assignee\na,open,\nb,open,nobody\nc,opne,\n,opne,\ne,closed,member\nf,,nobody\n";
+    let file = "title,status,assignee\na,open,\nb,open,absent\nc,opne,\n,opne,\ne,closed,member\nf,,absent\n";
 
     let responses = import(file).skip_invalid().by(&tracker.member).await.unwrap();
 

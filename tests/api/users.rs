@@ -159,7 +159,7 @@ async fn get_user_takes_an_id_or_a_username() {
     assert_eq!(get(&tracker.viewer, "", "MEMBER").await.as_ref().unwrap(), member);
 
     assert_error(get(&tracker.viewer, &Uuid::now_v7().to_string(), "").await, Code::NotFound, "NOT_FOUND");
-    assert_error(get(&tracker.viewer, "", "nobody").await, Code::NotFound, "NOT_FOUND");
+    assert_error(get(&tracker.viewer, "", "absent").await, Code::NotFound, "NOT_FOUND");
     assert_error(get(&tracker.viewer, "", "membe_").await, Code::NotFound, "NOT_FOUND");
     assert_invalid(get(&tracker.viewer, "", "").await, &["id"]);
     assert_invalid(get(&tracker.viewer, &member.id, "member").await, &["id"]);

@@ -42,7 +42,7 @@ async fn user_reset_password_sets_the_password_and_ends_the_sessions() {
     login(&service, "ada", NEW_PASSWORD).await.unwrap();
     // The service caches valid tokens for a few seconds.
     eventually("the session has ended", async || list().await.is_err_and(|e| e.code() == Code::Unauthenticated)).await;
-    assert_refused(&user(&dir, "reset-password", "nobody", NEW_PASSWORD), "nobody");
+    assert_refused(&user(&dir, "reset-password", "absent", NEW_PASSWORD), "absent");
     assert_refused(&user(&dir, "reset-password", "ada", "short"), "password");
     service.stop();
 }

@@ -39,7 +39,7 @@ async fn migrate_grant_to_gives_a_role_the_privileges_to_serve() {
     create_issue(&service, &token, "first").await;
     assert_eq!(service.stop().code(), Some(0));
     assert!(!service.log().contains("refuses"), "{}", service.log());
-    assert_refused(&run(&["migrate", "--grant-to", "nobody", "--database-url", &external.url()]), "the role nobody");
+    assert_refused(&run(&["migrate", "--grant-to", "absent", "--database-url", &external.url()]), "the role absent");
     assert_refused(&run(&["migrate", "--grant-to", "serving", "--database-url", &url]), "cannot grant rights");
 }
 
@@ -82,7 +82,7 @@ async fn statement_refused_for_a_full_disk_is_logged_with_its_sqlstate_and_witho
     session(&external.config()).await.batch_execute(refuse).await.unwrap();
 
     for _ in 0..3 {
-        let error = login(&service, "nobody", "a password").await.unwrap_err();
+        let error = login(&service, "absent", "a password").await.unwrap_err();
         assert_eq!(error.code(), Code::Unavailable, "{error:?}");
     }
 

@@ -15,7 +15,7 @@ fn user(id: u128) -> Flow {
 
 type Acquiring = Pin<Box<dyn Future<Output = Result<FairPermit, Refusal>> + Send>>;
 
-/// Begins to wait for a permit. Fails if it is granted or refused at once.
+/// Begins to wait for a permit. Fails if it is granted or refused immediately.
 fn wait(semaphore: &FairSemaphore, flow: Flow) -> Acquiring {
     let semaphore = semaphore.clone();
     let mut waiting: Acquiring = Box::pin(async move { semaphore.acquire(flow, 2 * SECOND).await });
@@ -29,7 +29,7 @@ fn refusal(semaphore: &FairSemaphore, flow: Flow) -> Option<Refusal> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_flow_holds_no_more_than_its_share_also_while_nobody_waits() {
+async fn one_flow_holds_no_more_than_its_share_even_if_no_flow_waits() {
     let semaphore = FairSemaphore::new("permits", 4, SHARE);
     let held: Vec<_> = (0..3).map(|_| semaphore.try_acquire(user(1), 1).unwrap()).collect();
     assert_eq!(semaphore.try_acquire(user(1), 1).unwrap_err(), Refusal::Share);

@@ -253,7 +253,7 @@ async fn only_imported_rows_create_labels() {
     let existing = Issue { title: "old".into(), external_id: "X-1".into(), ..Issue::default() };
     tracker.member.file_as(existing).await;
     let file = "title,external_id,assignee,labels\n\
-        a,,nobody,from a bad row\n\
+        a,,absent,from a bad row\n\
         b,X-1,,from a skipped row\n\
         c,,,from a good row\n";
 

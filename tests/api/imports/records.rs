@@ -138,7 +138,7 @@ async fn missing_import_is_not_found_and_malformed_id_is_invalid() {
 #[tokio::test]
 async fn errors_are_listed_as_they_were_sent_in_both_modes() {
     let tracker = Tracker::start().await;
-    let file = "title,status,assignee\na,open,\nb,open,nobody\nc,opne,\n,opne,\n\"ü\n2\",closed,nobody\nf,,nobody,\n";
+    let file = "title,status,assignee\na,open,\nb,open,absent\nc,opne,\n,opne,\n\"ü\n2\",closed,absent\nf,,absent,\n";
     for import in [import(file), import(file).skip_invalid()] {
         let responses = import.by(&tracker.member).await.unwrap();
         assert_eq!(responses.errors.len(), 6);
@@ -187,7 +187,7 @@ async fn page_token_of_another_import_is_invalid() {
 async fn first_10000_errors_are_stored() {
     let tracker = Tracker::start().await;
     // Two errors per row in three batches, and one error that the database finds in the first row.
-    let file = "title,status,priority,assignee\nx,,,nobody\n".to_owned() + &"x,opne,hihg,\n".repeat(11_000);
+    let file = "title,status,priority,assignee\nx,,,absent\n".to_owned() + &"x,opne,hihg,\n".repeat(11_000);
     for import in [import(&*file), import(&*file).skip_invalid()] {
         let responses = import.by(&tracker.member).await.unwrap();
         assert_eq!((responses.errors.len(), responses.summary.error_count), (1_000, 22_001));

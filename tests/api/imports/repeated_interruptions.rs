@@ -28,7 +28,7 @@ fn mixed_file(seed: u64, rows: usize) -> String {
         let status = if random.below(10) < 4 { "closed" } else { status };
         let status = if random.below(40) == 0 { "opne" } else { status };
         let priority = ["low", "HIGH", "", "critical"][random.below(4)];
-        let assignee = ["member", "Viewer", "", "", if random.below(9) == 0 { "nobody" } else { "" }][random.below(5)];
+        let assignee = ["member", "Viewer", "", "", if random.below(9) == 0 { "absent" } else { "" }][random.below(5)];
         let labels =
             ["bug", "ui;bug", "", "Docs; ui ;UI", if random.below(9) == 0 { "none" } else { "" }][random.below(5)];
         let title = if random.below(50) == 0 { "" } else { &*format!("issue {row}") };

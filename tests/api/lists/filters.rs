@@ -76,7 +76,7 @@ async fn assignee_and_reporter_filter_by_case_insensitive_name_or_id() {
         (&format!("reporter = {admin_id}"), &["c", "b"]),
         ("reporter = Admin assignee = member", &["b"]),
         ("assignee = admin assignee = member", &[]),
-        ("assignee = nobody", &[]),
+        ("assignee = absent", &[]),
         ("reporter = \"no such name\"", &[]),
         ("assignee = adm%", &[]),
         (&format!("assignee = {missing_id}"), &[]),
@@ -235,8 +235,8 @@ fn term() -> impl Strategy<Value = Term> {
     prop_oneof![
         select(vec![Status::Open, Status::InProgress, Status::Closed]).prop_map(Term::Status),
         select(vec![Priority::Unspecified, Priority::Low, Priority::Critical]).prop_map(Term::Priority),
-        select(vec!["", "admin", "Member", "nobody"]).prop_map(Term::Assignee),
-        select(vec!["ADMIN", "member", "nobody"]).prop_map(Term::Reporter),
+        select(vec!["", "admin", "Member", "absent"]).prop_map(Term::Assignee),
+        select(vec!["ADMIN", "member", "absent"]).prop_map(Term::Reporter),
         select(vec!["bug", "UI", "none"]).prop_map(Term::Label),
         select(WORDS.to_vec()).prop_map(Term::Word),
     ]
