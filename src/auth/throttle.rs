@@ -95,7 +95,7 @@ impl LoginLimits {
     /// admitted. Fails with `TooManyTries` during a delay, and with `Exhausted` if the pair has two attempts in flight.
     pub fn begin(&self, account: Account<'_>, address: Option<IpAddr>) -> Result<Attempt> {
         let address = address.map(|address| ClientAddress(address).network());
-        // Hashed with a key of this process: bounded whatever was typed, and the text is not kept. Usernames are ASCII, so
+        // Hashed with a key of this process: bounded whatever was typed, and the text is not stored. Usernames are ASCII, so
         // ASCII lower case is enough.
         let user = match account {
             Account::Username(username) => self.hasher.hash_one((0_u8, username.to_ascii_lowercase())),
@@ -258,8 +258,8 @@ impl<K> Default for Recent<K> {
 }
 
 impl<K: Copy + Eq + Hash> Recent<K> {
-    fn get(&self, key: K, now: Instant, kept: Duration) -> Option<Failures> {
-        self.entries.get(&key).copied().filter(|failures| now.duration_since(failures.last) < kept)
+    fn get(&self, key: K, now: Instant, retention: Duration) -> Option<Failures> {
+        self.entries.get(&key).copied().filter(|failures| now.duration_since(failures.last) < retention)
     }
 
     /// Counts one more failure and returns when the previous one was.
@@ -270,16 +270,16 @@ impl<K: Copy + Eq + Hash> Recent<K> {
         before.map(|before| before.last)
     }
 
-    fn insert(&mut self, key: K, now: Instant, kept: Duration, failures: Failures) {
+    fn insert(&mut self, key: K, now: Instant, retention: Duration, failures: Failures) {
         if self.entries.len() >= ENTRIES_MAX && !self.entries.contains_key(&key) {
-            self.shrink(now, kept);
+            self.shrink(now, retention);
         }
         self.entries.insert(key, failures);
     }
 
     /// Deletes expired entries. If few are, deletes the older half as well, so that this is rare.
-    fn shrink(&mut self, now: Instant, kept: Duration) {
-        self.entries.retain(|_, failures| now.duration_since(failures.last) < kept);
+    fn shrink(&mut self, now: Instant, retention: Duration) {
+        self.entries.retain(|_, failures| now.duration_since(failures.last) < retention);
         if self.entries.len() > ENTRIES_MAX / 2 {
             let mut lasts: Vec<Instant> = self.entries.values().map(|failures| failures.last).collect();
             let (_, middle, _) = lasts.select_nth_unstable(ENTRIES_MAX / 2);

@@ -69,9 +69,9 @@ fn read_new_password() -> anyhow::Result<SecretString> {
 /// after it, unless a service is running it.
 async fn with_database<T>(database: &Database, work: impl AsyncFnOnce(Db) -> anyhow::Result<T>) -> anyhow::Result<T> {
     if let Some(url) = &database.database_url {
-        let target: ConnectionString = url.expose_secret().parse()?;
-        migrate(target.clone()).await?;
-        return work(Db::new(target, PoolOptions::SMALL)).await;
+        let connection_string: ConnectionString = url.expose_secret().parse()?;
+        migrate(connection_string.clone()).await?;
+        return work(Db::new(connection_string, PoolOptions::SMALL)).await;
     }
     let data_dir = database.data_dir.path()?;
     let opened = tokio::task::spawn_blocking(move || Cluster::start_or_find(&data_dir, Durability::Durable)).await??;

@@ -256,8 +256,8 @@ mod tests {
 
     #[test]
     fn address_beside_a_socket_uses_the_mode() {
-        let target = "host=/var/run/postgresql hostaddr=10.0.0.1 user=u sslmode=verify-full";
-        assert!(error(target).contains("is not possible on a Unix socket"));
+        let text = "host=/var/run/postgresql hostaddr=10.0.0.1 user=u sslmode=verify-full";
+        assert!(error(text).contains("is not possible on a Unix socket"));
     }
 
     #[test]
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn address_without_host_is_the_name_in_the_certificate() {
-        let target: ConnectionString = "hostaddr=127.0.0.1 sslmode=require".parse().unwrap();
-        assert_eq!(target.config.get_hosts(), [Host::Tcp("127.0.0.1".to_owned())]);
+        let parsed: ConnectionString = "hostaddr=127.0.0.1 sslmode=require".parse().unwrap();
+        assert_eq!(parsed.config.get_hosts(), [Host::Tcp("127.0.0.1".to_owned())]);
     }
 }

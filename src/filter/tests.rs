@@ -29,8 +29,8 @@ fn id() -> Uuid {
 fn refused(text: &str, position: usize, parts: &[&str]) {
     let error = parse(text).expect_err(text);
     assert_eq!(error.position, position, "{text:?}: {error}");
-    let place = format!("at character {}: ", position + 1);
-    assert!(error.message.starts_with(&place), "{text:?}: {error}");
+    let prefix = format!("at character {}: ", position + 1);
+    assert!(error.message.starts_with(&prefix), "{text:?}: {error}");
     for part in parts {
         assert!(error.message.contains(part), "{text:?}: {part:?} is not in {error}");
     }
@@ -388,8 +388,8 @@ fn holds_for(text: &str) -> Result<(), TestCaseError> {
         }
         Err(error) => {
             prop_assert!(error.position <= text.chars().count());
-            let place = format!("at character {}: ", error.position + 1);
-            prop_assert!(error.message.starts_with(&place));
+            let prefix = format!("at character {}: ", error.position + 1);
+            prop_assert!(error.message.starts_with(&prefix));
             prop_assert!(!error.message.contains(char::is_control));
         }
     }

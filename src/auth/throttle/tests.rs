@@ -311,7 +311,7 @@ async fn the_tables_are_bounded_and_keep_the_newest_entries() {
     for _ in 0..3 {
         limits.fail("alan", address(HERE)).unwrap();
     }
-    let kept = lock(&limits.counts).pairs.entries.len();
-    assert!((ENTRIES_MAX / 4..=ENTRIES_MAX).contains(&kept), "{kept}");
+    let count = lock(&limits.counts).pairs.entries.len();
+    assert!((ENTRIES_MAX / 4..=ENTRIES_MAX).contains(&count), "{count}");
     assert!(limits.fail("alan", address(HERE)).is_err());
 }

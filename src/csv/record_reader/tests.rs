@@ -62,7 +62,7 @@ fn fields(file: &[u8]) -> Vec<Vec<String>> {
 }
 
 /// Row number, line number, byte offset and end offset of each record.
-fn places(file: &[u8]) -> Vec<(u64, u64, u64, u64)> {
+fn positions(file: &[u8]) -> Vec<(u64, u64, u64, u64)> {
     read(file).iter().map(|seen| (seen.row_number, seen.line_number, seen.byte_offset, seen.end_offset)).collect()
 }
 
@@ -79,21 +79,21 @@ fn lines_end_with_lf_crlf_or_cr() {
         let file = ["a,b", "c,d", ""].join(line_end);
         assert_eq!(fields(file.as_bytes()), [["a", "b"], ["c", "d"]]);
         let second = 3 + line_end.len() as u64;
-        assert_eq!(places(file.as_bytes()), [(0, 1, 0, 3), (1, 2, second, second + 3)]);
+        assert_eq!(positions(file.as_bytes()), [(0, 1, 0, 3), (1, 2, second, second + 3)]);
     }
 }
 
 #[test]
 fn the_last_record_needs_no_line_break() {
     assert_eq!(fields(b"a\nb"), [["a"], ["b"]]);
-    assert_eq!(places(b"a\nb"), [(0, 1, 0, 1), (1, 2, 2, 3)]);
+    assert_eq!(positions(b"a\nb"), [(0, 1, 0, 1), (1, 2, 2, 3)]);
     assert_eq!(fields(b"a,"), [["a", ""]]);
     assert_eq!(fields(b"\"\""), [[""]]);
 }
 
 #[test]
 fn blank_lines_are_skipped_and_counted_as_lines() {
-    assert_eq!(places(b"\n\r\na\n\n\r\n\r\rb"), [(0, 3, 3, 4), (1, 8, 10, 11)]);
+    assert_eq!(positions(b"\n\r\na\n\n\r\n\r\rb"), [(0, 3, 3, 4), (1, 8, 10, 11)]);
 }
 
 #[test]
@@ -131,9 +131,9 @@ fn quotes_inside_an_unquoted_field_are_content() {
 #[test]
 fn a_byte_order_mark_is_dropped_at_the_start_only() {
     assert_eq!(fields(b"\xEF\xBB\xBF\"a\",b\n\xEF\xBB\xBFc"), [vec!["a", "b"], vec!["\u{FEFF}c"]]);
-    assert_eq!(places(b"\xEF\xBB\xBFa"), [(0, 1, 3, 4)]);
+    assert_eq!(positions(b"\xEF\xBB\xBFa"), [(0, 1, 3, 4)]);
     assert_eq!(fields(b"\xEF\xBB\xBF\xEF\xBB\xBFa"), [["\u{FEFF}a"]]);
-    assert_eq!(places(b"\n\xEF\xBB\xBFa"), [(0, 2, 1, 5)]);
+    assert_eq!(positions(b"\n\xEF\xBB\xBFa"), [(0, 2, 1, 5)]);
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn part_of_a_byte_order_mark_is_content() {
     assert_eq!(read(b"\xEF")[0].fields, [b"\xEF"]);
     assert_eq!(read(b"\xEF\xBB")[0].fields, [b"\xEF\xBB"]);
     assert_eq!(read(b"\xEF\xBB,a\nb")[0].fields, [b"\xEF\xBB".as_slice(), b"a"]);
-    assert_eq!(places(b"\xEF\xBB\nb"), [(0, 1, 0, 2), (1, 2, 3, 4)]);
+    assert_eq!(positions(b"\xEF\xBB\nb"), [(0, 1, 0, 2), (1, 2, 3, 4)]);
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn count_lines(bytes: &[u8]) -> u64 {
     String::from_utf8_lossy(bytes).replace("\r\n", "\n").replace('\r', "\n").matches('\n').count() as u64
 }
 
-/// Asserts that a record has the place that the csv crate reports, as far as the two are comparable.
+/// Asserts that a record has the position that the csv crate reports, as far as the two are comparable.
 ///
 /// The csv crate's position is directly after the first byte of the previous line break. The second byte of a CRLF, blank
 /// lines and, in the first record, the byte-order mark follow it; `RecordReader` skips them. The csv crate counts only LFs
