@@ -2,6 +2,7 @@
 
 mod authorization;
 mod compression;
+mod error_reasons;
 mod layers;
 mod request_ids;
 mod response_budget;

@@ -60,7 +60,7 @@ fn modules_import_only_from_the_layers_below() {
 }
 
 /// Returns the path relative to `src/` and the text of each source file.
-fn sources() -> Vec<(String, String)> {
+pub fn sources() -> Vec<(String, String)> {
     fn read(dir: &Path, files: &mut Vec<(String, String)>) {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
