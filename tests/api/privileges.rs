@@ -13,7 +13,10 @@ use crate::{
 };
 
 async fn tables(client: &Client) -> Vec<String> {
-    let sql = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1";
+    names(client, "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1").await
+}
+
+async fn names(client: &Client, sql: &str) -> Vec<String> {
     client.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
@@ -125,6 +128,27 @@ async fn server_role_executes_functions_that_public_may_not() {
 
     assert_eq!(issue.version, 2);
     assert_eq!(tracker.count("SELECT count(*) FROM issue_events WHERE field = 'label'").await, 1);
+}
+
+#[tokio::test]
+async fn server_role_may_use_every_function_view_and_sequence() {
+    let tracker = Tracker::start().await;
+    let owner = session(&owner_config(&tracker.config)).await;
+    owner.batch_execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC").await.unwrap();
+
+    // PostgreSQL checks the privilege on a trigger's function when the trigger is created, and none on the sequence of an
+    // identity column.
+    let unusable = "SELECT proname::text FROM pg_proc
+            WHERE pronamespace = 'public'::regnamespace AND prorettype <> 'trigger'::regtype
+                AND NOT has_function_privilege('tracker', oid, 'EXECUTE')
+        UNION ALL SELECT relname FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('v', 'm', 'f')
+                AND NOT has_table_privilege('tracker', oid, 'SELECT')
+        UNION ALL SELECT relname FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace
+                AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype = 'i')
+                AND CASE WHEN relkind = 'S' THEN NOT has_sequence_privilege('tracker', oid, 'USAGE') END";
+    assert_eq!(names(&owner, unusable).await, [""; 0], "src/db/rights.sql does not grant them");
 }
 
 #[tokio::test]
