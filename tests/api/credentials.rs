@@ -17,13 +17,15 @@ pub const ENDS_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum End {
     TokenRevoked,
+    TokenExpired,
     SessionLoggedOut,
     UserDisabled,
     Demoted,
 }
 
 impl End {
-    pub const ALL: [Self; 4] = [Self::TokenRevoked, Self::SessionLoggedOut, Self::UserDisabled, Self::Demoted];
+    pub const ALL: [Self; 5] =
+        [Self::TokenRevoked, Self::TokenExpired, Self::SessionLoggedOut, Self::UserDisabled, Self::Demoted];
 
     /// Creates a member with a token of its own.
     pub async fn member(self, tracker: &Tracker, username: &str) -> Client {
@@ -46,6 +48,11 @@ impl End {
                 let request = RevokeApiTokenRequest { id: list.api_tokens[0].id.clone(), ..Default::default() };
                 tracker.admin.auth().revoke_api_token(request).await.unwrap();
             }
+            Self::TokenExpired => {
+                // Services may have cached the token without an end. They look it up again for a stream.
+                let sql = "UPDATE tokens SET expire_time = now() + interval '0.5 s' WHERE user_id = $1::text::uuid";
+                tracker.sql(sql, &[&client.user.id]).await;
+            }
             Self::SessionLoggedOut => {
                 client.auth().logout(LogoutRequest::default()).await.unwrap();
             }
@@ -63,7 +70,7 @@ impl End {
     /// Returns the code and the reason of a stream that requires a member and ends so.
     pub fn error(self) -> (Code, &'static str) {
         match self {
-            Self::TokenRevoked | Self::SessionLoggedOut | Self::UserDisabled => {
+            Self::TokenRevoked | Self::TokenExpired | Self::SessionLoggedOut | Self::UserDisabled => {
                 (Code::Unauthenticated, "UNAUTHENTICATED")
             }
             Self::Demoted => (Code::PermissionDenied, "PERMISSION_DENIED"),

@@ -239,6 +239,42 @@ async fn a_new_streaming_rpc_continues_while_its_credentials_are_valid() {
     assert!(ended.is_err(), "{ended:?}");
 }
 
+/// Ends the sessions of the service, and lets it open no new ones.
+async fn refuse_sessions(tracker: &Tracker) {
+    let superuser = tracker.session().await;
+    let database: String = superuser.query_one("SELECT current_database()", &[]).await.unwrap().get(0);
+    superuser.batch_execute(&format!("ALTER DATABASE {database} CONNECTION LIMIT 0")).await.unwrap();
+    let terminate = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+        WHERE pid <> pg_backend_pid() AND datname = current_database()";
+    superuser.query(terminate, &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_new_streaming_rpc_ends_when_its_credentials_could_not_be_checked_for_30_s() {
+    let tracker = Tracker::start().await;
+    let server = WatchServer::start(&tracker).await;
+    let mut watch = server.watch(&tracker.member, None).await.unwrap();
+    next(&mut watch).await.unwrap().unwrap();
+    refuse_sessions(&tracker).await;
+    // The cache of tokens does not use the clock of the test. A stream relies on a look-up of the last 2 s.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let pass_seconds = async |seconds| {
+        for _ in 0..seconds {
+            advance_clock(Duration::from_secs(1)).await;
+            // A look-up fails meanwhile.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+
+    pass_seconds(20).await;
+    let ended = timeout(Duration::from_millis(100), watch.message()).await;
+    assert!(ended.is_err(), "{ended:?}");
+
+    pass_seconds(15).await;
+    let ended = timeout(ENDS_WITHIN, watch.message()).await.expect("the stream does not end");
+    assert_error(ended, Code::Unavailable, "DATABASE_UNAVAILABLE");
+}
+
 #[tokio::test]
 async fn a_new_client_streaming_rpc_ends_within_5_s_of_its_credentials() {
     let tracker = Tracker::start().await;

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     credentials::{ENDS_WITHIN, End},
     h2_client::{H2Client, framed},
-    harness::eventually,
+    harness::{eventually, limits},
 };
 
 /// Opens an import of 12,000 rows, and waits until a batch is committed.
@@ -41,8 +41,10 @@ async fn assert_import_ends(end: End, tracker: &Tracker, server: &Tracker, usern
 
 #[tokio::test]
 async fn import_ends_within_5_s_of_its_credentials_on_every_replica() {
-    let tracker = Tracker::start().await;
-    let replica = tracker.start_replica().await;
+    // One import each.
+    let with_5_imports = || limits(&["--imports", "5", "--pool-connections", "8"]);
+    let tracker = Tracker::start_with(with_5_imports()).await;
+    let replica = tracker.start_replica_with(with_5_imports()).await;
     let cases = End::ALL.into_iter().flat_map(|end| [(end, &tracker, "here"), (end, &replica, "there")]);
     join_all(cases.map(async |(end, server, place)| {
         assert_import_ends(end, &tracker, server, &format!("{end:?}-{place}")).await;
