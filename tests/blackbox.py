@@ -39,7 +39,7 @@ class Tracker:
     def method(self, service, name):
         return self.pool.FindServiceByName(f"{PACKAGE}.{service}").methods_by_name[name]
 
-    def call(self, service, method, metadata=None, **fields):
+    def call(self, service, method, metadata=None, timeout=DEADLINE_SECONDS, **fields):
         described = self.method(service, method)
         request = message_factory.GetMessageClass(described.input_type)(**fields)
         stub = self.channel.unary_unary(
@@ -47,7 +47,7 @@ class Tracker:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
         )
-        return stub(request, metadata=self.metadata if metadata is None else metadata, timeout=DEADLINE_SECONDS)
+        return stub(request, metadata=self.metadata if metadata is None else metadata, timeout=timeout)
 
     def fails(self, code, reason, service, method, **fields):
         """Makes a call that must fail with this code and reason. Returns the error details by type name."""
