@@ -1,5 +1,7 @@
-//! Injects faults into the running binary: crashes, lost connections, no free connections, a full disk and clock jumps.
-//! Then compares the rows in the database with the responses that the callers received.
+//! Injects faults into the running binary: crashes and suspensions of the service, its replicas and its database, lost
+//! connections, no free connections, a read-only database, a full disk and clock jumps. Then compares the rows in the
+//! database with the responses that the callers received. Faults that need root are in `tests/vanished_replica.sh` and
+//! `tests/lost_packets.sh`.
 //!
 //! `cargo test --test faults` is the short run. The long run prints every figure that it measures:
 //!
@@ -25,6 +27,8 @@ mod harness;
 mod load;
 #[path = "faults/postgres_proxy.rs"]
 mod postgres_proxy;
+#[path = "faults/replay.rs"]
+mod replay;
 #[path = "faults/shim.rs"]
 mod shim;
 #[path = "support"]

@@ -16,6 +16,7 @@ use issue_tracker::pb::{
     UndeleteIssueRequest, UpdateIssueRequest,
 };
 use prost::Message;
+use prost_types::FieldMask;
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_postgres::Config;
 use tonic::{Code, Status, transport::Channel};
@@ -65,13 +66,15 @@ pub struct CompletedMutation {
 
 /// The state that the clients share.
 struct LoadState {
-    address: watch::Receiver<String>,
+    /// The address of each replica.
+    addresses: Vec<watch::Receiver<String>>,
     stop: AtomicBool,
     began: Instant,
     /// When the last acknowledged mutation was sent, in microseconds since `began`.
     last_acknowledged_us: AtomicU64,
     acknowledged: AtomicU64,
     label_ids: Vec<String>,
+    caller_ids: Vec<String>,
     /// The ids of the created issues, in order, and the highest version of each that a response has reported.
     issues: Mutex<(Vec<String>, HashMap<String, i64>)>,
 }
@@ -99,14 +102,24 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts clients, each with its own token. They reconnect when the address changes.
+    /// Starts clients, each with its own token, of one service. They reconnect when its address changes.
     pub async fn start(
         database: &Config,
         address: watch::Receiver<String>,
         clients: usize,
         rng: &mut fastrand::Rng,
     ) -> Self {
-        let create_callers = create_callers(database, clients).await;
+        Self::start_on_replicas(database, vec![address], clients, rng).await
+    }
+
+    /// Starts clients of several replicas. Each retries a failed call on the next replica.
+    pub async fn start_on_replicas(
+        database: &Config,
+        addresses: Vec<watch::Receiver<String>>,
+        clients: usize,
+        rng: &mut fastrand::Rng,
+    ) -> Self {
+        let callers = create_callers(database, clients).await;
         let rows = session(database).await;
         let mut label_ids = Vec::new();
         for _ in 0..LABELS {
@@ -116,19 +129,20 @@ impl Load {
             label_ids.push(id.to_string());
         }
         let state = Arc::new(LoadState {
-            address,
+            addresses,
             stop: AtomicBool::new(false),
             began: Instant::now(),
             last_acknowledged_us: AtomicU64::new(0),
             acknowledged: AtomicU64::new(0),
             label_ids,
+            caller_ids: callers.iter().map(|caller| caller.id.to_string()).collect(),
             issues: Mutex::default(),
         });
         let run = |(nth, caller)| {
             let client = Client { nth, caller, state: Arc::clone(&state), rng: rng.fork(), mutations: Vec::new() };
             tokio::spawn(client.run())
         };
-        let clients = create_callers.into_iter().enumerate().map(run).collect();
+        let clients = callers.into_iter().enumerate().map(run).collect();
         Self { state, clients }
     }
 
@@ -186,7 +200,7 @@ type PlannedMutation = (Kind, &'static str, Vec<u8>, String);
 
 impl Client {
     async fn run(mut self) -> Vec<CompletedMutation> {
-        let mut connected = Connection::to(self.state.address.clone());
+        let mut connected = Connection::to(self.state.addresses.clone(), self.nth);
         while !self.state.stop.load(Ordering::SeqCst) {
             if self.rng.u32(..4) == 0 {
                 self.read(&mut connected).await;
@@ -264,15 +278,14 @@ impl Client {
     fn mutation(&mut self, request_id: &str, marker: &str) -> Option<PlannedMutation> {
         let request_id = request_id.to_owned();
         let number = if self.state.issues().0.len() < HOT_ISSUES { 0 } else { self.rng.u32(..100) };
-        let new = |marker: String| Issue { title: "as created".to_owned(), description: marker, ..Issue::default() };
         Some(match number {
             0..25 => {
-                let issue = Some(new(marker.to_owned()));
+                let issue = Some(self.new_issue(marker.to_owned()));
                 let request = CreateIssueRequest { issue, request_id, ..Default::default() };
                 (Kind::Create, "IssueService/CreateIssue", request.encode_to_vec(), String::new())
             }
             25..30 => {
-                let issues = (0..self.rng.usize(2..5)).map(|nth| new(format!("{marker}.{nth}"))).collect();
+                let issues = (0..self.rng.usize(2..5)).map(|nth| self.new_issue(format!("{marker}.{nth}"))).collect();
                 let request = BatchCreateIssuesRequest { issues, request_id, ..Default::default() };
                 (Kind::BatchCreate, "IssueService/BatchCreateIssues", request.encode_to_vec(), String::new())
             }
@@ -298,13 +311,47 @@ impl Client {
         })
     }
 
+    /// Returns an issue to create, whose description is the marker.
+    fn new_issue(&mut self, marker: String) -> Issue {
+        let (title, description) = ("as created".to_owned(), marker.clone());
+        if self.rng.u32(..4) > 0 {
+            // Such calls run in batches.
+            return Issue { title, description, ..Issue::default() };
+        }
+        let label_ids = self.rng.choose_multiple(&self.state.label_ids, 2).into_iter().cloned().collect();
+        Issue { title, description, label_ids, ..self.issue_fields(&marker) }
+    }
+
+    /// Returns random values of the fields other than the title. The external id is unique.
+    fn issue_fields(&mut self, marker: &str) -> Issue {
+        let mut or_none = |value: &str| if self.rng.bool() { value.to_owned() } else { String::new() };
+        let (description, external_id) = (or_none(marker), or_none(marker));
+        let assignee_id = self.rng.choice(&self.state.caller_ids).unwrap();
+        let assignee_id = if self.rng.bool() { assignee_id.clone() } else { String::new() };
+        Issue {
+            description,
+            external_id,
+            assignee_id,
+            status: self.rng.i32(1..=3),
+            priority: self.rng.i32(0..=4),
+            ..Issue::default()
+        }
+    }
+
+    /// Changes the title, and any of the other fields.
     fn update(&mut self, request_id: String, marker: &str) -> Option<PlannedMutation> {
         let id = self.issue()?;
         // Stale if another client updates the issue first.
         let expected_version = if self.rng.bool() { self.state.issues().1[&id] } else { 0 };
         let comment = if self.rng.u32(..3) == 0 { marker.to_owned() } else { String::new() };
-        let issue = Some(Issue { id: id.clone(), title: marker.to_owned(), ..Issue::default() });
-        let request = UpdateIssueRequest { issue, expected_version, comment, request_id, ..Default::default() };
+        let issue = Some(Issue { id: id.clone(), title: marker.to_owned(), ..self.issue_fields(marker) });
+        let mut paths = vec!["title".to_owned()];
+        for path in ["description", "status", "priority", "assignee_id", "external_id"] {
+            paths.extend((self.rng.u32(..4) == 0).then(|| path.to_owned()));
+        }
+        let update_mask = Some(FieldMask { paths });
+        let request =
+            UpdateIssueRequest { issue, update_mask, expected_version, comment, request_id, ..Default::default() };
         Some((Kind::Update, "IssueService/UpdateIssue", request.encode_to_vec(), id))
     }
 
@@ -385,27 +432,35 @@ pub fn classify(result: Result<Vec<u8>, Status>) -> Option<Option<Vec<u8>>> {
     }
 }
 
-/// A connection that follows the address of the service.
+/// A connection to one of the replicas, which follows its address.
 struct Connection {
-    address: watch::Receiver<String>,
+    addresses: Vec<watch::Receiver<String>>,
+    replica: usize,
     channel: Channel,
 }
 
 impl Connection {
-    fn to(mut address: watch::Receiver<String>) -> Self {
-        let channel = channel(&address.borrow_and_update());
-        Self { address, channel }
+    /// Connects to the replica with this number, modulo their count.
+    fn to(mut addresses: Vec<watch::Receiver<String>>, replica: usize) -> Self {
+        let replica = replica % addresses.len();
+        let channel = channel(&addresses[replica].borrow_and_update());
+        Self { addresses, replica, channel }
     }
 
     fn channel(&mut self) -> &Channel {
-        if self.address.has_changed().unwrap_or(false) {
-            self.channel = channel(&self.address.borrow_and_update());
+        let address = &mut self.addresses[self.replica];
+        if address.has_changed().unwrap_or(false) {
+            self.channel = channel(&address.borrow_and_update());
         }
         &self.channel
     }
 
-    /// Waits before a retry, for less time than the service asks for.
-    async fn pause(&self) {
+    /// Waits before a retry, for less time than the service asks for. The retry goes to the next replica, if there is one.
+    async fn pause(&mut self) {
         tokio::time::sleep(RETRY_PAUSE).await;
+        if self.addresses.len() > 1 {
+            self.replica = (self.replica + 1) % self.addresses.len();
+            self.channel = channel(&self.addresses[self.replica].borrow_and_update());
+        }
     }
 }
