@@ -23,6 +23,8 @@ mod crashes;
 mod disk_full;
 #[path = "faults/harness.rs"]
 mod harness;
+#[path = "faults/health.rs"]
+mod health;
 #[path = "faults/load.rs"]
 mod load;
 #[path = "faults/postgres_proxy.rs"]

@@ -1,48 +1,33 @@
 //! Kills the service and its embedded database repeatedly while many clients write.
 
-use std::{
-    fs,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use issue_tracker::postgres::Durability;
-use tokio::{sync::watch, task::JoinHandle};
-use tokio_postgres::{Config, NoTls};
-use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tokio::sync::watch;
+use tokio_postgres::Config;
 
 use crate::{
-    harness::{Settings, serves},
+    harness::Settings,
+    health::{HealthMonitor, LAG_MAX, SCHEDULING_MARGIN},
     load::Load,
     support::{
-        bounds::{HANG, TICK},
+        bounds::TICK,
         database::session,
         eventually::eventually,
-        external::External,
         process::{Dir, signal},
-        service::{Service, channel, program},
+        service::{Service, program},
     },
     verify::verify,
 };
 
 const CLIENTS: usize = 16;
-/// The longest time that the health check may lag behind the state of the database.
-const HEALTH_LAG_MAX: Duration = Duration::from_secs(2);
-/// Additional lag allowed for scheduling on a busy machine.
-const SCHEDULING_MARGIN: Duration = Duration::from_secs(1);
 /// The length of an outage that the health check must report.
 const OUTAGE: Duration = Duration::from_secs(5);
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
-const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     Service,
     Database,
-    /// The database is killed each time it restarts, for [`OUTAGE`].
+    /// The database is killed whenever it restarts, for [`OUTAGE`].
     DatabaseOutage,
 }
 
@@ -66,7 +51,7 @@ async fn acknowledged_writes_survive_crashes_exactly_once_and_health_is_accurate
     let mut service = Service::start(&dir, command());
     assert_durable(&dir.database()).await;
     let (addresses, address) = watch::channel(service.address.clone());
-    let monitor = HealthMonitor::start(dir.database(), address.clone());
+    let monitor = HealthMonitor::of_database(dir.database(), address.clone());
     let load = Load::start(&dir.database(), address, CLIENTS, &mut rng).await;
     load.wait_for_acknowledged(100).await;
 
@@ -101,10 +86,14 @@ async fn acknowledged_writes_survive_crashes_exactly_once_and_health_is_accurate
     }
     load.wait_for_acknowledged_since(Instant::now()).await;
     // Give the health check time to report the final state.
-    tokio::time::sleep(HEALTH_LAG_MAX + SCHEDULING_MARGIN * 2).await;
+    tokio::time::sleep(LAG_MAX + SCHEDULING_MARGIN * 2).await;
     let mutations = load.finish().await;
     print_report(&recoveries, &mutations);
-    monitor.assert_accurate().await;
+    let comparison = monitor.finish().await;
+    assert!(
+        comparison.serving > 0 && comparison.not_serving > 0,
+        "no health check was comparable in one of the two states"
+    );
     assert!(
         mutations.iter().any(|mutations| mutations.tries > 1 && mutations.response.is_some()),
         "no acknowledged call needed a retry"
@@ -115,49 +104,6 @@ async fn acknowledged_writes_survive_crashes_exactly_once_and_health_is_accurate
     verify(&dir.database(), &service.channel(), mutations).await;
     assert_eq!(service.stop().code(), Some(0));
     service.assert_no_internal_errors();
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn health_fails_while_the_database_is_frozen() {
-    let external = External::start(Durability::Throwaway);
-    let service = Service::start(&external.dir, program(&["--database-url", &external.url()]));
-    let channel = service.channel();
-    eventually("health reports SERVING", async || serves(&channel).await).await;
-    for _ in 0..Settings::from_environment().pick(2, 10) {
-        let frozen = Frozen::freeze(external.cluster.server_pid());
-        tokio::time::sleep(HEALTH_LAG_MAX + SCHEDULING_MARGIN).await;
-        let reported = serves(&channel).await;
-        drop(frozen);
-        assert!(
-            !reported,
-            "health reports SERVING {:?} after the database was frozen",
-            HEALTH_LAG_MAX + SCHEDULING_MARGIN
-        );
-        eventually("health reports SERVING again", async || serves(&channel).await).await;
-    }
-}
-
-/// A PostgreSQL server whose processes are stopped until this is dropped.
-struct Frozen(Vec<u32>);
-
-impl Frozen {
-    fn freeze(server: u32) -> Self {
-        let mut frozen = Self(vec![server]);
-        // Stopped first, so that it forks no more backends.
-        assert!(signal(server, libc::SIGSTOP));
-        let children = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap();
-        frozen.0.extend(children.split_whitespace().map(|pid| pid.parse::<u32>().unwrap()));
-        frozen.0[1..].iter().for_each(|pid| assert!(signal(*pid, libc::SIGSTOP)));
-        frozen
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        for pid in &self.0 {
-            let _ = signal(*pid, libc::SIGCONT);
-        }
-    }
 }
 
 async fn kill_database(dir: &Dir) {
@@ -187,134 +133,4 @@ fn print_report(recoveries: &[(Fault, Duration)], mutations: &[crate::load::Comp
             println!("{fault:?}: recovery took {min} / {median} / {max} ms (min / median / max of {})", times.len());
         }
     }
-}
-
-/// A result, and the times at which its request started and ended.
-#[derive(Clone, Copy, Debug)]
-struct Observation<T> {
-    from: Instant,
-    to: Instant,
-    value: T,
-}
-
-/// Polls the health check and the database concurrently.
-struct HealthMonitor {
-    stop: Arc<AtomicBool>,
-    health: JoinHandle<Vec<Observation<Option<bool>>>>,
-    database: JoinHandle<Vec<Observation<bool>>>,
-}
-
-impl HealthMonitor {
-    fn start(database: Config, address: watch::Receiver<String>) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        Self {
-            health: tokio::spawn(watch_health(address, Arc::clone(&stop))),
-            database: tokio::spawn(watch_database(database, Arc::clone(&stop))),
-            stop,
-        }
-    }
-
-    /// Asserts that whenever the database was up, or down, for longer than the allowed lag while the service was
-    /// reachable, the health check reported it.
-    async fn assert_accurate(self) {
-        self.stop.store(true, Ordering::SeqCst);
-        let (health, database) = (self.health.await.unwrap(), self.database.await.unwrap());
-        let comparison = HealthComparison::with_lag(&health, &database, HEALTH_LAG_MAX + SCHEDULING_MARGIN);
-        println!(
-            "health was accurate {} times with the database up, {} with it down",
-            comparison.serving, comparison.not_serving
-        );
-        assert_eq!(comparison.first_mismatch, None, "the health check lagged too long (time since the first poll)");
-        assert!(
-            comparison.serving > 0 && comparison.not_serving > 0,
-            "no health check was comparable in one of the two states"
-        );
-        let is_right = |lag: &Duration| HealthComparison::with_lag(&health, &database, *lag).first_mismatch.is_none();
-        let lag = (0..).map(|nth| POLL_INTERVAL * nth).find(is_right).unwrap();
-        println!("the health check lagged by {lag:?} at most");
-    }
-}
-
-/// Counts of accurate health checks, and the first inaccurate one.
-#[derive(Default)]
-struct HealthComparison {
-    serving: usize,
-    not_serving: usize,
-    /// The time of the first check that was wrong beyond the allowed lag, since the first poll.
-    first_mismatch: Option<Duration>,
-}
-
-impl HealthComparison {
-    fn with_lag(health: &[Observation<Option<bool>>], database: &[Observation<bool>], lag: Duration) -> Self {
-        let mut comparison = Self::default();
-        for observation in health {
-            let Some(reported) = observation.value else { continue };
-            let since = observation.from.checked_sub(lag).unwrap();
-            let during = |from: Instant, to: Instant| to >= since && from <= observation.to;
-            let unreachable = health.iter().any(|other| other.value.is_none() && during(other.from, other.to));
-            let mut actual_values =
-                database.iter().filter(|probe| during(probe.from, probe.to)).map(|probe| probe.value);
-            let Some(actual) = actual_values.next().filter(|actual| actual_values.all(|other| other == *actual)) else {
-                continue;
-            };
-            // Gaps between the probes show that the machine was too busy to judge the health check.
-            let stalled = database.windows(2).any(|pair| {
-                during(pair[0].from, pair[1].from) && pair[1].from - pair[0].from > PROBE_TIMEOUT + SCHEDULING_MARGIN
-            });
-            if unreachable || stalled || health[0].from > since {
-                continue;
-            }
-            match actual {
-                _ if reported != actual => {
-                    comparison.first_mismatch.get_or_insert(observation.from - health[0].from);
-                }
-                true => comparison.serving += 1,
-                false => comparison.not_serving += 1,
-            }
-        }
-        comparison
-    }
-}
-
-/// Polls the health check until `stop`. The value is `None` while the service is unreachable.
-async fn watch_health(address: watch::Receiver<String>, stop: Arc<AtomicBool>) -> Vec<Observation<Option<bool>>> {
-    let mut observations = Vec::new();
-    let mut connected = (String::new(), None);
-    while !stop.load(Ordering::SeqCst) {
-        let current = address.borrow().clone();
-        if connected.0 != current {
-            connected = (current.clone(), Some(HealthClient::new(channel(&current))));
-        }
-        let from = Instant::now();
-        let client = connected.1.as_mut().unwrap();
-        let checked = tokio::time::timeout(HANG, client.check(HealthCheckRequest::default())).await.unwrap();
-        let value = checked.ok().map(|checked| checked.into_inner().status() == ServingStatus::Serving);
-        observations.push(Observation { from, to: Instant::now(), value });
-        tokio::time::sleep(POLL_INTERVAL).await;
-    }
-    observations
-}
-
-/// Polls the database until `stop`.
-async fn watch_database(config: Config, stop: Arc<AtomicBool>) -> Vec<Observation<bool>> {
-    let mut observations = Vec::new();
-    let mut client = None;
-    while !stop.load(Ordering::SeqCst) {
-        let from = Instant::now();
-        let probe = async {
-            if client.is_none() {
-                let (connected, connection) = config.connect(NoTls).await.ok()?;
-                tokio::spawn(connection);
-                client = Some(connected);
-            }
-            client.as_ref()?.simple_query("SELECT 1").await.ok()
-        };
-        let value = matches!(tokio::time::timeout(PROBE_TIMEOUT, probe).await, Ok(Some(_)));
-        if !value {
-            client = None;
-        }
-        observations.push(Observation { from, to: Instant::now(), value });
-        tokio::time::sleep(POLL_INTERVAL).await;
-    }
-    observations
 }
