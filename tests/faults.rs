@@ -11,6 +11,8 @@
 //!
 //! Random choices come from a seed, which each test prints. `ISSUE_TRACKER_FAULTS=short:17` or `long:17` repeats a run.
 
+#[path = "faults/client_kills.rs"]
+mod client_kills;
 #[path = "faults/clock_jumps.rs"]
 mod clock_jumps;
 #[path = "faults/connection_exhaustion.rs"]
@@ -21,16 +23,22 @@ mod connection_loss;
 mod crashes;
 #[path = "faults/disk_full.rs"]
 mod disk_full;
+#[path = "faults/first_start.rs"]
+mod first_start;
 #[path = "faults/harness.rs"]
 mod harness;
 #[path = "faults/health.rs"]
 mod health;
+#[path = "faults/import_kills.rs"]
+mod import_kills;
 #[path = "faults/load.rs"]
 mod load;
 #[path = "faults/postgres_proxy.rs"]
 mod postgres_proxy;
 #[path = "faults/replay.rs"]
 mod replay;
+#[path = "faults/replicas.rs"]
+mod replicas;
 #[path = "faults/shim.rs"]
 mod shim;
 #[path = "support"]
@@ -40,9 +48,14 @@ mod support {
     pub mod database;
     pub mod eventually;
     pub mod external;
+    pub mod ports;
     pub mod process;
     pub mod scratch;
     pub mod service;
 }
+#[path = "faults/suspension.rs"]
+mod suspension;
 #[path = "faults/verify.rs"]
 mod verify;
+#[path = "faults/without_request_ids.rs"]
+mod without_request_ids;
