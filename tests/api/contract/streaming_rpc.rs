@@ -252,7 +252,7 @@ async fn refuse_sessions(tracker: &Tracker) {
 #[tokio::test]
 async fn a_new_streaming_rpc_ends_when_its_credentials_could_not_be_checked_for_30_s() {
     let tracker = Tracker::start().await;
-    let server = WatchServer::start(&tracker).await;
+    let server = StreamServer::start(&tracker).await;
     let mut watch = server.watch(&tracker.member, None).await.unwrap();
     next(&mut watch).await.unwrap().unwrap();
     refuse_sessions(&tracker).await;
