@@ -43,6 +43,9 @@ pub enum Error {
     /// A concurrent request prevents it. A retry may succeed.
     #[error("{message}")]
     Aborted { reason: &'static str, message: String },
+    /// A statement waited too long for a lock of another transaction. Nothing was written.
+    #[error("a concurrent request holds a lock; nothing was written, try again")]
+    LockTimeout,
     /// The transaction conflicted with another one and was rolled back. The server itself retries it.
     #[error("{0}; try again")]
     Conflict(&'static str),
@@ -197,6 +200,7 @@ impl Error {
             // PostgreSQL reports errors of transactions that it has rolled back.
             Self::Database(error) => error.as_db_error().is_some(),
             Self::Aborted { .. }
+            | Self::LockTimeout
             | Self::Conflict(_)
             | Self::Invalid(_)
             | Self::InvalidReason { .. }
@@ -252,7 +256,7 @@ impl Error {
     pub fn is_decided(&self) -> bool {
         match self {
             Self::Aborted { reason, .. } => *reason != "CONFLICT",
-            Self::Timeout { .. } | Self::Database(_) | Self::Internal(_) => false,
+            Self::LockTimeout | Self::Timeout { .. } | Self::Database(_) | Self::Internal(_) => false,
             error => !error.is_passing(),
         }
     }

@@ -11,7 +11,8 @@ use super::{
     conn::{CommitMode, Conn},
     pool::Db,
     response_budget::{self, ResponseSize},
-    transaction::Tx,
+    row_locks::LockWait,
+    transaction::{BriefLockWaits, Tx},
 };
 use crate::{
     error::{Error, Result},
@@ -45,25 +46,61 @@ impl MutationOptions {
     }
 }
 
+/// The response of a mutation.
+pub struct Mutated<R> {
+    pub response: R,
+    /// Whether an earlier call with the same key has executed the mutation.
+    pub is_retry: bool,
+}
+
 impl Db {
     /// Executes a mutation in a transaction, and returns its response.
     ///
     /// With a key that was used before, `work` is not called: returns the stored response, after the transaction of a
     /// call in flight with the same key has ended. If `work` fails, the transaction is rolled back and its locks are
     /// released before the error is returned.
+    ///
+    /// The first attempt does not wait for locks. If another transaction has a lock that it needs, it is rolled back and
+    /// `work` is called again, with a permit for lock waits. So only mutations that really wait need one.
     pub async fn mutate<R: Message + Default>(
         &self,
         caller_id: Uuid,
         options: MutationOptions,
-        work: impl AsyncFnOnce(&Tx) -> Result<R>,
+        work: impl AsyncFnOnce(&Tx) -> Result<R> + Clone,
     ) -> Result<R> {
+        Ok(self.mutate_or_find(caller_id, options, work).await?.response)
+    }
+
+    /// As [`Db::mutate`]. Also returns whether the call is a retry.
+    pub async fn mutate_or_find<R: Message + Default>(
+        &self,
+        caller_id: Uuid,
+        options: MutationOptions,
+        work: impl AsyncFnOnce(&Tx) -> Result<R> + Clone,
+    ) -> Result<Mutated<R>> {
         let db = self.for_flow(Flow::User(caller_id));
-        // The transaction may wait for row locks, or for a call with the same key.
-        let tx = db.begin_lock_waiting().await?;
+        let mut lock_wait = LockWait::Brief;
+        loop {
+            match db.try_mutate(caller_id, options, work.clone(), lock_wait).await {
+                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = LockWait::Full,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn try_mutate<R: Message + Default>(
+        &self,
+        caller_id: Uuid,
+        options: MutationOptions,
+        work: impl AsyncFnOnce(&Tx) -> Result<R>,
+        lock_wait: LockWait,
+    ) -> Result<Mutated<R>> {
+        let tx = self.begin_mutation(lock_wait).await?;
         if let Some(key) = options.key
             && let Some(stored) = find_response(&tx, caller_id, key, options.validate_only).await?
         {
-            return R::decode(&*stored).map_err(|_| Error::Internal("a stored response cannot be decoded"));
+            let response = R::decode(&*stored).map_err(|_| Error::Internal("a stored response cannot be decoded"))?;
+            return Ok(Mutated { response, is_retry: true });
         }
         let response = match work(&tx).await {
             Ok(response) => response,
@@ -75,16 +112,17 @@ impl Db {
         };
         if options.validate_only {
             tx.rollback().await?;
-            return Ok(response);
+            return Ok(Mutated { response, is_retry: false });
         }
         let stored = options.key.map(|key| StoredResponse { caller_id, key, response: response.encode_to_vec() });
         let budget_bytes = self.storage_limits().response_bytes_per_user_max;
-        if let Err(error) = response_budget::charge(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await {
+        let sizes = stored.iter().map(StoredResponse::size);
+        if let Err(error) = response_budget::charge(&tx, sizes, budget_bytes, lock_wait).await {
             let _ = tx.rollback().await;
             return Err(error);
         }
         commit_with_responses(tx, stored.as_slice()).await.map_err(|error| options.explain(error))?;
-        Ok(response)
+        Ok(Mutated { response, is_retry: false })
     }
 
     /// As [`Db::mutate`], for `work` that executes exactly one statement. Without key and dry run the statement is its own
@@ -93,21 +131,35 @@ impl Db {
         &self,
         caller_id: Uuid,
         options: MutationOptions,
-        work: impl AsyncFnOnce(&Conn) -> Result<R>,
+        work: impl AsyncFnOnce(&Conn) -> Result<R> + Clone,
     ) -> Result<R> {
         if options.key.is_some() || options.validate_only {
-            return self.mutate(caller_id, options, async |tx| work(tx).await).await;
+            return self.mutate(caller_id, options, async |tx| work.clone()(tx).await).await;
         }
         let db = self.for_flow(Flow::User(caller_id));
-        work(&db.lock_waiting_conn(CommitMode::EachStatement).await?).await
+        let mut lock_wait = LockWait::Brief;
+        loop {
+            let conn = db.mutation_conn(CommitMode::EachStatement, lock_wait).await?;
+            let brief = (lock_wait == LockWait::Brief).then(|| BriefLockWaits::on(&conn)).transpose()?;
+            match work.clone()(&conn).await {
+                Err(Error::LockTimeout) if brief.is_some() => lock_wait = LockWait::Full,
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Returns whether the caller has used the key of these options before. Waits for a call in flight with it.
     pub async fn is_retry(&self, caller_id: Uuid, options: MutationOptions) -> Result<bool> {
         let Some(key) = options.key else { return Ok(false) };
         let db = self.for_flow(Flow::User(caller_id));
-        let tx = db.begin_lock_waiting().await?;
-        Ok(find_response(&tx, caller_id, key, options.validate_only).await?.is_some())
+        let mut lock_wait = LockWait::Brief;
+        loop {
+            let tx = db.begin_mutation(lock_wait).await?;
+            match find_response(&tx, caller_id, key, options.validate_only).await {
+                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = LockWait::Full,
+                found => return Ok(found?.is_some()),
+            }
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use super::{
     connection_string::ConnectionString,
     manager::{CONNECT_TIMEOUT, Manager, NETWORK_SILENCE_MAX},
     probe,
+    row_locks::LockWait,
 };
 use crate::{
     error::{Error, Result},
@@ -189,12 +190,17 @@ impl Db {
         self.checkout(CommitMode::Explicit, Some(permit)).await
     }
 
-    /// As [`Db::conn`] or [`Db::autocommit_conn`], for statements that can wait for row locks. Half of the connections stay
+    /// As [`Db::conn`] or [`Db::autocommit_conn`], for a mutation. While mutations wait for locks, half of the connections stay
     /// free for other work.
-    pub(super) async fn lock_waiting_conn(&self, commit_mode: CommitMode) -> Result<Conn> {
-        let refused = "too many requests wait for row locks; try again";
-        let permit = self.acquire(&self.shared.lock_permits, refused).await?;
-        self.checkout(commit_mode, Some(permit)).await
+    pub(super) async fn mutation_conn(&self, commit_mode: CommitMode, lock_wait: LockWait) -> Result<Conn> {
+        let permit = match lock_wait {
+            LockWait::Brief => None,
+            LockWait::Full => {
+                let refused = "too many requests wait for row locks; try again";
+                Some(self.acquire(&self.shared.lock_permits, refused).await?)
+            }
+        };
+        self.checkout(commit_mode, permit).await
     }
 
     async fn acquire(&self, permits: &FairSemaphore, refused: &str) -> Result<FairPermit> {

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{
     PRUNE_BATCH_ROWS,
     conn::{Conn, Params},
+    row_locks::LockWait,
 };
 use crate::error::{Error, Result};
 
@@ -17,6 +18,8 @@ use crate::error::{Error, Result};
 const UNCOUNTED_RESPONSE_BYTES_MAX: usize = 4_096;
 /// How many hours of charges count. Charges are summed per hour of the clock, so each counts for 24 to 25 hours.
 const COUNTED_HOURS: i32 = 25;
+/// Normally, budgets are locked only as long as a commit takes. Calls that hold up others do not wait for longer.
+const SET_LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '100ms'";
 
 /// A user whose large responses exceed the budget.
 struct Exceeded {
@@ -28,13 +31,22 @@ struct Exceeded {
 /// A response that is to be stored: its caller and its size in bytes.
 pub(super) type ResponseSize = (Uuid, usize);
 
-/// Charges large responses to the budgets of their callers. Waits for another transaction that charges the same user.
+/// Charges large responses to the budgets of their callers. Waits for another transaction that charges the same user: with
+/// [`LockWait::Brief`] up to 100 ms, so that the mutation is rarely repeated for it.
 ///
 /// Fails with `QuotaExceeded` beyond a budget; roll back then.
-pub(super) async fn charge(db: &Conn, responses: impl Iterator<Item = ResponseSize>, budget_bytes: i64) -> Result<()> {
+pub(super) async fn charge(
+    db: &Conn,
+    responses: impl Iterator<Item = ResponseSize>,
+    budget_bytes: i64,
+    lock_wait: LockWait,
+) -> Result<()> {
     let charges = charges(responses);
     if charges.is_empty() {
         return Ok(());
+    }
+    if lock_wait == LockWait::Brief {
+        db.enqueue(SET_LOCK_TIMEOUT)?;
     }
     match write_charges(db, &charges, budget_bytes).await?.first() {
         Some(exceeded) => Err(quota_exceeded(exceeded.bytes, budget_bytes)),
@@ -53,11 +65,10 @@ pub(super) async fn charge_batch(
     if charges.is_empty() {
         return Ok(HashSet::new());
     }
-    // Normally, budgets are locked only as long as a commit takes. The calls of other users do not wait for longer.
-    db.enqueue("SET LOCAL lock_timeout = '100ms'")?;
+    db.enqueue(SET_LOCK_TIMEOUT)?;
     match write_charges(db, &charges, budget_bytes).await {
         Ok(exceeded) => Ok(exceeded.iter().map(|exceeded| exceeded.user_id).collect()),
-        Err(Error::Aborted { .. }) => Ok(charges.into_keys().collect()),
+        Err(Error::LockTimeout) => Ok(charges.into_keys().collect()),
         Err(error) => Err(error),
     }
 }

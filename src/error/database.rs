@@ -23,10 +23,7 @@ impl From<tokio_postgres::Error> for Error {
             SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => {
                 Self::Conflict("the request conflicts with a concurrent one")
             }
-            SqlState::LOCK_NOT_AVAILABLE => Self::Aborted {
-                reason: "CONFLICT",
-                message: "a concurrent request holds a lock; nothing was written, try again".to_owned(),
-            },
+            SqlState::LOCK_NOT_AVAILABLE => Self::LockTimeout,
             SqlState::QUERY_CANCELED => Self::Timeout {
                 reason: "STATEMENT_TIMEOUT",
                 message: "a statement exceeded the time limit; nothing was written".to_owned(),

@@ -87,7 +87,7 @@ impl Error {
             Self::Invalid(_) | Self::InvalidReason { .. } => Code::InvalidArgument,
             Self::NotFound(_) => Code::NotFound,
             Self::AlreadyExists(_) => Code::AlreadyExists,
-            Self::VersionMismatch(_) | Self::Aborted { .. } | Self::Conflict(_) => Code::Aborted,
+            Self::VersionMismatch(_) | Self::Aborted { .. } | Self::LockTimeout | Self::Conflict(_) => Code::Aborted,
             Self::Precondition { .. } | Self::ChangedSince { .. } => Code::FailedPrecondition,
             Self::OffsetGap { .. } => Code::OutOfRange,
             Self::Unimplemented(_) => Code::Unimplemented,
@@ -129,7 +129,7 @@ impl Error {
             Self::MetadataTooLarge { .. } => "METADATA_TOO_LARGE",
             Self::TooManyTries { .. } => "TOO_MANY_TRIES",
             Self::Cancelled => "CANCELLED",
-            Self::Conflict(_) => "CONFLICT",
+            Self::LockTimeout | Self::Conflict(_) => "CONFLICT",
             Self::Unavailable | Self::ReadOnly | Self::ConnectionLost => "DATABASE_UNAVAILABLE",
             Self::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
             Self::Stopping => "STOPPING",
@@ -166,6 +166,7 @@ impl Error {
             | Self::OutcomeUnknown { has_request_id: true }
             | Self::Stopping
             | Self::Conflict(_)
+            | Self::LockTimeout
             | Self::Aborted { .. } => vec![RetryInfo::new(Some(RETRY_DELAY)).into()],
             Self::TooManyTries { delay } | Self::Overloaded { delay, .. } => vec![RetryInfo::new(Some(*delay)).into()],
             Self::OffsetGap { .. }

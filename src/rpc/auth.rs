@@ -1,6 +1,10 @@
 //! `AuthService`.
 
-use std::{mem, net::IpAddr};
+use std::{
+    mem,
+    net::IpAddr,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use secrecy::SecretString;
 use tonic::Request;
@@ -113,9 +117,7 @@ impl AuthService for Api {
         let new_hash = self.auth.hash_password(&new_password).await?;
         drop(attempt);
         let by = By::user(caller.user_id, address);
-        let mut is_retry = true;
-        let response = self.db.mutate(caller.user_id, options, async |tx| {
-            is_retry = false;
+        let mutated = self.db.mutate_or_find(caller.user_id, options, async |tx| {
             // Another change may have been committed since the password was checked.
             if !users::change_password_hash(tx, caller.user_id, &old_hash, &new_hash, by).await? {
                 return Err(wrong_password());
@@ -123,16 +125,16 @@ impl AuthService for Api {
             tokens::end_sessions(tx, caller.user_id, Some(caller.token_id), by).await?;
             Ok(ChangePasswordResponse {})
         });
-        let response = response.await;
+        let mutated = mutated.await;
         // Also after an error: the outcome of a commit can be unknown.
         if !options.validate_only {
             self.auth.forget_tokens();
         }
-        let response = response?;
-        if is_retry {
+        let mutated = mutated?;
+        if mutated.is_retry {
             self.check_retried_password(&caller, caller.user_id, options, &new_password, address).await?;
         }
-        Ok(response.into())
+        Ok(mutated.response.into())
     }
 
     async fn create_api_token(&self, request: Request<CreateApiTokenRequest>) -> RpcResult<CreateApiTokenResponse> {
@@ -160,7 +162,7 @@ impl AuthService for Api {
                 tokens::create_api_token(tx, user_id, &sha256, &name, expire_time, by).await?.ok_or_else(|| {
                     Error::invalid("api_token.expire_time", "is in the past; expected a time in the future")
                 })?;
-            let access_token = if request.validate_only { String::new() } else { token };
+            let access_token = if request.validate_only { String::new() } else { token.clone() };
             Ok(CreateApiTokenResponse { api_token: Some(api_token), access_token })
         });
         Ok(response.await?.into())
@@ -192,15 +194,15 @@ impl AuthService for Api {
         check.done()?;
 
         let owner = if caller.is_admin() { None } else { Some(caller.user_id) };
-        let mut was_valid = false;
+        let was_valid = AtomicBool::new(false);
         let response = self.db.mutate_by_statement(caller.user_id, options, async |conn| {
             let (api_token, was_revoked_now) = tokens::revoke_api_token(conn, id, owner, by).await?;
-            was_valid = was_revoked_now;
+            was_valid.store(was_revoked_now, Ordering::Relaxed);
             Ok(api_token)
         });
         let response = response.await;
         // Also after an error: the commit may have taken place.
-        if (was_valid || response.is_err()) && !options.validate_only {
+        if (was_valid.into_inner() || response.is_err()) && !options.validate_only {
             self.auth.forget_tokens();
         }
         Ok(response?.into())

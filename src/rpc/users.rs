@@ -141,22 +141,20 @@ impl UserService for Api {
         check.done()?;
 
         let password_hash = self.auth.hash_password(&new_password).await?;
-        let mut is_retry = true;
-        let response = self.db.mutate(caller.user_id, options, async |tx| {
-            is_retry = false;
+        let mutated = self.db.mutate_or_find(caller.user_id, options, async |tx| {
             users::reset_password(tx, user_id, &password_hash, By::user(caller.user_id, address)).await?;
             Ok(ResetPasswordResponse {})
         });
-        let response = response.await;
+        let mutated = mutated.await;
         // Also after an error: the outcome of a commit can be unknown.
         if !options.validate_only {
             self.auth.forget_tokens();
         }
-        let response = response?;
-        if is_retry {
+        let mutated = mutated?;
+        if mutated.is_retry {
             self.check_retried_password(&caller, user_id, options, &new_password, address).await?;
         }
-        Ok(response.into())
+        Ok(mutated.response.into())
     }
 
     async fn list_audit_events(&self, request: Request<ListAuditEventsRequest>) -> RpcResult<ListAuditEventsResponse> {

@@ -2,6 +2,7 @@
 
 mod connections;
 mod deadlines;
+mod lock_waits;
 mod read_only;
 mod shutdown;
 

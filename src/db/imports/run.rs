@@ -124,7 +124,8 @@ impl ImportRun {
             match self.try_write_batch(batch).await {
                 // A concurrent call took an external id or deleted a label after the lookup, or caused a deadlock.
                 Err(error)
-                    if error.constraint().is_some() || matches!(error, Error::Aborted { .. } | Error::Conflict(_)) =>
+                    if error.constraint().is_some()
+                        || matches!(error, Error::Aborted { .. } | Error::LockTimeout | Error::Conflict(_)) =>
                 {
                     if self.spec.is_single_transaction() || attempt == BATCH_ATTEMPTS_MAX {
                         break;
