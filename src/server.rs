@@ -20,10 +20,11 @@ use crate::{
         batchers::Batchers,
         idempotency::prune_requests,
         imports::{prune_import_errors, prune_imports},
+        labels::resume_deletion,
         response_budget::prune_response_budgets,
         tokens::prune_tokens,
     },
-    error::Result,
+    error::{Error, Result},
     fairness::FairSemaphore,
     middleware::{
         RequestLimits,
@@ -59,6 +60,8 @@ const READS_SERVICE: &str = "issuetracker.reads";
 const WRITES_SERVICE: &str = "issuetracker.writes";
 /// How often expired rows are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(300);
+/// How often interrupted deletions of labels are looked for.
+const RESUME_INTERVAL: Duration = Duration::from_secs(30);
 /// The pause between two statements that delete expired rows: leaves the database to the calls.
 const PRUNE_PAUSE: Duration = Duration::from_millis(200);
 
@@ -105,7 +108,8 @@ pub async fn run(
         tokio::select! {
             () = shutdown => {}
             () = report_database_health(db.clone(), health.clone()) => {}
-            () = prune(db) => {}
+            () = prune(db.clone()) => {}
+            () = resume_label_deletions(db) => {}
         }
     };
     let stopped = async {
@@ -267,6 +271,26 @@ async fn prune(db: Db) {
             if let Err(error) = pruned {
                 tracing::warn!(code = ?error.code(), what, "pruning failed");
             }
+        }
+    }
+}
+
+/// Completes deletions of labels that were interrupted, by this replica or another one.
+async fn resume_label_deletions(db: Db) {
+    let mut interval = tokio::time::interval(RESUME_INTERVAL);
+    loop {
+        interval.tick().await;
+        if db.watch_health().wait_for(|health| health.writes).await.is_err() {
+            return;
+        }
+        let resumed = async {
+            while let Some(label_id) = resume_deletion(&db).await? {
+                tracing::info!(label.id = %label_id, "label deletion resumed");
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = resumed.await {
+            tracing::warn!(code = ?error.code(), "label deletion failed");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Idempotency keys: the response of a mutation is stored in the transaction of the mutation, so that a retry with the same
 //! key returns the same response and writes nothing.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, convert::Infallible};
 
 use prost::Message;
 use uuid::Uuid;
@@ -53,6 +53,14 @@ pub struct Mutated<R> {
     pub is_retry: bool,
 }
 
+/// What a transaction of a mutation has done.
+pub enum Step<R, S> {
+    /// Executed the rest of the mutation.
+    Done(R),
+    /// Executed a part of it. Another transaction is to continue from this state.
+    Continue(S),
+}
+
 impl Db {
     /// Executes a mutation in a transaction, and returns its response.
     ///
@@ -78,6 +86,20 @@ impl Db {
         options: MutationOptions,
         work: impl AsyncFnOnce(&Tx) -> Result<R> + Clone,
     ) -> Result<Mutated<R>> {
+        let work = async |tx: &Tx| Ok(Step::<R, Infallible>::Done(work.clone()(tx).await?));
+        let Step::Done(mutated) = self.mutate_step(caller_id, options, work).await?;
+        Ok(mutated)
+    }
+
+    /// As [`Db::mutate_or_find`], for one transaction of a mutation that needs several. Only the last one stores the response.
+    ///
+    /// Each of them looks up the response first, because another call with the key may have executed the last one.
+    pub async fn mutate_step<R: Message + Default, S>(
+        &self,
+        caller_id: Uuid,
+        options: MutationOptions,
+        work: impl AsyncFnOnce(&Tx) -> Result<Step<R, S>> + Clone,
+    ) -> Result<Step<Mutated<R>, S>> {
         let db = self.for_flow(Flow::User(caller_id));
         let mut lock_wait = LockWait::Brief;
         loop {
@@ -88,22 +110,26 @@ impl Db {
         }
     }
 
-    async fn try_mutate<R: Message + Default>(
+    async fn try_mutate<R: Message + Default, S>(
         &self,
         caller_id: Uuid,
         options: MutationOptions,
-        work: impl AsyncFnOnce(&Tx) -> Result<R>,
+        work: impl AsyncFnOnce(&Tx) -> Result<Step<R, S>>,
         lock_wait: LockWait,
-    ) -> Result<Mutated<R>> {
+    ) -> Result<Step<Mutated<R>, S>> {
         let tx = self.begin_mutation(lock_wait).await?;
         if let Some(key) = options.key
             && let Some(stored) = find_response(&tx, caller_id, key, options.validate_only).await?
         {
             let response = R::decode(&*stored).map_err(|_| Error::Internal("a stored response cannot be decoded"))?;
-            return Ok(Mutated { response, is_retry: true });
+            return Ok(Step::Done(Mutated { response, is_retry: true }));
         }
         let response = match work(&tx).await {
-            Ok(response) => response,
+            Ok(Step::Done(response)) => response,
+            Ok(Step::Continue(state)) => {
+                tx.commit().await.map_err(|error| options.explain(error))?;
+                return Ok(Step::Continue(state));
+            }
             Err(error) => {
                 // The error of the work matters to the caller, whatever happens to the rollback.
                 let _ = tx.rollback().await;
@@ -112,7 +138,7 @@ impl Db {
         };
         if options.validate_only {
             tx.rollback().await?;
-            return Ok(Mutated { response, is_retry: false });
+            return Ok(Step::Done(Mutated { response, is_retry: false }));
         }
         let stored = options.key.map(|key| StoredResponse { caller_id, key, response: response.encode_to_vec() });
         let budget_bytes = self.storage_limits().response_bytes_per_user_max;
@@ -122,7 +148,7 @@ impl Db {
             return Err(error);
         }
         commit_with_responses(tx, stored.as_slice()).await.map_err(|error| options.explain(error))?;
-        Ok(Mutated { response, is_retry: false })
+        Ok(Step::Done(Mutated { response, is_retry: false }))
     }
 
     /// As [`Db::mutate`], for `work` that executes exactly one statement. Without key and dry run the statement is its own
@@ -187,7 +213,8 @@ async fn lock_key(db: &Conn, caller_id: Uuid, request_id: Uuid) -> Result<()> {
     db.execute(LOCK_KEY, &[&caller_id, &request_id]).await.map(drop)
 }
 
-async fn stored_response(db: &Conn, caller_id: Uuid, key: IdempotencyKey) -> Result<Option<Vec<u8>>> {
+/// Returns the stored response of a key, or `None` if there is none.
+pub(super) async fn stored_response(db: &Conn, caller_id: Uuid, key: IdempotencyKey) -> Result<Option<Vec<u8>>> {
     let Some(row) = db.query_opt(STORED_RESPONSE, &[&caller_id, &key.request_id]).await? else { return Ok(None) };
     if row.get::<_, &[u8]>("fingerprint") != key.fingerprint {
         return Err(request_id_reused(key.request_id));
@@ -274,6 +301,15 @@ pub(super) async fn commit_with_responses(tx: Tx, stored: &[StoredResponse]) -> 
             Error::Conflict("another call with the same request id was committed concurrently")
         })
     })
+}
+
+/// Stores the response of a mutation that another call has begun and this one ends, in the transaction that ends it.
+pub(super) async fn store_response_of_other_call(tx: &Tx, stored: &StoredResponse) -> Result<()> {
+    // Nothing reserves the key until then: a call with another payload may have used it.
+    const SQL: &str = "-- store_response_of_other_call
+        INSERT INTO requests (caller_id, request_id, fingerprint, reply) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING";
+    let StoredResponse { caller_id, key, response } = stored;
+    tx.execute(SQL, &[caller_id, &key.request_id, &&key.fingerprint[..], response]).await.map(drop)
 }
 
 /// Deletes up to [`PRUNE_BATCH_ROWS`] stored responses that are older than [`RESPONSES_STORED_HOURS`]. Returns how many.

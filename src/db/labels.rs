@@ -1,10 +1,15 @@
 //! Labels, and which issues carry them.
+//!
+//! A label that is being deleted counts as missing, except that its name is taken: see `deletion`.
+
+mod deletion;
 
 use std::collections::HashSet;
 
 use tokio_postgres::Row;
 use uuid::Uuid;
 
+pub use self::deletion::{delete, resume_deletion};
 use super::{
     conn::{Conn, Params},
     page::{Page, PageBounds},
@@ -68,60 +73,19 @@ fn name_taken(error: Error, name: &str) -> Error {
 pub async fn list(db: &Conn, after: Option<&str>, limit: i64, bounds: PageBounds) -> Result<Page<Label>> {
     const SQL: &str = "-- list_labels
         SELECT id, name, description FROM labels
-        WHERE $1::text IS NULL OR lower(name) > lower($1) ORDER BY lower(name) LIMIT $2";
+        WHERE delete_actor_id IS NULL AND ($1::text IS NULL OR lower(name) > lower($1)) ORDER BY lower(name) LIMIT $2";
     db.query_page(SQL, &[&after, &limit], bounds, |row| Ok(from_row(row)), prost::Message::encoded_len).await
 }
 
 /// Changes the given values. `NotFound` names `label.id`, `AlreadyExists` `label.name`.
 pub async fn update(db: &Conn, id: Uuid, name: Option<&str>, description: Option<&str>) -> Result<Label> {
     const SQL: &str = "-- update_label
-        UPDATE labels SET name = coalesce($2, name), description = coalesce($3, description) WHERE id = $1
+        UPDATE labels SET name = coalesce($2, name), description = coalesce($3, description)
+        WHERE id = $1 AND delete_actor_id IS NULL
         RETURNING id, name, description";
     let row = db.query_opt(SQL, &[&id, &name, &description]).await;
     let row = row.map_err(|error| name_taken(error, name.unwrap_or_default()))?;
     row.map(|row| from_row(&row)).ok_or_else(|| Error::not_found("label", "label.id", id))
-}
-
-/// Deletes a label, and with `force` removes it from the issues that carry it. Returns how many these were.
-///
-/// Takes more than one statement: call it in a transaction.
-pub async fn delete(db: &Conn, id: Uuid, actor_id: Uuid, force: bool) -> Result<i64> {
-    // From here on, no other transaction adds the label to an issue.
-    const LOCK_LABEL: &str = "-- lock_label\nSELECT name FROM labels WHERE id = $1 FOR UPDATE";
-    const COUNT_ISSUES: &str = "-- count_issues_of_label
-        SELECT count(*) AS issue_count FROM issue_labels WHERE label_id = $1";
-    // In the order in which all statements lock issues.
-    const LOCK_ISSUES: &str = "-- lock_issues_of_label
-        SELECT count(*) FROM (
-            SELECT FROM issues WHERE id IN (SELECT issue_id FROM issue_labels WHERE label_id = $1)
-            ORDER BY id FOR NO KEY UPDATE) locked";
-    const REMOVE_FROM_ISSUES: &str = "-- remove_label_from_issues
-        WITH removed AS (
-            DELETE FROM issue_labels WHERE label_id = $1 RETURNING issue_id
-        ), changed AS (
-            UPDATE issues issue SET change_actor_id = $2 FROM removed WHERE issue.id = removed.issue_id
-            RETURNING issue.id, issue.version
-        )
-        SELECT insert_label_events($2, array_agg(id), array_agg(version), /* removed */ array_agg($1::uuid), /* added */ NULL)
-        FROM changed";
-    const DELETE_LABEL: &str = "-- delete_label\nDELETE FROM labels WHERE id = $1";
-
-    let row = db.query_opt(LOCK_LABEL, &[&id]).await?;
-    let name: String = row.map(|row| row.get("name")).ok_or_else(|| Error::not_found("label", "id", id))?;
-    let count: i64 = db.query_one(COUNT_ISSUES, &[&id]).await?.get("issue_count");
-    if count > 0 {
-        if !force {
-            return Err(Error::precondition(
-                "LABEL_IN_USE",
-                "id",
-                format!("{count} issues carry label \"{name}\"; set force to remove it from them"),
-            ));
-        }
-        db.query_one(LOCK_ISSUES, &[&id]).await?;
-        db.execute(REMOVE_FROM_ISSUES, &[&id, &actor_id]).await?;
-    }
-    db.execute(DELETE_LABEL, &[&id]).await?;
-    Ok(count)
 }
 
 /// What [`change_issue_labels`] does with the given labels.
@@ -144,7 +108,8 @@ pub async fn change_issue_labels(
     change: LabelChange,
     label_ids: &[Uuid],
 ) -> Result<()> {
-    const LOCK_LABELS: &str = "-- lock_labels\nSELECT id FROM labels WHERE id = ANY($1) ORDER BY id FOR KEY SHARE";
+    const LOCK_LABELS: &str = "-- lock_labels
+        SELECT id FROM labels WHERE id = ANY($1) AND delete_actor_id IS NULL ORDER BY id FOR KEY SHARE";
     const LOCK_ISSUE: &str = "-- lock_issue
         SELECT version, delete_time IS NOT NULL AS is_deleted FROM issues WHERE id = $1 FOR NO KEY UPDATE";
     // A statement of its own, after the lock: a statement that waits for a lock reads other rows as they were before.

@@ -96,11 +96,7 @@ impl LabelService for Api {
         let id = check.uuid("id", &request.id);
         check.done()?;
 
-        let response = self.db.mutate(caller.user_id, options, async |tx| {
-            let issue_count = labels::delete(tx, id, caller.user_id, request.force).await? as i32;
-            Ok(DeleteLabelResponse { issue_count })
-        });
-        Ok(response.await?.into())
+        Ok(labels::delete(&self.db, caller.user_id, options, id, request.force).await?.into())
     }
 
     async fn add_issue_labels(&self, request: Request<AddIssueLabelsRequest>) -> RpcResult<Issue> {

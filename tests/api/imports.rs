@@ -38,7 +38,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error};
+use crate::{
+    harness::{Client, Tracker, assert_error},
+    labels::deletion::mark,
+};
 
 /// A complete import: its options, its file and the chunks it is sent in.
 #[derive(Clone)]
@@ -541,4 +544,15 @@ async fn users_and_labels_created_between_two_imports_are_found() {
     let after = import(file).skip_invalid().by(&tracker.member).await.unwrap();
 
     assert_eq!(after.counts(), (ImportState::Committed, 1, 1, 0, 0));
+}
+
+#[tokio::test]
+async fn label_that_is_being_deleted_is_unknown_to_imports() {
+    let tracker = Tracker::start().await;
+    let label = tracker.member.label("bug").await;
+    mark(&tracker, &label.id, 0.0).await;
+
+    let imported = import("title,labels\na,bug\n").skip_invalid().by(&tracker.member).await.unwrap();
+
+    assert_eq!(imported.codes(), [(1, "UNKNOWN_LABEL")]);
 }

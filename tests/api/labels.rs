@@ -1,5 +1,7 @@
 //! `LabelService`.
 
+pub mod deletion;
+
 use issue_tracker::pb::{
     AddIssueLabelsRequest, CreateLabelRequest, DeleteIssueRequest, DeleteLabelRequest, Issue, Label, ListLabelsRequest,
     ListLabelsResponse, RemoveIssueLabelsRequest, ReplaceIssueLabelsRequest, UpdateIssueRequest, UpdateLabelRequest,

@@ -130,7 +130,8 @@ async fn look_up_users(db: &Conn, cache: &mut HashMap<String, Option<Uuid>>, nam
 async fn look_up_labels(db: &Conn, cache: &mut HashMap<String, Option<Uuid>>, names: HashSet<&str>) -> Result<()> {
     const SQL: &str = "-- import_labels
         SELECT n.name, l.id
-        FROM unnest($1::text[]) AS n (name) JOIN labels l ON lower(l.name) = lower(n.name)";
+        FROM unnest($1::text[]) AS n (name) JOIN labels l ON lower(l.name) = lower(n.name)
+        WHERE l.delete_actor_id IS NULL";
     look_up(db, SQL, cache, names).await
 }
 

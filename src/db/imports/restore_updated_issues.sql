@@ -1,6 +1,6 @@
 -- restore_updated_issues
--- Restores issues that an import has updated and that have not changed since. A label that was deleted since cannot be
--- restored. An issue without any other difference stays unchanged.
+-- Restores issues that an import has updated and that have not changed since. A label that was deleted since, or is being
+-- deleted, cannot be restored. An issue without any other difference stays unchanged.
 WITH previous AS MATERIALIZED (
     SELECT p.*
     FROM import_issues p JOIN issues i ON i.id = p.issue_id
@@ -14,6 +14,7 @@ WITH previous AS MATERIALIZED (
     INSERT INTO issue_labels (issue_id, label_id)
     SELECT p.issue_id, l.id
     FROM previous p CROSS JOIN unnest(p.label_ids) AS had (label_id) JOIN labels l ON l.id = had.label_id
+    WHERE l.delete_actor_id IS NULL
     ON CONFLICT DO NOTHING
     RETURNING issue_id, label_id
 ), label_changes AS (

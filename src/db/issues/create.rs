@@ -31,7 +31,7 @@ pub struct NewIssue {
 
 /// Creates issues, all or none, in one statement. Returns them in order.
 ///
-/// A missing assignee or label, or a taken external id, violates a constraint: [`explain_create`] explains the error.
+/// A missing assignee or label, or a taken external id, fails the call: [`explain_create`] explains the error.
 pub async fn create(db: &Conn, issues: &[NewIssue]) -> Result<Vec<Issue>> {
     // Returns only what is not known yet.
     const SQL: &str = "-- create_issues
@@ -56,7 +56,8 @@ pub async fn create(db: &Conn, issues: &[NewIssue]) -> Result<Vec<Issue>> {
             FROM unnest(/* issue_id */ $9::uuid[], /* label_id */ $10::uuid[]) AS new (issue_id, label_id)
         )
         SELECT id, version, create_time, close_time FROM created ORDER BY id";
-    // Read before the issues are created, so that nothing can fail afterwards. A missing label fails the statement.
+    // Read before the issues are created, so that nothing can fail afterwards. A label that is deleted meanwhile fails the
+    // statement.
     let labels = labels_by_name(db, issues).await?;
     // Ids of one process ascend: the order of ids is the order of the request.
     let ids: Vec<Uuid> = issues.iter().map(|_| Uuid::now_v7()).collect();
@@ -106,16 +107,23 @@ fn created(row: &Row, issue: &NewIssue, labels: &[(Uuid, Label)]) -> Issue {
     }
 }
 
-/// Returns the labels of the new issues, by name.
+/// Returns the labels of the new issues, by name. Fails with `NotFound` for a label that does not exist or is being deleted:
+/// the latter violates no constraint.
 async fn labels_by_name(db: &Conn, issues: &[NewIssue]) -> Result<Vec<(Uuid, Label)>> {
     const SQL: &str = "-- labels_by_name
-        SELECT id, name, description FROM labels WHERE id = ANY($1) ORDER BY lower(name)";
+        SELECT id, name, description FROM labels
+        WHERE id = ANY($1) AND delete_actor_id IS NULL ORDER BY lower(name)";
     let ids: Vec<Uuid> = issues.iter().flat_map(|issue| issue.label_ids.iter().copied()).collect();
     if ids.is_empty() {
         return Ok(Vec::new());
     }
     let label = |row: &Row| (row.get("id"), labels::from_row(row));
-    Ok(db.query(SQL, &[&ids]).await?.iter().map(label).collect())
+    let labels: Vec<(Uuid, Label)> = db.query(SQL, &[&ids]).await?.iter().map(label).collect();
+    let known: HashSet<Uuid> = labels.iter().map(|(id, _)| *id).collect();
+    match ids.iter().find(|id| !known.contains(id)) {
+        Some(missing) => Err(Error::not_found("label", "label_ids", missing)),
+        None => Ok(labels),
+    }
 }
 
 /// Explains an error of [`create`]: returns one that names everything that is missing or taken, by the fields of
@@ -125,6 +133,7 @@ async fn labels_by_name(db: &Conn, issues: &[NewIssue]) -> Result<Vec<(Uuid, Lab
 pub async fn explain_create(db: &Db, error: Error, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Error {
     match error.constraint() {
         Some("issues_assignee_id_fkey" | "issue_labels_label_id_fkey" | "issues_external_id_key") => {}
+        None if matches!(error, Error::NotFound(_)) => {}
         _ => return error,
     }
     let conflicts = match db.conn().await {
@@ -145,7 +154,7 @@ pub async fn explain_create(db: &Db, error: Error, issues: &[NewIssue], field: i
 /// Returns the missing assignees and labels and the taken external ids of new issues, in order.
 async fn find_conflicts(db: &Conn, issues: &[NewIssue], field: impl Fn(usize) -> String) -> Result<Vec<Resource>> {
     const USERS: &str = "-- known_users\nSELECT id FROM users WHERE id = ANY($1)";
-    const LABELS: &str = "-- known_labels\nSELECT id FROM labels WHERE id = ANY($1)";
+    const LABELS: &str = "-- known_labels\nSELECT id FROM labels WHERE id = ANY($1) AND delete_actor_id IS NULL";
     const EXTERNAL_IDS: &str = "-- taken_external_ids\nSELECT external_id FROM issues WHERE external_id = ANY($1)";
     let assignee_ids: Vec<Uuid> = issues.iter().filter_map(|issue| issue.assignee_id).collect();
     let label_ids: Vec<Uuid> = issues.iter().flat_map(|issue| issue.label_ids.iter().copied()).collect();

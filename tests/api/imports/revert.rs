@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     harness::{assert_invalid, error_metadata, limits},
+    labels::deletion::mark,
     lock_waiters,
 };
 
@@ -344,6 +345,19 @@ async fn revert_does_not_restore_deleted_labels() {
     commit(&tracker, import("title,external_id,labels\na,1,bug\n")).await;
     let id = commit(&tracker, import("external_id,labels\n1,ui\n").update()).await;
     tracker.member.labels().delete_label(DeleteLabelRequest { id: bug.id, ..Default::default() }).await.unwrap();
+
+    assert_eq!(counts(&revert(&tracker.member, &id, false).await.unwrap()), (0, 1, 0));
+    assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 0);
+}
+
+#[tokio::test]
+async fn revert_does_not_restore_labels_that_are_being_deleted() {
+    let tracker = Tracker::start().await;
+    let bug = tracker.member.label("bug").await;
+    tracker.member.label("ui").await;
+    commit(&tracker, import("title,external_id,labels\na,1,bug\n")).await;
+    let id = commit(&tracker, import("external_id,labels\n1,ui\n").update()).await;
+    mark(&tracker, &bug.id, 0.0).await;
 
     assert_eq!(counts(&revert(&tracker.member, &id, false).await.unwrap()), (0, 1, 0));
     assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 0);
