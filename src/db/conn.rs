@@ -148,7 +148,7 @@ impl Conn {
     /// Returns a sink for rows in the format of COPY.
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
-        self.client().copy_in(&statement).await.map_err(|error| self.explain(error.into()))
+        self.run(self.client().copy_in(&statement)).await
     }
 
     /// Commits the transaction that was begun with [`Conn::enqueue`]. If the connection is lost meanwhile, the outcome is
@@ -157,10 +157,16 @@ impl Conn {
         if self.client().is_closed() {
             return Err(Error::ConnectionLost);
         }
-        self.run(self.client().batch_execute("COMMIT")).await.map_err(Error::in_commit)
+        self.execute_command("COMMIT").await.map_err(Error::in_commit)
     }
 
-    /// Waits for the response of a statement.
+    /// Executes a command that is not prepared, such as ROLLBACK.
+    pub(super) async fn execute_command(&self, command: &str) -> Result<()> {
+        self.run(self.client().batch_execute(command)).await
+    }
+
+    /// Waits for the response of a statement, or for a part of it: a row, or room for rows of COPY. Whatever is not awaited
+    /// in this way is not ended when the database hangs.
     ///
     /// A caller that stops waiting (its deadline has passed, its client is gone) drops the future, and the statement
     /// stays counted as in flight until it has ended: see [`Conn::drop`].

@@ -55,7 +55,7 @@ impl Tx {
 
     /// Rolls back, and waits until the locks are released.
     pub async fn rollback(mut self) -> Result<()> {
-        self.conn.run(self.conn.client().batch_execute("ROLLBACK")).await?;
+        self.conn.execute_command("ROLLBACK").await?;
         self.open = false;
         Ok(())
     }

@@ -130,7 +130,7 @@ impl ImportRun {
                     if self.spec.is_single_transaction() || attempt == BATCH_ATTEMPTS_MAX {
                         break;
                     }
-                    self.conn.client().batch_execute("ROLLBACK").await?;
+                    self.conn.execute_command("ROLLBACK").await?;
                     self.references.clear();
                 }
                 written => return written,
@@ -203,7 +203,7 @@ impl ImportRun {
                 self.references.check_label_count(&self.conn, self.db.storage_limits().labels_max).await?;
                 self.conn.commit().await.map_err(Error::with_request_id)?;
             } else {
-                self.conn.client().batch_execute("ROLLBACK").await?;
+                self.conn.execute_command("ROLLBACK").await?;
             }
             if state == ImportState::Rejected && !spec.validate_only {
                 self.conn.enqueue("BEGIN")?;
@@ -219,7 +219,7 @@ impl ImportRun {
     /// Releases the lock and returns the connection to the pool. If that fails, the connection is closed, which releases
     /// the lock too.
     async fn release(self) {
-        if self.conn.client().batch_execute("SELECT pg_advisory_unlock_all()").await.is_ok() {
+        if self.conn.execute_command("SELECT pg_advisory_unlock_all()").await.is_ok() {
             self.conn.release();
         }
     }

@@ -62,9 +62,9 @@ async fn copy_issues(db: &Conn, spec: &ImportSpec, inserts: &[InsertRow<'_>]) ->
             &row.description,
             &row.external_id,
         ];
-        writer.as_mut().write(&values).await?;
+        db.run(writer.as_mut().write(&values)).await?;
     }
-    check_copied(writer.as_mut().finish().await?, inserts.len())
+    check_copied(db.run(writer.as_mut().finish()).await?, inserts.len())
 }
 
 async fn copy_labels(db: &Conn, inserts: &[InsertRow<'_>]) -> Result<()> {
@@ -77,10 +77,10 @@ async fn copy_labels(db: &Conn, inserts: &[InsertRow<'_>]) -> Result<()> {
     let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &[Type::UUID, Type::UUID]));
     for insert in inserts {
         for label_id in &insert.label_ids {
-            writer.as_mut().write(&[&insert.id, label_id]).await?;
+            db.run(writer.as_mut().write(&[&insert.id, label_id])).await?;
         }
     }
-    check_copied(writer.as_mut().finish().await?, count)
+    check_copied(db.run(writer.as_mut().finish()).await?, count)
 }
 
 fn check_copied(copied: u64, expected: usize) -> Result<()> {

@@ -54,13 +54,13 @@ impl ExportSession {
         let labels = LabelNames::load(&conn).await?;
         let statement = conn.statement(&sql).await?;
         let columns = ExportColumns::of(&statement)?;
-        let rows = Box::pin(conn.client().query_raw(&statement, params.iter().copied()).await?);
+        let rows = Box::pin(conn.run(conn.client().query_raw(&statement, params.iter().copied())).await?);
         Ok(Self { conn, labels, columns, rows, row: None, label_names: String::new() })
     }
 
     /// Returns the next row, or `None` at the end.
     pub async fn next(&mut self) -> Result<Option<ExportRow<'_>>> {
-        self.row = self.rows.try_next().await?;
+        self.row = self.conn.run(self.rows.try_next()).await?;
         let Some(row) = &self.row else { return Ok(None) };
         let columns = &self.columns;
         self.label_names.clear();
@@ -83,7 +83,7 @@ impl ExportSession {
 
     /// Returns the connection to the pool, after the last row.
     pub async fn finish(self) -> Result<()> {
-        self.conn.client().batch_execute("COMMIT").await?;
+        self.conn.execute_command("COMMIT").await?;
         self.conn.release();
         Ok(())
     }
