@@ -13,17 +13,25 @@ const IMPORTS_EXPIRED_MAX: i64 = 500;
 /// The maximum number of imports whose errors a statement removes.
 const IMPORTS_CLEARED_MAX: i64 = 20;
 
-/// Removes row errors of the user's older imports while the user has more than `errors_max` of them. Removes those of at most
-/// [`IMPORTS_CLEARED_MAX`] imports, so that a backlog does not fail the call.
+/// Removes row errors of the user's older imports while the user has more than `errors_max` of them. Those of imports in
+/// progress count first and are kept. Clears at most [`IMPORTS_CLEARED_MAX`] imports, so that a backlog does not fail the call.
 pub(super) async fn evict_import_errors(db: &Conn, caller_id: Uuid, errors_max: i64) -> Result<()> {
     const SQL: &str = "-- evict_import_errors
-        WITH stored AS (
-            SELECT id, sum(stored_error_count) OVER (ORDER BY create_time DESC, id DESC) AS newer_error_count
+        WITH stored AS MATERIALIZED (
+            SELECT id, create_time, stored_error_count, hashtextextended('import ' || id::text, 0) IN (
+                    SELECT l.classid::int8 << 32 | l.objid::int8
+                    FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                    WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+                ) AS is_running
             FROM imports
             WHERE caller_id = /* caller_id */ $1 AND stored_error_count > 0
+        ), counted AS (
+            SELECT id, is_running,
+                sum(stored_error_count) OVER (ORDER BY is_running DESC, create_time DESC, id DESC) AS error_count
+            FROM stored
         ), evicted AS MATERIALIZED (
             SELECT id FROM imports
-            WHERE id IN (SELECT id FROM stored WHERE newer_error_count > /* errors_max */ $2)
+            WHERE id IN (SELECT id FROM counted WHERE NOT is_running AND error_count > /* errors_max */ $2)
             ORDER BY create_time
             LIMIT /* imports_max */ $3
             FOR NO KEY UPDATE SKIP LOCKED
@@ -65,11 +73,12 @@ pub async fn prune_imports(db: &Conn, days: i32) -> Result<u64> {
             SELECT id FROM imports
             WHERE coalesce(revert_time, finish_time, create_time) < now() - make_interval(days => $1)
             LIMIT $2
+        ), locked AS MATERIALIZED (
+            SELECT id FROM old WHERE pg_try_advisory_xact_lock(hashtextextended('import ' || id::text, 0))
         ), expired AS (
-            DELETE FROM imports i USING old
-            WHERE i.id = old.id
+            DELETE FROM imports i USING locked
+            WHERE i.id = locked.id
                 AND coalesce(i.revert_time, i.finish_time, i.create_time) < now() - make_interval(days => $1)
-                AND pg_try_advisory_xact_lock(hashtextextended('import ' || i.id::text, 0))
             RETURNING i.id
         )
         INSERT INTO expired_imports (import_id) SELECT id FROM expired";

@@ -84,7 +84,7 @@ impl ImportRun {
         }
         run.default_assignee_id = run.find_default_assignee().await?;
         if !spec.validate_only {
-            evict_import_errors(&run.conn, spec.caller_id, db.storage_limits().import_errors_per_user_max).await?;
+            run.evict_errors().await?;
             match run.header {
                 Some(_) => state::resume(&run.conn, &spec).await?,
                 None => state::start(&run.conn, &spec).await?,
@@ -211,9 +211,18 @@ impl ImportRun {
                 self.conn.commit().await.map_err(Error::with_request_id)?;
             }
         }
+        if checkpoint.error_count > 0 && !spec.validate_only {
+            // The import has ended, whether this succeeds or not. The user's next import does it again.
+            let _ = self.evict_errors().await;
+        }
         let summary = spec.summary(checkpoint, state);
         self.release().await;
         Ok(summary)
+    }
+
+    async fn evict_errors(&self) -> Result<()> {
+        let errors_max = self.db.storage_limits().import_errors_per_user_max;
+        evict_import_errors(&self.conn, self.spec.caller_id, errors_max).await
     }
 
     /// Releases the lock and returns the connection to the pool. If that fails, the connection is closed, which releases

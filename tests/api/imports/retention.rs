@@ -86,6 +86,21 @@ async fn interrupted_import_is_removed_after_the_retention() {
     assert_eq!(stored(&tracker).await, [0, 0, 0, 0]);
 }
 
+/// PostgreSQL has room for about 20,000 locks.
+#[tokio::test]
+async fn removal_of_many_imports_locks_only_those_that_it_removes() {
+    let tracker = Tracker::start().await;
+    let fill = "INSERT INTO imports (id, caller_id, mode, create_time, committed_offset, row_count, created_count,
+            rejected_count, error_count)
+        SELECT gen_random_uuid(), $1, 1, now() - interval '1 year', 0, 0, 0, 0, 0 FROM generate_series(1, 50000)";
+    tracker.sql(fill, &[&tracker.member.user.id.parse::<Uuid>().unwrap()]).await;
+    tracker.sql("ANALYZE imports", &[]).await;
+
+    prune_imports(&tracker.db.conn().await.unwrap(), IMPORT_DAYS).await.unwrap();
+
+    assert_eq!(tracker.count("SELECT count(*) FROM imports").await, 49_500);
+}
+
 #[tokio::test]
 async fn import_can_be_reverted_until_the_retention_ends() {
     let tracker = Tracker::start().await;
@@ -163,8 +178,9 @@ async fn row_errors_of_older_imports_are_removed_beyond_the_limit_of_the_user() 
         ids.push(invalid(rows).by(&tracker.member).await.unwrap().summary.import_id);
     }
     let errors = async |client: &Client, id: &str| stored_errors(client, id).await.len();
-    // Two errors per row: 14,000 now, and the next import removes those of the first two imports.
-    assert_eq!(errors(&tracker.member, &ids[1]).await, 8_000);
+    // Two errors per row: the third import exceeds the limit, which removes those of the first two imports.
+    assert_eq!(errors(&tracker.member, &ids[1]).await, 0);
+    assert_eq!(errors(&tracker.member, &ids[2]).await, 4_000);
 
     let last = invalid(10).skip_invalid().by(&tracker.member).await.unwrap().summary.import_id;
 
@@ -174,6 +190,28 @@ async fn row_errors_of_older_imports_are_removed_beyond_the_limit_of_the_user() 
     assert_eq!(errors(&tracker.member, &last).await, 20);
     assert_eq!(errors(&tracker.admin, &other).await, 2_000, "another user's");
     assert_eq!(stored(&tracker).await, [5, 6_020, 0, 0]);
+}
+
+#[tokio::test]
+async fn row_errors_of_an_import_in_progress_are_kept_and_count_first() {
+    let tracker = Tracker::start_with(limits(&["--import-errors", "10000"])).await;
+    let options = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..ImportOptions::default() };
+    let mut running = open(&tracker.member, options).await;
+    // A batch has 5,000 rows.
+    let file = format!("title,priority\n{}{}", ",x\n".repeat(2_000), "valid,\n".repeat(3_001));
+    running.requests.send(chunk(0, file)).await.unwrap();
+    tracker.wait_until("SELECT count(*) = 4000 FROM import_errors").await;
+    let older = invalid(3_000).by(&tracker.member).await.unwrap().summary.import_id;
+    assert_eq!(stored_errors(&tracker.member, &older).await.len(), 6_000);
+
+    let newer = invalid(2_000).by(&tracker.member).await.unwrap().summary.import_id;
+
+    let errors = async |id: &str| stored_errors(&tracker.member, id).await.len();
+    assert_eq!(errors(&running.first.import_id).await, 4_000);
+    assert_eq!(errors(&older).await, 0);
+    assert_eq!(errors(&newer).await, 4_000);
+    drop(running.requests);
+    while running.responses.message().await.unwrap().is_some() {}
 }
 
 #[tokio::test]
