@@ -2,6 +2,7 @@
 
 use std::{convert::Infallible, future::Future, sync::Arc, time::Duration};
 
+use anyhow::anyhow;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
@@ -65,12 +66,15 @@ const RESUME_INTERVAL: Duration = Duration::from_secs(30);
 /// The pause between two statements that delete expired rows: leaves the database to the calls.
 const PRUNE_PAUSE: Duration = Duration::from_millis(200);
 
+const PROBE_ENDED: &str = "the probe of the database has ended";
+
 /// Concurrent ImportIssues calls whose first message has not arrived. Each may take the memory of the largest message.
 const IMPORT_STARTS_MAX: u32 = 16;
 
 /// Serves until `shutdown` is ready.
 ///
 /// Then health reports NOT_SERVING, new calls are refused, streams end, and calls in flight have `limits.drain()` to finish.
+/// The same happens if the database is no longer probed, which is an error.
 pub async fn run(
     listener: impl Into<Listener>,
     db: Db,
@@ -105,29 +109,31 @@ pub async fn run(
     let trackers = ConnectionTrackers::default();
     let serve = listener::serve(listener.into(), service, limits.connections(), stopping.clone(), trackers.clone());
     let until_shutdown = async {
+        // The receivers of health outlive this: the probe has panicked if it has ended. Its health would be outdated.
         tokio::select! {
-            () = shutdown => {}
-            () = report_database_health(db.clone(), health.clone()) => {}
-            () = prune(db.clone()) => {}
-            () = resume_label_deletions(db) => {}
+            () = shutdown => Ok(()),
+            () = report_database_health(db.clone(), health.clone()) => Err(anyhow!(PROBE_ENDED)),
+            () = prune(db.clone()) => Err(anyhow!(PROBE_ENDED)),
+            () = resume_label_deletions(db) => Err(anyhow!(PROBE_ENDED)),
         }
     };
     let stopped = async {
-        until_shutdown.await;
+        let result = until_shutdown.await;
         set_health(&health, ServingStatus::NotServing, ServingStatus::NotServing).await;
         tracing::info!(drain_seconds = limits.drain().as_secs(), "shutdown began");
         stopping.cancel();
         if !trackers.drain(limits.drain()).await {
             tracing::warn!("shutdown interrupted calls in flight");
         }
+        result
     };
     // Clients that connect during the drain receive STOPPING.
-    tokio::select! {
+    let result = tokio::select! {
         never = serve => match never {},
-        () = stopped => {}
-    }
+        result = stopped => result,
+    };
     trackers.close().await;
-    Ok(())
+    result
 }
 
 /// Returns the services behind all layers, from the outside in. [`crate::middleware`] says why in this order.

@@ -1,6 +1,12 @@
 //! Graceful shutdown.
 
-use issue_tracker::pb::ListIssuesRequest;
+use issue_tracker::{
+    db::{Db, PoolOptions},
+    pb::ListIssuesRequest,
+    server,
+};
+use tokio::net::TcpListener;
+use tokio_postgres::Config;
 use tonic::transport::Endpoint;
 
 use super::{connections::H2Client, *};
@@ -50,4 +56,19 @@ async fn calls_still_in_flight_after_drain_seconds_are_abandoned() {
     tracker.wait_until_stopped().await;
     let blocked = lock.0.query_one(lock_waiters!("= 1"), &[]).await.unwrap();
     assert!(blocked.get::<_, bool>(0), "the server stopped while the call was still blocked");
+}
+
+#[tokio::test]
+async fn server_fails_when_the_database_is_no_longer_probed() {
+    // The probe ends with the runtime that it was started in.
+    let db = std::thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { Db::new(Config::new(), PoolOptions::SMALL) })
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+
+    let limits = limits(&[]);
+    let served = server::run(listener, db.join().unwrap(), &limits, std::future::pending());
+
+    served.await.unwrap_err();
 }
