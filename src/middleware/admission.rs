@@ -168,7 +168,7 @@ where
 }
 
 /// Returns the flow of a request: its caller, or the client that has not been authenticated.
-pub(super) fn flow(extensions: &Extensions) -> Flow {
+pub fn flow(extensions: &Extensions) -> Flow {
     match (extensions.get::<Caller>(), extensions.get::<ClientAddress>()) {
         (Some(caller), _) => caller.flow(),
         (None, Some(client)) => Flow::Address(client.network()),

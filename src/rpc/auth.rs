@@ -15,7 +15,7 @@ use crate::{
     auth::throttle::{Account, Attempt},
     auth::{Caller, Lane, check_password, new_token},
     db::{
-        Conn,
+        Conn, Db,
         audit::{self, By},
         idempotency::{MutationOptions, request_id_reused},
         tokens::{self, NewSession},
@@ -23,6 +23,7 @@ use crate::{
     },
     error::{Error, Result},
     fairness::Flow,
+    middleware::admission::flow,
     pb::{
         ApiToken, ChangePasswordRequest, ChangePasswordResponse, CreateApiTokenRequest, CreateApiTokenResponse,
         ListApiTokensRequest, ListApiTokensResponse, LoginRequest, LoginResponse, LogoutRequest, LogoutResponse,
@@ -41,22 +42,24 @@ mutation! {
 impl AuthService for Api {
     async fn login(&self, request: Request<LoginRequest>) -> RpcResult<LoginResponse> {
         let address = client_address(&request);
+        // Look-ups of tokens go first: a client that signs in again and again must not delay calls of others.
+        let db = self.auth.db().for_flow(flow(request.extensions()));
         let LoginRequest { username, password, validate_only } = request.into_inner();
         let password = password.into();
         let mut attempt = self.login_limits.begin(Account::Username(&username), address)?;
         let by = By::unauthenticated(address);
         let lane = if attempt.is_recognized() { Lane::Recognized } else { Lane::Unrecognized };
-        match self.check_credentials(lane, &username, &password).await {
+        match self.check_credentials(&db, lane, &username, &password).await {
             Ok(CredentialCheck::Valid(credentials)) => {
                 attempt.succeeded();
                 if validate_only {
                     let user = Some(credentials.user);
                     return Ok(LoginResponse { user, ..LoginResponse::default() }.into());
                 }
-                self.open_session(credentials, by).await
+                self.open_session(&db, credentials, by).await
             }
             Ok(CredentialCheck::Invalid(user_id)) => {
-                audit::login_failed(&self.auth.db().autocommit_conn().await?, user_id, by).await?;
+                audit::login_failed(&db.autocommit_conn().await?, user_id, by).await?;
                 Err(wrong_credentials().into())
             }
             Err(error) => {
@@ -238,7 +241,8 @@ impl Api {
             }
             Ok(false) => {
                 let by = By::user(caller.user_id, address);
-                audit::login_failed(&self.auth.db().autocommit_conn().await?, Some(user_id), by).await?;
+                let db = self.auth.db().for_flow(caller.flow());
+                audit::login_failed(&db.autocommit_conn().await?, Some(user_id), by).await?;
                 Ok(None)
             }
             Err(error) => {
@@ -266,13 +270,19 @@ impl Api {
         }
     }
 
-    async fn check_credentials(&self, lane: Lane, username: &str, password: &SecretString) -> Result<CredentialCheck> {
+    async fn check_credentials(
+        &self,
+        db: &Db,
+        lane: Lane,
+        username: &str,
+        password: &SecretString,
+    ) -> Result<CredentialCheck> {
         // Malformed credentials fail as wrong ones do: the error must not reveal what valid ones look like. The connection is
         // returned to the pool before the password is checked.
         let credentials = match username.contains('\0') || !username.is_ascii() {
             // Usernames are ASCII. The database lower-cases some other letters to ASCII ones.
             true => None,
-            false => users::find_credentials(&self.auth.db().conn().await?, username).await?,
+            false => users::find_credentials(&db.conn().await?, username).await?,
         };
         let hash = credentials.as_ref().map(|credentials| &credentials.password_hash);
         let verified = self.auth.verify_password(lane, password, hash).await?;
@@ -282,10 +292,10 @@ impl Api {
         })
     }
 
-    async fn open_session(&self, credentials: Credentials, by: By) -> RpcResult<LoginResponse> {
+    async fn open_session(&self, db: &Db, credentials: Credentials, by: By) -> RpcResult<LoginResponse> {
         let Credentials { user, user_id, password_hash } = credentials;
         let (access_token, sha256) = new_token().map_err(|_| Error::Internal("no random bytes"))?;
-        let db = self.auth.db().autocommit_conn().await?;
+        let db = db.autocommit_conn().await?;
         let session = NewSession { user_id, password_hash: &password_hash, sha256: &sha256, hours: self.session_hours };
         let Some(expire_time) = tokens::create_session(&db, session, by).await? else {
             audit::login_failed(&db, Some(user_id), by).await?;

@@ -138,6 +138,28 @@ async fn reset_look_ups_close_no_database_connections() {
 }
 
 #[tokio::test]
+async fn logins_that_wait_for_the_database_leave_a_connection_to_look_ups() {
+    let tracker = Tracker::start_with(limits(&["--pool-wait-ms", "1000"])).await;
+    // New tokens wait, look-ups do not.
+    let lock = tracker.session().await;
+    lock.batch_execute("BEGIN; LOCK TABLE tokens IN SHARE MODE").await.unwrap();
+    let logins = ["member", "viewer"].map(|username| {
+        let mut client = Tracker::client_on(tracker.channel.clone(), "").auth();
+        let request = LoginRequest { username: username.into(), password: PASSWORD.into(), validate_only: false };
+        tokio::spawn(async move { client.login(request).await.map(drop) })
+    });
+    let both_wait = concat!(lock_waiters!("= 2"), " AND query LIKE '-- create_session%'");
+    tracker.wait_until(both_wait).await;
+
+    assert_unauthenticated(who_am_i(&tracker.client_with_token(Some(&random_token()))).await);
+
+    lock.batch_execute("COMMIT").await.unwrap();
+    for login in logins {
+        login.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn tokens_in_one_batch_each_have_their_own_outcome() {
     let tracker = Tracker::start().await;
     let mut users = Vec::new();
