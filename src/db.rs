@@ -5,12 +5,15 @@
 
 mod activity;
 mod availability;
+mod cancellation;
 mod conn;
+mod dedicated_client;
 mod manager;
 mod page;
 mod pool;
 mod probe;
 mod session;
+mod timeouts;
 mod tls;
 mod transaction;
 

@@ -41,6 +41,8 @@ mod replay;
 mod replicas;
 #[path = "faults/shim.rs"]
 mod shim;
+#[path = "faults/silence.rs"]
+mod silence;
 #[path = "support"]
 mod support {
     pub mod bounds;

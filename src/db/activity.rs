@@ -5,7 +5,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::task::AbortHandle;
@@ -18,6 +18,8 @@ const SUSPECT_WAIT_MIN: Duration = Duration::from_secs(2);
 pub(super) struct SessionActivity {
     /// The process id of the backend.
     pub(super) pid: i32,
+    /// When the server of the backend started. It distinguishes the servers of a connection string with several hosts.
+    pub(super) server_start_time: SystemTime,
     /// The task that reads and writes the connection.
     connection: AbortHandle,
     /// Statements whose callers wait for the response now.
@@ -31,9 +33,10 @@ pub(super) struct SessionActivity {
 }
 
 impl SessionActivity {
-    pub(super) fn new(pid: i32, connection: AbortHandle, suspicion: u32) -> Self {
+    pub(super) fn new(pid: i32, server_start_time: SystemTime, connection: AbortHandle, suspicion: u32) -> Self {
         Self {
             pid,
+            server_start_time,
             connection,
             awaited: AtomicU32::new(0),
             responses: AtomicU32::new(0),

@@ -1,25 +1,20 @@
 //! A connection with its prepared statements.
 
-use std::{future::Future, ops::Deref, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{future::Future, ops::Deref, pin::pin, sync::Arc, task::Poll};
 
 use futures_util::TryStreamExt;
-use tokio::{
-    sync::oneshot,
-    time::{sleep, timeout},
-};
+use tokio::{sync::oneshot, time::sleep};
 use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
 
 use super::{
     manager::Manager,
     page::{Page, PageBounds},
+    session::ABANDONED_MAX,
 };
 use crate::{
     error::{Error, Result},
     fairness::FairPermit,
 };
-
-/// How long a statement may run on whose caller has stopped waiting.
-const ABANDONED_STATEMENT_MAX: Duration = Duration::from_millis(100);
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
 
@@ -211,7 +206,7 @@ impl Conn {
         tokio::spawn(async move {
             let abandoned = async {
                 sender.closed().await;
-                sleep(ABANDONED_STATEMENT_MAX).await;
+                sleep(ABANDONED_MAX).await;
             };
             let statement = tokio::select! {
                 statement = checkout.session.prepare(&sql) => statement,
@@ -246,8 +241,7 @@ impl Conn {
 }
 
 impl Drop for Conn {
-    /// Keeps a session whose statement was abandoned, if it ends soon: calls with short deadlines would otherwise cost a new
-    /// session each. If it does not, the session is closed and the statement cancelled.
+    /// Ends the statement that was abandoned, if any, before the session returns to the pool.
     fn drop(&mut self) {
         let session = &self.checkout.session;
         if session.has_statement_in_flight()
@@ -255,13 +249,7 @@ impl Drop for Conn {
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             let checkout = Arc::clone(&self.checkout);
-            runtime.spawn(async move {
-                // Sent after the statement, and after the ROLLBACK of its transaction.
-                let ended = checkout.session.client().batch_execute("");
-                if let Ok(Ok(())) = timeout(ABANDONED_STATEMENT_MAX, ended).await {
-                    checkout.session.end_all_statements();
-                }
-            });
+            runtime.spawn(async move { checkout.session.end_abandoned_statements().await });
         }
     }
 }

@@ -2,22 +2,27 @@
 
 use std::{error::Error as _, io, sync::Arc, time::Duration};
 
-use tokio::{task::AbortHandle, time::timeout};
+use tokio::time::timeout;
 use tokio_postgres::{Client, Config};
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{activity::SessionActivity, availability::Availability, session::Session, tls::Connector};
+use super::{
+    activity::SessionActivity, availability::Availability, cancellation::Canceller, dedicated_client::DedicatedClient,
+    session::Session, timeouts::CONNECT_TIMEOUT, tls::Connector,
+};
 use crate::{
     backoff::{Backoff, random},
     error::{Error, refusals::count_refused_connection},
 };
 
-/// Time allowed for a new connection, the TLS handshake and authentication included.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a database server may not acknowledge data before its connections count as lost.
-pub(super) const NETWORK_SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Time allowed for the first attempt. What is sent on a new connection can be lost; a busy server needs longer for one.
+const FIRST_ATTEMPT_MAX: Duration = Duration::from_secs(1);
 /// Maximum attempts to make a connection that closes before the server has responded.
 const CONNECT_ATTEMPTS_MAX: u32 = 3;
 const CONNECT_BACKOFF: Backoff = Backoff { first: Duration::from_millis(10), max: Duration::from_millis(100) };
+
+const BACKEND: &str = "-- backend
+    SELECT pg_backend_pid() AS pid, pg_postmaster_start_time() AS server_start_time";
 
 /// Opens connections for the pool, and detects broken ones.
 #[derive(Clone)]
@@ -38,23 +43,31 @@ impl Manager {
     }
 
     /// Opens a connection outside the pools.
-    pub(super) async fn connect_client(&self) -> Result<Client, tokio_postgres::Error> {
-        self.connect_with_handle().await.map(|(client, _)| client)
+    pub(super) async fn connect_dedicated(&self) -> Result<DedicatedClient, tokio_postgres::Error> {
+        let (client, connection) = self.connect_with_task().await?;
+        Ok(DedicatedClient::new(client, connection, self.canceller()))
     }
 
-    async fn connect_with_handle(&self) -> Result<(Client, AbortHandle), tokio_postgres::Error> {
+    fn canceller(&self) -> Canceller {
+        Canceller::new(Arc::clone(&self.config), self.connector.clone())
+    }
+
+    /// Returns the task of the connection, too. Without it, the connection of a client that is dropped would stay open until
+    /// the response of the last statement arrives.
+    async fn connect_with_task(&self) -> Result<(Client, AbortOnDropHandle<()>), tokio_postgres::Error> {
         let (client, connection) = self.config.connect(self.connector.clone()).await?;
         let connection = tokio::spawn(async move { drop(connection.await) });
-        Ok((client, connection.abort_handle()))
+        Ok((client, AbortOnDropHandle::new(connection)))
     }
 
     async fn connect_session(&self) -> Result<Session, tokio_postgres::Error> {
         // Read first: a session that connects while sessions are retired or become suspect may be one of them.
         let (generation, suspicion) = (self.availability.generation(), self.availability.suspicion());
-        let (client, connection) = self.connect_with_handle().await?;
-        let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
-        let activity = SessionActivity::new(pid, connection, suspicion);
-        Ok(Session::new(client, self.connector.clone(), activity, Arc::clone(&self.availability), generation))
+        let (client, connection) = self.connect_with_task().await?;
+        let backend = client.query_one(BACKEND, &[]).await?;
+        let (pid, server_start_time) = (backend.get("pid"), backend.get("server_start_time"));
+        let activity = SessionActivity::new(pid, server_start_time, connection.detach().abort_handle(), suspicion);
+        Ok(Session::new(client, self.canceller(), activity, Arc::clone(&self.availability), generation))
     }
 }
 
@@ -64,7 +77,11 @@ impl bb8::ManageConnection for Manager {
 
     async fn connect(&self) -> Result<Session, Error> {
         // The driver limits the time of the TCP connection only.
-        let connected = timeout(CONNECT_TIMEOUT, repeat_if_closed(|| self.connect_session())).await;
+        let connect = || repeat_if_closed(|| self.connect_session());
+        let connected = match timeout(FIRST_ATTEMPT_MAX, connect()).await {
+            Err(_) => timeout(CONNECT_TIMEOUT - FIRST_ATTEMPT_MAX, connect()).await,
+            connected => connected,
+        };
         let connected = connected.inspect_err(|_| self.availability.request_probe()).map_err(|_| Error::Unavailable)?;
         let session = connected.inspect_err(|error| {
             count_refused_connection(error);

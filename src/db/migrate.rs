@@ -4,11 +4,13 @@ use std::error::Error;
 
 use anyhow::{Context, anyhow, bail};
 use refinery::{Migration, Runner};
+use tokio::time::timeout;
 use tokio_postgres::{Client, error::SqlState};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     connection_string::ConnectionString,
-    manager::{CONNECT_TIMEOUT, NETWORK_SILENCE_MAX},
+    timeouts::{CONNECT_TIMEOUT, set_timeouts},
 };
 use crate::error::{is_unavailable, refusals::cause};
 
@@ -20,6 +22,7 @@ mod migrations {
 const MIGRATION_LOCK_KEY: i64 = 0x6973_7375_6574_7261;
 /// The oldest supported version of PostgreSQL.
 const SERVER_VERSION_MIN: i32 = 150_000;
+const CANNOT_CONNECT: &str = "cannot connect to the database";
 
 /// Applies the missing migrations. If none is missing, the role only needs to read.
 ///
@@ -32,6 +35,9 @@ pub async fn migrate(database: impl Into<ConnectionString>) -> anyhow::Result<()
 /// Returns the cause of a failed migration if the database was unavailable: it cannot be reached, refuses connections for
 /// now, or accepts no writes. Returns `None` if a retry fails in the same way.
 pub fn unavailability(error: &anyhow::Error) -> Option<String> {
+    if error.is::<NoResponse>() {
+        return Some("timeout".to_owned());
+    }
     let error = error.chain().find_map(|cause| cause.downcast_ref::<tokio_postgres::Error>())?;
     is_unavailable(error).then(|| cause(error))
 }
@@ -55,14 +61,34 @@ async fn with_client(
     database: ConnectionString,
     work: impl AsyncFnOnce(&mut Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let ConnectionString { mut config, connector } = database;
-    config.connect_timeout(CONNECT_TIMEOUT).tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
-    let (mut client, connection) = config.connect(connector).await.context("cannot connect to the database")?;
-    let connection = tokio::spawn(connection);
+    // The driver limits the time of the TCP connection only.
+    let connected = timeout(CONNECT_TIMEOUT, connect(database)).await.map_err(|_| NoResponse);
+    let (mut client, connection) = connected.context(CANNOT_CONNECT)??;
     let result = work(&mut client).await;
     drop(client);
     let _ = connection.await;
     result
+}
+
+/// The server did not respond in time, although it may have accepted the connection.
+#[derive(Debug, thiserror::Error)]
+#[error("the server does not respond")]
+struct NoResponse;
+
+/// The task that reads and writes a connection.
+type ConnectionTask = AbortOnDropHandle<Result<(), tokio_postgres::Error>>;
+
+/// Connects, and checks that the server responds and has a supported version.
+async fn connect(database: ConnectionString) -> anyhow::Result<(Client, ConnectionTask)> {
+    let ConnectionString { mut config, connector } = database;
+    set_timeouts(&mut config);
+    let (client, connection) = config.connect(connector).await.context(CANNOT_CONNECT)?;
+    let connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    let version: i32 = client.query_one("SELECT current_setting('server_version_num')::int4", &[]).await?.get(0);
+    if version < SERVER_VERSION_MIN {
+        bail!("the server is PostgreSQL {}; expected 15 or newer", version / 10_000);
+    }
+    Ok((client, connection))
 }
 
 /// Locks until the connection is closed.
@@ -74,10 +100,6 @@ async fn lock(client: &Client) -> anyhow::Result<()> {
 }
 
 async fn migrate_with(client: &mut Client) -> anyhow::Result<()> {
-    let version: i32 = client.query_one("SELECT current_setting('server_version_num')::int4", &[]).await?.get(0);
-    if version < SERVER_VERSION_MIN {
-        bail!("the server is PostgreSQL {}; expected 15 or newer", version / 10_000);
-    }
     let runner = migrations::migrations::runner().set_abort_divergent(true).set_abort_missing(true);
     // Only missing migrations need more than the privilege to read.
     if first_missing(client, &runner).await?.is_none() {

@@ -2,21 +2,25 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     availability::Health,
     conn::{CommitMode, Conn},
     connection_string::ConnectionString,
-    manager::{CONNECT_TIMEOUT, Manager, NETWORK_SILENCE_MAX},
+    manager::Manager,
     probe,
     row_locks::LockWait,
+    timeouts::{NETWORK_SILENCE_MAX, set_timeouts},
 };
 use crate::{
     error::{Error, Result},
     fairness::{FairPermit, FairSemaphore, Flow, SharePercent},
 };
 
+/// How long a call waits before the pool looks again whether a new connection must be made. It does so only when a call begins
+/// to wait: if connecting failed for one call, the others would wait for nothing.
+const POOL_LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// PostgreSQL's `lock_timeout`: how long a statement waits for a lock that another transaction holds.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// PostgreSQL's `idle_in_transaction_session_timeout`: how long a transaction may wait for its next statement.
@@ -117,9 +121,7 @@ impl Db {
         let ConnectionString { mut config, connector } = database;
         config.options(session_settings(config.get_options().unwrap_or_default(), &options));
         config.application_name("issue-tracker");
-        config.connect_timeout(CONNECT_TIMEOUT);
-        // Detects a server that vanishes without closing its connections: by unacknowledged data, or by keepalives.
-        config.tcp_user_timeout(NETWORK_SILENCE_MAX).keepalives_idle(NETWORK_SILENCE_MAX);
+        set_timeouts(&mut config);
 
         let manager = Manager::new(config, connector, prepared);
         let (health_found, health) = watch::channel(Health { reads: prepared, writes: prepared });
@@ -141,11 +143,11 @@ impl Db {
     fn with_manager(manager: Manager, health: watch::Receiver<Health>, options: PoolOptions) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
-            .connection_timeout(options.wait_max)
+            .connection_timeout(options.wait_max.min(POOL_LOOK_INTERVAL))
             // A round trip at every checkout would double the cost of a short call. `has_broken` finds dead connections, and
             // `up` ends the wait when the database becomes unavailable.
             .test_on_check_out(false)
-            .retry_connection(false)
+            .retry_connection(true)
             .build_unchecked(manager.clone());
         let (connections, share) = (options.connections_max, options.share);
         let shared = Shared {
@@ -214,19 +216,23 @@ impl Db {
         if !manager.availability().is_prepared() {
             return Err(Error::Unavailable);
         }
-        let mut up = manager.availability().watch_up();
+        let (mut up, mut waited) = (manager.availability().watch_up(), Duration::ZERO);
+        let began = Instant::now();
         let refused = "too many requests wait for a database connection; try again";
         let permit = tokio::select! {
             biased;
             permit = self.acquire(connections, refused) => permit?,
             Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
         };
+        waited += began.elapsed();
         loop {
+            let began = Instant::now();
             let session = tokio::select! {
                 biased;
                 session = pool.get_owned() => session,
                 Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
             };
+            waited += began.elapsed();
             match session {
                 // It was closed or retired while it was idle. Dropping it makes room for a new one.
                 Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
@@ -234,11 +240,9 @@ impl Db {
                 Ok(session) if session.is_suspect() && !session.validate().await => continue,
                 Ok(session) => return Ok(Conn::new(session, commit_mode, [Some(permit), of_work])),
                 // No connection could be made, although this caller has a permit for one and the database is not known to be
-                // unavailable. The call can be repeated.
-                Err(bb8::RunError::TimedOut) if pool.state().connections < options.connections_max => {
-                    return Err(Error::ConnectionLost);
-                }
-                Err(bb8::RunError::TimedOut) => return Err(Error::Internal("a permit without a connection")),
+                // unavailable.
+                Err(bb8::RunError::TimedOut) if waited < options.wait_max => continue,
+                Err(bb8::RunError::TimedOut) => return Err(Error::Unavailable),
                 Err(bb8::RunError::User(error)) => return Err(error),
             }
         }

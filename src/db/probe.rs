@@ -3,15 +3,17 @@
 //! The probes have connections of their own, so that a busy pool does not look like an unavailable database.
 
 use std::{
+    mem,
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{sync::watch, time::timeout};
-use tokio_postgres::{Client, Error};
+use tokio_postgres::{Error, error::SqlState};
 
 use super::{
     availability::{Availability, Health},
+    dedicated_client::DedicatedClient,
     manager::{Manager, repeat_if_closed},
 };
 use crate::error::refusals::{cause, count_refused_connection};
@@ -36,10 +38,13 @@ const WRITE_PROBE: &str = "-- write_probe
         VALUES (gen_random_uuid(), gen_random_uuid(), decode(repeat('00', 32), 'hex'));
     ROLLBACK";
 
-/// The backends of suspect sessions that wait for a response and are not working on one.
+/// The backends of suspect sessions that wait for a response and are not working on one: they are idle, or wait for data of
+/// COPY. Without `track_activities`, only the latter shows. Of the backends of another server, nothing is known.
 const IDLE_BACKENDS: &str = "-- idle_backends
-    SELECT pid FROM unnest($1::int4[]) AS suspect (pid)
-    WHERE NOT EXISTS (SELECT FROM pg_stat_activity WHERE pg_stat_activity.pid = suspect.pid AND state = 'active')";
+    SELECT pid FROM unnest($1::int4[], $2::timestamptz[]) AS suspect (pid, server_start_time)
+    WHERE server_start_time = pg_postmaster_start_time() AND NOT EXISTS (
+        SELECT FROM pg_stat_activity activity
+        WHERE activity.pid = suspect.pid AND state NOT LIKE 'idle%' AND wait_event IS DISTINCT FROM 'ClientRead')";
 
 /// Probes the database until all receivers of `health` are dropped.
 pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
@@ -59,7 +64,8 @@ pub(super) async fn run(manager: Manager, health: watch::Sender<Health>) {
         }
     };
     let writes = async {
-        let mut probe = WriteProbe { manager: &manager, client: None, probed: None, report_handled: None };
+        let mut probe =
+            WriteProbe { manager: &manager, client: None, probed: None, report_handled: None, must_retire: false };
         while !health.is_closed() {
             if responds.load(Ordering::Relaxed) && manager.availability().is_prepared() {
                 probe.probe().await;
@@ -76,7 +82,7 @@ struct ReadProbe<'a> {
     manager: &'a Manager,
     /// Whether the latest probe succeeded.
     responds: bool,
-    client: Option<Client>,
+    client: Option<DedicatedClient>,
     silence: Option<Silence>,
 }
 
@@ -115,8 +121,8 @@ impl ReadProbe<'_> {
 
     /// Executes an empty statement, on a new connection if that of the probe is lost.
     async fn execute(&mut self) -> Result<(), Error> {
-        if let Some(client) = &self.client
-            && client.batch_execute("").await.is_ok()
+        if let Some(client) = &mut self.client
+            && client.execute("").await.is_ok()
         {
             return self.end_idle_suspects().await;
         }
@@ -124,12 +130,12 @@ impl ReadProbe<'_> {
         self.availability().suspect_sessions();
         let (manager, was_healthy) = (self.manager, self.responds);
         let connected = repeat_if_closed(|| async {
-            let connected = manager.connect_client().await?;
-            connected.batch_execute("").await?;
+            let mut connected = manager.connect_dedicated().await?;
+            connected.execute("").await?;
             if !was_healthy {
                 // A server that soon restarts again is not healthy.
                 tokio::time::sleep(PROBE_STEADY).await;
-                connected.batch_execute("").await?;
+                connected.execute("").await?;
             }
             Ok(connected)
         });
@@ -139,13 +145,14 @@ impl ReadProbe<'_> {
 
     /// Closes suspect sessions that wait for a response which their backends are not working on: the request or the
     /// response is lost, although the connection is open.
-    async fn end_idle_suspects(&self) -> Result<(), Error> {
+    async fn end_idle_suspects(&mut self) -> Result<(), Error> {
         let suspects = self.availability().waiting_suspects();
-        if let Some(client) = &self.client
+        if let Some(client) = &mut self.client
             && !suspects.is_empty()
         {
             let pids: Vec<i32> = suspects.iter().map(|suspect| suspect.pid).collect();
-            let rows = client.query(IDLE_BACKENDS, &[&pids]).await?;
+            let servers: Vec<SystemTime> = suspects.iter().map(|suspect| suspect.server_start_time).collect();
+            let rows = client.query(IDLE_BACKENDS, &[&pids, &servers]).await?;
             let idle: Vec<i32> = rows.iter().map(|row| row.get("pid")).collect();
             for suspect in suspects.iter().filter(|suspect| idle.contains(&suspect.pid)) {
                 suspect.close();
@@ -179,11 +186,13 @@ impl ReadProbe<'_> {
 /// Probes whether the database accepts writes.
 struct WriteProbe<'a> {
     manager: &'a Manager,
-    client: Option<Client>,
+    client: Option<DedicatedClient>,
     /// When the latest probe ran.
     probed: Option<Instant>,
     /// When a probe last ran because sessions had failed as read-only.
     report_handled: Option<Instant>,
+    /// Whether sessions that exist may be unable to write after new ones can: they are retired then.
+    must_retire: bool,
 }
 
 impl WriteProbe<'_> {
@@ -208,9 +217,13 @@ impl WriteProbe<'_> {
         // Settings of a session and the server behind a name are those of the time when it connected: only a new connection
         // shows whether new ones can write.
         let needs_new = is_reported || !was_writable;
+        self.must_retire |= is_reported;
         let failure = match timeout(PROBE_TIMEOUT, self.insert(needs_new)).await {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(cause(&error)),
+            Ok(Err(error)) => {
+                self.must_retire |= may_outlast(&error);
+                Some(cause(&error))
+            }
             Err(_) => Some("timeout".to_owned()),
         };
         availability.set_writable(failure.is_none());
@@ -221,7 +234,7 @@ impl WriteProbe<'_> {
         }
         if failure.is_some() {
             self.client = None;
-        } else if needs_new {
+        } else if mem::take(&mut self.must_retire) {
             availability.retire_sessions();
         }
     }
@@ -229,14 +242,20 @@ impl WriteProbe<'_> {
     /// Inserts a row and rolls it back, on a new connection if `needs_new` or if that fails on the connection of the probe.
     async fn insert(&mut self, needs_new: bool) -> Result<(), Error> {
         if !needs_new
-            && let Some(client) = &self.client
-            && client.batch_execute(WRITE_PROBE).await.is_ok()
+            && let Some(client) = &mut self.client
+            && client.execute(WRITE_PROBE).await.is_ok()
         {
             return Ok(());
         }
-        let connected = repeat_if_closed(|| self.manager.connect_client()).await?;
-        connected.batch_execute(WRITE_PROBE).await?;
+        let mut connected = repeat_if_closed(|| self.manager.connect_dedicated()).await?;
+        connected.execute(WRITE_PROBE).await?;
         self.client = Some(connected);
         Ok(())
     }
+}
+
+/// Returns whether sessions may still fail in this way after new ones can write: they are read-only, or connected to a server
+/// that has been replaced. A server that is slow, or a table that is locked, is so for all sessions.
+fn may_outlast(failure: &Error) -> bool {
+    failure.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION) || failure.as_db_error().is_none()
 }

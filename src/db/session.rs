@@ -15,7 +15,7 @@ use tokio_postgres::{Client, Statement};
 use super::{
     activity::{Awaited, SessionActivity},
     availability::Availability,
-    tls::Connector,
+    cancellation::Canceller,
 };
 use crate::error::Result;
 
@@ -23,14 +23,22 @@ use crate::error::Result;
 /// arbitrary statement makes room for a new one.
 const STATEMENTS_PER_CONNECTION_MAX: usize = 256;
 
+/// How long a statement may run on whose caller has stopped waiting.
+const ABANDONED_STATEMENT_MAX: Duration = Duration::from_millis(100);
+/// How long its cancellation may take before the session is closed.
+const CANCELLATION_MAX: Duration = Duration::from_secs(1);
+/// How long the session waits for the end of a statement whose caller has stopped waiting.
+pub(super) const ABANDONED_MAX: Duration = ABANDONED_STATEMENT_MAX.saturating_add(CANCELLATION_MAX);
+/// A cancel request can reach the command with which a caller leaves the session as it found it.
+const AFTER_CANCELLATION: &str = "-- after_cancellation\nRESET lock_timeout";
+
 /// Time allowed for the response of a suspect session.
 const VALIDATION_MAX: Duration = Duration::from_secs(1);
 
 /// A connection to the server with its prepared statements.
 pub struct Session {
     client: Client,
-    /// What the connection was made with; a cancel request needs a connection of its own.
-    connector: Connector,
+    canceller: Canceller,
     statements: Mutex<HashMap<String, Statement>>,
     /// Statements that were sent and whose response has not arrived. After the checkout has ended: statements whose
     /// callers have stopped waiting.
@@ -48,7 +56,7 @@ pub struct Session {
 impl Session {
     pub(super) fn new(
         client: Client,
-        connector: Connector,
+        canceller: Canceller,
         activity: SessionActivity,
         availability: Arc<Availability>,
         generation: u32,
@@ -57,7 +65,7 @@ impl Session {
         availability.register(&activity);
         Self {
             client,
-            connector,
+            canceller,
             statements: Mutex::default(),
             statements_in_flight: AtomicU32::new(0),
             activity,
@@ -77,9 +85,10 @@ impl Session {
         self.statements_in_flight.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Ends what [`Session::begin_statement`] has counted.
+    /// Ends what [`Session::begin_statement`] has counted, unless [`Session::end_abandoned_statements`] has.
     pub(super) fn end_statement(&self) {
-        self.statements_in_flight.fetch_sub(1, Ordering::Relaxed);
+        let less_one = |count: u32| count.checked_sub(1);
+        let _ = self.statements_in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less_one);
         self.activity.count_response();
     }
 
@@ -88,9 +97,27 @@ impl Session {
         self.activity.await_response()
     }
 
-    /// Ends what all calls of [`Session::begin_statement`] have counted.
-    pub(super) fn end_all_statements(&self) {
-        self.statements_in_flight.store(0, Ordering::Relaxed);
+    /// Waits for the end of statements whose callers have stopped waiting, and cancels them after [`ABANDONED_STATEMENT_MAX`]:
+    /// calls with short deadlines would otherwise cost a new session each. A session on which that fails cannot be used again.
+    pub(super) async fn end_abandoned_statements(&self) {
+        // Sent after the statements, and after the ROLLBACK of their transaction.
+        let ended = match timeout(ABANDONED_STATEMENT_MAX, self.client.batch_execute("")).await {
+            Ok(ended) => ended.is_ok(),
+            Err(_) => timeout(CANCELLATION_MAX, self.cancel_statements()).await.unwrap_or(false),
+        };
+        if ended {
+            self.statements_in_flight.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Cancels what the session is executing. Returns whether it can be used again: the next statement must not be cancelled
+    /// instead, or meet an open transaction.
+    async fn cancel_statements(&self) -> bool {
+        if self.canceller.cancel(&self.client.cancel_token()).await.is_err() {
+            return false;
+        }
+        // Fails in a transaction that has failed: then its ROLLBACK was cancelled.
+        self.client.batch_execute(AFTER_CANCELLATION).await.is_ok()
     }
 
     fn is_stateful(&self) -> bool {
@@ -194,9 +221,8 @@ impl Drop for Session {
             && !self.client.is_closed()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let running = self.client.cancel_token();
-            let connector = self.connector.clone();
-            runtime.spawn(async move { running.cancel_query(connector).await });
+            let (canceller, statement) = (self.canceller.clone(), self.client.cancel_token());
+            runtime.spawn(async move { canceller.request(statement).await });
         }
     }
 }

@@ -43,37 +43,51 @@ const DELAYED_DEADLINE: Duration = Duration::from_secs(4);
 const CLIENTS: usize = 8;
 
 /// A service that connects to its database through a proxy that injects faults.
-struct ProxiedService {
+pub struct ProxiedService {
     // Declared before `external`, so that the service stops before its database.
-    service: Service,
-    proxy: Proxy,
-    external: External,
-    caller: Caller,
+    pub service: Service,
+    pub proxy: Proxy,
+    pub external: External,
+    pub caller: Caller,
 }
 
 impl ProxiedService {
     async fn start() -> Self {
-        let external = External::start(Durability::Throwaway);
+        Self::start_with(&[]).await
+    }
+
+    /// Starts a service with these arguments.
+    pub async fn start_with(args: &[&str]) -> Self {
+        Self::start_on(External::start(Durability::Throwaway), None, args).await
+    }
+
+    /// Starts a service with these arguments on a database. It connects to the other one when the proxy refuses to.
+    pub async fn start_on(external: External, other: Option<&External>, args: &[&str]) -> Self {
         let proxy = Proxy::start(external.cluster.socket_dir().join(".s.PGSQL.5432")).await;
-        let service = Service::start(&external.dir, program(&["--database-url", &proxy.url()]));
+        let url = match other {
+            Some(other) => proxy.url_with(other.cluster.socket_dir()),
+            None => proxy.url(),
+        };
+        let args = [&["--database-url", &url], args].concat();
+        let service = Service::start(&external.dir, program(&args));
         let caller = create_callers(&external.config(), 1).await.remove(0);
         Self { service, proxy, external, caller }
     }
 
-    async fn call(&self, method: &str, message: &impl Message) -> Result<Vec<u8>, Status> {
+    pub async fn call(&self, method: &str, message: &impl Message) -> Result<Vec<u8>, Status> {
         call(&self.service.channel(), &self.caller.token, method, &message.encode_to_vec()).await
     }
 
-    async fn create_issue(&self, title: &str) -> Issue {
+    pub async fn create_issue(&self, title: &str) -> Issue {
         let created = self.call("IssueService/CreateIssue", &create(title, false)).await.unwrap();
         Issue::decode(&*created).unwrap()
     }
 
-    async fn count(&self, sql: &str, value: &str) -> i64 {
+    pub async fn count(&self, sql: &str, value: &str) -> i64 {
         session(&self.external.config()).await.query_one(sql, &[&value]).await.unwrap().get(0)
     }
 
-    async fn count_issues_titled(&self, title: &str) -> i64 {
+    pub async fn count_issues_titled(&self, title: &str) -> i64 {
         self.count("SELECT count(*) FROM issues WHERE title = $1", title).await
     }
 
@@ -152,7 +166,7 @@ impl ProxiedService {
     }
 }
 
-fn create(title: &str, with_id: bool) -> CreateIssueRequest {
+pub fn create(title: &str, with_id: bool) -> CreateIssueRequest {
     let issue = Some(Issue { title: title.to_owned(), ..Issue::default() });
     let request_id = if with_id { Uuid::new_v4().to_string() } else { String::new() };
     CreateIssueRequest { issue, request_id, ..Default::default() }

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -27,7 +27,7 @@ const HEADER_BYTES: usize = 5;
 /// The message at which a fault is injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
-    /// The first message of a connection. Only [`Fault::DropRequest`].
+    /// The first message of a connection. Only [`Fault::DropRequest`] and [`Fault::DelayResponse`].
     Startup,
     /// The COMMIT of a transaction.
     Commit,
@@ -106,6 +106,12 @@ impl Proxy {
     /// Returns a database URL that goes through the proxy.
     pub fn url(&self) -> String {
         format!("host=127.0.0.1 port={} user=postgres dbname=postgres sslmode=disable", self.port)
+    }
+
+    /// Returns a database URL with a second host, the server with a socket in this directory.
+    pub fn url_with(&self, socket_dir: &Path) -> String {
+        let (port, dir) = (self.port, socket_dir.display());
+        format!("host=127.0.0.1,{dir} port={port},5432 user=postgres dbname=postgres sslmode=disable")
     }
 
     /// Injects a fault at the next message of this kind. Repeated calls add faults for the messages after it.

@@ -1,5 +1,7 @@
 //! Deadlines of the client and of the server, and the cancellation of statements.
 
+use std::collections::BTreeSet;
+
 use issue_tracker::pb::Comment;
 use issue_tracker::pb::CreateCommentRequest;
 
@@ -120,4 +122,57 @@ async fn statement_of_a_batch_is_cancelled_when_all_its_callers_cancelled() {
 
     session.batch_execute("COMMIT").await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 0);
+}
+
+/// Returns the process ids of the service's database sessions.
+async fn sessions(tracker: &Tracker) -> BTreeSet<i32> {
+    let sql = "SELECT pid FROM pg_stat_activity
+        WHERE application_name = 'issue-tracker' AND datname = current_database()";
+    tracker.sql(sql, &[]).await.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test]
+async fn cancelled_statements_keep_their_sessions() {
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1"])).await;
+    let issue = tracker.member.file("locked").await;
+    drop(tracker.hold_connections(3).await);
+    let before = sessions(&tracker).await;
+    // A statement waits for a row in its transaction, or for the table before it is prepared.
+    for locked in ["SELECT FROM issues FOR UPDATE", "LOCK TABLE issues IN ACCESS EXCLUSIVE MODE"] {
+        let session = tracker.session().await;
+        session.batch_execute(&format!("BEGIN; {locked}")).await.unwrap();
+        for nth in 0..6 {
+            let request = UpdateIssueRequest { comment: format!("attempt {nth}"), ..retitle(&issue, "changed") };
+            let update = spawn_update(&tracker.member, request);
+            tracker.wait_until(lock_waiters!(">= 1")).await;
+            update.abort();
+            tracker.wait_until_no_locks().await;
+        }
+        session.batch_execute("COMMIT").await.unwrap();
+    }
+    let after = sessions(&tracker).await;
+    assert!(after.is_superset(&before), "sessions of {before:?} were closed; now there are {after:?}");
+    // No session is in a transaction.
+    for conn in tracker.hold_connections(3).await {
+        conn.execute("INSERT INTO expired_imports (import_id) VALUES (gen_random_uuid())", &[]).await.unwrap();
+    }
+    assert_eq!(tracker.count("SELECT count(*) FROM expired_imports").await, 3);
+    assert_eq!(try_get(&tracker.member, &issue).await.unwrap(), issue);
+}
+
+#[tokio::test]
+async fn cancellation_does_not_reach_the_next_statement_of_the_session() {
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1"])).await;
+    // The statement ends shortly before or after it is cancelled.
+    for milliseconds in (90..120).cycle().take(60) {
+        let conn = tracker.db.conn().await.unwrap();
+        let abandoned = format!("SELECT pg_sleep({milliseconds} / 1000.0)");
+        let began = tokio::time::timeout(Duration::from_millis(1), conn.query(&abandoned, &[])).await;
+        assert!(began.is_err());
+        drop(conn);
+
+        for conn in tracker.hold_connections(2).await {
+            conn.query("SELECT pg_sleep(0.01)", &[]).await.unwrap();
+        }
+    }
 }

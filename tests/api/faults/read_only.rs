@@ -90,3 +90,44 @@ async fn sessions_that_stayed_read_only_are_replaced_and_fail_no_write() {
     assert!(failures <= 1, "{failures} of 30 writes failed");
     wait_for_health_of_writes(&tracker, ServingStatus::Serving).await;
 }
+
+#[tokio::test]
+async fn write_probes_that_hang_leave_no_sessions() {
+    const HANGING_INSERTS: &str = "CREATE SEQUENCE probes;
+        CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+            $$ BEGIN PERFORM nextval('probes'); PERFORM pg_sleep(600); RETURN NEW; END $$;
+        CREATE TRIGGER hang BEFORE INSERT ON requests FOR EACH ROW EXECUTE FUNCTION hang()";
+    let tracker = Tracker::start().await;
+    let superuser = tracker.session().await;
+    superuser.batch_execute(HANGING_INSERTS).await.unwrap();
+    wait_for_health_of_writes(&tracker, ServingStatus::NotServing).await;
+
+    tracker.wait_until("SELECT last_value >= 5 FROM probes").await;
+
+    let sessions = "SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE '-- write_probe%' AND state = 'active'";
+    let hanging = tracker.count(sessions).await;
+    assert!(hanging <= 2, "{hanging} sessions of write probes hang");
+    superuser.batch_execute("DROP TRIGGER hang ON requests").await.unwrap();
+    wait_for_health_of_writes(&tracker, ServingStatus::Serving).await;
+}
+
+#[tokio::test]
+async fn sessions_are_kept_after_writes_were_slow() {
+    let tracker = Tracker::start().await;
+    let mut pids = Vec::new();
+    for conn in tracker.hold_connections(3).await {
+        pids.push(conn.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0));
+    }
+    let session = tracker.session().await;
+    session.batch_execute("BEGIN; LOCK TABLE requests IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    wait_for_health_of_writes(&tracker, ServingStatus::NotServing).await;
+
+    session.batch_execute("COMMIT").await.unwrap();
+
+    wait_for_health_of_writes(&tracker, ServingStatus::Serving).await;
+    // Retired sessions would be closed when they are checked out.
+    drop(tracker.hold_connections(6).await);
+    let open = tracker.sql("SELECT FROM pg_stat_activity WHERE pid = ANY ($1)", &[&pids]).await.len();
+    assert_eq!(open, 3);
+}
