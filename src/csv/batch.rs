@@ -33,6 +33,13 @@ pub struct Batch {
     pub is_last: bool,
 }
 
+impl Batch {
+    /// Returns the number of rows, those that could not be parsed included.
+    pub fn row_count(&self) -> u64 {
+        self.rows.len() as u64 + self.rejected_count
+    }
+}
+
 /// A position between two rows, from which a file can be read on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FilePosition {
@@ -101,9 +108,8 @@ impl BatchReader {
     pub fn read(&mut self, data: &mut &[u8]) -> Result<Option<Batch>, FileError> {
         while let Some(record) = self.records.read(data) {
             add_record(&self.format, &mut self.header, &mut self.batch, &mut self.errors_left, &record)?;
-            let rows = self.batch.rows.len() as u64 + self.batch.rejected_count;
             let bytes = self.batch.end_offset - self.batch_offset;
-            if rows >= IMPORT_BATCH_ROWS_MAX as u64 || bytes >= IMPORT_BATCH_BYTES_MAX {
+            if self.batch.row_count() >= IMPORT_BATCH_ROWS_MAX as u64 || bytes >= IMPORT_BATCH_BYTES_MAX {
                 self.batch_offset = self.batch.end_offset;
                 let Batch { end_offset, end_line_number, .. } = self.batch;
                 let next = Batch { end_offset, end_line_number, ..Batch::default() };

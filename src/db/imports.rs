@@ -1,9 +1,9 @@
 //! Imports in the database. `docs/imports.md` draws the state machine: its states, transitions and tables.
 //!
-//! [`run`] is an import in state RUNNING. For each batch, [`references`] looks up the names that rows refer to, [`plan`]
-//! decides whether a row is inserted, updates an issue, is skipped or is rejected, and [`write`](mod@write) executes the
-//! plan. [`state`] stores the transitions, [`read`] returns an import and its errors, [`revert`](mod@revert) undoes it, and
-//! [`retention`] removes old imports and errors.
+//! [`run`] is an import in state RUNNING. In one transaction, it writes a file that [`staging`] has stored first. For each
+//! batch, [`references`] looks up the names that rows refer to, [`plan`] decides whether a row is inserted, updates an issue, is
+//! skipped or is rejected, and [`write`](mod@write) executes the plan. [`state`] stores the transitions, [`read`] returns an
+//! import and its errors, [`revert`](mod@revert) undoes it, and [`retention`] removes old imports and errors.
 
 mod plan;
 mod read;
@@ -11,6 +11,7 @@ mod references;
 mod retention;
 mod revert;
 mod run;
+mod staging;
 mod state;
 mod write;
 
@@ -19,13 +20,14 @@ pub use retention::{prune_import_errors, prune_imports};
 #[cfg(feature = "internals")]
 pub use revert::IMPORT_CHANGED_SHOWN_MAX;
 pub use revert::revert;
-pub use run::{ImportRun, Started};
+pub use run::{ImportRun, Started, Written};
+pub use staging::prune_import_staging;
 
 use uuid::Uuid;
 
 use super::conn::Conn;
 use crate::{
-    csv::{FilePosition, Format},
+    csv::{Batch, FilePosition, Format},
     error::Error,
     pb::{ImportMode, ImportState, ImportSummary, OnExisting, Priority},
 };
@@ -74,14 +76,39 @@ impl Checkpoint {
     }
 }
 
+/// How far the parser is in the file, and what it has found.
+#[derive(Clone, Copy, Debug)]
+struct ParsedRows {
+    offset: u64,
+    row_count: u64,
+    rejected_count: u64,
+    error_count: u64,
+}
+
+impl ParsedRows {
+    /// Returns the rows before the checkpoint, with those among them that the database has rejected.
+    fn before(checkpoint: &Checkpoint) -> Self {
+        let Checkpoint { offset, row_count, rejected_count, error_count, .. } = *checkpoint;
+        Self { offset, row_count, rejected_count, error_count }
+    }
+
+    /// Adds the next batch.
+    fn add(&mut self, batch: &Batch) {
+        self.offset = batch.end_offset;
+        self.row_count += batch.row_count();
+        self.rejected_count += batch.rejected_count;
+        self.error_count += batch.error_count;
+    }
+}
+
 impl ImportSpec {
     /// Returns whether all rows are written in one transaction, instead of one per batch.
-    fn is_single_transaction(&self) -> bool {
+    pub fn is_single_transaction(&self) -> bool {
         self.mode == ImportMode::Atomic || self.validate_only
     }
 
     /// Returns where the stream must continue if it is cut now. A dry run returns what the real import would.
-    pub fn committed_offset(&self, checkpoint: &Checkpoint) -> u64 {
+    fn committed_offset(&self, checkpoint: &Checkpoint) -> u64 {
         if self.mode == ImportMode::SkipInvalid { checkpoint.offset } else { 0 }
     }
 

@@ -22,6 +22,7 @@ BEGIN
         ('expired_imports',         'SELECT, INSERT, DELETE'),
         ('import_errors',           'SELECT, INSERT, DELETE'),
         ('import_issues',           'SELECT, INSERT, DELETE'),
+        ('import_staging',          'SELECT, INSERT, DELETE'),
         ('audit_events',            'SELECT, INSERT, DELETE'),
         ('refinery_schema_history', 'SELECT')
     ) AS needs (name, rights) LEFT JOIN pg_class ON pg_class.oid = to_regclass('public.' || needs.name)

@@ -1,5 +1,5 @@
 //! Bounds how long a stream lasts and how long it waits for its client, because it holds a permit, a connection, and maybe a
-//! snapshot or row locks.
+//! snapshot.
 
 use std::time::Duration;
 

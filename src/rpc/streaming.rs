@@ -27,6 +27,11 @@ impl<T> ResponseSender<T> {
         self.messages.send(Ok(message)).await.map_err(|_| Error::Cancelled)
     }
 
+    /// Sends a message if the buffer has room.
+    pub fn try_send(&self, message: T) {
+        let _ = self.messages.try_send(Ok(message));
+    }
+
     async fn fail(&self, error: Error) {
         // The client may have cancelled or stopped reading. Then no client receives the error.
         let _ = timeout(ERROR_UNREAD_MAX, self.messages.send(Err(error.into()))).await;

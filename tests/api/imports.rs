@@ -23,6 +23,7 @@ mod retention;
 mod revert;
 mod revocation;
 mod rows;
+mod single_transaction;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -145,6 +146,13 @@ impl Responses {
         for progress in &mut self.progress {
             progress.import_id = real.summary.import_id.clone();
         }
+        self
+    }
+
+    /// Leaves out all progress between the first and the last: a dry run receives the file before it checks rows.
+    fn without_intermediate_progress(mut self) -> Self {
+        let last = self.progress.split_off(1).pop();
+        self.progress.extend(last);
         self
     }
 
@@ -426,7 +434,8 @@ async fn dry_run_has_the_responses_of_the_real_import_and_writes_nothing() {
 
         let real = import.by(&tracker.member).await.unwrap();
 
-        assert_eq!(dry_run.normalized_to(&real), real);
+        let dry_run = dry_run.normalized_to(&real).without_intermediate_progress();
+        assert_eq!(dry_run, real.without_intermediate_progress());
         delete_all_issues_and_imports(&tracker).await;
     }
 }

@@ -1,26 +1,29 @@
 //! An import in state RUNNING: from its lock to its commit, rejection or interruption.
 
+mod single_transaction;
+
 use std::sync::Arc;
 
 use uuid::Uuid;
 
+pub use self::single_transaction::Written;
 use super::{
-    Checkpoint, IMPORT_ERRORS_STORED_MAX, ImportSpec, already_running,
+    Checkpoint, IMPORT_ERRORS_STORED_MAX, ImportSpec, ParsedRows, already_running,
     plan::{PlanLimits, plan_batch},
     references::{References, find_user},
     retention::{check_not_removed, evict_import_errors},
+    staging::{StagedFile, delete_parts},
     state, write,
 };
 use crate::{
-    csv::{Batch, Header, RowError},
+    csv::{Batch, BatchReader, Header, RowError},
     db::{Db, conn::ExclusiveConn},
     error::{Error, Result, quote},
-    fairness::Flow,
-    pb::{ImportMode, ImportState, ImportSummary},
+    pb::{ImportProgress, ImportState, ImportSummary},
 };
 
-/// How often a batch is attempted when concurrent changes conflict with it.
-const BATCH_ATTEMPTS_MAX: u32 = 3;
+/// How often a transaction, which is a batch or the whole file, is attempted when concurrent changes conflict with it.
+const ATTEMPTS_MAX: u32 = 3;
 
 /// The outcome of [`ImportRun::start`].
 pub enum Started {
@@ -29,18 +32,29 @@ pub enum Started {
     AlreadyFinished(ImportSummary),
 }
 
-/// An import in progress. It holds the import's lock and a connection. If it is dropped before
-/// [`finish`](ImportRun::finish), the connection is closed: the lock is released, uncommitted rows are rolled back, and the
-/// import is INTERRUPTED.
+/// An import in progress. It holds the import's lock and a connection. If it is dropped before it has finished, the
+/// connection is closed: the lock is released, uncommitted rows are rolled back, and the import is INTERRUPTED.
+///
+/// Without [`ImportSpec::is_single_transaction`], [`write_batch`](Self::write_batch) writes each batch, and
+/// [`finish`](Self::finish) ends the run. Otherwise [`receive`](Self::receive) and [`stage`](Self::stage) take the whole file
+/// without a transaction, and [`write_staged`](Self::write_staged) writes it and ends the run.
 pub struct ImportRun {
     db: Db,
-    conn: ExclusiveConn,
+    /// Shared only with what reads the staged file while batches are written.
+    conn: Arc<ExclusiveConn>,
     spec: Arc<ImportSpec>,
+    default_assignee_id: Option<Uuid>,
+    /// Where the run continues in the file: the position and the header.
+    start: (Checkpoint, Option<Arc<Header>>),
+    received: ParsedRows,
+    staged: StagedFile,
+    /// The end of the rows that are written.
     checkpoint: Checkpoint,
     header: Option<Arc<Header>>,
-    default_assignee_id: Option<Uuid>,
+    /// What the parser has found in the rows that are written.
+    parsed: ParsedRows,
     references: References,
-    /// The errors of an atomic import. They are stored if it is rejected.
+    /// The errors of a single transaction, which are stored if the import is rejected.
     errors: Vec<RowError>,
 }
 
@@ -50,17 +64,22 @@ impl ImportRun {
     /// Fails with `IMPORT_RUNNING` if another call has the lock, `IMPORT_MISMATCH` if the stored import differs, and
     /// `Invalid` if the default assignee does not exist.
     pub async fn start(db: &Db, spec: Arc<ImportSpec>) -> Result<Started> {
-        let conn = db.conn().await?.into_exclusive();
+        let conn = Arc::new(db.conn().await?.into_exclusive());
         if !state::lock_for_session(&conn, spec.import_id).await? {
             return Err(already_running(spec.import_id));
         }
+        let start = Checkpoint::default();
         let mut run = Self {
             db: db.clone(),
             conn,
             spec: Arc::clone(&spec),
-            checkpoint: Checkpoint::default(),
-            header: None,
             default_assignee_id: None,
+            start: (start, None),
+            received: ParsedRows::before(&start),
+            staged: StagedFile::default(),
+            checkpoint: start,
+            header: None,
+            parsed: ParsedRows::before(&start),
             references: References::default(),
             errors: Vec::new(),
         };
@@ -75,8 +94,10 @@ impl ImportRun {
                 return Ok(Started::AlreadyFinished(spec.summary(&stored.checkpoint, stored.state)));
             }
             if stored.is_resumable() {
-                run.checkpoint = stored.checkpoint;
-                run.header = stored.column_names.map(|names| Arc::new(Header::from_names(&names)));
+                let header = stored.column_names.map(|names| Arc::new(Header::from_names(&names)));
+                run.start = (stored.checkpoint, header);
+                run.received = ParsedRows::before(&stored.checkpoint);
+                run.go_to_start();
             }
         } else if let Err(error) = check_not_removed(&run.conn, spec.import_id).await {
             run.release().await;
@@ -85,26 +106,63 @@ impl ImportRun {
         run.default_assignee_id = run.find_default_assignee().await?;
         if !spec.validate_only {
             run.evict_errors().await?;
-            match run.header {
+            match run.start.1 {
                 Some(_) => state::resume(&run.conn, &spec).await?,
                 None => state::start(&run.conn, &spec).await?,
             }
         }
         if spec.is_single_transaction() {
-            // The stall timeout of the stream bounds how long the transaction waits for the client.
-            run.conn.enqueue("BEGIN; SET LOCAL idle_in_transaction_session_timeout = 0")?;
+            // An interrupted run may have left them.
+            delete_parts(&run.conn, spec.import_id).await?;
         }
         Ok(Started::Running(Box::new(run)))
     }
 
-    /// Returns how far the import is. After [`start`](Self::start), the file continues here.
+    /// Returns the end of the rows that are written.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
     }
 
-    /// Returns the file's header if the import was resumed after it.
-    pub fn header(&self) -> Option<&Arc<Header>> {
-        self.header.as_ref()
+    /// Returns how far the import is.
+    pub fn progress(&self) -> ImportProgress {
+        ImportProgress {
+            import_id: self.spec.import_id.to_string(),
+            offset: self.received.offset.cast_signed(),
+            row_count: self.received.row_count.cast_signed(),
+            rejected_count: self.known_counts().rejected_count.cast_signed(),
+            committed_offset: self.spec.committed_offset(&self.checkpoint).cast_signed(),
+            written_row_count: self.checkpoint.row_count.cast_signed(),
+        }
+    }
+
+    /// Returns the counts of the rows that are received: what was written of them, and the rows that are known to be invalid.
+    /// Those are rejected by the database among the rows that are written, and by the parser among all.
+    fn known_counts(&self) -> Checkpoint {
+        Checkpoint {
+            row_count: self.received.row_count,
+            rejected_count: self.checkpoint.rejected_count + self.received.rejected_count - self.parsed.rejected_count,
+            error_count: self.checkpoint.error_count + self.received.error_count - self.parsed.error_count,
+            ..self.checkpoint
+        }
+    }
+
+    /// Returns a parser of the file from where the run continues. Its batches hold at most `errors_max` errors.
+    pub fn reader(&self, errors_max: usize) -> BatchReader {
+        let (checkpoint, header) = &self.start;
+        match header {
+            None => BatchReader::new(self.spec.format.clone(), errors_max),
+            Some(header) => {
+                BatchReader::resume(self.spec.format.clone(), Arc::clone(header), checkpoint.position(), errors_max)
+            }
+        }
+    }
+
+    /// Forgets what was written since the start.
+    fn go_to_start(&mut self) {
+        (self.checkpoint, self.header) = self.start.clone();
+        self.parsed = ParsedRows::before(&self.checkpoint);
+        self.references.clear();
+        self.errors.clear();
     }
 
     async fn find_default_assignee(&self) -> Result<Option<Uuid>> {
@@ -120,38 +178,39 @@ impl ImportRun {
     /// Writes the valid rows of a batch and moves the checkpoint to its end, in one transaction. Returns the errors of the
     /// rejected rows that are among the first [`IMPORT_ERRORS_STORED_MAX`] of the file.
     pub async fn write_batch(&mut self, batch: &Batch) -> Result<Vec<RowError>> {
-        for attempt in 1..=BATCH_ATTEMPTS_MAX {
+        for _ in 0..ATTEMPTS_MAX {
             match self.try_write_batch(batch).await {
-                // A concurrent call took an external id or deleted a label after the lookup, or caused a deadlock.
-                Err(error)
-                    if error.constraint().is_some()
-                        || matches!(error, Error::Aborted { .. } | Error::LockTimeout | Error::Conflict(_)) =>
-                {
-                    if self.spec.is_single_transaction() || attempt == BATCH_ATTEMPTS_MAX {
-                        break;
-                    }
+                Err(error) if is_conflict(&error) => {
                     self.conn.execute_command("ROLLBACK").await?;
                     self.references.clear();
                 }
                 written => return written,
             }
         }
-        Err(Error::Aborted {
-            reason: "CONFLICT",
-            message: "the import conflicts with a concurrent change; retry with the same import_id".to_owned(),
-        })
+        Err(conflict())
     }
 
     async fn try_write_batch(&mut self, batch: &Batch) -> Result<Vec<RowError>> {
         let spec = Arc::clone(&self.spec);
-        let header = batch.header.clone().ok_or(Error::Internal("a batch has no header"))?;
-        let stored_errors = self.checkpoint.error_count.min(IMPORT_ERRORS_STORED_MAX as u64) as usize;
-        let errors_max = IMPORT_ERRORS_STORED_MAX - stored_errors;
-        if !spec.is_single_transaction() {
-            self.conn.enqueue("BEGIN")?;
-        }
-        let labels_max = self.db.storage_limits().labels_max;
-        let limits = PlanLimits { errors_max, labels_max };
+        let header = header(batch)?;
+        self.conn.enqueue("BEGIN")?;
+        let (next, errors) = self.write_rows(batch).await?;
+        state::insert_errors(&self.conn, spec.import_id, self.stored_error_count(), &errors).await?;
+        state::save_checkpoint(&self.conn, &spec, &next, &header, batch.is_last).await?;
+        self.references.check_label_count(&self.conn, self.db.storage_limits().labels_max).await?;
+        self.conn.commit().await.map_err(Error::with_request_id)?;
+        self.received.add(batch);
+        self.advance(next, batch)?;
+        Ok(errors)
+    }
+
+    /// Writes the valid rows of a batch in the connection's transaction. Returns the checkpoint after the batch, and the errors
+    /// of the rejected rows that are among the first [`IMPORT_ERRORS_STORED_MAX`] of the file.
+    async fn write_rows(&mut self, batch: &Batch) -> Result<(Checkpoint, Vec<RowError>)> {
+        let spec = Arc::clone(&self.spec);
+        let header = header(batch)?;
+        let errors_max = IMPORT_ERRORS_STORED_MAX - self.stored_error_count();
+        let limits = PlanLimits { errors_max, labels_max: self.db.storage_limits().labels_max };
         let plan = plan_batch(&self.conn, &spec, &mut self.references, self.default_assignee_id, batch, limits).await?;
         let updated_count = write::execute(&self.conn, &spec, &header, &plan).await?;
 
@@ -159,7 +218,7 @@ impl ImportRun {
         let mut next = self.checkpoint;
         next.offset = batch.end_offset;
         next.line_number = batch.end_line_number;
-        next.row_count += batch.rows.len() as u64 + batch.rejected_count;
+        next.row_count += batch.row_count();
         next.created_count += plan.inserts.len() as u64;
         next.updated_count += updated_count;
         // An update without a difference counts as skipped.
@@ -170,54 +229,36 @@ impl ImportRun {
         let mut errors = [&batch.errors[..], &plan.errors].concat();
         errors.sort_by_key(|error| error.row_number);
         errors.truncate(errors_max);
-        if !spec.is_single_transaction() {
-            state::insert_errors(&self.conn, spec.import_id, stored_errors, &errors).await?;
-            state::save_checkpoint(&self.conn, &spec, &next, &header, batch.is_last).await?;
-            self.references.check_label_count(&self.conn, labels_max).await?;
-            self.conn.commit().await.map_err(Error::with_request_id)?;
-        } else if !spec.validate_only {
-            self.errors.extend_from_slice(&errors);
-            // Only GetImport reads this. The import does not depend on it.
-            let _ = state::publish_progress(&self.db.for_flow(Flow::Internal), spec.import_id, &next).await;
-        }
-        self.checkpoint = next;
-        self.header = Some(header);
-        Ok(errors)
+        Ok((next, errors))
     }
 
-    /// Commits or rejects an atomic import, rolls back a dry run, and returns the summary. Must be called after the last
-    /// batch, with which an import in IMPORT_MODE_SKIP_INVALID is committed already.
-    pub async fn finish(mut self) -> Result<ImportSummary> {
-        let (spec, checkpoint) = (&*self.spec, &self.checkpoint);
-        let state = if spec.mode == ImportMode::Atomic && checkpoint.rejected_count > 0 {
-            ImportState::Rejected
-        } else if spec.validate_only {
-            ImportState::Validated
-        } else {
-            ImportState::Committed
-        };
-        if spec.is_single_transaction() {
-            if state == ImportState::Committed {
-                let header = self.header.as_ref().ok_or(Error::Internal("an import has no last batch"))?;
-                state::save_checkpoint(&self.conn, spec, checkpoint, header, true).await?;
-                self.references.check_label_count(&self.conn, self.db.storage_limits().labels_max).await?;
-                self.conn.commit().await.map_err(Error::with_request_id)?;
-            } else {
-                self.conn.execute_command("ROLLBACK").await?;
-            }
-            if state == ImportState::Rejected && !spec.validate_only {
-                self.conn.enqueue("BEGIN")?;
-                state::reject(&self.conn, spec.import_id, checkpoint, &self.errors).await?;
-                self.conn.commit().await.map_err(Error::with_request_id)?;
-            }
-        }
-        if checkpoint.error_count > 0 && !spec.validate_only {
+    /// Returns how many errors of the rows that are written are stored, or would be.
+    fn stored_error_count(&self) -> usize {
+        self.checkpoint.error_count.min(IMPORT_ERRORS_STORED_MAX as u64) as usize
+    }
+
+    /// Moves to the checkpoint after a batch that was written.
+    fn advance(&mut self, next: Checkpoint, batch: &Batch) -> Result<()> {
+        self.header = Some(header(batch)?);
+        self.checkpoint = next;
+        self.parsed.add(batch);
+        Ok(())
+    }
+
+    /// Ends the run after the last batch, with which [`write_batch`](Self::write_batch) has committed the import. Returns the
+    /// summary.
+    pub async fn finish(self) -> ImportSummary {
+        let summary = self.spec.summary(&self.checkpoint, ImportState::Committed);
+        self.evict_errors_at_end().await;
+        self.release().await;
+        summary
+    }
+
+    async fn evict_errors_at_end(&self) {
+        if self.checkpoint.error_count > 0 && !self.spec.validate_only {
             // The import has ended, whether this succeeds or not. The user's next import does it again.
             let _ = self.evict_errors().await;
         }
-        let summary = spec.summary(checkpoint, state);
-        self.release().await;
-        Ok(summary)
     }
 
     async fn evict_errors(&self) -> Result<()> {
@@ -228,8 +269,28 @@ impl ImportRun {
     /// Releases the lock and returns the connection to the pool. If that fails, the connection is closed, which releases
     /// the lock too.
     async fn release(self) {
-        if self.conn.execute_command("SELECT pg_advisory_unlock_all()").await.is_ok() {
-            self.conn.release();
+        if self.conn.execute_command("SELECT pg_advisory_unlock_all()").await.is_ok()
+            && let Some(conn) = Arc::into_inner(self.conn)
+        {
+            conn.release();
         }
+    }
+}
+
+fn header(batch: &Batch) -> Result<Arc<Header>> {
+    batch.header.clone().ok_or(Error::Internal("a batch has no header"))
+}
+
+/// Returns whether another attempt may succeed: a concurrent call took an external id or deleted a label after the lookup, or
+/// caused a deadlock.
+fn is_conflict(error: &Error) -> bool {
+    error.constraint().is_some() || matches!(error, Error::Aborted { .. } | Error::LockTimeout | Error::Conflict(_))
+}
+
+/// The error when all attempts have conflicted.
+fn conflict() -> Error {
+    Error::Aborted {
+        reason: "CONFLICT",
+        message: "the import conflicts with a concurrent change; retry with the same import_id".to_owned(),
     }
 }

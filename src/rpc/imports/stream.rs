@@ -1,4 +1,7 @@
-//! `ImportService.ImportIssues`: one task parses the client's chunks into batches while another writes the batch before.
+//! `ImportService.ImportIssues`: takes the file from the client, and sends progress, row errors and the summary.
+//!
+//! In IMPORT_MODE_SKIP_INVALID, a batch is received and parsed while another is written. In IMPORT_MODE_ATOMIC and in dry runs,
+//! the whole file is received before any of it is written.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,12 +14,12 @@ use crate::{
     csv::{Batch, BatchReader, FileError, HeaderError, RowError},
     db::{
         Db,
-        imports::{Checkpoint, IMPORT_ERRORS_SENT_MAX, IMPORT_ERRORS_STORED_MAX, ImportRun, ImportSpec, Started},
+        imports::{IMPORT_ERRORS_SENT_MAX, IMPORT_ERRORS_STORED_MAX, ImportRun, Started, Written},
     },
     error::{Error, Result, Violation, quote},
     fairness::{FairPermit, FairSemaphore, Flow},
     pb::{
-        ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportProgress, ImportRowError, import_issues_request,
+        ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportRowError, import_issues_request,
         import_issues_response::Message,
     },
     rpc::{
@@ -48,6 +51,11 @@ impl Responses {
         let response = ImportIssuesResponse { message: Some(message) };
         self.stall_timeout.wait(self.sender.send(response), "no response read").await?
     }
+
+    /// Sends a message unless too many wait for the client.
+    fn try_send(&self, message: Message) {
+        self.sender.try_send(ImportIssuesResponse { message: Some(message) });
+    }
 }
 
 /// Runs an import, and sends progress, row errors and the summary.
@@ -73,20 +81,50 @@ pub(super) async fn import(
         Started::Running(run) => *run,
         Started::AlreadyFinished(summary) => return responses.send(Message::Summary(summary)).await,
     };
-    responses.send(progress(&spec, run.checkpoint())).await?;
-    let file = match run.header() {
-        None => BatchReader::new(spec.format.clone(), IMPORT_ERRORS_STORED_MAX),
-        Some(header) => {
-            let position = run.checkpoint().position();
-            BatchReader::resume(spec.format.clone(), Arc::clone(header), position, IMPORT_ERRORS_STORED_MAX)
-        }
-    };
+    responses.send(Message::Progress(run.progress())).await?;
+    let chunks = Chunks { requests, stall_timeout: StallTimeout::new(&IMPORT_RATE_MIN), total_bytes: spec.total_bytes };
+    if spec.is_single_transaction() {
+        return receive_then_write(run, chunks, responses).await;
+    }
     let (batches, parsed) = mpsc::channel(1);
-    tokio::try_join!(
-        read_file(requests, file, spec.total_bytes, batches),
-        write_batches(run, &spec, parsed, responses)
-    )?;
+    let file = run.reader(IMPORT_ERRORS_STORED_MAX);
+    tokio::try_join!(read_batches(chunks, file, batches), write_batches(run, parsed, responses))?;
     Ok(())
+}
+
+/// The client's messages after the options.
+struct Chunks {
+    requests: Streaming<ImportIssuesRequest>,
+    stall_timeout: StallTimeout,
+    /// The announced size of the file; 0 if unknown.
+    total_bytes: u64,
+}
+
+impl Chunks {
+    /// Returns the client's next bytes after those received before, which may be none; `None` at the end of the file. `received`
+    /// is where they begin.
+    async fn next(&mut self, received: u64) -> Result<Option<bytes::Bytes>> {
+        match next_message(&mut self.requests, &mut self.stall_timeout).await? {
+            Some(import_issues_request::Message::Chunk(chunk)) => {
+                // Bytes received before count too: after a cut, a client may send the file from its start.
+                self.stall_timeout.add_bytes(chunk.data.len() as u64);
+                new_bytes(&chunk, received).map(Some)
+            }
+            Some(import_issues_request::Message::Options(_)) => {
+                Err(Error::invalid("options", "sent twice; expected only as the first message"))
+            }
+            None if self.total_bytes != 0 && received != self.total_bytes => Err(Error::InvalidReason {
+                reason: "IMPORT_TRUNCATED",
+                field: "options.total_bytes",
+                message: format!(
+                    "options.total_bytes: the stream ended after {received} of {} bytes; send the file again with the same \
+                     import_id",
+                    self.total_bytes
+                ),
+            }),
+            None => Ok(None),
+        }
+    }
 }
 
 /// Takes a permit for an import or its reversal.
@@ -112,39 +150,49 @@ async fn next_message(
 }
 
 /// Parses the chunks into batches until the client half-closes the stream.
-async fn read_file(
-    mut requests: Streaming<ImportIssuesRequest>,
-    mut file: BatchReader,
-    total_bytes: u64,
-    batches: mpsc::Sender<Batch>,
-) -> Result<()> {
+async fn read_batches(mut chunks: Chunks, mut file: BatchReader, batches: mpsc::Sender<Batch>) -> Result<()> {
     // A closed channel means that `write_batches` has failed. Its error is reported, not this one.
     let send = async |batch| batches.send(batch).await.map_err(|_| Error::Cancelled);
-    let mut stall_timeout = StallTimeout::new(&IMPORT_RATE_MIN);
-    while let Some(message) = next_message(&mut requests, &mut stall_timeout).await? {
-        let import_issues_request::Message::Chunk(chunk) = message else {
-            return Err(Error::invalid("options", "sent twice; expected only as the first message"));
-        };
-        // Bytes received before count too: after a cut, a client may send the file from its start.
-        stall_timeout.add_bytes(chunk.data.len() as u64);
-        let data = new_bytes(&chunk, file.offset())?;
+    while let Some(data) = chunks.next(file.offset()).await? {
         let mut data = &data[..];
         while let Some(batch) = file.read(&mut data).map_err(file_error)? {
             send(batch).await?;
         }
     }
-    let offset = file.offset();
-    if total_bytes != 0 && offset != total_bytes {
-        return Err(Error::InvalidReason {
-            reason: "IMPORT_TRUNCATED",
-            field: "options.total_bytes",
-            message: format!(
-                "options.total_bytes: the stream ended after {offset} of {total_bytes} bytes; send the file again with the \
-                 same import_id"
-            ),
-        });
-    }
     send(file.finish().map_err(file_error)?).await
+}
+
+/// Stores the chunks until the client half-closes the stream. Parses them only to count rows and to check the header.
+async fn receive(run: &mut ImportRun, mut chunks: Chunks, responses: &mut Responses) -> Result<()> {
+    // The errors are reported when the rows are written, in the order of the file.
+    let mut file = run.reader(0);
+    while let Some(data) = chunks.next(file.offset()).await? {
+        let mut unparsed = &data[..];
+        while let Some(batch) = file.read(&mut unparsed).map_err(file_error)? {
+            responses.stall_timeout.add_bytes(batch.end_offset - run.progress().offset.cast_unsigned());
+            run.receive(&batch).await;
+            responses.send(Message::Progress(run.progress())).await?;
+        }
+        run.stage(&data).await?;
+    }
+    run.receive(&file.finish().map_err(file_error)?).await;
+    responses.send(Message::Progress(run.progress())).await
+}
+
+/// Receives the whole file, writes it, and then sends the row errors.
+async fn receive_then_write(mut run: ImportRun, chunks: Chunks, mut responses: Responses) -> Result<()> {
+    if let Err(error) = receive(&mut run, chunks, &mut responses).await {
+        run.abandon().await;
+        return Err(error);
+    }
+    // While rows are locked, nothing waits for the client.
+    let Written { errors, progress, summary } =
+        run.write_staged(|progress| responses.try_send(Message::Progress(progress))).await?;
+    for error in errors {
+        responses.send(Message::RowError(row_error(error))).await?;
+    }
+    responses.send(Message::Progress(progress)).await?;
+    responses.send(Message::Summary(summary)).await
 }
 
 /// Checks a chunk. Returns the part of it that follows the bytes received before.
@@ -183,12 +231,7 @@ fn file_error(error: FileError) -> Error {
 }
 
 /// Writes each batch, and finishes the import after the last one.
-async fn write_batches(
-    mut run: ImportRun,
-    spec: &ImportSpec,
-    mut batches: mpsc::Receiver<Batch>,
-    mut responses: Responses,
-) -> Result<()> {
+async fn write_batches(mut run: ImportRun, mut batches: mpsc::Receiver<Batch>, mut responses: Responses) -> Result<()> {
     // Errors sent before a cut may not have arrived. They are stored, and ListImportErrors returns them.
     let mut sent = run.checkpoint().error_count;
     let mut is_last = false;
@@ -202,20 +245,9 @@ async fn write_batches(
                 sent += 1;
             }
         }
-        responses.send(progress(spec, run.checkpoint())).await?;
+        responses.send(Message::Progress(run.progress())).await?;
     }
-    let summary = run.finish().await?;
-    responses.send(Message::Summary(summary)).await
-}
-
-fn progress(spec: &ImportSpec, checkpoint: &Checkpoint) -> Message {
-    Message::Progress(ImportProgress {
-        import_id: spec.import_id.to_string(),
-        offset: checkpoint.offset.cast_signed(),
-        row_count: checkpoint.row_count.cast_signed(),
-        rejected_count: checkpoint.rejected_count.cast_signed(),
-        committed_offset: spec.committed_offset(checkpoint).cast_signed(),
-    })
+    responses.send(Message::Summary(run.finish().await)).await
 }
 
 fn row_error(error: RowError) -> ImportRowError {

@@ -20,7 +20,12 @@ pub(super) struct RawImport {
 
 impl RawImport {
     pub(super) async fn open(tracker: &Tracker, opts: ImportOptions) -> Self {
-        let mut raw = H2Client::open(tracker).await;
+        Self::open_with(tracker, opts, 65_535).await
+    }
+
+    /// Opens a stream whose responses have this window.
+    pub(super) async fn open_with(tracker: &Tracker, opts: ImportOptions, window_bytes: u32) -> Self {
+        let mut raw = H2Client::open_with(tracker, window_bytes).await.unwrap();
         let (response, stream) = raw.begin(tracker, "ImportService/ImportIssues").await.unwrap();
         let mut import = Self { stream, _response: response, raw };
         import.send(&options(opts));
@@ -29,6 +34,11 @@ impl RawImport {
 
     pub(super) fn send(&mut self, message: &ImportIssuesRequest) {
         self.stream.send_data(framed(message), false).unwrap();
+    }
+
+    /// Sends a last message and half-closes the stream.
+    pub(super) fn send_last(&mut self, message: &ImportIssuesRequest) {
+        self.stream.send_data(framed(message), true).unwrap();
     }
 }
 
@@ -152,7 +162,11 @@ async fn interrupted_import_with_full_buffers_is_rolled_back_and_can_be_resumed(
         for (import, committed) in [(full_pipeline(), 0), (full_pipeline().skip_invalid(), 5_000)] {
             let other = hold_external_id(&tracker).await;
             let mut raw = RawImport::open(&tracker, import.options.clone()).await;
-            raw.send(&chunk(0, &*import.file));
+            // An atomic import writes only complete files.
+            match import.options.mode() {
+                ImportMode::SkipInvalid => raw.send(&chunk(0, &*import.file)),
+                _ => raw.send_last(&chunk(0, &*import.file)),
+            }
             until_pipeline_is_full(&tracker).await;
 
             raw.interrupt(interruption);
@@ -190,7 +204,7 @@ async fn import_interrupted_after_its_last_row_is_not_committed() {
         let import = import.skip_existing().id(Uuid::now_v7()).with(|options| options.total_bytes = 0);
         let other = block_last_statement(&tracker).await;
         let mut raw = RawImport::open(&tracker, import.options.clone()).await;
-        raw.stream.send_data(framed(&chunk(0, &*import.file)), true).unwrap();
+        raw.send_last(&chunk(0, &*import.file));
         tracker.wait_until(lock_waiters!("> 0")).await;
 
         raw.interrupt(Interruption::Reset(Reason::CANCEL));

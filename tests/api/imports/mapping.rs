@@ -305,25 +305,22 @@ async fn rejected_import_creates_no_label() {
 
 #[tokio::test]
 async fn concurrent_imports_that_create_the_same_label_both_commit() {
-    let tracker = Tracker::start().await;
+    let tracker = Tracker::start_with(limits(&["--statement-ms", "600000"])).await;
     let with_labels = |import: Import| import.with(|options| options.create_labels = true);
-    let first = open(&tracker.member, with_labels(import("")).with(|options| options.total_bytes = 0).options).await;
-    // A whole batch, which the server writes before the stream ends.
-    let rows = "x,\n".repeat(4_999);
-    first.send(chunk(0, format!("title,labels\na,new;b\n{rows}"))).await;
-    tracker
-        .wait_until(
-            "SELECT count(*) > 0 FROM pg_stat_activity
-            WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL AND datname = current_database()",
-        )
-        .await;
+    // The first batch creates the labels, the second one is blocked.
+    let other = hold_external_id(&tracker).await;
+    let rows = "x,,\n".repeat(4_999);
+    let first = with_labels(import(format!("title,labels,external_id\na,new;b,\n{rows}z,,X-1\n")));
+    let first = first.spawn_by(&tracker.member);
+    tracker.wait_until(crate::lock_waiters!("= 1")).await;
     let second = with_labels(import("title,labels\nc,B;NEW;own\n")).spawn_by(&tracker.member);
-    tracker.wait_until(crate::lock_waiters!("> 0")).await;
+    tracker.wait_until(crate::lock_waiters!("= 2")).await;
 
-    let first = first.finish().await.unwrap();
+    other.batch_execute("ROLLBACK").await.unwrap();
+    let first = first.await.unwrap().unwrap();
     let second = second.await.unwrap().unwrap();
 
-    assert_eq!((first.outcome(), second.outcome()), ((5_000, 0, 0, 0), (1, 0, 0, 0)));
+    assert_eq!((first.outcome(), second.outcome()), ((5_001, 0, 0, 0), (1, 0, 0, 0)));
     assert_eq!(tracker.count("SELECT count(*) FROM labels").await, 3);
     assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 5);
 }

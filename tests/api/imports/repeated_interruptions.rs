@@ -9,17 +9,17 @@ use crate::harness::{eventually, limits};
 const ROWS: usize = 20_000;
 
 /// A linear congruential generator (Knuth's MMIX), deterministic for a given seed.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    pub(super) fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % bound
     }
 }
 
 /// Returns a file with valid and invalid rows, labels, duplicate external ids, quoted line breaks and blank lines.
-fn mixed_file(seed: u64, rows: usize) -> String {
+pub(super) fn mixed_file(seed: u64, rows: usize) -> String {
     let mut random = Random(seed);
     let mut file =
         "title,description,status,priority,assignee,labels,external_id,create_time,close_time\r\n".to_owned();
@@ -57,7 +57,7 @@ fn mixed_file(seed: u64, rows: usize) -> String {
     file
 }
 
-async fn start_with_labels() -> Tracker {
+pub(super) async fn start_with_labels() -> Tracker {
     let tracker = Tracker::start().await;
     for name in ["bug", "ui", "docs"] {
         tracker.member.label(name).await;
@@ -176,9 +176,10 @@ async fn dry_run_of_a_mixed_file_has_the_responses_of_the_import() {
         let real = import.by(&tracker.member).await.unwrap();
 
         assert_eq!(dry_run.summary.state(), ImportState::Validated);
-        assert_eq!(dry_run.normalized_to(&real), real, "{on_existing:?}");
-        assert_eq!(real.errors.len(), 1_000, "{on_existing:?}");
         revert(&tracker.member, &real.summary.import_id, false).await.unwrap();
+        assert_eq!(real.errors.len(), 1_000, "{on_existing:?}");
+        let dry_run = dry_run.normalized_to(&real).without_intermediate_progress();
+        assert_eq!(dry_run, real.without_intermediate_progress(), "{on_existing:?}");
     }
 }
 

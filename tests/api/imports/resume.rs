@@ -241,14 +241,15 @@ async fn dry_run_of_the_rest_has_its_responses_and_writes_nothing() {
     interrupt_after_first_batch(&tracker, &import, import.file.len() - 3).await;
     let before = tracker.contents().await;
 
-    let mut dry_run = resume(&tracker.member, &import.clone().validate_only()).await.unwrap();
+    let dry_run = resume(&tracker.member, &import.clone().validate_only()).await.unwrap();
 
     assert_eq!(tracker.contents().await, before);
     let real = resume(&tracker.member, &import).await.unwrap();
     assert_eq!(dry_run.summary.state(), ImportState::Validated);
-    dry_run.summary.state = ImportState::Committed.into();
-    assert_eq!(dry_run, real);
     assert_eq!(real.codes(), [(5_001, "DUPLICATE_EXTERNAL_ID")]);
+    let dry_run = dry_run.normalized_to(&real);
+    assert_eq!((&dry_run.errors, &dry_run.summary), (&real.errors, &real.summary));
+    assert_eq!(dry_run.progress.last(), real.progress.last());
 }
 
 #[tokio::test]

@@ -247,54 +247,46 @@ async fn import_into_conflict(tracker: &Tracker, import: Import) -> Result<Respo
 }
 
 #[tokio::test]
-async fn external_id_taken_concurrently_is_a_row_error_in_skip_invalid() {
-    let tracker = Tracker::start().await;
-    let import = import("title,external_id\na,1\nours,X-1\nb,2\n").skip_invalid();
+async fn external_id_taken_concurrently_is_a_row_error() {
+    let file = "title,external_id\na,1\nours,X-1\nb,2\n";
+    let cases = [
+        (import(file).skip_invalid(), (ImportState::Committed, 3, 2, 1, 1), &["a", "b", "theirs"][..]),
+        (import(file), (ImportState::Rejected, 3, 0, 1, 1), &["theirs"]),
+        (import(file).validate_only(), (ImportState::Rejected, 3, 0, 1, 1), &["theirs"]),
+        (import(file).skip_invalid().validate_only(), (ImportState::Validated, 3, 2, 1, 1), &["theirs"]),
+    ];
+    for (import, counts, titles) in cases {
+        let tracker = Tracker::start().await;
 
-    let responses = import_into_conflict(&tracker, import).await.unwrap();
+        let responses = import_into_conflict(&tracker, import).await.unwrap();
 
-    assert_eq!(responses.codes(), [(2, "EXTERNAL_ID_TAKEN")]);
-    assert_eq!(responses.counts(), (ImportState::Committed, 3, 2, 1, 1));
-    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["a", "b", "theirs"]);
+        assert_eq!(responses.codes(), [(2, "EXTERNAL_ID_TAKEN")]);
+        assert_eq!(responses.counts(), counts);
+        assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), titles);
+    }
 }
 
 #[tokio::test]
-async fn external_id_taken_concurrently_aborts_an_atomic_import() {
-    let tracker = Tracker::start().await;
-    let import = import("title,external_id\na,1\nours,X-1\nb,2\n").id(Uuid::now_v7());
-
-    let conflict = import_into_conflict(&tracker, import.clone()).await;
-
-    assert_error(conflict, Code::Aborted, "CONFLICT");
-    assert_eq!(issues(&tracker).await.into_keys().collect::<Vec<_>>(), ["theirs"]);
-    eventually("a second attempt reports the row", async || {
-        import.clone().by(&tracker.member).await.is_ok_and(|a| a.codes() == [(2, "EXTERNAL_ID_TAKEN")])
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn create_issue_waits_for_an_import_with_the_same_external_id() {
-    let tracker = Tracker::start().await;
-    let import = open(&tracker.member, atomic()).await;
-    // A whole batch, which the server writes before the stream ends.
-    let mut file = "title,external_id\nours,X-1\n".to_owned();
+async fn create_issue_waits_for_an_import_that_is_writing_the_same_external_id() {
+    let tracker = Tracker::start_with(limits(&["--statement-ms", "600000"])).await;
+    // The second batch is blocked by this.
+    let other = hold_external_id(&tracker).await;
+    let mut file = "title,external_id\nours,X-2\n".to_owned();
     file.extend((0..5_000).map(|n| format!("issue {n},{n}\n")));
-    import.send(chunk(0, file)).await;
-    let batch_is_written = "SELECT count(*) > 0 FROM pg_stat_activity
-        WHERE state = 'idle in transaction' AND backend_xid IS NOT NULL AND datname = current_database()";
-    tracker.wait_until(batch_is_written).await;
+    file += "ours,X-1\n";
+    let import = import(file).spawn_by(&tracker.member);
+    tracker.wait_until(lock_waiters!("= 1")).await;
     let created = tokio::spawn({
         let mut issues = tracker.member.issues();
-        let issue = Issue { title: "theirs".to_owned(), external_id: "X-1".to_owned(), ..Default::default() };
+        let issue = Issue { title: "theirs".to_owned(), external_id: "X-2".to_owned(), ..Default::default() };
         let request = issue_tracker::pb::CreateIssueRequest { issue: Some(issue), ..Default::default() };
         async move { issues.create_issue(request).await }
     });
-    tracker.wait_until(lock_waiters!("> 0")).await;
+    tracker.wait_until(lock_waiters!("= 2")).await;
 
-    let responses = import.finish().await.unwrap();
+    other.batch_execute("ROLLBACK").await.unwrap();
 
-    assert_eq!(responses.counts(), (ImportState::Committed, 5_001, 5_001, 0, 0));
+    assert_eq!(import.await.unwrap().unwrap().counts(), (ImportState::Committed, 5_002, 5_002, 0, 0));
     assert_error(created.await.unwrap(), Code::AlreadyExists, "ALREADY_EXISTS");
 }
 
@@ -413,7 +405,8 @@ async fn import_with_unread_responses_ends_after_60_s_or_a_reset() {
     for resets in [false, true] {
         let mut raw = H2Client::open_with(&tracker, 0).await.unwrap();
         let (_response, mut stream) = raw.begin(&tracker, "ImportService/ImportIssues").await.unwrap();
-        stream.send_data(framed(&options(atomic())), false).unwrap();
+        let opts = ImportOptions { mode: ImportMode::SkipInvalid.into(), ..atomic() };
+        stream.send_data(framed(&options(opts)), false).unwrap();
         // More errors than the server buffers.
         stream.send_data(framed(&chunk(0, "title,status\n".to_owned() + &"x,opne\n".repeat(6_000))), false).unwrap();
         let is_written = "SELECT count(*) > 0 FROM imports WHERE row_count = 5000";
