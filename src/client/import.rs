@@ -118,6 +118,11 @@ impl Import {
             self.options.total_bytes = i64::try_from(size)?;
             self.progress.set_total_bytes(size);
         }
+        if self.args.validate_only {
+            self.progress.set_second_phase("checked");
+        } else if self.args.mode == ImportModeName::Atomic {
+            self.progress.set_second_phase("written");
+        }
         // Before the import: an unwritable path must not fail it afterwards.
         let rejected = match self.args.rejected.clone() {
             Some(path) => {
@@ -219,13 +224,16 @@ impl Import {
 
     fn show_progress(&mut self, progress: &ImportProgress) {
         let count = |value: i64| u64::try_from(value).unwrap_or(0);
-        self.committed_offset = count(progress.committed_offset);
-        self.retries.reached(count(progress.offset), Instant::now());
-        self.progress.update(Position {
+        let position = Position {
             bytes: count(progress.offset),
             rows: count(progress.row_count),
             rejected: count(progress.rejected_count),
-        });
+            processed: count(progress.written_row_count),
+        };
+        self.committed_offset = count(progress.committed_offset);
+        // Rows may be written long after the last byte was received.
+        self.retries.reached(position.bytes + position.processed, Instant::now());
+        self.progress.update(position);
         if self.args.json {
             print_line(&report::progress_json(progress).to_string());
         }

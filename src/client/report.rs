@@ -78,6 +78,7 @@ pub fn progress_json(progress: &ImportProgress) -> Value {
         "row_count": progress.row_count,
         "rejected_count": progress.rejected_count,
         "committed_offset": progress.committed_offset,
+        "written_row_count": progress.written_row_count,
     }})
 }
 
