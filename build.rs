@@ -74,15 +74,20 @@ fn method_policy(pool: &DescriptorPool, method: &MethodDescriptor, path: &str) -
         Some("REQUIRED_ROLE_ADMIN") => "Admin",
         _ => return Err(format!("{path}: no required role; declare option ({PACKAGE}.required_role)").into()),
     };
-    let extension = format!("{PACKAGE}.default_deadline_seconds");
-    let extension = pool.get_extension_by_name(&extension).ok_or("no default_deadline_seconds option")?;
-    let deadline = options.has_extension(&extension).then(|| options.get_extension(&extension).as_u32()).flatten();
+    let number_of = |name: &str| -> Result<Option<u32>, String> {
+        let extension = pool.get_extension_by_name(&format!("{PACKAGE}.{name}")).ok_or(format!("no {name} option"))?;
+        Ok(options.has_extension(&extension).then(|| options.get_extension(&extension).as_u32()).flatten())
+    };
     Ok(format!(
         "MethodPolicy {{ path: {path:?}, service: {:?}, method: {:?}, client_streaming: {}, server_streaming: {}, \
-         only_reads: {only_reads}, required_role: RequiredRole::{role}, default_deadline_seconds: {deadline:?} }}",
+         only_reads: {only_reads}, required_role: RequiredRole::{role}, default_deadline_seconds: {:?}, \
+         max_response_kib: {:?}, max_response_per_request: {:?} }}",
         method.parent_service().full_name(),
         method.name(),
         method.is_client_streaming(),
         method.is_server_streaming(),
+        number_of("default_deadline_seconds")?,
+        number_of("max_response_kib")?,
+        number_of("max_response_per_request")?,
     ))
 }

@@ -19,6 +19,9 @@ use crate::{
 /// gRPC status. Beyond it, HTTP/2 responds with the HTTP status 431.
 const DECODED_HEADERS_MULTIPLE: u32 = 8;
 
+/// The memory of a call beside its request.
+const LARGEST_RESPONSE_KIB: u32 = 4 * 1024;
+
 #[derive(Clone, Debug, Args)]
 pub struct Limits {
     /// Maximum connections to the database
@@ -154,10 +157,11 @@ impl Limits {
             );
         }
         let memory_kib = self.share().of(MESSAGE_MEMORY_KIB);
-        if memory_kib < 2 * self.message_bytes.div_ceil(1024) {
+        // Compressed and decompressed, and the response that memory is reserved for.
+        if memory_kib < 2 * self.message_bytes.div_ceil(1024) + LARGEST_RESPONSE_KIB {
             bail!(
                 "--user-share-percent {}: one user could have {memory_kib} KiB for messages, which must be twice \
-                 --message-bytes {}",
+                 --message-bytes {} and {LARGEST_RESPONSE_KIB} KiB",
                 self.user_share_percent,
                 self.message_bytes
             );

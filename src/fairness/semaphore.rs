@@ -41,8 +41,7 @@ struct Inner {
 }
 
 struct State {
-    /// Negative after [`FairSemaphore::overdraw`].
-    free: i64,
+    free: u32,
     /// The permits that each flow holds, if any.
     held: HashMap<Flow, u32>,
     /// The flows that wait.
@@ -80,7 +79,7 @@ impl FairSemaphore {
     pub fn new(resource: &'static str, permits: u32, share: SharePercent) -> Self {
         let permits = permits.max(1);
         let state = State {
-            free: i64::from(permits),
+            free: permits,
             held: HashMap::new(),
             waiting: HashMap::new(),
             next_number: 0,
@@ -117,12 +116,6 @@ impl FairSemaphore {
         self.inner.refusals.record(self.inner.resource, flow, refusal);
     }
 
-    /// Takes `count` permits, even if the flow has used up its share or too few are free. Until they are given back, other
-    /// requests are refused.
-    pub fn overdraw(&self, flow: Flow, count: u32) -> FairPermit {
-        self.inner.lock().grant(&self.inner, flow, count)
-    }
-
     /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the expected wait is longer. This is the
     /// number of waiters of this flow, times the number of waiting flows, times the average interval between two grants.
     pub async fn acquire(&self, flow: Flow, wait_max: Duration) -> Result<FairPermit, Refusal> {
@@ -153,23 +146,22 @@ impl Inner {
 impl State {
     /// Returns why the flow cannot have `count` permits now.
     fn refusal(&self, inner: &Inner, flow: Flow, count: u32) -> Option<Refusal> {
-        let held = self.held.get(&flow).copied().unwrap_or(0);
         // Internal work leaves one permit to users.
         let share_max = if flow == Flow::Internal { inner.permits.max(2) - 1 } else { inner.share_max };
-        if held.saturating_add(count) > share_max {
+        if self.held_by(&flow).saturating_add(count) > share_max {
             return Some(Refusal::Share);
         }
-        (self.free < i64::from(count)).then_some(Refusal::Total)
+        (self.free < count).then_some(Refusal::Total)
     }
 
     fn grant(&mut self, inner: &Arc<Inner>, flow: Flow, count: u32) -> FairPermit {
-        self.free -= i64::from(count);
+        self.free -= count;
         *self.held.entry(flow).or_default() += count;
-        FairPermit { inner: Some(Arc::clone(inner)), flow, count }
+        FairPermit { inner: Arc::clone(inner), flow, count }
     }
 
     fn give_back(&mut self, flow: Flow, count: u32) {
-        self.free += i64::from(count);
+        self.free += count;
         if let Entry::Occupied(mut held) = self.held.entry(flow) {
             *held.get_mut() -= count;
             if *held.get() == 0 {
@@ -199,9 +191,8 @@ impl State {
     /// Returns the waiting flow that is next: one that has not used up its share, and holds the fewest permits.
     fn next_flow(&self, inner: &Inner) -> Option<Flow> {
         let candidates = self.waiting.iter().filter(|(flow, _)| self.refusal(inner, **flow, 1).is_none());
-        let next = candidates.min_by_key(|(flow, waiting)| {
-            (**flow != Flow::Internal, self.held.get(flow).copied().unwrap_or(0), waiting.turn)
-        });
+        let next =
+            candidates.min_by_key(|(flow, waiting)| (**flow != Flow::Internal, self.held_by(flow), waiting.turn));
         next.map(|(flow, _)| *flow)
     }
 
@@ -218,15 +209,15 @@ impl State {
                 waiting.remove();
             }
             let Some(waiter) = waiter else { continue };
-            match waiter.permit.send(self.grant(inner, flow, 1)) {
-                Ok(()) => self.progress.advance(),
-                // The waiter has stopped waiting. Dropping the permit here would lock the state again.
-                Err(mut permit) => {
-                    permit.inner = None;
-                    self.give_back(flow, 1);
-                }
-            }
+            // Cannot fail: a waiter leaves the queue before its receiver is dropped.
+            let sent = waiter.permit.send(self.grant(inner, flow, 1));
+            debug_assert!(sent.is_ok());
+            self.progress.advance();
         }
+    }
+
+    fn held_by(&self, flow: &Flow) -> u32 {
+        self.held.get(flow).copied().unwrap_or(0)
     }
 
     fn estimated_wait(&self, permits: u32, flow: Flow) -> Duration {
@@ -260,9 +251,9 @@ impl Progress {
 /// One or more permits of a flow, until this is dropped.
 #[derive(Debug)]
 pub struct FairPermit {
-    /// `None`: the permits were given back.
-    inner: Option<Arc<Inner>>,
+    inner: Arc<Inner>,
     flow: Flow,
+    /// 0 if they were given back.
     count: u32,
 }
 
@@ -274,7 +265,6 @@ impl std::fmt::Debug for Inner {
 
 impl FairPermit {
     /// Returns the number of permits.
-    #[cfg(test)]
     pub fn count(&self) -> u32 {
         self.count
     }
@@ -282,19 +272,24 @@ impl FairPermit {
     /// Adds the permits of another one, of the same semaphore and flow.
     pub fn merge(&mut self, mut other: Self) {
         debug_assert_eq!(self.flow, other.flow);
-        if other.inner.take().is_some() {
-            self.count += other.count;
+        self.count += std::mem::take(&mut other.count);
+    }
+
+    /// Gives back `count` of the permits, or all if there are fewer.
+    pub fn give_back(&mut self, count: u32) {
+        let count = count.min(self.count);
+        if count > 0 {
+            self.count -= count;
+            let mut state = self.inner.lock();
+            state.give_back(self.flow, count);
+            state.grant_to_waiters(&self.inner);
         }
     }
 }
 
 impl Drop for FairPermit {
     fn drop(&mut self) {
-        if let Some(inner) = self.inner.take() {
-            let mut state = inner.lock();
-            state.give_back(self.flow, self.count);
-            state.grant_to_waiters(&inner);
-        }
+        self.give_back(self.count);
     }
 }
 

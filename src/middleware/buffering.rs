@@ -10,7 +10,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, HeaderValue, Request, Response};
+use http::{HeaderValue, Request, Response, request::Parts};
 use http_body::Body;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
@@ -22,7 +22,8 @@ use super::{
     body::{PolledFrame, RequestBody, UncutBody},
     compression::{ENCODING, MESSAGE_PREFIX_BYTES, is_gzip, take_accepts_gzip, unzip, zip},
     deadline::{self, READ_GRACE},
-    memory_budget::{MemoryBudget, MessageMemory},
+    memory_budget::{CallMemory, MemoryBudget},
+    metadata_limit::metadata_bytes,
     method_policy::CallPolicy,
     unread::{Remaining, UnreadResponse},
 };
@@ -33,12 +34,14 @@ use crate::{
 
 /// Memory for the requests and responses of authenticated callers.
 pub const MESSAGE_MEMORY_KIB: u32 = 256 * 1024;
-/// The same for unauthenticated requests, which client addresses share. Names and passwords fit into the bytes that are not
-/// counted: users can sign in even if others, also from the same address, have used up the budget.
+/// The same for unauthenticated requests, which client addresses share. A usual login, with its metadata, fits into the bytes
+/// that are not counted: users can sign in even if others, also from the same address, have used up the budget.
 const UNAUTHENTICATED_MEMORY_KIB: u32 = 16 * 1024;
-const UNAUTHENTICATED_UNCOUNTED_BYTES: usize = 1024;
-/// What a call takes beside its message: about the size of its metadata and its task.
+const UNAUTHENTICATED_UNCOUNTED_BYTES: usize = 4 * 1024;
+/// What a call takes beside its message: its stream, its task and usual metadata.
 const CALL_BYTES: usize = 4 * 1024;
+/// A response of up to this size is copied: tonic encodes it into a buffer of 8 KiB.
+const COPIED_RESPONSE_BYTES_MAX: usize = 4 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
 pub const UNAUTHENTICATED_MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Time allowed for the client to send an unauthenticated request.
@@ -46,8 +49,8 @@ const UNAUTHENTICATED_READ_MAX: Duration = Duration::from_secs(5);
 
 /// Buffers the request, unless its client streams, and the response, unless it is a stream.
 ///
-/// The message of a request is counted until the response is ready, and that of a response until it has been read. What
-/// exceeds the budget fails with `Exhausted`.
+/// A request is counted until its response is ready, and a response until it has been read. What exceeds the budget fails
+/// with `Exhausted`. Before a mutation, memory is reserved for the largest response that it can have.
 #[derive(Clone)]
 pub struct BufferingLayer {
     buffers: Arc<Buffers>,
@@ -77,68 +80,78 @@ struct Buffers {
 }
 
 impl Buffers {
+    fn budget_of(&self, policy: CallPolicy) -> &MemoryBudget {
+        if policy.role().is_some() { &self.budget } else { &self.unauthenticated_budget }
+    }
+
     /// Returns the one message of a request with its prefix, decompressed.
     async fn read_request<B>(
         &self,
         body: B,
-        headers: &HeaderMap,
+        parts: &Parts,
         policy: CallPolicy,
-        memory: &mut MessageMemory,
+        memory: &mut CallMemory,
     ) -> Result<Bytes>
     where
         B: Body<Data = Bytes> + Unpin,
     {
-        let message_bytes_max = self.limits.message_bytes_max;
-        let (budget, bytes_max, read_max) = match policy.role() {
-            None => (
-                &self.unauthenticated_budget,
-                UNAUTHENTICATED_MESSAGE_BYTES_MAX.min(message_bytes_max),
-                UNAUTHENTICATED_READ_MAX,
-            ),
-            Some(_) => (&self.budget, message_bytes_max, self.limits.deadline_default),
+        let (budget, message_bytes_max) = (self.budget_of(policy), self.limits.message_bytes_max);
+        let metadata_bytes = metadata_bytes(&parts.headers, &parts.uri);
+        let (call_bytes, bytes_max, read_max) = match policy.role() {
+            None => {
+                (metadata_bytes, UNAUTHENTICATED_MESSAGE_BYTES_MAX.min(message_bytes_max), UNAUTHENTICATED_READ_MAX)
+            }
+            Some(_) => (metadata_bytes.max(CALL_BYTES), message_bytes_max, self.limits.deadline_default),
         };
-        if policy.role().is_some() {
-            // A client that begins calls and sends no message takes memory too. Unauthenticated calls have other limits.
-            budget.add(memory, 0, CALL_BYTES)?;
-        }
+        // A client that begins calls and sends no message takes memory too.
+        budget.add(memory, call_bytes)?;
         let message = timeout(read_max, read_message(body, bytes_max, budget, memory)).await;
         let message = message.unwrap_or_else(|_| Err(deadline::exceeded()))?;
-        if is_gzip(headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }
+        if is_gzip(&parts.headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }
     }
 
-    /// Buffers the one message of a response.
-    ///
-    /// Mutations have been made by now, so their responses are not refused if they exceed the budget.
-    async fn read_response<R>(&self, mut body: R, may_be_refused: bool, memory: MessageMemory) -> Result<Remaining>
+    /// Reserves memory for the response of a mutation: once it has been executed, its response must not be refused.
+    fn reserve_response(&self, policy: CallPolicy, request_bytes: usize, memory: &mut CallMemory) -> Result<()> {
+        if policy.only_reads || policy.server_streaming || policy.role().is_none() {
+            return Ok(());
+        }
+        let bytes = memory.bytes().max(CALL_BYTES) + policy.response_size.max(request_bytes);
+        self.budget.set(memory, bytes)
+    }
+
+    /// Buffers the one message of a response. Its memory replaces that of the request.
+    async fn read_response<R>(&self, mut body: R, policy: CallPolicy, memory: CallMemory) -> Result<Remaining>
     where
         R: Body<Data = Bytes> + Unpin,
     {
         let mut response = Remaining::new(memory);
         while let Some(frame) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
             match frame.map_err(|_| Error::Internal("a response cannot be encoded"))?.into_data() {
-                Ok(bytes) if response.data.is_none() => {
-                    if may_be_refused {
-                        self.budget.add(&mut response.memory, 0, bytes.len())?;
-                    } else {
-                        self.budget.add_beyond(&mut response.memory, bytes.len());
-                    }
-                    response.data = Some(bytes);
-                }
+                Ok(bytes) if response.data.is_none() => response.data = Some(exact(bytes)),
                 Ok(_) => return Err(Error::Internal("a response has more than one frame")),
                 Err(frame) => response.trailers = frame.into_trailers().ok(),
             }
+        }
+        let bytes = CALL_BYTES + response.bytes();
+        if policy.only_reads {
+            self.budget_of(policy).set(&mut response.memory, bytes)?;
+        } else {
+            // A declared size that is too small must not make an executed mutation fail.
+            let reserved_bytes = response.memory.bytes();
+            debug_assert!(policy.role().is_none() || bytes <= reserved_bytes, "{bytes} of {reserved_bytes} bytes");
+            self.budget_of(policy).set(&mut response.memory, bytes.min(reserved_bytes))?;
         }
         Ok(response)
     }
 }
 
+/// Returns a message that does not keep a larger buffer in memory.
+fn exact(message: Bytes) -> Bytes {
+    if message.len() <= COPIED_RESPONSE_BYTES_MAX { Bytes::copy_from_slice(&message) } else { message }
+}
+
 /// Returns the whole body. `bytes_max` is that of the message without its prefix.
-async fn read_message<B>(
-    mut body: B,
-    bytes_max: usize,
-    budget: &MemoryBudget,
-    memory: &mut MessageMemory,
-) -> Result<Bytes>
+async fn read_message<B>(mut body: B, bytes_max: usize, budget: &MemoryBudget, memory: &mut CallMemory) -> Result<Bytes>
 where
     B: Body<Data = Bytes> + Unpin,
 {
@@ -152,7 +165,7 @@ where
         if before + data.len() > bytes_max + MESSAGE_PREFIX_BYTES {
             return Err(Error::too_large(bytes_max));
         }
-        budget.add(memory, before, data.len())?;
+        budget.add(memory, data.len())?;
         if before == 0 {
             first = data;
         } else {
@@ -202,20 +215,22 @@ where
             let (mut parts, body) = request.into_parts();
             let accepts_gzip = !policy.server_streaming && take_accepts_gzip(&mut parts.headers);
             let (flow, call) = (flow(&parts.extensions), parts.extensions.get::<CallHandle>().cloned());
-            let mut memory = MessageMemory::of(flow);
-            let body = if policy.client_streaming {
-                RequestBody::Stream(UncutBody(body))
+            let mut memory = CallMemory::of(flow);
+            let (body, request_bytes) = if policy.client_streaming {
+                (RequestBody::Stream(UncutBody(body)), 0)
             } else {
-                RequestBody::Message(buffers.read_request(body, &parts.headers, policy, &mut memory).await?)
+                let message = buffers.read_request(body, &parts, policy, &mut memory).await?;
+                let bytes = message.len();
+                (RequestBody::Message(message), bytes)
             };
+            buffers.reserve_response(policy, request_bytes, &mut memory)?;
             let response = inner.call(Request::from_parts(parts, body)).await?;
-            // The message of the request is dropped by now.
-            drop(memory);
             let (mut parts, body) = response.into_parts();
             if policy.server_streaming {
                 return Ok(Response::from_parts(parts, BufferedBody::Stream(body)));
             }
-            let mut response = buffers.read_response(body, policy.only_reads, MessageMemory::of(flow)).await?;
+            // The message of the request is dropped by now.
+            let mut response = buffers.read_response(body, policy, memory).await?;
             if accepts_gzip && let Some(zipped) = response.data.as_deref().and_then(zip) {
                 response.data = Some(zipped);
                 parts.headers.insert(ENCODING, HeaderValue::from_static("gzip"));
@@ -252,3 +267,6 @@ impl<R: Body<Data = Bytes, Error = Status> + Unpin> Body for BufferedBody<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

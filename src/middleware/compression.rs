@@ -9,7 +9,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use flate2::{Compression, bufread::GzDecoder, write::GzEncoder};
 use http::{HeaderMap, HeaderName};
 
-use super::memory_budget::{MemoryBudget, MessageMemory};
+use super::memory_budget::{CallMemory, MemoryBudget};
 use crate::error::{Error, Result};
 
 /// The flag and the length before each message.
@@ -32,7 +32,7 @@ pub fn is_gzip(headers: &HeaderMap) -> bool {
 ///
 /// Fails if the message has more than `bytes_max` bytes, without decompressing the rest, or exceeds the budget, or is not
 /// the only message of the request.
-pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &mut MessageMemory) -> Result<Bytes> {
+pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &mut CallMemory) -> Result<Bytes> {
     let Some((prefix, compressed)) = message.split_first_chunk::<MESSAGE_PREFIX_BYTES>() else { return Ok(message) };
     let [flag, length @ ..] = *prefix;
     match compressed.len().checked_sub(u32::from_be_bytes(length) as usize) {
@@ -55,7 +55,7 @@ pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &m
         if before + count > bytes_max {
             return Err(Error::too_large(bytes_max));
         }
-        budget.add(memory, before, count)?;
+        budget.add(memory, count)?;
         unzipped.extend_from_slice(&step[..count]);
     }
     let length = u32::try_from(unzipped.len() - MESSAGE_PREFIX_BYTES).map_err(|_| Error::too_large(bytes_max))?;
@@ -103,7 +103,7 @@ mod tests {
 
     fn unzip_within(kib: u32, message: &Bytes) -> (Result<Bytes>, usize) {
         let budget = MemoryBudget::new("memory", 0, kib, SharePercent(100));
-        let mut memory = MessageMemory::of(Flow::Internal);
+        let mut memory = CallMemory::of(Flow::Internal);
         let unzipped = unzip(message.clone(), BYTES_MAX, &budget, &mut memory);
         (unzipped, memory.kib() as usize)
     }

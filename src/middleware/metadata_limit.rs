@@ -6,7 +6,7 @@
 use std::task::{Context, Poll};
 
 use futures_util::future::{Either, Ready, ready};
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response, Uri};
 use tower::{Layer, Service};
 
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        if metadata_bytes(&request) > self.bytes_max {
+        if metadata_bytes(request.headers(), request.uri()) > self.bytes_max {
             return Either::Left(ready(Err(Error::MetadataTooLarge { bytes_max: self.bytes_max })));
         }
         Either::Right(self.inner.call(request))
@@ -62,8 +62,8 @@ where
 }
 
 /// Returns the size of the headers and the path, as HTTP/2 counts them.
-fn metadata_bytes<B>(request: &Request<B>) -> usize {
+pub(super) fn metadata_bytes(headers: &HeaderMap, uri: &Uri) -> usize {
     let header = |name: &str, value: &[u8]| name.len() + value.len() + HEADER_OVERHEAD_BYTES;
-    let headers: usize = request.headers().iter().map(|(name, value)| header(name.as_str(), value.as_bytes())).sum();
-    headers + header(":path", request.uri().path().as_bytes())
+    let all: usize = headers.iter().map(|(name, value)| header(name.as_str(), value.as_bytes())).sum();
+    all + header(":path", uri.path().as_bytes())
 }

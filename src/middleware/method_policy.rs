@@ -15,6 +15,9 @@ use tower::{Layer, Service};
 use super::method_table::{METHODS, MethodPolicy, RequiredRole};
 use crate::pb::Role;
 
+/// The largest response of a mutation that declares no size.
+const SMALL_RESPONSE_BYTES_MAX: usize = 4 * 1024;
+
 /// What the layers know about the method of a request. It is in the extensions of each request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallPolicy {
@@ -30,6 +33,28 @@ pub struct CallPolicy {
     pub required_role: RequiredRole,
     /// The deadline of calls whose client sets none, where it differs from the configured default.
     pub default_deadline: Option<Duration>,
+    /// The size of the responses of a mutation.
+    pub response_size: ResponseSize,
+}
+
+/// How large the response of a mutation can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResponseSize {
+    bytes_max: usize,
+    /// If not 0: the response has at most so many bytes for each one of the request, besides [`SMALL_RESPONSE_BYTES_MAX`].
+    bytes_per_request_byte_max: usize,
+}
+
+impl ResponseSize {
+    pub const SMALL: Self = Self { bytes_max: SMALL_RESPONSE_BYTES_MAX, bytes_per_request_byte_max: 0 };
+
+    /// Returns how large the response to a request of this size can be, in bytes.
+    pub fn max(self, request_bytes: usize) -> usize {
+        match self.bytes_per_request_byte_max {
+            0 => self.bytes_max,
+            factor => self.bytes_max.min(SMALL_RESPONSE_BYTES_MAX + factor * request_bytes),
+        }
+    }
 }
 
 impl CallPolicy {
@@ -41,6 +66,7 @@ impl CallPolicy {
         only_reads: false,
         required_role: RequiredRole::Unauthenticated,
         default_deadline: None,
+        response_size: ResponseSize::SMALL,
     };
 
     /// The policy of requests that did not pass [`MethodPolicyLayer`]: a stack without it serves administrators only.
@@ -80,6 +106,10 @@ impl From<&MethodPolicy> for CallPolicy {
             only_reads: declared.only_reads,
             required_role: declared.required_role,
             default_deadline: declared.default_deadline_seconds.map(|seconds| Duration::from_secs(seconds.into())),
+            response_size: ResponseSize {
+                bytes_max: declared.max_response_kib.map_or(SMALL_RESPONSE_BYTES_MAX, |kib| kib as usize * 1024),
+                bytes_per_request_byte_max: declared.max_response_per_request.unwrap_or(0) as usize,
+            },
         }
     }
 }
@@ -191,6 +221,15 @@ mod tests {
         let watch = table.policy("/grpc.health.v1.Health/Watch");
         assert!(!watch.client_streaming && watch.server_streaming);
         assert!(table.policy("/issuetracker.v1.IssueService/GetIssue").only_reads);
+    }
+
+    #[test]
+    fn response_sizes_are_bounded_by_the_declaration_and_the_request() {
+        let table = MethodTable::of_own_methods();
+        let max =
+            |method: &str, bytes| table.policy(&format!("/issuetracker.v1.{method}")).response_size.max(bytes) / 1024;
+        assert_eq!(["IssueService/UpdateIssue", "LabelService/CreateLabel"].map(|method| max(method, 1024)), [400, 4]);
+        assert_eq!([0, 1024, 1024 * 1024].map(|bytes| max("IssueService/CreateIssue", bytes)), [4, 44, 400]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the middleware knows about each method, declared in `proto/` next to the method.
 //!
-//! `build.rs` generates the table from the descriptors: the streaming flags, `idempotency_level`, and the option
-//! `issuetracker.v1.required_role`. Methods of other packages, such as `grpc.health.v1` and `grpc.reflection`, are not in
+//! `build.rs` generates the table from the descriptors: the streaming flags, `idempotency_level`, and the options of
+//! `options.proto`. Methods of other packages, such as `grpc.health.v1` and `grpc.reflection`, are not in
 //! the table, and neither are methods that do not exist.
 
 use crate::pb::Role;
@@ -25,6 +25,10 @@ pub struct MethodPolicy {
     pub required_role: RequiredRole,
     /// The deadline of calls whose client sets none, where it differs from the configured default.
     pub default_deadline_seconds: Option<u32>,
+    /// The size in KiB that no response of a mutation exceeds. `None`: it is small.
+    pub max_response_kib: Option<u32>,
+    /// How many times the size of the request a response is at most, beside a small part.
+    pub max_response_per_request: Option<u32>,
 }
 
 /// The lowest role that may call a method. Each role may also call what the roles before it may.

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
-use super::memory_budget::MessageMemory;
+use super::memory_budget::CallMemory;
 use crate::error::Error;
 
 /// How much of a response is passed to the connection in one piece.
@@ -41,7 +41,7 @@ pub enum UnreadResponse {
 pub struct Remaining {
     pub data: Option<Bytes>,
     pub trailers: Option<HeaderMap>,
-    pub(super) memory: MessageMemory,
+    pub(super) memory: CallMemory,
     /// Whether the connection has taken a part of the message.
     is_split: bool,
 }
@@ -98,7 +98,7 @@ impl UnreadResponse {
 }
 
 impl Remaining {
-    pub(super) fn new(memory: MessageMemory) -> Self {
+    pub(super) fn new(memory: CallMemory) -> Self {
         Self { data: None, trailers: None, memory, is_split: false }
     }
 
@@ -132,7 +132,7 @@ mod tests {
 
     fn response(bytes: usize) -> UnreadResponse {
         let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), 0.into())]);
-        let mut response = Remaining::new(MessageMemory::of(Flow::Internal));
+        let mut response = Remaining::new(CallMemory::of(Flow::Internal));
         (response.data, response.trailers) = (Some(vec![7; bytes].into()), Some(trailers));
         UnreadResponse::new(response)
     }

@@ -6,6 +6,7 @@ mod error_reasons;
 mod layers;
 mod request_ids;
 mod response_budget;
+mod response_sizes;
 mod streaming_rpc;
 mod wire;
 

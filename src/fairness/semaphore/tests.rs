@@ -29,6 +29,22 @@ fn refusal(semaphore: &FairSemaphore, flow: Flow) -> Option<Refusal> {
 }
 
 #[tokio::test(start_paused = true)]
+async fn permits_can_be_given_back_one_by_one() {
+    let semaphore = FairSemaphore::new("permits", 4, SHARE);
+    let mut held = semaphore.try_acquire(user(1), 2).unwrap();
+    held.merge(semaphore.try_acquire(user(1), 1).unwrap());
+    let _last = semaphore.try_acquire(user(2), 1).unwrap();
+    let mut waiting = wait(&semaphore, user(3));
+    held.give_back(1);
+    let _granted = (&mut waiting).now_or_never().expect("a permit is free").unwrap();
+    assert_eq!((held.count(), semaphore.has_free()), (2, false));
+    held.give_back(3);
+    assert_eq!((held.count(), semaphore.inner.lock().free), (0, 2));
+    drop(held);
+    assert_eq!(semaphore.inner.lock().free, 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_flow_holds_no_more_than_its_share_even_if_no_flow_waits() {
     let semaphore = FairSemaphore::new("permits", 4, SHARE);
     let held: Vec<_> = (0..3).map(|_| semaphore.try_acquire(user(1), 1).unwrap()).collect();

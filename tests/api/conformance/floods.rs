@@ -13,7 +13,7 @@ use tokio::{
     task::JoinSet,
     time::{Duration, sleep, timeout},
 };
-use tonic::Code;
+use tonic::{Code, Response};
 
 use super::{
     HANG, SOON, Target, WHO_AM_I,
@@ -22,7 +22,11 @@ use super::{
         SETTINGS, WINDOW_UPDATE, call, call_block, connect, frame, framed, read_response, request,
     },
 };
-use crate::harness::{PASSWORD, Tracker, advance_clock, assert_error, limits};
+use crate::{
+    h2_client::H2Client,
+    harness::{Client, PASSWORD, Tracker, advance_clock, assert_error, limits},
+    support::eventually::eventually,
+};
 
 const MANY: usize = 10_000;
 const LOGIN: &str = "/issuetracker.v1.AuthService/Login";
@@ -213,10 +217,11 @@ async fn slow_readers_of_large_responses_hold_bounded_memory_and_are_disconnecte
     let get = GetIssueRequest { id: large.id.clone(), ..Default::default() };
     let mut get_more = async || timeout(HANG, read(begin("GetIssue", get.encode_to_vec()).await)).await;
     while get_more().await.expect("a call hangs").unwrap() {}
-    // A mutation still returns its response.
+    // A mutation whose response might exceed it is not executed.
     let change = Issue { id: large.id.clone(), title: "changed".into(), ..Issue::default() };
     let change = UpdateIssueRequest { issue: Some(change), ..Default::default() };
-    assert_eq!(member.issues().update_issue(change).await.unwrap().into_inner().version, 2);
+    assert_error(member.issues().update_issue(change).await, Code::ResourceExhausted, "OVERLOADED");
+    assert_eq!(target.count("SELECT count(*) FROM issues WHERE version > 1").await, 0);
     target.assert_serving().await;
     member.file("small").await;
 
@@ -227,6 +232,50 @@ async fn slow_readers_of_large_responses_hold_bounded_memory_and_are_disconnecte
     }
     member.issues().list_issues(list).await.expect("the memory is free again");
     target.assert_unharmed().await;
+}
+
+/// Each mutation either returns its response or is not executed, and the responses of one user fit into its share.
+#[tokio::test]
+async fn unread_responses_of_mutations_hold_the_share_of_their_user_at_most() {
+    const CALLS: usize = 60;
+    const WAVES: usize = 3;
+    const ISSUES: &str = "INSERT INTO issues (id, reporter_id, status, priority, title, description)
+        SELECT gen_random_uuid(), users.id, 1, 0, 'large', repeat('😀', 65536)
+        FROM users, generate_series(1, 60) WHERE username = 'member'";
+    // One user may have 25.6 MiB.
+    let args = ["--requests", "1000", "--user-share-percent", "10", "--pool-connections", "12"];
+    let tracker = Tracker::start_with(limits(&args)).await;
+    tracker.session().await.batch_execute(ISSUES).await.unwrap();
+    let ids = tracker.sql("SELECT id::text FROM issues", &[]).await;
+    let update = |nth: usize| {
+        let issue = Issue { id: ids[nth % CALLS].get(0), title: format!("changed {nth}"), ..Issue::default() };
+        UpdateIssueRequest { issue: Some(issue), ..Default::default() }
+    };
+    let update_as = async |client: &Client| client.issues().update_issue(update(0)).await.map(Response::into_inner);
+    let bytes = update_as(&tracker.admin).await.unwrap().encoded_len();
+
+    let (mut unread, mut admitted) = (Vec::new(), 0);
+    for wave in 1..=WAVES {
+        let mut client = H2Client::open_with(&tracker, 0).await.unwrap();
+        let mut heads = Vec::new();
+        for nth in 0..CALLS {
+            let (response, mut stream) = client.begin(&tracker, "IssueService/UpdateIssue").await.unwrap();
+            stream.send_data(framed(&update(wave * CALLS + nth).encode_to_vec()), true).unwrap();
+            heads.push(response);
+        }
+        let heads = timeout(HANG, join_all(heads)).await.expect("a call hangs");
+        let refused = heads.iter().filter(|head| head.as_ref().unwrap().headers().contains_key("grpc-status"));
+        admitted += CALLS - refused.count();
+        unread.push((client, heads));
+    }
+
+    assert!((1..WAVES * CALLS).contains(&admitted), "{admitted} responses");
+    assert!(admitted * bytes <= 256 * 1024 * 1024 / 10, "{admitted} responses of {bytes} bytes");
+    let executed = "SELECT count(*) FROM issue_events JOIN users ON users.id = actor_id WHERE username = 'member'";
+    assert_eq!(tracker.count(executed).await, admitted as i64);
+    update_as(&tracker.admin).await.expect("another user's update is admitted");
+    drop(unread);
+    eventually("the memory is free again", async || update_as(&tracker.member).await.is_ok()).await;
 }
 
 #[tokio::test]
@@ -315,7 +364,7 @@ async fn incomplete_logins_take_no_request_permits_and_time_out() {
         sleep(Duration::from_millis(10)).await;
     }
     assert!(logins > 1 && timed_out > 0, "{logins} logins, {timed_out} timed out");
-    // Four on each connection exceed its limit. Others exceed the memory budget, which suffices for 1,260.
+    // Four on each connection exceed its limit. Others exceed the memory budget, which suffices for 1,117 of one client.
     assert!(refused >= 4 * 200, "{refused} refused");
     target.assert_unharmed().await;
 }

@@ -18,7 +18,10 @@ use futures_util::{
 };
 use issue_tracker::{
     auth::{Auth, Caller},
-    middleware::{method_policy::CallPolicy, method_table::RequiredRole},
+    middleware::{
+        method_policy::{CallPolicy, ResponseSize},
+        method_table::RequiredRole,
+    },
     server::{methods, middleware_stack},
     transport::listener::{self, ConnectionTrackers},
 };
@@ -117,6 +120,7 @@ impl StreamServer {
             only_reads: true,
             required_role: RequiredRole::Member,
             default_deadline: None,
+            response_size: ResponseSize::SMALL,
         };
         let limits = limits(&["--requests", "1"]);
         let upload = CallPolicy { client_streaming: true, server_streaming: false, ..policy };
