@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use prost::Message;
 use uuid::Uuid;
 
 use super::row::{IssueColumns, issue_with_labels};
@@ -24,6 +25,9 @@ pub(super) const VIEW_COMMENT_BOUNDS: PageBounds = PageBounds { rows_max: 1_000,
 const BATCH_COMMENTS_PER_ISSUE_MAX: i64 = 32;
 /// Maximum size of all comments of a batch of reads, in bytes of their messages.
 const BATCH_COMMENT_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Maximum size of the issues that a batch of reads returns more than once, in bytes of their messages. Further ones are read
+/// individually.
+const BATCH_REPEATED_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Returns an issue with its labels. `NotFound` names `id`.
 pub async fn get(db: &Conn, id: Uuid) -> Result<Issue> {
@@ -124,6 +128,7 @@ fn outcomes(
     incomplete_ids: &[Uuid],
 ) -> Vec<Outcome<Issue>> {
     let mut outcomes: Vec<Outcome<Issue>> = Vec::with_capacity(requested.len());
+    let mut repeated_bytes = 0;
     for (index, (id, view)) in requested.iter().enumerate() {
         let comment_count = found.get(id).map_or(0, |issue| issue.comments.len() as i64);
         if comment_count > BATCH_COMMENTS_PER_ISSUE_MAX || incomplete_ids.binary_search(id).is_ok() {
@@ -132,6 +137,14 @@ fn outcomes(
         }
         // Cloned only if a later call requests the same issue.
         let is_requested_again = requested[index + 1..].iter().any(|(other, _)| other == id);
+        if is_requested_again && let Some(issue) = found.get(id) {
+            let bytes = issue.encoded_len();
+            if repeated_bytes + bytes > BATCH_REPEATED_BYTES_MAX {
+                outcomes.push(Outcome::Individual);
+                continue;
+            }
+            repeated_bytes += bytes;
+        }
         let issue = if is_requested_again { found.get(id).cloned() } else { found.remove(id) };
         outcomes.push(Outcome::Done(match issue {
             Some(issue) if *view == IssueView::Full => Ok(issue),
@@ -140,4 +153,27 @@ fn outcomes(
         }));
     }
     outcomes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::Comment;
+
+    #[test]
+    fn issue_that_many_calls_request_is_cloned_up_to_a_size() {
+        let id = Uuid::from_u128(1);
+        let comment = Comment { content: "x".repeat(64 * 1024), ..Comment::default() };
+        let issue = Issue { id: id.to_string(), comments: vec![comment; 32], ..Issue::default() };
+        let bytes = issue.encoded_len();
+        let requested = [(id, IssueView::Full); 64];
+        let outcomes = outcomes(&requested, HashMap::from([(id, issue.clone())]), &[]);
+        let is_done = |outcome: &&Outcome<Issue>| match outcome {
+            Outcome::Done(found) => *found.as_ref().unwrap() == issue,
+            Outcome::Individual => false,
+        };
+        // The last call gets the issue itself.
+        assert_eq!(outcomes.iter().filter(is_done).count(), 1 + BATCH_REPEATED_BYTES_MAX / bytes);
+        assert!(matches!(outcomes[63], Outcome::Done(_)));
+    }
 }
