@@ -126,13 +126,18 @@ impl Db {
         let manager = Manager::new(config, connector, prepared);
         let (health_found, health) = watch::channel(Health { reads: prepared, writes: prepared });
         tokio::spawn(probe::run(manager.clone(), health_found));
-        Self::with_manager(manager, health, options)
+        Self::with_manager("database connections", manager, health, options)
     }
 
     /// Returns a separate pool on the same database, for authentication.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.shared.options.clone() };
-        Self::with_manager(self.shared.manager.clone(), self.shared.health.clone(), options)
+        Self::with_manager(
+            "database connections for authentication",
+            self.shared.manager.clone(),
+            self.shared.health.clone(),
+            options,
+        )
     }
 
     /// Returns the same pool as this flow uses it.
@@ -140,7 +145,13 @@ impl Db {
         Self { flow, ..self.clone() }
     }
 
-    fn with_manager(manager: Manager, health: watch::Receiver<Health>, options: PoolOptions) -> Self {
+    /// `name`: the name of the connections in log lines.
+    fn with_manager(
+        name: &'static str,
+        manager: Manager,
+        health: watch::Receiver<Health>,
+        options: PoolOptions,
+    ) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
             .connection_timeout(options.wait_max.min(POOL_LOOK_INTERVAL))
@@ -154,7 +165,7 @@ impl Db {
             pool,
             manager,
             health,
-            connections: FairSemaphore::new("database connections", connections, share),
+            connections: FairSemaphore::new(name, connections, share),
             lock_permits: FairSemaphore::new("row lock waiters", connections / 2, share),
             heavy_permits: FairSemaphore::new("reports and searches", connections / 4, share),
             options,

@@ -2,11 +2,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::flow::Flow;
 
@@ -22,7 +22,7 @@ pub enum Refusal {
     Share,
     /// All permits are held, or too few are free.
     Total,
-    /// The wait was too long, or expected to be.
+    /// All permits are held, and the wait was too long, or expected to be.
     Wait,
 }
 
@@ -37,45 +37,94 @@ impl Refusal {
 }
 
 /// Counts the refusals of each flow since the last log line about it.
-#[derive(Default)]
-pub(super) struct RefusalLog(Mutex<HashMap<Flow, Refused>>);
+pub(super) struct RefusalLog {
+    /// The name of the resource in log lines.
+    resource: &'static str,
+    flows: Arc<Mutex<HashMap<Flow, Refused>>>,
+}
 
 struct Refused {
     logged: Instant,
+    /// Those since then.
     count: u64,
+    latest: Refusal,
+}
+
+/// When a refusal is logged.
+#[derive(Debug, PartialEq, Eq)]
+enum Due {
+    Now,
+    /// With those that follow until then. They are logged by the first of them.
+    At(Instant),
+    /// By an earlier one, or never if there are too many flows.
+    ByAnother,
 }
 
 impl RefusalLog {
-    /// Counts a refusal. Logs the count since the last line about the flow, if that line is a minute old.
-    pub fn record(&self, resource: &'static str, flow: Flow, refusal: Refusal) {
-        let Some(count) = self.count_to_log(flow) else { return };
-        let reason = refusal.as_str();
-        match flow {
-            Flow::User(user_id) => tracing::warn!(resource, %user_id, reason, count, "caller limited"),
-            Flow::Address(client) => tracing::warn!(resource, %client, reason, count, "caller limited"),
-            Flow::Internal => tracing::warn!(resource, reason, count, "internal work limited"),
+    pub fn new(resource: &'static str) -> Self {
+        Self { resource, flows: Arc::default() }
+    }
+
+    /// Logs a refusal at once if the last line about the flow is a minute old, else with those that follow, when it is.
+    pub fn record(&self, flow: Flow, refusal: Refusal) {
+        match self.count(flow, refusal) {
+            Due::Now => log(self.resource, flow, refusal, 1),
+            Due::At(time) => {
+                let (resource, flows) = (self.resource, Arc::clone(&self.flows));
+                tokio::spawn(async move {
+                    sleep_until(time).await;
+                    if let Some((refusal, count)) = take_count(&flows, flow) {
+                        log(resource, flow, refusal, count);
+                    }
+                });
+            }
+            Due::ByAnother => {}
         }
     }
 
-    fn count_to_log(&self, flow: Flow) -> Option<u64> {
+    fn count(&self, flow: Flow, refusal: Refusal) -> Due {
         let now = Instant::now();
-        let mut flows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut flows = lock(&self.flows);
         if let Some(refused) = flows.get_mut(&flow) {
-            refused.count += 1;
-            let is_due = now.duration_since(refused.logged) >= LOG_INTERVAL;
-            return is_due.then(|| {
+            refused.latest = refusal;
+            let due = refused.logged + LOG_INTERVAL;
+            if refused.count == 0 && now >= due {
                 refused.logged = now;
-                std::mem::take(&mut refused.count)
-            });
+                return Due::Now;
+            }
+            refused.count += 1;
+            return if refused.count == 1 { Due::At(due) } else { Due::ByAnother };
         }
         if flows.len() >= FLOWS_MAX {
             flows.retain(|_, refused| now.duration_since(refused.logged) < LOG_INTERVAL);
         }
         if flows.len() >= FLOWS_MAX {
-            return None;
+            return Due::ByAnother;
         }
-        flows.insert(flow, Refused { logged: now, count: 0 });
-        Some(1)
+        flows.insert(flow, Refused { logged: now, count: 0, latest: refusal });
+        Due::Now
+    }
+}
+
+/// Returns the refusals that were counted since the last log line about the flow, and begins a new count.
+fn take_count(flows: &Mutex<HashMap<Flow, Refused>>, flow: Flow) -> Option<(Refusal, u64)> {
+    let mut flows = lock(flows);
+    let refused = flows.get_mut(&flow)?;
+    refused.logged = Instant::now();
+    Some((refused.latest, std::mem::take(&mut refused.count)))
+}
+
+fn lock(flows: &Mutex<HashMap<Flow, Refused>>) -> MutexGuard<'_, HashMap<Flow, Refused>> {
+    // The counts are valid even if a holder of the lock has panicked.
+    flows.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn log(resource: &'static str, flow: Flow, refusal: Refusal, count: u64) {
+    let reason = refusal.as_str();
+    match flow {
+        Flow::User(user_id) => tracing::warn!(resource, %user_id, reason, count, "caller limited"),
+        Flow::Address(client) => tracing::warn!(resource, %client, reason, count, "caller limited"),
+        Flow::Internal => tracing::warn!(resource, reason, count, "internal work limited"),
     }
 }
 
@@ -87,11 +136,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn refusals_of_a_flow_are_logged_once_a_minute_with_their_count() {
-        let log = RefusalLog::default();
-        let other = Flow::Address([192, 0, 2, 1].into());
-        let counts = [Flow::Internal, Flow::Internal, other, Flow::Internal].map(|flow| log.count_to_log(flow));
-        assert_eq!(counts, [Some(1), None, Some(1), None]);
+        let log = RefusalLog::new("permits");
+        let (one, other) = (Flow::Internal, Flow::Address([192, 0, 2, 1].into()));
+        let due = Instant::now() + LOG_INTERVAL;
+        let logged = [one, one, other, one].map(|flow| log.count(flow, Refusal::Wait));
+        assert_eq!(logged, [Due::Now, Due::At(due), Due::Now, Due::ByAnother]);
+        log.count(one, Refusal::Share);
         advance(LOG_INTERVAL).await;
-        assert_eq!([log.count_to_log(Flow::Internal), log.count_to_log(Flow::Internal)], [Some(3), None]);
+        // Also if no other refusal follows.
+        assert_eq!(take_count(&log.flows, one), Some((Refusal::Share, 3)));
+        assert_eq!(log.count(one, Refusal::Wait), Due::At(due + LOG_INTERVAL));
+        assert_eq!(log.count(other, Refusal::Wait), Due::Now);
     }
 }

@@ -32,8 +32,6 @@ pub struct FairSemaphore {
 }
 
 struct Inner {
-    /// The name of the resource in log lines.
-    resource: &'static str,
     permits: u32,
     share_max: u32,
     refusals: RefusalLog,
@@ -85,8 +83,8 @@ impl FairSemaphore {
             next_number: 0,
             progress: Progress { interval: Duration::ZERO, time: Instant::now(), is_whole_interval: false },
         };
-        let (share_max, refusals) = (share.of(permits), RefusalLog::default());
-        Self { inner: Arc::new(Inner { resource, permits, share_max, refusals, state: Mutex::new(state) }) }
+        let (share_max, refusals) = (share.of(permits), RefusalLog::new(resource));
+        Self { inner: Arc::new(Inner { permits, share_max, refusals, state: Mutex::new(state) }) }
     }
 
     /// Returns how many permits one flow may hold.
@@ -113,26 +111,29 @@ impl FairSemaphore {
 
     /// Logs that the flow was refused a permit, at most once a minute for each flow.
     pub fn record_refusal(&self, flow: Flow, refusal: Refusal) {
-        self.inner.refusals.record(self.inner.resource, flow, refusal);
+        self.inner.refusals.record(flow, refusal);
     }
 
     /// Waits for a permit. Fails if there is none within `wait_max`, or at once if the expected wait is longer. This is the
-    /// number of waiters of this flow, times the number of waiting flows, times the average interval between two grants.
+    /// number of waiters ahead, times the average interval between two grants.
     pub async fn acquire(&self, flow: Flow, wait_max: Duration) -> Result<FairPermit, Refusal> {
-        let waiting = {
+        let (refusal, waiting) = {
             let mut state = self.inner.lock();
-            if !state.waiting.contains_key(&flow) && state.refusal(&self.inner, flow, 1).is_none() {
-                return Ok(state.grant(&self.inner, flow, 1));
-            }
-            (state.estimated_wait(self.inner.permits, flow) <= wait_max).then(|| state.enqueue(&self.inner, flow))
+            let refusal = match state.refusal(&self.inner, flow, 1) {
+                None if !state.waiting.contains_key(&flow) => return Ok(state.grant(&self.inner, flow, 1)),
+                Some(Refusal::Share) => Refusal::Share,
+                _ => Refusal::Wait,
+            };
+            let is_short = state.estimated_wait(self.inner.permits, flow) <= wait_max;
+            (refusal, is_short.then(|| state.enqueue(&self.inner, flow)))
         };
         if let Some(mut waiting) = waiting
             && let Ok(Ok(permit)) = timeout(wait_max, &mut waiting.permit).await
         {
             return Ok(permit);
         }
-        self.record_refusal(flow, Refusal::Wait);
-        Err(Refusal::Wait)
+        self.record_refusal(flow, refusal);
+        Err(refusal)
     }
 }
 
@@ -216,20 +217,31 @@ impl State {
         }
     }
 
+    /// Returns how many permits are granted before a new waiter of this flow gets one.
+    fn waiters_ahead(&self, flow: Flow) -> usize {
+        match (self.waiting.get(&flow), flow) {
+            // Internal work does not take turns with others.
+            (of_flow, Flow::Internal) => of_flow.map_or(0, |waiting| waiting.waiters.len()),
+            (Some(of_flow), _) => of_flow.waiters.len() * self.waiting.len(),
+            // Flows that hold more have to wait until this one has its first permit.
+            (None, _) => {
+                let is_ahead = |other: &&Flow| **other == Flow::Internal || self.held_by(other) <= self.held_by(&flow);
+                self.waiting.keys().filter(is_ahead).count()
+            }
+        }
+    }
+
     fn held_by(&self, flow: &Flow) -> u32 {
         self.held.get(flow).copied().unwrap_or(0)
     }
 
     fn estimated_wait(&self, permits: u32, flow: Flow) -> Duration {
-        // Internal work does not take turns with others.
-        let flows = if flow == Flow::Internal { 1 } else { self.waiting.len() };
-        let ahead = self.waiting.get(&flow).map_or(0, |waiting| waiting.waiters.len()) * flows;
         let standstill = self.progress.time.elapsed();
         let interval = match !self.waiting.is_empty() && standstill >= STANDSTILL_MIN {
             true => self.progress.interval.max(standstill / permits),
             false => self.progress.interval,
         };
-        interval.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX))
+        interval.saturating_mul(u32::try_from(self.waiters_ahead(flow)).unwrap_or(u32::MAX))
     }
 }
 
@@ -259,7 +271,7 @@ pub struct FairPermit {
 
 impl std::fmt::Debug for Inner {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("FairSemaphore").field("resource", &self.resource).finish_non_exhaustive()
+        formatter.debug_struct("FairSemaphore").finish_non_exhaustive()
     }
 }
 

