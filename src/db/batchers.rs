@@ -1,7 +1,14 @@
 //! Batchers of the most frequent calls: concurrent calls of a kind share a transaction or a query. See
 //! [`crate::batching`].
 
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
 use prost::Message;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{
@@ -26,6 +33,11 @@ use crate::{
 
 /// Batches share the pool with all other requests. More concurrent batches would only make each smaller.
 const BOUNDS: Bounds = Bounds { items_max: 64, batches_max: 2, waiting_max: 4_096, runs_inline: true };
+
+/// How long a user is remembered whose responses exceeded a budget.
+const OVER_BUDGET_REMEMBERED: Duration = Duration::from_secs(10);
+/// How many users are remembered.
+const USERS_OVER_BUDGET_MAX: usize = 1_024;
 
 /// A mutation that can be executed for many callers in one statement.
 pub trait BatchMutation: Clone + Send + Sync + 'static {
@@ -177,12 +189,13 @@ fn list_reads(db: &Db) -> SharedReads<(Flow, IssueList), Page<Issue>> {
 
 fn mutation_batcher<M: BatchMutation>(db: &Db) -> MutationBatcher<M> {
     let (batch_db, individual_db) = (db.clone(), db.clone());
+    let over_budget = Arc::<UsersOverBudget>::default();
     Coalescer::new(
         BOUNDS,
         |call: &MutationCall<M>| call.mutation.affinity(),
         Box::new(move |calls| {
-            let db = batch_db.clone();
-            Box::pin(async move { mutate_batch(&db, calls).await })
+            let (db, over_budget) = (batch_db.clone(), Arc::clone(&over_budget));
+            Box::pin(async move { mutate_batch(&db, &over_budget, calls).await })
         }),
         Box::new(move |_, call| {
             let db = individual_db.clone();
@@ -203,12 +216,19 @@ async fn mutate_individually<M: BatchMutation>(db: &Db, call: MutationCall<M>) -
 }
 
 /// Executes a batch: one statement if no call has an idempotency key, else a transaction that also stores the responses.
-async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) -> Result<Vec<Outcome<M::Response>>> {
+async fn mutate_batch<M: BatchMutation>(
+    db: &Db,
+    over_budget: &UsersOverBudget,
+    calls: Vec<MutationCall<M>>,
+) -> Result<Vec<Outcome<M::Response>>> {
     if calls.iter().all(|call| call.options.key.is_none()) {
         let mutations: Vec<M> = calls.into_iter().map(|call| call.mutation).collect();
         return M::apply(&db.autocommit_conn().await?, &mutations, RowLocks::Skip).await;
     }
-    let mut locks = vec![KeyLock::Acquired; calls.len()];
+    let mut locks = over_budget.locks(&calls);
+    if !locks.contains(&KeyLock::Acquired) {
+        return Ok(calls.iter().map(|_| Outcome::Individual).collect());
+    }
     let tx = db.begin().await?;
     loop {
         let remaining = calls.iter().zip(&locks).filter(|(_, lock)| **lock == KeyLock::Acquired).map(|(call, _)| call);
@@ -238,6 +258,7 @@ async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) ->
             response_budget::charge_batch(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await?;
         if !uncharged.is_empty() {
             tx.restart()?;
+            over_budget.add(&uncharged);
             for (call, lock) in calls.iter().zip(&mut locks) {
                 if call.options.key.is_some() && uncharged.contains(&call.caller_id) {
                     *lock = KeyLock::Unavailable;
@@ -247,6 +268,41 @@ async fn mutate_batch<M: BatchMutation>(db: &Db, calls: Vec<MutationCall<M>>) ->
         }
         commit_with_responses(tx, &stored).await?;
         return Ok(outcomes(&calls, &locks, applied));
+    }
+}
+
+/// The users whose responses a batch could not charge to their budgets of late. Their calls with idempotency keys are
+/// executed individually: a batch with one of them would be executed twice.
+#[derive(Default)]
+struct UsersOverBudget {
+    /// With the time until which they are remembered.
+    users: Mutex<HashMap<Uuid, Instant>>,
+}
+
+impl UsersOverBudget {
+    /// Returns [`KeyLock::Unavailable`] for the calls that are to be executed individually.
+    fn locks<M>(&self, calls: &[MutationCall<M>]) -> Vec<KeyLock> {
+        let (users, now) = (self.lock(), Instant::now());
+        let is_over = |call: &MutationCall<M>| users.get(&call.caller_id).is_some_and(|until| now < *until);
+        let lock_of = |call: &MutationCall<M>| match call.options.key {
+            Some(_) if is_over(call) => KeyLock::Unavailable,
+            Some(_) | None => KeyLock::Acquired,
+        };
+        calls.iter().map(lock_of).collect()
+    }
+
+    fn add(&self, user_ids: &HashSet<Uuid>) {
+        let (mut users, now) = (self.lock(), Instant::now());
+        if users.len() + user_ids.len() > USERS_OVER_BUDGET_MAX {
+            users.retain(|_, until| now < *until);
+        }
+        let room = USERS_OVER_BUDGET_MAX.saturating_sub(users.len());
+        users.extend(user_ids.iter().take(room).map(|user_id| (*user_id, now + OVER_BUDGET_REMEMBERED)));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Instant>> {
+        // The map is valid even if a holder of the lock has panicked.
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

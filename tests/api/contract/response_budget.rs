@@ -244,3 +244,25 @@ async fn every_mutation_with_a_large_response_is_charged() {
     assert_eq!(tracker.count("SELECT count(*) FROM comments").await, 1);
     tokio::time::timeout(Duration::from_secs(1), tracker.wait_until_no_locks()).await.unwrap();
 }
+
+/// A batch with such a call would be executed twice, for the other callers too.
+#[tokio::test]
+async fn calls_of_a_user_beyond_the_budget_stay_out_of_batches() {
+    const CALLS: i64 = 20;
+    // The sequence counts rolled back changes too.
+    const COUNT_CHANGES: &str = "CREATE SEQUENCE changes;
+        CREATE FUNCTION count_change() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+            AS 'BEGIN PERFORM nextval(''public.changes''); RETURN NEW; END';
+        CREATE TRIGGER count_changes BEFORE UPDATE ON issues FOR EACH ROW EXECUTE FUNCTION count_change()";
+    let tracker = Tracker::start_with(limits(&["--stored-response-bytes", "0"])).await;
+    let large = file_with_description(&tracker.member, noise(5_000)).await;
+    tracker.session().await.batch_execute(COUNT_CHANGES).await.unwrap();
+    for _ in 0..CALLS {
+        let refused = set_title(&tracker.member, &large, "changed", &new_id()).await;
+        assert_error(refused, Code::ResourceExhausted, REASON);
+    }
+    // The first call in a batch, and each individually.
+    assert_eq!(tracker.count("SELECT last_value FROM changes").await, CALLS + 1);
+    // Calls without a request id are not affected.
+    set_title(&tracker.member, &large, "changed", "").await.unwrap();
+}
