@@ -25,6 +25,9 @@ use crate::{
 
 /// The part of the waiting calls that may be those of one flow.
 const WAITING_SHARE: SharePercent = SharePercent(75);
+/// How many waiting calls are looked at for each that a batch may have. The others may all be unable to share the batch, such
+/// as changes of the same issue.
+const SCANNED_PER_ITEM_MAX: usize = 4;
 /// A batch that runs longer than this is cancelled once all its callers have stopped waiting.
 const CANCELLABLE_AFTER: Duration = Duration::from_millis(100);
 
@@ -248,19 +251,19 @@ where
         let mut calls = Vec::new();
         let mut keys = HashSet::new();
         let mut later = Vec::new();
-        while calls.len() < self.bounds.items_max {
+        while calls.len() < self.bounds.items_max
+            && calls.len() + later.len() < SCANNED_PER_ITEM_MAX * self.bounds.items_max
+        {
             let Some(call) = state.waiting.pop_front() else { break };
             if call.outcome.is_closed() {
                 continue;
             }
             match (self.affinity)(&call.item) {
-                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push(call),
+                BatchAffinity::Distinct(key) if !keys.insert(key) => later.push((call.flow, call)),
                 _ => calls.push(call),
             }
         }
-        while let Some(call) = later.pop() {
-            state.waiting.push_front(call.flow, call);
-        }
+        state.waiting.put_back(later);
         if calls.is_empty() {
             state.batches_in_flight -= 1;
             return None;

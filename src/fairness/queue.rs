@@ -1,6 +1,6 @@
 //! A queue that takes its flows in turns.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::flow::Flow;
 
@@ -40,15 +40,20 @@ impl<T> FairQueue<T> {
         self.len += 1;
     }
 
-    /// Puts back an item that [`FairQueue::pop_front`] has returned: it is the first of its flow, whose turn is next.
-    pub fn push_front(&mut self, flow: Flow, item: T) {
-        let items = self.items.entry(flow).or_default();
-        if !items.is_empty() {
-            self.turns.retain(|other| *other != flow);
+    /// Puts back items in the order in which [`FairQueue::pop_front`] has returned them: they are the first of their flows,
+    /// whose turns are next.
+    pub fn put_back(&mut self, items: Vec<(Flow, T)>) {
+        if items.is_empty() {
+            return;
         }
-        self.turns.push_front(flow);
-        items.push_front(item);
-        self.len += 1;
+        self.len += items.len();
+        let (mut flows, mut turns) = (HashSet::new(), VecDeque::new());
+        turns.extend(items.iter().map(|(flow, _)| *flow).filter(|flow| flows.insert(*flow)));
+        turns.extend(self.turns.drain(..).filter(|flow| !flows.contains(flow)));
+        self.turns = turns;
+        for (flow, item) in items.into_iter().rev() {
+            self.items.entry(flow).or_default().push_front(item);
+        }
     }
 
     /// Returns the first item of the flow whose turn it is.
@@ -85,14 +90,18 @@ mod tests {
     }
 
     #[test]
-    fn item_that_is_put_back_is_the_next_one() {
-        let [one, two] = [1, 2].map(|id| Flow::User(Uuid::from_u128(id)));
+    fn items_that_are_put_back_are_the_next_ones() {
+        let [one, two, three] = [1, 2, 3].map(|id| Flow::User(Uuid::from_u128(id)));
         let mut queue = FairQueue::default();
-        (0..2).for_each(|nth| queue.push_back(one, nth));
-        queue.push_back(two, 10);
-        let item = queue.pop_front().unwrap();
-        queue.push_front(one, item);
+        (0..3).for_each(|nth| queue.push_back(one, (one, nth)));
+        queue.push_back(two, (two, 10));
+        queue.push_back(three, (three, 20));
+        let popped: Vec<_> = (0..4).map_while(|_| queue.pop_front()).collect();
+        assert_eq!(popped, [(one, 0), (two, 10), (three, 20), (one, 1)]);
+        queue.put_back([popped[0], popped[1], popped[3]].map(|item| (item.0, item)).into());
+        assert_eq!((queue.len(), queue.len_of(one)), (4, 3));
         let all: Vec<_> = std::iter::from_fn(|| queue.pop_front()).collect();
-        assert_eq!(all, [0, 10, 1]);
+        assert_eq!(all, [(one, 0), (two, 10), (one, 1), (one, 2)]);
+        assert!(queue.is_empty() && queue.items.is_empty() && queue.turns.is_empty());
     }
 }

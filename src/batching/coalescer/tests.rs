@@ -206,6 +206,34 @@ async fn waiting_flows_take_turns_and_none_uses_up_the_queue() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn batch_looks_at_a_few_times_its_size_of_waiting_calls() {
+    static LOOKED_AT: AtomicUsize = AtomicUsize::new(0);
+    let batch: RunBatch<u32, u32> = Box::new(|items| {
+        Box::pin(async move {
+            settle().await;
+            Ok(items.into_iter().map(|item| Outcome::Done(double(item))).collect())
+        })
+    });
+    let affinity = |item: &u32| {
+        LOOKED_AT.fetch_add(1, Ordering::Relaxed);
+        BatchAffinity::Distinct(*item)
+    };
+    let coalescer = Arc::new(Coalescer::new(BOUNDS, affinity, batch, individually()));
+    let calls: Vec<_> = (0..80)
+        .map(|_| {
+            let coalescer = Arc::clone(&coalescer);
+            tokio::spawn(async move { coalescer.call(Flow::Internal, 7).await })
+        })
+        .collect();
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap(), 14);
+    }
+    // Once for each call when it arrives, and then for each batch, which has one.
+    let looked_at = LOOKED_AT.load(Ordering::Relaxed);
+    assert!(looked_at <= 80 + 80 * SCANNED_PER_ITEM_MAX * BOUNDS.items_max, "{looked_at}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn batch_with_an_unknown_outcome_is_not_repeated() {
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&runs);
