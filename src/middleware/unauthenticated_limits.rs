@@ -12,77 +12,37 @@ use http::{Request, Response};
 use tower::{Layer, Service};
 
 use super::{
-    admission::{RequestSlots, flow},
     body::{Guard, GuardedBody, WrappedResponse},
     method_policy::CallPolicy,
 };
 use crate::{
     error::{Error, Result},
-    fairness::{FairPermit, SharePercent},
     transport::{activity::CallHandle, client_address::ClientAddress},
 };
 
 /// Concurrent unauthenticated streams of all clients.
-const STREAMS_MAX: u32 = 1_024;
+const STREAMS_MAX: usize = 1_024;
 /// Concurrent unauthenticated streams of one client. One address can have many replicas that watch the health of the service.
 const STREAMS_PER_CLIENT_MAX: usize = 64;
 
 /// Limits calls that need no credentials, per client and per connection, and their streams in total as well.
 #[derive(Clone, Default)]
 pub struct UnauthenticatedLimitsLayer {
-    streams: Arc<Streams>,
+    streams: Streams,
 }
-
-/// The unauthenticated streams in flight.
-struct Streams {
-    slots: RequestSlots,
-    of_clients: StreamsOfClients,
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self {
-            slots: RequestSlots::new("streams without credentials", STREAMS_MAX, SharePercent(75)),
-            of_clients: StreamsOfClients::default(),
-        }
-    }
-}
-
-impl Streams {
-    /// Admits a call, or returns why it is refused. The result is held until the response has been read.
-    fn admit<B>(&self, request: &Request<B>) -> Result<Option<HeldStream>> {
-        let policy = CallPolicy::of(request);
-        if policy.role().is_some() {
-            return Ok(None);
-        }
-        let too_many = || Error::Exhausted("too many concurrent calls without credentials; try again".to_owned());
-        let call =
-            request.extensions().get::<CallHandle>().ok_or(Error::Internal("a request without a call handle"))?;
-        if !call.try_enter_unauthenticated() {
-            return Err(too_many());
-        }
-        if !policy.is_streaming() {
-            return Ok(None);
-        }
-        let of_client = self.of_clients.try_enter(call.client_address()).ok_or_else(too_many)?;
-        Ok(Some((of_client, self.slots.acquire(flow(request.extensions()))?)))
-    }
-}
-
-type HeldStream = (StreamOfClient, FairPermit);
 
 impl<S> Layer<S> for UnauthenticatedLimitsLayer {
     type Service = UnauthenticatedLimits<S>;
 
     fn layer(&self, inner: S) -> UnauthenticatedLimits<S> {
-        UnauthenticatedLimits { streams: Arc::clone(&self.streams), inner }
+        UnauthenticatedLimits { streams: self.streams.clone(), inner }
     }
 }
 
 /// The service of [`UnauthenticatedLimitsLayer`].
 #[derive(Clone)]
 pub struct UnauthenticatedLimits<S> {
-    streams: Arc<Streams>,
+    streams: Streams,
     inner: S,
 }
 
@@ -90,9 +50,9 @@ impl<S, B, R> Service<Request<B>> for UnauthenticatedLimits<S>
 where
     S: Service<Request<B>, Response = Response<R>, Error = Error>,
 {
-    type Response = Response<GuardedBody<R, Option<HeldStream>>>;
+    type Response = Response<GuardedBody<R, Option<Stream>>>;
     type Error = Error;
-    type Future = Either<Ready<Result<Self::Response>>, WrappedResponse<S::Future, Guard<Option<HeldStream>>>>;
+    type Future = Either<Ready<Result<Self::Response>>, WrappedResponse<S::Future, Guard<Option<Stream>>>>;
 
     fn poll_ready(&mut self, _context: &mut Context<'_>) -> Poll<Result<()>> {
         Poll::Ready(Ok(()))
@@ -106,42 +66,69 @@ where
     }
 }
 
-/// The number of streams of each client that has any.
+/// The unauthenticated streams in flight.
 #[derive(Clone, Default)]
-struct StreamsOfClients(Arc<Mutex<HashMap<IpAddr, usize>>>);
+struct Streams(Arc<Mutex<Counts>>);
 
-impl StreamsOfClients {
-    /// Returns `None` if the client has 64 streams.
-    fn try_enter(&self, client: ClientAddress) -> Option<StreamOfClient> {
-        let client = client.network();
-        let mut counts = self.lock();
-        let count = counts.entry(client).or_default();
-        if *count >= STREAMS_PER_CLIENT_MAX {
-            return None;
+#[derive(Default)]
+struct Counts {
+    all: usize,
+    /// The streams of each client that has any.
+    of_clients: HashMap<IpAddr, usize>,
+}
+
+impl Streams {
+    /// Admits a call, or returns why it is refused. The result is held until the response has been read.
+    fn admit<B>(&self, request: &Request<B>) -> Result<Option<Stream>> {
+        let policy = CallPolicy::of(request);
+        if policy.role().is_some() {
+            return Ok(None);
         }
-        *count += 1;
-        Some(StreamOfClient { all: self.clone(), client })
+        let too_many = || Error::Exhausted("too many concurrent calls without credentials; try again".to_owned());
+        let call =
+            request.extensions().get::<CallHandle>().ok_or(Error::Internal("a request without a call handle"))?;
+        if !call.try_enter_unauthenticated() {
+            return Err(too_many());
+        }
+        if !policy.is_streaming() {
+            return Ok(None);
+        }
+        self.try_enter(call.client_address()).map(Some).ok_or_else(too_many)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+    /// Returns `None` if the client has 64 streams, or all clients together have 1,024.
+    fn try_enter(&self, client: ClientAddress) -> Option<Stream> {
+        let client = client.network();
+        let mut counts = self.lock();
+        let of_client = counts.of_clients.get(&client).copied().unwrap_or(0);
+        if of_client >= STREAMS_PER_CLIENT_MAX || counts.all >= STREAMS_MAX {
+            return None;
+        }
+        counts.all += 1;
+        counts.of_clients.insert(client, of_client + 1);
+        Some(Stream { streams: self.clone(), client })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
         // The counts are consistent even if a holder of the lock has panicked.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A stream that is counted until this is dropped.
-pub struct StreamOfClient {
-    all: StreamsOfClients,
+pub struct Stream {
+    streams: Streams,
     client: IpAddr,
 }
 
-impl Drop for StreamOfClient {
+impl Drop for Stream {
     fn drop(&mut self) {
-        let mut counts = self.all.lock();
-        if let Some(count) = counts.get_mut(&self.client) {
+        let mut counts = self.streams.lock();
+        counts.all -= 1;
+        if let Some(count) = counts.of_clients.get_mut(&self.client) {
             *count -= 1;
             if *count == 0 {
-                counts.remove(&self.client);
+                counts.of_clients.remove(&self.client);
             }
         }
     }
@@ -151,18 +138,32 @@ impl Drop for StreamOfClient {
 mod tests {
     use super::*;
 
+    fn enter(streams: &Streams, address: &str) -> Option<Stream> {
+        streams.try_enter(ClientAddress(address.parse().unwrap()))
+    }
+
     #[test]
     fn streams_are_counted_per_client_network_until_they_end() {
-        let streams = StreamsOfClients::default();
-        let enter = |address: &str| streams.try_enter(ClientAddress(address.parse().unwrap()));
+        let streams = Streams::default();
         let mut held: Vec<_> =
-            (0..STREAMS_PER_CLIENT_MAX).map(|nth| enter(&format!("2001:db8::{nth}")).unwrap()).collect();
-        assert!(enter("2001:db8::ffff").is_none());
-        held.push(enter("203.0.113.9").unwrap());
+            (0..STREAMS_PER_CLIENT_MAX).map(|nth| enter(&streams, &format!("2001:db8::{nth}")).unwrap()).collect();
+        assert!(enter(&streams, "2001:db8::ffff").is_none());
+        held.push(enter(&streams, "203.0.113.9").unwrap());
         held.remove(0);
-        held.push(enter("2001:db8::ffff").unwrap());
-        assert!(enter("2001:db8::ffff").is_none());
+        held.push(enter(&streams, "2001:db8::ffff").unwrap());
+        assert!(enter(&streams, "2001:db8::ffff").is_none());
         held.clear();
-        assert!(streams.lock().is_empty());
+        assert!(streams.lock().of_clients.is_empty() && streams.lock().all == 0);
+    }
+
+    #[test]
+    fn streams_of_all_clients_are_limited() {
+        let streams = Streams::default();
+        let mut held: Vec<_> =
+            (0..STREAMS_MAX).map(|nth| enter(&streams, &format!("10.0.{}.{}", nth / 64, 1)).unwrap()).collect();
+        assert!(enter(&streams, "10.1.0.1").is_none());
+        held.pop();
+        held.push(enter(&streams, "10.1.0.1").unwrap());
+        assert!(enter(&streams, "10.1.0.2").is_none());
     }
 }
