@@ -7,6 +7,8 @@
 mod held_calls;
 mod imports;
 mod member;
+mod memory;
+mod refused_calls;
 mod unauthenticated;
 mod viewer;
 
@@ -268,10 +270,18 @@ impl Flood {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Abandons the calls in flight. Asserts that all others have ended with these codes, by name.
+    /// Waits until a call has ended, and abandons those in flight. Asserts that all others have ended with these codes, by name.
     async fn stop(mut self, expected: &[&str]) {
+        eventually("a call of the flood has ended", async || !self.outcomes.lock().unwrap().is_empty()).await;
         self.tasks.shutdown().await;
         let outcomes = self.outcomes.lock().unwrap();
         assert!(outcomes.keys().all(|code| expected.contains(&&**code)), "{outcomes:?}");
+    }
+
+    /// As [`Flood::stop`], when a call was refused: the flood has taken all that one user may have.
+    async fn stop_limited(self, expected: &[&str]) {
+        let is_limited = async || self.outcomes.lock().unwrap().contains_key("ResourceExhausted");
+        eventually("a call of the flood is refused", is_limited).await;
+        self.stop(expected).await;
     }
 }
