@@ -19,6 +19,9 @@ use super::{
 /// If no waiter was granted a permit for this long, the interval between two grants is taken to be at least that time divided
 /// by the number of permits. Longer than a busy machine takes to open the first connections of a pool.
 const STANDSTILL_MIN: Duration = Duration::from_secs(1);
+/// A flow may begin to wait behind so many flows for each permit, whatever the average interval: it includes the intervals of
+/// flows that wait for their own permits only.
+const SHORT_QUEUE_PER_PERMIT: u32 = 2;
 /// The weight of the latest interval in the moving average is one in this number.
 const INTERVALS_AVERAGED: u32 = 8;
 
@@ -236,12 +239,16 @@ impl State {
     }
 
     fn estimated_wait(&self, permits: u32, flow: Flow) -> Duration {
+        let ahead = u32::try_from(self.waiters_ahead(flow)).unwrap_or(u32::MAX);
+        if !self.waiting.contains_key(&flow) && ahead <= permits.saturating_mul(SHORT_QUEUE_PER_PERMIT) {
+            return Duration::ZERO;
+        }
         let standstill = self.progress.time.elapsed();
         let interval = match !self.waiting.is_empty() && standstill >= STANDSTILL_MIN {
             true => self.progress.interval.max(standstill / permits),
             false => self.progress.interval,
         };
-        interval.saturating_mul(u32::try_from(self.waiters_ahead(flow)).unwrap_or(u32::MAX))
+        interval.saturating_mul(ahead)
     }
 }
 

@@ -220,6 +220,11 @@ async fn flow_that_holds_nothing_waits_however_many_others_wait_for_more() {
     let mut newcomer = wait(&semaphore, user(9));
     drop(held.pop());
     assert!((&mut newcomer).now_or_never().expect("it holds the fewest").is_ok());
+    // Flows that hold as few are ahead. Two for each permit may wait, whatever the interval.
+    let mut newcomers: Vec<_> = (20..37).map(|nth| wait(&semaphore, user(nth))).collect();
+    assert_eq!(refusal(&semaphore, user(40)), Some(Refusal::Wait));
+    newcomers.pop();
+    newcomers.push(wait(&semaphore, user(40)));
     drop(waiting);
 }
 
