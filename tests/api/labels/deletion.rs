@@ -161,7 +161,7 @@ async fn label_that_is_being_deleted_counts_as_missing() {
     assert_error(update(&tracker.member, described, &["description"]).await, Code::NotFound, "NOT_FOUND");
     assert_error(delete(&tracker.member, &label.id, false).await, Code::NotFound, "NOT_FOUND");
     assert_error(create(&tracker.member, "USED", "").await, Code::AlreadyExists, "ALREADY_EXISTS");
-    assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, [kept.clone()]);
+    assert_eq!(list(&tracker.viewer, 0, "").await.unwrap().labels, std::slice::from_ref(&kept));
     let validated = DeleteLabelRequest { validate_only: true, ..deletion(&label) };
     assert_eq!(tracker.member.labels().delete_label(validated).await.unwrap().into_inner().issue_count, 1);
 
