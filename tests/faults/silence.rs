@@ -1,5 +1,7 @@
 //! Loses what is sent on connections to the database that stay open, and connections while they are made.
 
+use std::time::Duration;
+
 use issue_tracker::{
     pb::{
         ExportIssuesRequest, ImportChunk, ImportIssuesRequest, ImportOptions, ListIssuesRequest, import_issues_request,
@@ -16,7 +18,7 @@ use crate::{
         Fault::{DelayResponse, DropRequest},
         FaultPoint,
     },
-    support::{bounds::HANG, database::session, eventually::eventually, external::External},
+    support::{database::session, eventually::eventually, external::External},
 };
 
 /// Each insertion into `issues` takes 5 s: longer than the service waits for a suspect session that does not work.
@@ -27,6 +29,9 @@ const INSERTING: &str = "SELECT count(*) FROM pg_stat_activity WHERE wait_event 
 /// Ends the sessions of the service that are not inserting, those of the probe included.
 const END_OTHERS: &str = "SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity
     WHERE application_name = 'issue-tracker' AND wait_event <> 'PgSleep' AND $1 = ''";
+
+/// After 30 s, a stream ends in any case, because its credentials cannot be checked.
+const ENDS_WITHIN: Duration = Duration::from_secs(25);
 
 #[derive(Clone, Copy, Debug)]
 enum Stream {
@@ -74,7 +79,7 @@ impl Stream {
             eventually("the response is delayed", async || proxied.proxy.injected_count() > injected).await;
             silence(proxied);
         };
-        let ended = tokio::time::timeout(HANG, async { tokio::join!(self.run(proxied), silenced).0 }).await;
+        let ended = tokio::time::timeout(ENDS_WITHIN, async { tokio::join!(self.run(proxied), silenced).0 }).await;
         let ended = ended.unwrap_or_else(|_| panic!("the {self:?} waits for a lost response"));
         assert_retriable(&ended.unwrap_err(), Code::Unavailable, "DATABASE_UNAVAILABLE");
     }
