@@ -167,7 +167,7 @@ impl Db {
             health,
             connections: FairSemaphore::new(name, connections, share),
             lock_permits: FairSemaphore::new("row lock waiters", connections / 2, share),
-            heavy_permits: FairSemaphore::new("reports and searches", connections / 4, share),
+            heavy_permits: FairSemaphore::new("reports, searches and large batches", connections / 4, share),
             options,
         };
         Self { shared: Arc::new(shared), flow: Flow::Internal, storage_limits: StorageLimits::NONE }
@@ -198,7 +198,7 @@ impl Db {
 
     /// As [`Db::conn`], for a query that can run for seconds. Three quarters of the connections stay free for other work.
     pub async fn heavy_conn(&self) -> Result<Conn> {
-        let refused = "too many concurrent reports and searches; try again";
+        let refused = "too many concurrent reports, searches and reads of large batches; try again";
         let permit = self.acquire(&self.shared.heavy_permits, refused).await?;
         self.checkout(CommitMode::Explicit, Some(permit)).await
     }

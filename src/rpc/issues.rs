@@ -33,6 +33,9 @@ use crate::{
     },
 };
 
+/// A batch of more issues is read as reports and searches are: a user who reads many large batches leaves processor time to
+/// the calls of others.
+const LIGHT_BATCH_ITEMS_MAX: usize = 100;
 /// The paths of `UpdateIssueRequest.update_mask`.
 const UPDATABLE: &[&str] = &["title", "description", "status", "priority", "assignee_id", "external_id"];
 
@@ -121,7 +124,8 @@ impl IssueService for Api {
         let view: IssueView = check.enumeration("view", request.view);
         check.done()?;
 
-        let db = self.db.for_flow(caller.flow()).conn().await?;
+        let db = self.db.for_flow(caller.flow());
+        let db = if ids.len() > LIGHT_BATCH_ITEMS_MAX { db.heavy_conn().await? } else { db.conn().await? };
         let bounds = PageBounds { rows_max: BATCH_ITEMS_MAX, bytes_max: RESPONSE_BYTES_MAX };
         let page = issues::batch_get(&db, &ids, bounds).await?;
         if page.more {

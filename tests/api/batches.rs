@@ -9,7 +9,10 @@ use issue_tracker::pb::{
 use tonic::Code;
 use uuid::Uuid;
 
-use crate::harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, resources};
+use crate::{
+    harness::{Client, Tracker, assert_error, assert_invalid, bad_fields, error_metadata, limits, resources},
+    lock_waiters,
+};
 
 fn titled(title: impl Into<String>) -> Issue {
     Issue { title: title.into(), ..Issue::default() }
@@ -328,4 +331,27 @@ async fn batch_get_whose_response_exceeds_3_mib_is_rejected() {
     }
     get(&tracker.viewer, &ids[1..12], IssueView::Full).await.unwrap();
     assert_too_large(get(&tracker.viewer, &ids[..11], IssueView::Full).await);
+}
+
+#[tokio::test]
+async fn reads_of_large_batches_of_one_user_wait_for_each_other_and_not_others() {
+    // One user may have one of the two permits of reports, searches and large batches.
+    let args = ["--pool-connections", "8", "--pool-wait-ms", "200"];
+    let tracker = Tracker::start_with(limits(&args)).await;
+    let filed = ids(&create(&tracker.member, numbered(101)).await.unwrap());
+    let blocker = tracker.session().await;
+    blocker.batch_execute("BEGIN; LOCK TABLE issues IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let spawn_get = |client: &Client, ids: &[String]| {
+        let (client, ids) = (client.clone(), ids.to_vec());
+        tokio::spawn(async move { get(&client, &ids, IssueView::Basic).await })
+    };
+    let first = spawn_get(&tracker.member, &filed);
+    tracker.wait_until(lock_waiters!("= 1")).await;
+    assert_error(get(&tracker.member, &filed, IssueView::Basic).await, Code::ResourceExhausted, "OVERLOADED");
+    let others = [spawn_get(&tracker.viewer, &filed), spawn_get(&tracker.member, &filed[..100])];
+    tracker.wait_until(lock_waiters!("= 3")).await;
+    blocker.batch_execute("COMMIT").await.unwrap();
+    for (read, count) in [first].into_iter().chain(others).zip([101, 101, 100]) {
+        assert_eq!(read.await.unwrap().unwrap().len(), count);
+    }
 }
