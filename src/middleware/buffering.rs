@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    num::NonZero,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -29,6 +30,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fairness::FairSemaphore,
     transport::activity::CallHandle,
 };
 
@@ -44,6 +46,8 @@ const CALL_BYTES: usize = 4 * 1024;
 const COPIED_RESPONSE_BYTES_MAX: usize = 4 * 1024;
 /// Maximum size of an unauthenticated request. Names and passwords are shorter.
 pub const UNAUTHENTICATED_MESSAGE_BYTES_MAX: usize = 16 * 1024;
+/// How long a request waits for its decompression.
+const DECOMPRESSION_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Time allowed for the client to send an unauthenticated request.
 const UNAUTHENTICATED_READ_MAX: Duration = Duration::from_secs(5);
 
@@ -58,8 +62,10 @@ pub struct BufferingLayer {
 
 impl BufferingLayer {
     pub fn new(limits: RequestLimits) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get) as u32;
         let buffers = Buffers {
             limits,
+            decompressions: FairSemaphore::new("decompressions", processors, limits.share),
             budget: MemoryBudget::new("message memory", 0, MESSAGE_MEMORY_KIB, limits.share),
             unauthenticated_budget: MemoryBudget::new(
                 "message memory without credentials",
@@ -75,6 +81,8 @@ impl BufferingLayer {
 /// Reads messages within the budgets.
 struct Buffers {
     limits: RequestLimits,
+    /// Requests that are decompressed at the same time: as many as there are processors.
+    decompressions: FairSemaphore,
     budget: MemoryBudget,
     unauthenticated_budget: MemoryBudget,
 }
@@ -107,7 +115,14 @@ impl Buffers {
         budget.add(memory, call_bytes)?;
         let message = timeout(read_max, read_message(body, bytes_max, budget, memory)).await;
         let message = message.unwrap_or_else(|_| Err(deadline::exceeded()))?;
-        if is_gzip(&parts.headers) { unzip(message, bytes_max, budget, memory) } else { Ok(message) }
+        if !is_gzip(&parts.headers) {
+            return Ok(message);
+        }
+        let turn = self.decompressions.acquire(memory.flow(), DECOMPRESSION_WAIT_MAX).await;
+        let _turn =
+            turn.map_err(|_| Error::Exhausted("too many requests wait for decompression; try again".to_owned()))?;
+        // Boxed: compressed requests are rare and must not enlarge the future of every call.
+        Box::pin(unzip(message, bytes_max, budget, memory)).await
     }
 
     /// Reserves memory for the response of a mutation: once it has been executed, its response must not be refused.
@@ -168,15 +183,26 @@ where
         budget.add(memory, data.len())?;
         if before == 0 {
             first = data;
-        } else {
-            all.extend_from_slice(&std::mem::take(&mut first));
-            all.extend_from_slice(&data);
+            continue;
         }
+        if all.is_empty() {
+            // Growing step by step, a message would take up to twice its size. What is reserved and unused takes no memory.
+            let bytes = announced_bytes(&first).clamp(before + data.len(), bytes_max + MESSAGE_PREFIX_BYTES);
+            all.reserve(bytes);
+        }
+        all.extend_from_slice(&std::mem::take(&mut first));
+        all.extend_from_slice(&data);
     }
     if !body.is_end_stream() {
         return Err(Error::Cancelled);
     }
     Ok(if all.is_empty() { first } else { all.freeze() })
+}
+
+/// Returns the size of a message with its prefix, according to the prefix; 0 if its begin is shorter than that.
+fn announced_bytes(begin: &[u8]) -> usize {
+    let Some([_, length @ ..]) = begin.first_chunk::<MESSAGE_PREFIX_BYTES>() else { return 0 };
+    (u32::from_be_bytes(*length) as usize).saturating_add(MESSAGE_PREFIX_BYTES)
 }
 
 impl<S> Layer<S> for BufferingLayer {

@@ -8,6 +8,7 @@ use std::io::{Read, Write};
 use bytes::{BufMut, Bytes, BytesMut};
 use flate2::{Compression, bufread::GzDecoder, write::GzEncoder};
 use http::{HeaderMap, HeaderName};
+use tokio::task::yield_now;
 
 use super::memory_budget::{CallMemory, MemoryBudget};
 use crate::error::{Error, Result};
@@ -31,8 +32,13 @@ pub fn is_gzip(headers: &HeaderMap) -> bool {
 /// Decompresses a message with its prefix, if it is flagged as compressed.
 ///
 /// Fails if the message has more than `bytes_max` bytes, without decompressing the rest, or exceeds the budget, or is not
-/// the only message of the request.
-pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &mut CallMemory) -> Result<Bytes> {
+/// the only message of the request. Other tasks run after each step.
+pub async fn unzip(
+    message: Bytes,
+    bytes_max: usize,
+    budget: &MemoryBudget,
+    memory: &mut CallMemory,
+) -> Result<Bytes> {
     let Some((prefix, compressed)) = message.split_first_chunk::<MESSAGE_PREFIX_BYTES>() else { return Ok(message) };
     let [flag, length @ ..] = *prefix;
     match compressed.len().checked_sub(u32::from_be_bytes(length) as usize) {
@@ -45,7 +51,7 @@ pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &m
     let mut unzipped = BytesMut::new();
     unzipped.put_bytes(0, MESSAGE_PREFIX_BYTES);
     let mut decoder = GzDecoder::new(compressed);
-    let mut step = [0; STEP_BYTES];
+    let mut step = vec![0; STEP_BYTES];
     loop {
         let count = decoder.read(&mut step).map_err(|_| Error::undecodable())?;
         if count == 0 {
@@ -57,6 +63,9 @@ pub fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &m
         }
         budget.add(memory, count)?;
         unzipped.extend_from_slice(&step[..count]);
+        if count == STEP_BYTES {
+            yield_now().await;
+        }
     }
     let length = u32::try_from(unzipped.len() - MESSAGE_PREFIX_BYTES).map_err(|_| Error::too_large(bytes_max))?;
     unzipped[1..MESSAGE_PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
@@ -88,6 +97,11 @@ pub fn zip(message: &[u8]) -> Option<Bytes> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
     use crate::fairness::{Flow, SharePercent};
 
@@ -104,7 +118,8 @@ mod tests {
     fn unzip_within(kib: u32, message: &Bytes) -> (Result<Bytes>, usize) {
         let budget = MemoryBudget::new("memory", 0, kib, SharePercent(100));
         let mut memory = CallMemory::of(Flow::Internal);
-        let unzipped = unzip(message.clone(), BYTES_MAX, &budget, &mut memory);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let unzipped = runtime.block_on(unzip(message.clone(), BYTES_MAX, &budget, &mut memory));
         (unzipped, memory.kib() as usize)
     }
 
@@ -125,6 +140,23 @@ mod tests {
         let (refused, kib) = unzip_within(2_000, &bomb);
         assert_eq!(refused.unwrap_err().to_string(), Error::too_large(BYTES_MAX).to_string());
         assert!(kib <= BYTES_MAX / 1024);
+    }
+
+    #[tokio::test]
+    async fn other_tasks_run_while_a_message_is_decompressed() {
+        let turns = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&turns);
+        let other = tokio::spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                yield_now().await;
+            }
+        });
+        let budget = MemoryBudget::new("memory", 0, 2_000, SharePercent(100));
+        let mut memory = MessageMemory::of(Flow::Internal);
+        unzip(zipped(&[7; BYTES_MAX]), BYTES_MAX, &budget, &mut memory).await.unwrap();
+        assert!(turns.load(Ordering::Relaxed) >= BYTES_MAX / STEP_BYTES / 2);
+        other.abort();
     }
 
     #[test]

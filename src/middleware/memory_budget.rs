@@ -59,6 +59,11 @@ impl CallMemory {
         self.bytes
     }
 
+    /// Returns whose messages these are.
+    pub fn flow(&self) -> Flow {
+        self.flow
+    }
+
     fn hold(&mut self, permit: FairPermit) {
         match &mut self.held {
             Some(held) => held.merge(permit),

@@ -114,3 +114,38 @@ async fn mutations_that_were_executed_return_their_responses() {
     let other = Flow::User(Uuid::from_u128(2));
     buffers.budget.add(&mut CallMemory::of(other), CALL_BYTES).unwrap();
 }
+
+/// The frames of a request.
+struct Frames(std::vec::IntoIter<Bytes>);
+
+impl Body for Frames {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _context: &mut Context<'_>,
+    ) -> Poll<Option<std::result::Result<http_body::Frame<Bytes>, Self::Error>>> {
+        Poll::Ready(self.0.next().map(|data| Ok(http_body::Frame::data(data))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.len() == 0
+    }
+}
+
+#[tokio::test]
+async fn message_of_many_frames_takes_no_more_memory_than_its_size() {
+    const FRAME_BYTES: usize = 16 * 1024;
+    const BYTES: usize = 2_100_000;
+    let mut message = vec![0];
+    message.extend((BYTES as u32).to_be_bytes());
+    message.resize(MESSAGE_PREFIX_BYTES + BYTES, 7);
+    let frames: Vec<_> = message.chunks(FRAME_BYTES).map(Bytes::copy_from_slice).collect();
+    let budget = MemoryBudget::new("memory", 0, MESSAGE_MEMORY_KIB, SharePercent(75));
+    let mut memory = CallMemory::of(Flow::Internal);
+    let read = read_message(Frames(frames.into_iter()), 4 * BYTES, &budget, &mut memory).await.unwrap();
+    assert_eq!(read, message);
+    let capacity = read.try_into_mut().unwrap().capacity();
+    assert!(capacity < message.len() + FRAME_BYTES, "{capacity}");
+}
