@@ -1,18 +1,25 @@
 //! A catalogue of abuse, one pattern per test: one caller abuses the service, other users do ordinary work meanwhile and
 //! succeed, and afterwards the service has all of its permits.
 //!
+//! With `ISSUE_TRACKER_ABUSE=long`, each pattern is also measured; see [`long`].
+//!
 //! More patterns are in `auth/floods.rs` (tokens, passwords and resets), `conformance/floods.rs` (frames, headers and
 //! incomplete logins) and `conformance/connections.rs` (idle connections).
 
+mod control;
 mod held_calls;
 mod imports;
+mod long;
 mod member;
 mod memory;
 mod refused_calls;
+mod process;
+mod traffic;
 mod unauthenticated;
 mod viewer;
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     sync::{
         Arc, Mutex,
@@ -30,8 +37,12 @@ use tokio::{
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
-use tonic::{Code, Request, Status, transport::Endpoint};
+use tonic::{Code, Request, Status};
 
+use self::{
+    long::{Measuring, Settings},
+    traffic::Connector,
+};
 use crate::{
     harness::{Client, Tracker, limits},
     lock_waiters,
@@ -48,20 +59,40 @@ const CONNECTIONS: usize = 8;
 const CONNECTIONS_OF_ONE: usize = 6;
 /// The users who do ordinary work.
 const OTHERS: usize = 16;
-/// How often each of them does it during an abuse.
+/// The calls of their work: create, get and update an issue, comment on one, list issues.
+const ORDINARY_CALLS: usize = 5;
+/// How often each of them makes all of these calls during an abuse, in the short form.
 const ROUNDS: usize = 2;
 /// The deadline of an ordinary call.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a statement takes that reads the issue of [`Scene::file_slow_issue`]. 40 of them fill all connections for
 /// longer than `--pool-wait-ms`.
 const SLOW_SECONDS: u32 = 1;
-/// How many calls a flood begins each second at most. It bounds the processor time of a test.
+/// Issues that do not match the filters of slow lists. A report or a list that no index serves reads all of them.
+const MANY_ISSUES: &str = "
+    INSERT INTO issues (id, reporter_id, assignee_id, status, priority, title, description,
+            create_time, update_time, close_time)
+        SELECT ('0180' || lpad(to_hex(n), 8, '0') || '70008000000000000000')::uuid, admin.id, admin.id, 1 + n % 3, n % 4,
+            'issue ' || n, 'what happens', t, t, CASE WHEN n % 3 = 2 THEN t + make_interval(hours => n % 500) END
+        FROM users admin, generate_series(1, 100000) n,
+            LATERAL (SELECT timestamptz '2024-01-01' + n * interval '1 minute' AS t) at
+        WHERE admin.username = 'admin';
+    INSERT INTO issue_labels (issue_id, label_id)
+        SELECT issue.id, label.id
+        FROM (SELECT id, row_number() OVER (ORDER BY id) AS nth FROM issues) issue
+            JOIN (SELECT id, row_number() OVER (ORDER BY id) AS nth FROM labels) label
+                ON label.nth IN (1 + issue.nth % 8, 1 + issue.nth / 8 % 8);
+    ANALYZE";
+/// How many calls a flood begins each second at most, in the short form. It bounds the processor time of a test.
 const FLOOD_CALLS_PER_SECOND: u32 = 250;
 
-/// A service, and the users whose work an abuse must not affect.
+/// A service, the client that abuses it, and the users whose work the abuse must not affect.
 struct Scene {
     tracker: Tracker,
     others: Vec<Other>,
+    abuser: Connector,
+    /// `None` in the short form.
+    measuring: Option<Measuring>,
 }
 
 /// A user who does ordinary work.
@@ -71,40 +102,74 @@ struct Other {
 }
 
 impl Scene {
-    async fn start() -> Self {
-        Self::start_with(&[]).await
+    /// Runs a pattern.
+    async fn run(pattern: impl AsyncFn(&Self)) {
+        Self::run_with(&[], pattern).await;
     }
 
-    async fn start_with(args: &[&str]) -> Self {
+    /// Runs a pattern on a service with these arguments.
+    async fn run_with(args: &[&str], pattern: impl AsyncFn(&Self)) {
         let small = ["--requests", "64", "--pool-connections", "8", "--pool-wait-ms", "4000"];
-        let tracker = Tracker::start_with(limits(&[&small, args].concat())).await;
+        let args = [&small, args].concat();
+        match Settings::from_environment() {
+            Some(settings) => long::run(settings, &args, pattern).await,
+            None => pattern(&Self::on(Tracker::start_with(limits(&args)).await, None).await).await,
+        }
+    }
+
+    async fn on(tracker: Tracker, measuring: Option<Measuring>) -> Self {
         let mut others = Vec::new();
         for nth in 0..OTHERS {
-            let user = tracker.user(&format!("other-{nth}"), Role::Member).await;
-            let client = connect(&tracker, &user);
+            let client = tracker.user(&format!("other-{nth}"), Role::Member).await;
             let issue_id = client.file("ordinary").await.id;
             others.push(Other { client, issue_id });
         }
-        let scene = Self { tracker, others };
+        let abuser = Connector::new(&tracker.address);
+        let scene = Self { tracker, others, abuser, measuring };
         // Opens all database connections.
         scene.assert_unharmed().await;
         scene
     }
 
+    /// Returns whether this is the long form.
+    fn is_measured(&self) -> bool {
+        self.measuring.is_some()
+    }
+
+    /// Returns a client of a viewer that has a connection of its own.
     fn viewer(&self) -> Client {
-        connect(&self.tracker, &self.tracker.viewer)
+        self.abuser.client(&self.tracker.viewer.token)
     }
 
+    /// Returns a client of a member that has a connection of its own.
     fn member(&self) -> Client {
-        connect(&self.tracker, &self.tracker.member)
+        self.abuser.client(&self.tracker.member.token)
     }
 
-    /// Asserts that at least 99.5 % of the ordinary calls of other users succeed.
+    /// Asserts that at least 99.5 % of the ordinary calls of other users succeed. In the long form, measures them.
     async fn assert_others_succeed(&self) {
+        if let Some(measuring) = &self.measuring {
+            return measuring.measure(self).await;
+        }
         let outcomes = join_all(self.others.iter().map(Other::work)).await.concat();
         let failures: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
         let (failed, all) = (failures.len(), outcomes.len());
         assert!(failed * 200 <= all, "{failed} of {all} ordinary calls failed, such as {:?}", failures[0]);
+    }
+
+    /// Asserts as [`Scene::assert_others_succeed`] does, and repeats the abuse meanwhile.
+    async fn assert_others_succeed_during(&self, mut abuse: impl AsyncFnMut()) {
+        let others_finished = Cell::new(false);
+        let others = async {
+            self.assert_others_succeed().await;
+            others_finished.set(true);
+        };
+        let repeated = async {
+            while !others_finished.get() {
+                abuse().await;
+            }
+        };
+        tokio::join!(others, repeated);
     }
 
     /// Asserts that as many calls run at the same time as there are request slots and database connections.
@@ -137,33 +202,35 @@ impl Scene {
         all_blocked && outcomes.into_iter().all(|outcome| outcome.unwrap().is_ok())
     }
 
-    /// Files an issue that matches the filters of slow lists, and has each statement that reads it take [`SLOW_SECONDS`]
-    /// without processor time.
+    /// Makes lists slow whose filters only one old issue matches.
     ///
-    /// Ordinary work does not read it: conditions on numbers and ids are evaluated first.
-    async fn file_slow_issue(&self) -> Issue {
+    /// In the short form, each statement that reads the issue takes [`SLOW_SECONDS`] without processor time. Ordinary work
+    /// does not read it: conditions on numbers and ids are evaluated first. In the long form, there are many other issues.
+    async fn make_lists_slow(&self) {
         let member = &self.tracker.member;
         let mut label_ids = Vec::new();
         for name in "abcdefgh".chars() {
             label_ids.push(member.label(&name.to_string()).await.id);
         }
-        let issue = member.file_as(Issue {
+        let slow = Issue {
             title: "slow".into(),
             status: IssueStatus::Closed.into(),
             priority: Priority::Critical.into(),
             assignee_id: member.user.id.clone(),
             label_ids,
             ..Issue::default()
-        });
-        let issue = issue.await;
+        };
+        member.file_as(slow).await;
         let session = self.tracker.session().await;
+        if self.is_measured() {
+            return session.batch_execute(MANY_ISSUES).await.unwrap();
+        }
         let policy = format!(
             "ALTER TABLE issues ENABLE ROW LEVEL SECURITY;
             CREATE POLICY slow ON issues
                 USING (title <> 'slow' OR pg_sleep({SLOW_SECONDS}) IS NOT NULL) WITH CHECK (true)"
         );
         session.batch_execute(&policy).await.unwrap();
-        issue
     }
 
     /// Returns how many sessions of the database have been opened.
@@ -175,22 +242,37 @@ impl Scene {
 impl Other {
     async fn work(&self) -> Vec<Result<(), Status>> {
         let mut outcomes = Vec::new();
-        let (mut issues, mut comments) = (self.client.issues(), self.client.comments());
-        for nth in 0..ROUNDS {
-            let issue = Issue { title: format!("ordinary {nth}"), ..Issue::default() };
-            let create = CreateIssueRequest { issue: Some(issue.clone()), ..Default::default() };
-            outcomes.push(issues.create_issue(ordinary(create)).await.map(drop));
-            let get = GetIssueRequest { id: self.issue_id.clone(), ..Default::default() };
-            outcomes.push(issues.get_issue(ordinary(get)).await.map(drop));
-            let issue = Issue { id: self.issue_id.clone(), ..issue };
-            let update = UpdateIssueRequest { issue: Some(issue), ..Default::default() };
-            outcomes.push(issues.update_issue(ordinary(update)).await.map(drop));
-            let comment = Comment { issue_id: self.issue_id.clone(), content: "done".into(), ..Comment::default() };
-            let comment = CreateCommentRequest { comment: Some(comment), ..Default::default() };
-            outcomes.push(comments.create_comment(ordinary(comment)).await.map(drop));
-            outcomes.push(list(&self.client, "status = open", 0).await);
+        for nth in 0..ROUNDS * ORDINARY_CALLS {
+            outcomes.push(self.call(nth).await);
         }
         outcomes
+    }
+
+    /// Makes one of [`ORDINARY_CALLS`].
+    async fn call(&self, nth: usize) -> Result<(), Status> {
+        let (mut issues, mut comments) = (self.client.issues(), self.client.comments());
+        let issue = Issue { title: format!("ordinary {nth}"), ..Issue::default() };
+        match nth % ORDINARY_CALLS {
+            0 => {
+                let create = CreateIssueRequest { issue: Some(issue), ..Default::default() };
+                issues.create_issue(ordinary(create)).await.map(drop)
+            }
+            1 => {
+                let get = GetIssueRequest { id: self.issue_id.clone(), ..Default::default() };
+                issues.get_issue(ordinary(get)).await.map(drop)
+            }
+            2 => {
+                let issue = Issue { id: self.issue_id.clone(), ..issue };
+                let update = UpdateIssueRequest { issue: Some(issue), ..Default::default() };
+                issues.update_issue(ordinary(update)).await.map(drop)
+            }
+            3 => {
+                let comment = Comment { issue_id: self.issue_id.clone(), content: "done".into(), ..Comment::default() };
+                let comment = CreateCommentRequest { comment: Some(comment), ..Default::default() };
+                comments.create_comment(ordinary(comment)).await.map(drop)
+            }
+            _ => list(&self.client, "status = open", 0).await,
+        }
     }
 
     fn spawn_list_comments(&self) -> JoinHandle<Result<(), Status>> {
@@ -217,12 +299,6 @@ fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
     request
 }
 
-/// Returns a client that sends the same token on a connection of its own.
-fn connect(tracker: &Tracker, client: &Client) -> Client {
-    let channel = Endpoint::try_from(format!("http://{}", tracker.address)).unwrap().connect_lazy();
-    Tracker::client_on(channel, &client.token)
-}
-
 /// Lists the issues that match a filter. Lists with another `nth` have another page size: equal ones share a read.
 async fn list(client: &Client, filter: &str, nth: usize) -> Result<(), Status> {
     let page_size = 10 + (nth % 900) as i32;
@@ -230,8 +306,8 @@ async fn list(client: &Client, filter: &str, nth: usize) -> Result<(), Status> {
     client.issues().list_issues(ordinary(request)).await.map(drop)
 }
 
-/// Concurrent tasks that repeat a call until the flood is stopped. Calls that end soon are made in bursts, at most
-/// [`FLOOD_CALLS_PER_SECOND`].
+/// Concurrent tasks that repeat a call until the flood is stopped. In the short form, calls that end soon are made in bursts, at
+/// most [`FLOOD_CALLS_PER_SECOND`].
 struct Flood {
     tasks: JoinSet<()>,
     outcomes: Arc<Mutex<BTreeMap<String, usize>>>,
@@ -246,7 +322,10 @@ impl Flood {
     {
         let (outcomes, begun) = (Arc::<Mutex<BTreeMap<String, usize>>>::default(), Arc::<AtomicUsize>::default());
         let mut tasks = JoinSet::new();
-        let interval = Duration::from_secs(1) * concurrent / FLOOD_CALLS_PER_SECOND;
+        let interval = match Settings::from_environment() {
+            Some(_) => Duration::ZERO,
+            None => Duration::from_secs(1) * concurrent / FLOOD_CALLS_PER_SECOND,
+        };
         for _ in 0..concurrent {
             let (outcomes, begun, call) = (Arc::clone(&outcomes), Arc::clone(&begun), call.clone());
             tasks.spawn(async move {

@@ -7,7 +7,11 @@ use h2::{
     client::{ResponseFuture, SendRequest},
 };
 use prost::Message;
-use tokio::{net::TcpStream, task::JoinHandle};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    task::JoinHandle,
+};
 
 use crate::harness::Tracker;
 
@@ -28,9 +32,16 @@ impl H2Client {
 
     /// Opens a connection with this window for each response.
     pub async fn open_with(tracker: &Tracker, window_bytes: u32) -> Result<Self, h2::Error> {
-        let tcp = TcpStream::connect(&tracker.address).await.unwrap();
+        Self::over(TcpStream::connect(&tracker.address).await.unwrap(), window_bytes).await
+    }
+
+    /// Begins a connection on a stream. `window_bytes`: the window for each response.
+    pub async fn over(
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        window_bytes: u32,
+    ) -> Result<Self, h2::Error> {
         let mut builder = h2::client::Builder::new();
-        let (requests, connection) = builder.initial_window_size(window_bytes).handshake(tcp).await?;
+        let (requests, connection) = builder.initial_window_size(window_bytes).handshake(stream).await?;
         // Calls on the connection return its error.
         let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(Self { requests, connection })

@@ -149,6 +149,20 @@ impl Tracker {
         Self::with_users(Instance::start(config, service_config, limits).await).await
     }
 
+    /// Returns a service that runs in a process of its own. `service_config`: the database as the service's role.
+    pub async fn connect(config: Config, service_config: Config, limits: Limits, address: &str) -> Self {
+        let instance = Instance {
+            address: address.to_owned(),
+            channel: Endpoint::try_from(format!("http://{address}")).unwrap().connect_lazy(),
+            config,
+            db: Db::new(service_config, limits.pool()),
+            superuser: tokio::sync::Mutex::default(),
+            stop: None,
+            server: tokio::spawn(async {}),
+        };
+        Self::with_users(instance).await
+    }
+
     async fn with_users(instance: Instance) -> Self {
         let [admin, member, viewer] = [("admin", Role::Admin), ("member", Role::Member), ("viewer", Role::Viewer)]
             .map(|(name, role)| new_client(&instance.db, &instance.channel, name, role));
@@ -266,9 +280,15 @@ pub fn limits(args: &[&str]) -> Limits {
         #[command(flatten)]
         limits: Limits,
     }
-    let fixed = ["test", "--bcrypt-cost", "4"];
+    let args = [vec!["test"], arguments(args)].concat();
+    <Args as clap::Parser>::parse_from(args).limits
+}
+
+/// Adds defaults that suit tests to command-line arguments.
+pub fn arguments<'a>(args: &[&'a str]) -> Vec<&'a str> {
     // clap rejects a repeated flag, so a default is left out if `args` have its flag.
     let defaults = [
+        ["--bcrypt-cost", "4"],
         ["--pool-connections", "6"],
         ["--imports", "4"],
         ["--exports", "1"],
@@ -279,9 +299,8 @@ pub fn limits(args: &[&str]) -> Limits {
         ["--login-failures", "1000"],
         ["--login-failures-per-address", "1000"],
     ];
-    let missing = defaults.iter().filter(|[name, _]| !args.contains(name)).flatten();
-    let args = fixed.iter().chain(args).chain(missing);
-    <Args as clap::Parser>::parse_from(args).limits
+    let missing = defaults.into_iter().filter(|[name, _]| !args.contains(name)).flatten();
+    args.iter().copied().chain(missing).collect()
 }
 
 /// Creates an empty database with the schema.

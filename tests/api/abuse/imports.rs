@@ -1,6 +1,6 @@
-//! Streams of ImportIssues that import nothing, or slowly.
+//! Streams of ImportIssues that import nothing, or slowly, and imports in a loop.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use issue_tracker::pb::{
@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use uuid::Uuid;
 
-use super::{Scene, ordinary};
+use super::{Flood, Scene, ordinary};
 use crate::{harness::Client, support::bounds::HANG};
 
 /// More than `--imports`.
@@ -75,21 +75,23 @@ fn chunk(offset: usize, data: &str) -> Message {
     Message::Chunk(ImportChunk { offset: offset as i64, data: data.as_bytes().to_vec().into() })
 }
 
+/// Imports a file of one chunk.
+async fn import(client: &Client, file: &str) -> Result<(), Status> {
+    let messages = [options(), chunk(0, file)].map(|message| ImportIssuesRequest { message: Some(message) });
+    let mut responses = client.imports().import_issues(tokio_stream::iter(messages)).await?.into_inner();
+    while responses.message().await?.is_some() {}
+    Ok(())
+}
+
 /// Asserts that another user can import meanwhile.
 async fn assert_another_imports(scene: &Scene) {
-    let file = [options(), chunk(0, "title\none\ntwo\n")].map(|message| ImportIssuesRequest { message: Some(message) });
-    let mut imports = scene.others[0].client.imports();
-    let import = async {
-        let mut responses = imports.import_issues(tokio_stream::iter(file)).await?.into_inner();
-        while responses.message().await?.is_some() {}
-        Ok::<_, Status>(())
-    };
+    let import = import(&scene.others[0].client, "title\none\ntwo\n");
     timeout(HANG, import).await.expect("another user's import hangs").expect("another user's import is admitted");
 }
 
-async fn assert_imports_do_not_hurt(scene: Scene, imports: Vec<OpenImport>) {
+async fn assert_imports_do_not_hurt(scene: &Scene, imports: Vec<OpenImport>) {
     sleep(Duration::from_millis(100)).await;
-    assert_another_imports(&scene).await;
+    assert_another_imports(scene).await;
     scene.assert_others_succeed().await;
     drop(imports);
     scene.assert_unharmed().await;
@@ -97,48 +99,74 @@ async fn assert_imports_do_not_hurt(scene: Scene, imports: Vec<OpenImport>) {
 
 #[tokio::test]
 async fn imports_that_send_nothing_do_not_hurt_others() {
-    let scene = Scene::start().await;
-    let (member, mut imports) = (scene.member(), Vec::new());
-    for _ in 0..IMPORTS {
-        imports.push(OpenImport::begin(&member).await);
-    }
-    assert_imports_do_not_hurt(scene, imports).await;
+    Scene::run(async |scene| {
+        let (member, mut imports) = (scene.member(), Vec::new());
+        for _ in 0..IMPORTS {
+            imports.push(OpenImport::begin(&member).await);
+        }
+        assert_imports_do_not_hurt(scene, imports).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn imports_that_send_only_options_leave_a_place_for_others() {
-    let scene = Scene::start().await;
-    let (member, mut imports) = (scene.member(), Vec::new());
-    for _ in 0..IMPORTS {
-        let import = OpenImport::begin(&member).await;
-        import.send(options()).await;
-        imports.push(import);
-    }
-    assert_imports_do_not_hurt(scene, imports).await;
+    Scene::run(async |scene| {
+        let (member, mut imports) = (scene.member(), Vec::new());
+        for _ in 0..IMPORTS {
+            let import = OpenImport::begin(&member).await;
+            import.send(options()).await;
+            imports.push(import);
+        }
+        assert_imports_do_not_hurt(scene, imports).await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn imports_of_blank_lines_leave_a_place_for_others() {
     const LINES: &str = "\n\n\n\n\n\n\n\n";
-    let scene = Scene::start().await;
-    let (member, mut trickles) = (scene.member(), JoinSet::new());
-    for _ in 0..IMPORTS {
-        let import = OpenImport::begin(&member).await;
-        trickles.spawn(async move {
-            import.send(options()).await;
-            import.send(chunk(0, "title\n")).await;
-            let mut offset = "title\n".len();
-            while import.send(chunk(offset, LINES)).await {
-                offset += LINES.len();
-                sleep(Duration::from_millis(20)).await;
-            }
+    Scene::run(async |scene| {
+        let (member, mut trickles) = (scene.member(), JoinSet::new());
+        for _ in 0..IMPORTS {
+            let import = OpenImport::begin(&member).await;
+            trickles.spawn(async move {
+                import.send(options()).await;
+                import.send(chunk(0, "title\n")).await;
+                let mut offset = "title\n".len();
+                while import.send(chunk(offset, LINES)).await {
+                    offset += LINES.len();
+                    sleep(Duration::from_millis(20)).await;
+                }
+            });
+        }
+        sleep(Duration::from_millis(100)).await;
+        assert_another_imports(scene).await;
+        scene.assert_others_succeed().await;
+        trickles.shutdown().await;
+        scene.assert_unharmed().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn imports_in_a_loop_leave_a_place_for_others() {
+    Scene::run(async |scene| {
+        let (member, rows) = (scene.member(), if scene.is_measured() { 20_000 } else { 500 });
+        let rows: Vec<_> = (0..rows).map(|nth| format!("row {nth},open,what happens and how to see it\n")).collect();
+        let file: Arc<str> = format!("title,status,description\n{}", rows.concat()).into();
+        let flood = Flood::start(IMPORTS as u32, move |_| {
+            let (member, file) = (member.clone(), Arc::clone(&file));
+            async move { import(&member, &file).await }
         });
-    }
-    sleep(Duration::from_millis(100)).await;
-    assert_another_imports(&scene).await;
-    scene.assert_others_succeed().await;
-    trickles.shutdown().await;
-    scene.assert_unharmed().await;
+        let flood = flood.await;
+        assert_another_imports(scene).await;
+        scene.assert_others_succeed().await;
+        // A client that still sends its file when the import is refused may not receive the status.
+        flood.stop(&["Ok", "ResourceExhausted", "Cancelled", "Unknown"]).await;
+        scene.assert_unharmed().await;
+    })
+    .await;
 }
 
 /// The issues that a trickling import updates, and that other clients update meanwhile.
