@@ -63,7 +63,7 @@ pub async fn unzip(
         }
         budget.add(memory, count)?;
         unzipped.extend_from_slice(&step[..count]);
-        if count == STEP_BYTES {
+        if before > 0 {
             yield_now().await;
         }
     }
