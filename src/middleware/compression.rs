@@ -33,12 +33,7 @@ pub fn is_gzip(headers: &HeaderMap) -> bool {
 ///
 /// Fails if the message has more than `bytes_max` bytes, without decompressing the rest, or exceeds the budget, or is not
 /// the only message of the request. Other tasks run after each step.
-pub async fn unzip(
-    message: Bytes,
-    bytes_max: usize,
-    budget: &MemoryBudget,
-    memory: &mut CallMemory,
-) -> Result<Bytes> {
+pub async fn unzip(message: Bytes, bytes_max: usize, budget: &MemoryBudget, memory: &mut CallMemory) -> Result<Bytes> {
     let Some((prefix, compressed)) = message.split_first_chunk::<MESSAGE_PREFIX_BYTES>() else { return Ok(message) };
     let [flag, length @ ..] = *prefix;
     match compressed.len().checked_sub(u32::from_be_bytes(length) as usize) {
@@ -153,7 +148,7 @@ mod tests {
             }
         });
         let budget = MemoryBudget::new("memory", 0, 2_000, SharePercent(100));
-        let mut memory = MessageMemory::of(Flow::Internal);
+        let mut memory = CallMemory::of(Flow::Internal);
         unzip(zipped(&[7; BYTES_MAX]), BYTES_MAX, &budget, &mut memory).await.unwrap();
         assert!(turns.load(Ordering::Relaxed) >= BYTES_MAX / STEP_BYTES / 2);
         other.abort();

@@ -12,8 +12,8 @@ mod imports;
 mod long;
 mod member;
 mod memory;
-mod refused_calls;
 mod process;
+mod refused_calls;
 mod traffic;
 mod unauthenticated;
 mod viewer;
@@ -65,7 +65,7 @@ const ORDINARY_CALLS: usize = 5;
 const ROUNDS: usize = 2;
 /// The deadline of an ordinary call.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How long a statement takes that reads the issue of [`Scene::file_slow_issue`]. 40 of them fill all connections for
+/// How long a statement takes that reads the issue of [`Scene::make_lists_slow`]. 40 of them fill all connections for
 /// longer than `--pool-wait-ms`.
 const SLOW_SECONDS: u32 = 1;
 /// Issues that do not match the filters of slow lists. A report or a list that no index serves reads all of them.
@@ -83,6 +83,8 @@ const MANY_ISSUES: &str = "
             JOIN (SELECT id, row_number() OVER (ORDER BY id) AS nth FROM labels) label
                 ON label.nth IN (1 + issue.nth % 8, 1 + issue.nth / 8 % 8);
     ANALYZE";
+/// The message of a call that its client has ended at its deadline. On a busy machine, calls of a flood can take that long.
+const CLIENT_TIMEOUT: &str = "Timeout expired";
 /// How many calls a flood begins each second at most, in the short form. It bounds the processor time of a test.
 const FLOOD_CALLS_PER_SECOND: u32 = 250;
 
@@ -331,8 +333,11 @@ impl Flood {
             tasks.spawn(async move {
                 loop {
                     let outcome = call(begun.fetch_add(1, Ordering::Relaxed)).await;
-                    let code = outcome.map_or_else(|status| status.code(), |()| Code::Ok);
-                    *outcomes.lock().unwrap().entry(format!("{code:?}")).or_default() += 1;
+                    let name = match outcome {
+                        Err(status) if status.message() == CLIENT_TIMEOUT => CLIENT_TIMEOUT.to_owned(),
+                        outcome => format!("{:?}", outcome.map_or_else(|status| status.code(), |()| Code::Ok)),
+                    };
+                    *outcomes.lock().unwrap().entry(name).or_default() += 1;
                     sleep(interval).await;
                 }
             });
@@ -354,7 +359,8 @@ impl Flood {
         eventually("a call of the flood has ended", async || !self.outcomes.lock().unwrap().is_empty()).await;
         self.tasks.shutdown().await;
         let outcomes = self.outcomes.lock().unwrap();
-        assert!(outcomes.keys().all(|code| expected.contains(&&**code)), "{outcomes:?}");
+        let is_expected = |name: &String| name == CLIENT_TIMEOUT || expected.contains(&&**name);
+        assert!(outcomes.keys().all(is_expected), "{outcomes:?}");
     }
 
     /// As [`Flood::stop`], when a call was refused: the flood has taken all that one user may have.

@@ -200,41 +200,43 @@ async fn change_unrelated_issues(scene: &Scene) -> Vec<Result<(), Status>> {
 #[tokio::test]
 async fn updates_that_trickle_in_lock_none_of_their_issues() {
     for validate_only in [false, true] {
-        let scene = Scene::start().await;
-        let member = scene.member();
-        let send = async |file: &str, options: ImportOptions| {
-            let import = OpenImport::begin(&member).await;
-            import.send(Message::Options(options)).await;
-            import.send(chunk(0, file)).await;
-            import
-        };
-        let creating = ImportOptions { create_labels: true, ..Default::default() };
-        assert_eq!(send(&update_file("before"), creating).await.finish().await.state(), ImportState::Committed);
-        let list = ListIssuesRequest { filter: "label = imported".into(), page_size: 100, ..Default::default() };
-        let touched = member.issues().list_issues(list).await.unwrap().into_inner().issues;
-        assert_eq!(touched.len(), UPDATED);
+        Scene::run(async |scene| {
+            let member = scene.member();
+            let send = async |file: &str, options: ImportOptions| {
+                let import = OpenImport::begin(&member).await;
+                import.send(Message::Options(options)).await;
+                import.send(chunk(0, file)).await;
+                import
+            };
+            let creating = ImportOptions { create_labels: true, ..Default::default() };
+            assert_eq!(send(&update_file("before"), creating).await.finish().await.state(), ImportState::Committed);
+            let list = ListIssuesRequest { filter: "label = imported".into(), page_size: 100, ..Default::default() };
+            let touched = member.issues().list_issues(list).await.unwrap().into_inner().issues;
+            assert_eq!(touched.len(), UPDATED);
 
-        let file = update_file("after");
-        let options = ImportOptions { on_existing: OnExisting::Update.into(), validate_only, ..Default::default() };
-        let mut import = send(&file[..file.len() - 1], options).await;
-        import.wait_until_received(5_000).await;
-        let updates = touched.into_iter().enumerate().map(|(nth, Issue { id, .. })| {
-            let mut issues = scene.others[nth % scene.others.len()].client.issues();
-            let issue = Some(Issue { id, title: "touched".into(), ..Issue::default() });
-            let update = UpdateIssueRequest { issue, comment: "touched".into(), ..Default::default() };
-            tokio::spawn(async move { issues.update_issue(ordinary(update)).await.map(drop) })
-        });
-        let updates: Vec<_> = updates.collect();
-        for outcome in change_unrelated_issues(&scene).await {
-            outcome.expect("an unrelated change succeeds");
-        }
-        for update in join_all(updates).await {
-            update.unwrap().expect("an issue of the import can be updated");
-        }
-        scene.assert_others_succeed().await;
+            let file = update_file("after");
+            let options = ImportOptions { on_existing: OnExisting::Update.into(), validate_only, ..Default::default() };
+            let mut import = send(&file[..file.len() - 1], options).await;
+            import.wait_until_received(5_000).await;
+            let updates = touched.into_iter().enumerate().map(|(nth, Issue { id, .. })| {
+                let mut issues = scene.others[nth % scene.others.len()].client.issues();
+                let issue = Some(Issue { id, title: "touched".into(), ..Issue::default() });
+                let update = UpdateIssueRequest { issue, comment: "touched".into(), ..Default::default() };
+                tokio::spawn(async move { issues.update_issue(ordinary(update)).await.map(drop) })
+            });
+            let updates: Vec<_> = updates.collect();
+            for outcome in change_unrelated_issues(scene).await {
+                outcome.expect("an unrelated change succeeds");
+            }
+            for update in join_all(updates).await {
+                update.unwrap().expect("an issue of the import can be updated");
+            }
+            scene.assert_others_succeed().await;
 
-        import.send(chunk(file.len() - 1, "\n")).await;
-        assert_eq!(import.finish().await.updated_count, 5_010);
-        scene.assert_unharmed().await;
+            import.send(chunk(file.len() - 1, "\n")).await;
+            assert_eq!(import.finish().await.updated_count, 5_010);
+            scene.assert_unharmed().await;
+        })
+        .await;
     }
 }

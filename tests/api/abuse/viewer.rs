@@ -186,25 +186,27 @@ async fn calls_with_deadlines_of_300_us_do_not_hurt_others_or_open_database_sess
 #[tokio::test]
 async fn slow_lists_with_deadlines_of_5_ms_do_not_hurt_others_or_open_database_sessions() {
     const SESSIONS_MAX: i64 = 10;
-    let scene = Scene::start().await;
-    scene.file_slow_issue().await;
-    let before = scene.sessions_opened().await;
-    let viewer = scene.viewer();
-    let flood = Flood::start(16, move |nth| {
-        let viewer = viewer.clone();
-        async move {
-            let (filter, page_size) = ("priority = critical".to_owned(), 1 + (nth % 1_000) as i32);
-            let request = ListIssuesRequest { filter, page_size, ..Default::default() };
-            viewer.issues().list_issues(with_deadline(request, Duration::from_millis(5))).await.map(drop)
-        }
-    });
-    let flood = flood.await;
-    scene.assert_others_succeed().await;
-    eventually("there were many calls", async || flood.begun() > 1_000).await;
-    flood.stop(&["DeadlineExceeded", "Cancelled", "ResourceExhausted"]).await;
-    scene.assert_unharmed().await;
-    let opened = scene.sessions_opened().await - before;
-    assert!(opened <= SESSIONS_MAX, "{opened} sessions were opened");
+    Scene::run(async |scene| {
+        scene.make_lists_slow().await;
+        let before = scene.sessions_opened().await;
+        let viewer = scene.viewer();
+        let flood = Flood::start(16, move |nth| {
+            let viewer = viewer.clone();
+            async move {
+                let (filter, page_size) = ("priority = critical".to_owned(), 1 + (nth % 1_000) as i32);
+                let request = ListIssuesRequest { filter, page_size, ..Default::default() };
+                viewer.issues().list_issues(with_deadline(request, Duration::from_millis(5))).await.map(drop)
+            }
+        });
+        let flood = flood.await;
+        scene.assert_others_succeed().await;
+        eventually("there were many calls", async || flood.begun() > 1_000).await;
+        flood.stop(&["DeadlineExceeded", "Cancelled", "ResourceExhausted"]).await;
+        scene.assert_unharmed().await;
+        let opened = scene.sessions_opened().await - before;
+        assert!(opened <= SESSIONS_MAX, "{opened} sessions were opened");
+    })
+    .await;
 }
 
 #[tokio::test]
