@@ -54,9 +54,9 @@ struct Refused {
 #[derive(Debug, PartialEq, Eq)]
 enum Due {
     Now,
-    /// With those that follow until then. They are logged by the first of them.
+    /// At this time, together with the refusals until then.
     At(Instant),
-    /// By an earlier one, or never if there are too many flows.
+    /// With an earlier refusal, or never if there are too many flows.
     ByAnother,
 }
 
@@ -65,7 +65,8 @@ impl RefusalLog {
         Self { resource, flows: Arc::default() }
     }
 
-    /// Logs a refusal at once if the last line about the flow is a minute old, else with those that follow, when it is.
+    /// Logs a refusal now if the last line about the flow is a minute old, else one minute after that line, together with all
+    /// refusals until then.
     pub fn record(&self, flow: Flow, refusal: Refusal) {
         match self.count(flow, refusal) {
             Due::Now => log(self.resource, flow, refusal, 1),
