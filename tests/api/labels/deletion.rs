@@ -176,18 +176,23 @@ async fn label_that_is_being_deleted_counts_as_missing() {
     assert_eq!(names(&replace(&tracker.member, &issue, &[&kept]).await.unwrap().labels), ["kept"]);
 }
 
+/// Begins a deletion with a request id, and abandons the call when one issue still has the label. Returns the request.
+async fn interrupt_deletion(tracker: &Tracker, label: &Label) -> DeleteLabelRequest {
+    let lock = lock_issue(tracker, &issue_with_label(tracker, 7).await).await;
+    let request = DeleteLabelRequest { request_id: Uuid::now_v7().to_string(), ..deletion(label) };
+    let call = spawn_deletion(&tracker.admin, request.clone());
+    wait_until_one_issue_is_left(tracker).await;
+    call.abort();
+    tracker.wait_until(lock_waiters!("= 0")).await;
+    lock.batch_execute("COMMIT").await.unwrap();
+    request
+}
+
 #[tokio::test]
 async fn interrupted_deletion_is_completed_in_the_background_and_its_response_stored() {
     let tracker = Tracker::start().await;
     let label = used_label(&tracker).await;
-    let lock = lock_issue(&tracker, &issue_with_label(&tracker, 7).await).await;
-    let request = DeleteLabelRequest { request_id: Uuid::now_v7().to_string(), ..deletion(&label) };
-    let call = spawn_deletion(&tracker.admin, request.clone());
-    wait_until_one_issue_is_left(&tracker).await;
-
-    call.abort();
-    tracker.wait_until(lock_waiters!("= 0")).await;
-    lock.batch_execute("COMMIT").await.unwrap();
+    let request = interrupt_deletion(&tracker, &label).await;
 
     assert_eq!(resume_deletion(&tracker.db).await.unwrap(), None, "the last step was a moment ago");
     assert_eq!(tracker.count("SELECT count(*) FROM issue_labels").await, 1);
@@ -221,13 +226,7 @@ async fn service_completes_interrupted_deletions_when_it_starts() {
 async fn retry_with_the_request_id_continues_an_interrupted_deletion() {
     let tracker = Tracker::start().await;
     let label = used_label(&tracker).await;
-    let lock = lock_issue(&tracker, &issue_with_label(&tracker, 7).await).await;
-    let request = DeleteLabelRequest { request_id: Uuid::now_v7().to_string(), ..deletion(&label) };
-    let call = spawn_deletion(&tracker.admin, request.clone());
-    wait_until_one_issue_is_left(&tracker).await;
-    call.abort();
-    tracker.wait_until(lock_waiters!("= 0")).await;
-    lock.batch_execute("COMMIT").await.unwrap();
+    let request = interrupt_deletion(&tracker, &label).await;
 
     for attempt in ["continues", "returns the stored response"] {
         let response = spawn_deletion(&tracker.admin, request.clone()).await.unwrap().unwrap();
