@@ -92,7 +92,10 @@ async fn bundled_client_completes_over_kills_and_its_exit_code_is_the_outcome() 
     let settings = Settings::from_environment();
     let mut fixture = Fixture::start(settings.rng()).await;
     let rows = session(&fixture.external.config()).await;
-    tokio::task::block_in_place(|| import_over_kills(&mut fixture, settings.pick(3, 30)));
+    // No import is complete before the first kill.
+    let locks = session(&fixture.external.config()).await;
+    locks.batch_execute("BEGIN; LOCK TABLE issues IN SHARE ROW EXCLUSIVE MODE").await.unwrap();
+    tokio::task::block_in_place(|| import_over_kills(&mut fixture, locks, settings.pick(3, 30)));
     for (prefix, expected) in [("atomic", ROWS), ("skipping", ROWS - ROWS / INVALID_ONCE_IN)] {
         let titles = titles(&rows, prefix).await;
         let distinct = titles.iter().collect::<HashSet<_>>().len();
@@ -107,18 +110,22 @@ async fn bundled_client_completes_over_kills_and_its_exit_code_is_the_outcome() 
     fixture.service.assert_no_internal_errors();
 }
 
-/// Runs two imports while the service is killed this many times.
-fn import_over_kills(fixture: &mut Fixture, kills: usize) {
+/// Runs two imports while the service is killed this many times. `locks` prevent changes of issues: they are held until the
+/// first kill.
+fn import_over_kills(fixture: &mut Fixture, locks: Client, kills: usize) {
     let (atomic, skipping) = (fixture.file("atomic", false), fixture.file("skipping", true));
     let spawn = |args: &[&str]| fixture.client(&[&["import", "--json"], args].concat()).spawn().unwrap();
     let clients = [spawn(&[&*atomic]), spawn(&[&*skipping, "--mode", "skip-invalid"])];
+    let mut locks = Some(locks);
     for _ in 0..kills {
         std::thread::sleep(Duration::from_millis(fixture.rng.u64(200..1_200)));
         fixture.restart();
+        drop(locks.take());
     }
-    let outputs = clients.map(finished);
-    assert!(outputs.iter().any(|output| is_retrying(&output.stderr)), "no kill hit a client: {outputs:?}");
-    let [atomic, skipping] = outputs;
+    let [atomic, skipping] = clients.map(finished);
+    for output in [&atomic, &skipping] {
+        assert!(is_retrying(&output.stderr), "no kill hit the client: {}", String::from_utf8_lossy(&output.stderr));
+    }
     assert_eq!(atomic.status.code(), Some(0), "{atomic:?}");
     assert_eq!(skipping.status.code(), Some(1), "{skipping:?}");
     let summary = String::from_utf8_lossy(&skipping.stdout).lines().last().unwrap().to_owned();
