@@ -40,7 +40,7 @@ pub struct Cluster {
     #[cfg(feature = "internals")]
     bin_dir: PathBuf,
     /// Last, so that the data directory is unlocked after everything above is dropped.
-    _lock: File,
+    _lock: DirectoryLock,
 }
 
 impl Cluster {
@@ -131,7 +131,7 @@ impl Drop for Cluster {
 
 fn start_locked(
     data_dir: &Path,
-    lock: File,
+    lock: DirectoryLock,
     durability: Durability,
     is_cancelled: &dyn Fn() -> bool,
 ) -> anyhow::Result<Option<Cluster>> {
@@ -184,9 +184,22 @@ fn in_use(data_dir: &Path) -> anyhow::Error {
     )
 }
 
-/// Locks the data directory until the file is closed; the server does not inherit it, as it is closed on exec. `None` if
-/// another process holds the lock.
-fn try_lock(data_dir: &Path) -> anyhow::Result<Option<File>> {
+/// The file whose lock keeps other processes away from the data directory.
+#[derive(Debug)]
+struct DirectoryLock(File);
+
+impl Drop for DirectoryLock {
+    /// Closing the file is not enough: a child that another thread is starting shares it until it executes its program.
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            error!(%error, "data directory not unlocked");
+        }
+    }
+}
+
+/// Locks the data directory. The server does not inherit the file, as it is closed on exec. `None` if another process holds
+/// the lock.
+fn try_lock(data_dir: &Path) -> anyhow::Result<Option<DirectoryLock>> {
     let path = data_dir.join("lock");
     let file = OpenOptions::new()
         .write(true)
@@ -196,7 +209,7 @@ fn try_lock(data_dir: &Path) -> anyhow::Result<Option<File>> {
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
+        Ok(()) => Ok(Some(DirectoryLock(file))),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
