@@ -81,7 +81,8 @@ const MANY_ISSUES: &str = "
         SELECT issue.id, label.id
         FROM (SELECT id, row_number() OVER (ORDER BY id) AS nth FROM issues) issue
             JOIN (SELECT id, row_number() OVER (ORDER BY id) AS nth FROM labels) label
-                ON label.nth IN (1 + issue.nth % 8, 1 + issue.nth / 8 % 8);
+                ON label.nth IN (1 + issue.nth % 8, 1 + issue.nth / 8 % 8)
+        ON CONFLICT DO NOTHING;
     ANALYZE";
 /// The message of a call that its client has ended at its deadline. On a busy machine, calls of a flood can take that long.
 const CLIENT_TIMEOUT: &str = "Timeout expired";

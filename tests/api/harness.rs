@@ -530,7 +530,9 @@ macro_rules! lock_waiters {
         concat!(
             "SELECT count(*) ",
             $is,
-            " FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            " FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()",
+            // Mutations first wait for a millisecond, without a permit for lock waits.
+            " AND state_change < clock_timestamp() - interval '50 ms'"
         )
     };
 }

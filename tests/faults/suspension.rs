@@ -1,6 +1,9 @@
 //! Suspends the service by SIGSTOP, as a frozen virtual machine would be, while clients write.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use issue_tracker::{
     pb::{CreateIssueRequest, Issue, UpdateIssueRequest},
@@ -18,6 +21,7 @@ use crate::{
         database::session,
         eventually::eventually,
         external::External,
+        process::wait_until,
         service::{Service, program},
     },
     verify::verify,
@@ -35,6 +39,8 @@ struct Suspended<'a>(&'a Service);
 impl<'a> Suspended<'a> {
     fn suspend(service: &'a Service) -> Self {
         service.signal(libc::SIGSTOP);
+        // Threads on other processors stop a moment later.
+        wait_until("all threads are suspended", || thread_states(service.pid()).iter().all(|state| *state == 'T'));
         Self(service)
     }
 }
@@ -43,6 +49,14 @@ impl Drop for Suspended<'_> {
     fn drop(&mut self) {
         self.0.signal(libc::SIGCONT);
     }
+}
+
+/// Returns the states of the threads of a process, as in `/proc/PID/stat`: `T` is suspended.
+fn thread_states(pid: u32) -> Vec<char> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+    // The state follows the name, which can have any characters.
+    stats.filter_map(|stat| stat.rsplit_once(')')?.1.trim_start().chars().next()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -92,8 +106,9 @@ async fn suspended_replica_blocks_only_the_issues_that_it_has_locked_for_at_most
     let channel = other.channel();
     let (locked, free) = (create(&channel, &caller).await, create(&channel, &caller).await);
     let lock = session(&external.config()).await;
-    let waits =
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'issue-tracker' AND wait_event_type = 'Lock'";
+    // Mutations first wait for a lock briefly, and then again.
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'issue-tracker'
+        AND wait_event_type = 'Lock' AND state_change < clock_timestamp() - interval '300 ms'";
     lock.batch_execute(&format!("BEGIN; SELECT FROM issues WHERE id = '{}' FOR UPDATE", locked.id)).await.unwrap();
     let first = retitle(&locked, "of the suspended replica").encode_to_vec();
     let update = {

@@ -132,8 +132,12 @@ impl Service {
         channel(&self.address)
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, number: i32) {
-        assert!(signal(self.child.id(), number));
+        assert!(signal(self.pid(), number));
     }
 
     pub fn wait(&mut self) -> ExitStatus {
