@@ -3,24 +3,26 @@
 //! Most files are one layer, a [`tower::Layer`]; the others are what layers share. `server.rs` composes them in this order,
 //! from the outside in:
 //!
-//! 1. [`protocol`] refuses what is not gRPC with an HTTP status.
-//! 2. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
-//! 3. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
-//! 4. [`call_log`] logs the call at the level debug.
-//! 5. [`metadata_limit`] refuses calls with too much metadata.
-//! 6. [`deadline`] limits the time of everything below, waiting included.
-//! 7. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
-//! 8. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
+//! 1. [`early_response`] reads the rest of a request before a response that was made without it, so that its stream is not
+//!    reset.
+//! 2. [`protocol`] refuses what is not gRPC with an HTTP status.
+//! 3. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
+//! 4. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
+//! 5. [`call_log`] logs the call at the level debug.
+//! 6. [`metadata_limit`] refuses calls with too much metadata.
+//! 7. [`deadline`] limits the time of everything below, waiting included.
+//! 8. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
+//! 9. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
 //!    so that health checks and logins work under load, and unauthenticated load takes no slots from callers.
-//! 9. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
-//! 10. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
-//! 11. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
+//! 10. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
+//! 11. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
+//! 12. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!     let alone validated.
-//! 12. [`reauthentication`] repeats 10 and 11 for streams, every second, and ends streams that would fail now.
-//! 13. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
-//! 14. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
+//! 13. [`reauthentication`] repeats 11 and 12 for streams, every second, and ends streams that would fail now.
+//! 14. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
+//! 15. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
 //!     a slow client holds none, and until the response is buffered or its stream ends.
-//! 15. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
+//! 16. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
 //!
@@ -36,6 +38,7 @@ pub mod call_log;
 mod compression;
 pub mod deadline;
 pub mod draining;
+pub mod early_response;
 pub mod error_mapping;
 mod memory_budget;
 pub mod metadata_limit;

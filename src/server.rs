@@ -36,6 +36,7 @@ use crate::{
         call_log::CallLogLayer,
         deadline::DeadlineLayer,
         draining::DrainingLayer,
+        early_response::EarlyResponseLayer,
         error_mapping::ErrorMappingLayer,
         metadata_limit::MetadataLimitLayer,
         method_policy::{MethodPolicyLayer, MethodTable},
@@ -158,6 +159,7 @@ pub fn middleware_stack(
 + use<> {
     let slots = Arc::new(RequestSlots::new("request slots", limits.requests_max, limits.share));
     ServiceBuilder::new()
+        .layer(EarlyResponseLayer)
         .layer(ProtocolLayer)
         .layer(ErrorMappingLayer)
         .layer(MethodPolicyLayer::new(methods))

@@ -139,3 +139,42 @@ async fn import_without_a_complete_message_writes_nothing() {
     assert_eq!(target.contents().await, before);
     target.assert_unharmed().await;
 }
+
+#[tokio::test]
+async fn refusal_waits_for_the_rest_of_a_small_request_so_that_no_stream_is_reset() {
+    // h2 closes a connection after 1,024 messages for streams that it has reset.
+    const ROUNDS: usize = 12;
+    const CALLS: usize = 100;
+    let target = Target::start().await;
+    let requests = connect(&target).await;
+    for _ in 0..ROUNDS {
+        let mut calls = Vec::new();
+        for _ in 0..CALLS {
+            // The member's role does not suffice: the call is refused before its message is read.
+            let request = request(&target, "/issuetracker.v1.UserService/CreateUser");
+            calls.push(requests.clone().ready().await.unwrap().send_request(request, false).unwrap());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        for (_, stream) in &mut calls {
+            stream.send_data(framed(b""), true).unwrap();
+        }
+        for (response, _) in calls {
+            let outcome = timeout(HANG, read_response(response)).await.unwrap();
+            outcome.unwrap_or_else(Outcome::Reset).assert_grpc(Code::PermissionDenied);
+        }
+    }
+    drop(requests);
+    target.assert_unharmed().await;
+}
+
+#[tokio::test]
+async fn refusal_does_not_wait_for_a_message_that_never_comes_or_is_large() {
+    let target = Target::start().await;
+    for bytes in [0, 65_000] {
+        let (response, mut stream) = begin(&target, "/issuetracker.v1.UserService/CreateUser").await;
+        stream.send_data(vec![0; bytes].into(), false).unwrap();
+        let outcome = timeout(HANG, read_response(response)).await.unwrap();
+        outcome.unwrap_or_else(Outcome::Reset).assert_grpc(Code::PermissionDenied);
+    }
+    target.assert_unharmed().await;
+}
