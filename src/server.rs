@@ -56,6 +56,8 @@ use crate::{
     transport::listener::{self, ConnectionTrackers, Listener},
 };
 
+/// The name that is SERVING as long as the process responds, also without a database and during the shutdown.
+const LIVENESS_SERVICE: &str = "issuetracker.liveness";
 /// The name whose health is that of reads.
 const READS_SERVICE: &str = "issuetracker.reads";
 /// The name whose health is that of writes.
@@ -74,7 +76,8 @@ const IMPORT_STARTS_MAX: u32 = 16;
 
 /// Serves until `shutdown` is ready.
 ///
-/// Then health reports NOT_SERVING, new calls are refused, streams end, and calls in flight have `limits.drain()` to finish.
+/// Then health reports NOT_SERVING, except for [`LIVENESS_SERVICE`], new calls are refused, streams end, and calls in flight
+/// have `limits.drain()` to finish.
 /// The same happens if the database is no longer probed, which is an error.
 pub async fn run(
     listener: impl Into<Listener>,
@@ -101,6 +104,7 @@ pub async fn run(
     // A new reporter says SERVING. Set before the first call is accepted.
     let Health { reads, writes } = *db.watch_health().borrow();
     set_health(&health, serving(reads), serving(writes)).await;
+    health.set_service_status(LIVENESS_SERVICE, ServingStatus::Serving).await;
     let routes = routes(api, limits)?.add_service(
         health_service
             .max_decoding_message_size(UNAUTHENTICATED_MESSAGE_BYTES_MAX)

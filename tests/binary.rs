@@ -2,6 +2,8 @@
 
 #[path = "binary/database_wait.rs"]
 mod database_wait;
+#[path = "binary/deployment.rs"]
+mod deployment;
 #[path = "binary/file_descriptors.rs"]
 mod file_descriptors;
 #[path = "binary/import_recovery.rs"]

@@ -55,6 +55,9 @@ async fn sigterm_lets_requests_in_flight_finish_and_rejects_new_ones() {
     assert_eq!((refused.code(), refused.message().contains("stopping")), (Code::Unavailable, true), "{refused:?}");
     let health = run(&["health", "--listen", &blocked.service.address]);
     assert_eq!((health.status.code(), text(&health.stdout)), (Some(1), "NOT_SERVING\n"), "{health:?}");
+    // Calls in flight must not be interrupted by a restart.
+    let liveness = run(&["health", "--listen", &blocked.service.address, "--service", "issuetracker.liveness"]);
+    assert_eq!((liveness.status.code(), text(&liveness.stdout)), (Some(0), "SERVING\n"), "{liveness:?}");
     blocked.lock_holder.batch_execute("COMMIT").await.unwrap();
 
     let updated = (&mut blocked.update).await.unwrap().unwrap();
