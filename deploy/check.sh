@@ -80,4 +80,4 @@ for version in "${kubernetes_versions[@]}"; do
         kubernetes/secrets.example.yaml kubernetes/migration.yaml kubernetes/deployment.yaml "$work/deployment-tls.yaml"
 done
 
-"$tools/shellcheck" ./*.sh
+"$tools/shellcheck" ./*.sh backup/*.sh

@@ -1,7 +1,7 @@
 //! Injects faults into the running binary: crashes and suspensions of the service, its replicas and its database, lost
-//! connections, no free connections, a read-only database, a full disk and clock jumps. Then compares the rows in the
-//! database with the responses that the callers received. Faults that need root are in `tests/vanished_replica.sh` and
-//! `tests/lost_packets.sh`.
+//! connections, no free connections, a read-only database, a full disk, clock jumps, and a destroyed database that is restored
+//! from a backup. Then compares the rows in the database with the responses that the callers received. Faults that need root
+//! are in `tests/vanished_replica.sh` and `tests/lost_packets.sh`.
 //!
 //! `cargo test --test faults` is the short run. The long run prints every figure that it measures:
 //!
@@ -11,6 +11,8 @@
 //!
 //! Random choices come from a seed, which each test prints. `ISSUE_TRACKER_FAULTS=short:17` or `long:17` repeats a run.
 
+#[path = "faults/backups.rs"]
+mod backups;
 #[path = "faults/client_kills.rs"]
 mod client_kills;
 #[path = "faults/clock_jumps.rs"]
