@@ -171,3 +171,12 @@ fn missing_binaries_of_a_clusters_version_are_named_with_their_package() {
 
     assert_refused(&output, "apt-get install postgresql-98");
 }
+
+/// The systemd unit in `deploy/` denies memory that is writable and executable.
+#[tokio::test(flavor = "multi_thread")]
+async fn private_database_compiles_no_statements() {
+    let dir = Dir::new();
+    let _service = Service::embedded(&dir);
+    let jit = session(&dir.database()).await.query_one("SHOW jit", &[]).await.unwrap();
+    assert_eq!(jit.get::<_, String>(0), "off");
+}
