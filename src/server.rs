@@ -14,12 +14,13 @@ use crate::{
     FILE_DESCRIPTOR_SET,
     auth::Auth,
     auth::throttle::LoginLimits,
+    backoff::{Backoff, random},
     config::Limits,
     db::{
         Conn, Db, Health, StorageLimits,
         audit::prune_audit_events,
         batchers::Batchers,
-        idempotency::prune_requests,
+        idempotency::{PrunedRequests, prune_requests},
         imports::{prune_import_errors, prune_import_staging, prune_imports},
         labels::resume_deletion,
         response_budget::prune_response_budgets,
@@ -68,6 +69,9 @@ const PRUNE_INTERVAL: Duration = Duration::from_secs(300);
 const RESUME_INTERVAL: Duration = Duration::from_secs(30);
 /// The pause between two statements that delete expired rows: leaves the database to the calls.
 const PRUNE_PAUSE: Duration = Duration::from_millis(200);
+/// How often such a statement is retried, with these delays, before the rows wait for the next time.
+const PRUNE_RETRIES_MAX: u32 = 10;
+const PRUNE_BACKOFF: Backoff = Backoff { first: Duration::from_millis(200), max: Duration::from_secs(5) };
 
 const PROBE_ENDED: &str = "the probe of the database has ended";
 
@@ -270,7 +274,7 @@ async fn prune(db: Db) {
             return;
         }
         for (what, pruned) in [
-            ("request ids", pruned(&db, async |conn, _| prune_requests(conn).await).await),
+            ("request ids", pruned_requests(&db).await),
             ("response budgets", pruned(&db, async |conn, _| prune_response_budgets(conn).await).await),
             (
                 "import errors",
@@ -279,7 +283,7 @@ async fn prune(db: Db) {
             ("staged files of imports", pruned(&db, async |conn, _| prune_import_staging(conn).await).await),
             ("imports", pruned(&db, async |conn, limits| prune_imports(conn, limits.import_days).await).await),
             ("tokens", pruned(&db, async |conn, _| prune_tokens(conn).await).await),
-            ("audit events", pruned(&db, async |conn, _| prune_audit_events(conn).await).await),
+            ("audit events", pruned(&db, async |conn, limits| prune_audit_events(conn, limits.audit_days).await).await),
         ] {
             if let Err(error) = pruned {
                 tracing::warn!(code = ?error.code(), what, "pruning failed");
@@ -308,10 +312,45 @@ async fn resume_label_deletions(db: Db) {
     }
 }
 
+/// Deletes expired responses until there are none.
+async fn pruned_requests(db: &Db) -> Result<()> {
+    let (mut begin, mut failures) = (None, 0);
+    loop {
+        let hours = db.storage_limits().response_hours;
+        let outcome = async { prune_requests(&db.conn().await?, hours, begin).await }.await;
+        match paced(outcome, &mut failures).await? {
+            Some(PrunedRequests { count: 0, .. }) => return Ok(()),
+            Some(PrunedRequests { last_time, .. }) => begin = last_time,
+            None => {}
+        }
+    }
+}
+
 /// Repeats `prune` until it deletes nothing.
 async fn pruned(db: &Db, prune: impl AsyncFn(&Conn, StorageLimits) -> Result<u64>) -> Result<()> {
-    while prune(&db.conn().await?, db.storage_limits()).await? > 0 {
-        tokio::time::sleep(PRUNE_PAUSE).await;
+    let mut failures = 0;
+    loop {
+        let outcome = async { prune(&db.conn().await?, db.storage_limits()).await }.await;
+        if paced(outcome, &mut failures).await? == Some(0) {
+            return Ok(());
+        }
     }
-    Ok(())
+}
+
+/// Waits before the next statement that deletes expired rows. Returns `None` for a failure after which it is to be retried, for
+/// example because the pool is exhausted: rows expire as fast as they were written, also while the database is overloaded.
+async fn paced<T>(outcome: Result<T>, failures: &mut u32) -> Result<Option<T>> {
+    match outcome {
+        Ok(pruned) => {
+            *failures = 0;
+            tokio::time::sleep(PRUNE_PAUSE).await;
+            Ok(Some(pruned))
+        }
+        Err(_) if *failures < PRUNE_RETRIES_MAX => {
+            tokio::time::sleep(PRUNE_BACKOFF.delay(*failures, random())).await;
+            *failures += 1;
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }

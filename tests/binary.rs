@@ -10,6 +10,8 @@ mod file_descriptors;
 mod import_recovery;
 #[path = "binary/private_database.rs"]
 mod private_database;
+#[path = "binary/retention.rs"]
+mod retention;
 #[path = "binary/roles.rs"]
 mod roles;
 #[path = "binary/shutdown.rs"]

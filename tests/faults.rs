@@ -37,6 +37,8 @@ mod import_kills;
 mod load;
 #[path = "faults/postgres_proxy.rs"]
 mod postgres_proxy;
+#[path = "faults/pruning.rs"]
+mod pruning;
 #[path = "faults/replay.rs"]
 mod replay;
 #[path = "faults/replicas.rs"]

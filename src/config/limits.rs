@@ -106,6 +106,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_TRUSTED_PROXIES", value_name = "NETWORKS", help_heading = "Connections")]
     trusted_proxies: Option<TrustedProxies>,
 
+    /// Hours for which the responses of calls with a request id are stored at least
+    #[arg(long, env = "ISSUE_TRACKER_STORED_RESPONSE_HOURS", default_value_t = 24, value_name = "HOURS",
+        value_parser = value_parser!(i32).range(24..=8_760), help_heading = "Storage")]
+    stored_response_hours: i32,
     /// Maximum bytes of responses over 4 KiB that are stored for the request ids of a user in 24 hours
     #[arg(long, env = "ISSUE_TRACKER_STORED_RESPONSE_BYTES", default_value_t = 268_435_456, value_name = "BYTES",
         value_parser = value_parser!(i64).range(0..=1_099_511_627_776), help_heading = "Storage")]
@@ -126,6 +130,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_IMPORT_DAYS", default_value_t = 90, value_name = "DAYS",
         value_parser = value_parser!(i32).range(1..=3_650), help_heading = "Storage")]
     import_days: i32,
+    /// Days for which audit events are stored
+    #[arg(long, env = "ISSUE_TRACKER_AUDIT_DAYS", default_value_t = 400, value_name = "DAYS",
+        value_parser = value_parser!(i32).range(400..=36_500), help_heading = "Storage")]
+    audit_days: i32,
 
     #[command(flatten, next_help_heading = "Authentication")]
     pub bcrypt: BcryptCost,
@@ -180,11 +188,13 @@ impl Limits {
 
     pub fn storage(&self) -> StorageLimits {
         StorageLimits {
+            response_hours: self.stored_response_hours,
             response_bytes_per_user_max: self.stored_response_bytes,
             labels_max: self.labels,
             import_errors_per_user_max: self.import_errors,
             import_error_days: self.import_error_days,
             import_days: self.import_days,
+            audit_days: self.audit_days,
         }
     }
 

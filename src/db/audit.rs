@@ -19,9 +19,6 @@ use crate::{
     pb::{AuditAction, AuditEvent},
 };
 
-/// How long events are stored. A trigger refuses to delete younger ones.
-pub const AUDIT_EVENTS_KEPT_DAYS: i32 = 400;
-
 /// The actor of a change and its address, as events record them.
 #[derive(Clone, Copy, Debug)]
 pub struct By {
@@ -81,12 +78,13 @@ pub async fn list(
     }
 }
 
-/// Deletes up to [`PRUNE_BATCH_ROWS`] events that are older than [`AUDIT_EVENTS_KEPT_DAYS`]. Returns how many.
-pub async fn prune_audit_events(db: &Conn) -> Result<u64> {
+/// Deletes up to [`PRUNE_BATCH_ROWS`] events that are older than `days`. Returns how many. A trigger refuses to delete events of
+/// the last 400 days.
+pub async fn prune_audit_events(db: &Conn, days: i32) -> Result<u64> {
     const SQL: &str = "-- prune_audit_events
         DELETE FROM audit_events WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM audit_events WHERE create_time < now() - make_interval(days => $1) LIMIT $2))";
-    db.execute(SQL, &[&AUDIT_EVENTS_KEPT_DAYS, &PRUNE_BATCH_ROWS]).await
+    db.execute(SQL, &[&days, &PRUNE_BATCH_ROWS]).await
 }
 
 fn from_row(row: &Row) -> Result<AuditEvent> {

@@ -3,6 +3,7 @@
 
 use std::{collections::HashSet, convert::Infallible};
 
+use chrono::{DateTime, Utc};
 use prost::Message;
 use uuid::Uuid;
 
@@ -18,9 +19,6 @@ use crate::{
     error::{Error, Result},
     fairness::Flow,
 };
-
-/// How long responses are stored at least.
-pub const RESPONSES_STORED_HOURS: i32 = 24;
 
 /// The idempotency key of a mutation.
 #[derive(Clone, Copy, Debug)]
@@ -312,10 +310,30 @@ pub(super) async fn store_response_of_other_call(tx: &Tx, stored: &StoredRespons
     tx.execute(SQL, &[caller_id, &key.request_id, &&key.fingerprint[..], response]).await.map(drop)
 }
 
-/// Deletes up to [`PRUNE_BATCH_ROWS`] stored responses that are older than [`RESPONSES_STORED_HOURS`]. Returns how many.
-pub async fn prune_requests(db: &Conn) -> Result<u64> {
+/// What [`prune_requests`] has deleted.
+#[derive(Clone, Copy, Debug)]
+pub struct PrunedRequests {
+    pub count: u64,
+    /// When the youngest of them was stored.
+    pub last_time: Option<DateTime<Utc>>,
+}
+
+/// Deletes up to [`PRUNE_BATCH_ROWS`] stored responses that are older than `hours`, oldest first, from `begin` on.
+///
+/// The next statement begins at `last_time` of this one. Until the table is vacuumed, it would otherwise read again what the
+/// statements before it have deleted.
+pub async fn prune_requests(db: &Conn, hours: i32, begin: Option<DateTime<Utc>>) -> Result<PrunedRequests> {
     const SQL: &str = "-- prune_requests
-        DELETE FROM requests WHERE ctid = ANY (ARRAY(
-            SELECT ctid FROM requests WHERE create_time < now() - make_interval(hours => $1) LIMIT $2))";
-    db.execute(SQL, &[&RESPONSES_STORED_HOURS, &PRUNE_BATCH_ROWS]).await
+        WITH expired AS MATERIALIZED (
+            SELECT ctid, create_time FROM requests
+            WHERE create_time >= coalesce(/* begin */ $1::timestamptz, '-infinity')
+                AND create_time < now() - make_interval(hours => $2)
+            ORDER BY create_time LIMIT $3
+        ), deleted AS (
+            DELETE FROM requests WHERE ctid = ANY (ARRAY(SELECT ctid FROM expired))
+        )
+        SELECT count(*) AS expired_count, max(create_time) AS last_time FROM expired";
+    let row = db.query_one(SQL, &[&begin, &hours, &PRUNE_BATCH_ROWS]).await?;
+    let count: i64 = row.get("expired_count");
+    Ok(PrunedRequests { count: count.cast_unsigned(), last_time: row.get("last_time") })
 }

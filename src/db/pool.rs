@@ -60,6 +60,8 @@ impl PoolOptions {
 /// Limits on stored data.
 #[derive(Clone, Copy, Debug)]
 pub struct StorageLimits {
+    /// How long the responses of mutations with a request id are stored at least.
+    pub response_hours: i32,
     /// The bytes of large responses that are stored for a user in 24 hours.
     pub response_bytes_per_user_max: i64,
     pub labels_max: i64,
@@ -69,15 +71,19 @@ pub struct StorageLimits {
     pub import_error_days: i32,
     /// How long an import can be read and reverted.
     pub import_days: i32,
+    /// How long audit events are stored.
+    pub audit_days: i32,
 }
 
 impl StorageLimits {
     const NONE: Self = Self {
+        response_hours: i32::MAX,
         response_bytes_per_user_max: i64::MAX,
         labels_max: i64::MAX - 1,
         import_errors_per_user_max: i64::MAX,
         import_error_days: i32::MAX,
         import_days: i32::MAX,
+        audit_days: i32::MAX,
     };
 }
 

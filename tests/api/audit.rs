@@ -15,6 +15,9 @@ use uuid::Uuid;
 
 use crate::harness::{Client, PASSWORD, Tracker, assert_error, assert_invalid, limits};
 
+/// The default of `--audit-days`.
+const AUDIT_DAYS: i32 = 400;
+
 async fn list(by: &Client, request: ListAuditEventsRequest) -> Result<ListAuditEventsResponse, Status> {
     Ok(by.users().list_audit_events(request).await?.into_inner())
 }
@@ -363,7 +366,7 @@ async fn events_are_immutable_for_400_days_and_then_pruned() {
     }
     assert_eq!(tracker.contents().await, before);
 
-    assert_eq!(prune_audit_events(&tracker.db.conn().await.unwrap()).await.unwrap(), 1);
+    assert_eq!(prune_audit_events(&tracker.db.conn().await.unwrap(), AUDIT_DAYS).await.unwrap(), 1);
     assert_eq!(tracker.count("SELECT count(*) FROM audit_events WHERE action = 'LOGIN_FAILED'").await, 1);
 }
 

@@ -21,7 +21,10 @@ use tonic::{Code, Status};
 use uuid::Uuid;
 
 use super::{Method, call, our_methods};
-use crate::harness::{Client, PASSWORD, Tracker, assert_error, bad_fields};
+use crate::harness::{Client, PASSWORD, Tracker, assert_error, bad_fields, eventually};
+
+/// The default of `--stored-response-hours`.
+const RESPONSE_HOURS: i32 = 24;
 
 /// A method, a request that changes something, and a request with another payload. In the order of the cases, the first
 /// requests all succeed.
@@ -409,11 +412,72 @@ async fn stored_responses_are_pruned_after_24_hours() {
         ELSE interval '23 hours 59 minutes' END";
     tracker.sql(age, &[&old.parse::<Uuid>().unwrap()]).await;
 
-    prune_requests(&tracker.db.conn().await.unwrap()).await.unwrap();
+    prune_requests(&tracker.db.conn().await.unwrap(), RESPONSE_HOURS, None).await.unwrap();
 
     assert_eq!(tracker.count("SELECT count(*) FROM requests").await, 1);
     file(&tracker, &tracker.member, "young", &young).await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 2);
     file(&tracker, &tracker.member, "old", &old).await.unwrap();
     assert_eq!(tracker.count("SELECT count(*) FROM issues").await, 3);
+}
+
+/// Inserts stored responses that are as old as this.
+async fn store_responses(tracker: &Tracker, hours: i32, count: i32) {
+    const SQL: &str = "INSERT INTO requests (caller_id, request_id, fingerprint, reply, create_time)
+        SELECT gen_random_uuid(), gen_random_uuid(), sha256('x'), convert_to(repeat('x', 500), 'UTF8'),
+            now() - make_interval(hours => $1, secs => nth / 100.0)
+        FROM generate_series(1, $2::int4) AS nth";
+    tracker.sql(SQL, &[&hours, &count]).await;
+}
+
+/// Deletes expired responses. Returns how many, and how many blocks of the table that has read.
+async fn prune_and_count_blocks(tracker: &Tracker) -> (u64, i64) {
+    const BLOCKS: &str = "SELECT heap_blks_read + heap_blks_hit FROM pg_statio_user_tables WHERE relname = 'requests'";
+    let before = tracker.count(BLOCKS).await;
+    let db = tracker.db.conn().await.unwrap();
+    let (mut pruned, mut begin) = (0, None);
+    loop {
+        let more = prune_requests(&db, RESPONSE_HOURS, begin).await.unwrap();
+        if more.count == 0 {
+            break;
+        }
+        (pruned, begin) = (pruned + more.count, more.last_time);
+    }
+    db.execute("SELECT pg_stat_force_next_flush()", &[]).await.unwrap();
+    drop(db);
+    // The session reports its statistics when it is idle.
+    let mut read = 0;
+    eventually("the statistics are reported", async || {
+        read = tracker.count(BLOCKS).await - before;
+        read > 0
+    })
+    .await;
+    (pruned, read)
+}
+
+#[tokio::test]
+async fn pruning_reads_expired_responses_and_no_others() {
+    const EXPIRED: u64 = 100;
+    const BLOCK_BYTES: i64 = 8_192;
+    let mut tracker = Tracker::start().await;
+    // A running service prunes soon after its start.
+    tracker.stop();
+    tracker.wait_until_stopped().await;
+    let session = tracker.session().await;
+    let vacuum = async || session.batch_execute("VACUUM (ANALYZE, TRUNCATE false) requests").await.unwrap();
+    // As after days of operation: recent responses are where expired ones were, in a table that was vacuumed before and after
+    // they were deleted.
+    store_responses(&tracker, RESPONSE_HOURS + 1, 12_000).await;
+    vacuum().await;
+    assert_eq!(prune_and_count_blocks(&tracker).await.0, 12_000);
+    vacuum().await;
+    store_responses(&tracker, RESPONSE_HOURS - 2, 12_000).await;
+    store_responses(&tracker, RESPONSE_HOURS + 1, EXPIRED as i32).await;
+    vacuum().await;
+
+    let (pruned, blocks_read) = prune_and_count_blocks(&tracker).await;
+
+    let blocks = tracker.count("SELECT pg_relation_size('requests')").await / BLOCK_BYTES;
+    assert_eq!(pruned, EXPIRED);
+    assert!(blocks_read < blocks / 2, "{blocks_read} of {blocks} blocks read for {EXPIRED} rows");
 }
