@@ -1,7 +1,7 @@
 //! Injects faults into the running binary: crashes and suspensions of the service, its replicas and its database, lost
-//! connections, no free connections, a read-only database, a full disk, clock jumps, and a destroyed database that is restored
-//! from a backup. Then compares the rows in the database with the responses that the callers received. Faults that need root
-//! are in `tests/vanished_replica.sh` and `tests/lost_packets.sh`.
+//! connections, no free connections, a read-only database, a full disk, clock jumps, upgrades, and a destroyed database that
+//! is restored from a backup. Then compares the rows in the database with the responses that the callers received. Faults
+//! that need root are in `tests/vanished_replica.sh` and `tests/lost_packets.sh`.
 //!
 //! `cargo test --test faults` is the short run. The long run prints every figure that it measures:
 //!
@@ -61,6 +61,8 @@ mod support {
 }
 #[path = "faults/suspension.rs"]
 mod suspension;
+#[path = "faults/upgrades.rs"]
+mod upgrades;
 #[path = "faults/verify.rs"]
 mod verify;
 #[path = "faults/without_request_ids.rs"]

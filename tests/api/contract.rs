@@ -4,6 +4,7 @@ mod authorization;
 mod compression;
 mod error_reasons;
 mod layers;
+mod migrations;
 mod request_ids;
 mod response_budget;
 mod response_sizes;

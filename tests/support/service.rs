@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::mpsc::{self, Receiver},
     time::Duration,
@@ -24,7 +24,12 @@ const LINES_AFTER_ADDRESS: usize = 3;
 
 /// Returns a command that runs the binary without configuration from the environment.
 pub fn program(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_issue-tracker"));
+    program_at(Path::new(env!("CARGO_BIN_EXE_issue-tracker")), args)
+}
+
+/// As [`program`], with another binary, such as that of another version.
+pub fn program_at(binary: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(binary);
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
         if name.starts_with("ISSUE_TRACKER_") || name == "DATABASE_URL" || name == "RUST_LOG" {
