@@ -99,7 +99,7 @@ pub struct Auth {
 }
 
 impl Auth {
-    /// `bcrypt_cost`: 4 to 31; 12 takes about 250 ms per password.
+    /// `bcrypt_cost`: 4 to 18; 12 takes about 250 ms per password.
     pub fn new(db: Db, bcrypt_cost: u32) -> anyhow::Result<Self> {
         // Half of the cores: the other half is left to other requests.
         let threads_max = (std::thread::available_parallelism()?.get() / 2).max(1);

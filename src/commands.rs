@@ -5,11 +5,11 @@ mod bootstrap;
 mod health;
 mod migrate;
 mod serve;
+mod stdout;
 mod user;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
@@ -20,9 +20,13 @@ use crate::{
 
 /// Runs the subcommand of the process's arguments and returns its exit code, as [`exit_code`] defines it.
 pub async fn run() -> ExitCode {
-    let args = Cli::parse();
+    let (args, matches) = Cli::of_process();
     start_logging(args.log_level);
-    let result = match args.command() {
+    for variable in Cli::unknown_variables() {
+        tracing::warn!(name = variable.name, nearest = variable.nearest, "unknown environment variable ignored");
+    }
+    let result = match args.into_command() {
+        Command::Serve(args) if args.print_config => serve::print_config(&args, &matches).map(|()| ExitCode::SUCCESS),
         Command::Serve(args) => serve::serve(args).await.map(|()| ExitCode::SUCCESS),
         Command::Migrate(args) => migrate::migrate(args).await.map(|()| ExitCode::SUCCESS),
         Command::User(UserCommand::Create(args)) => user::create_user(args).await.map(|()| ExitCode::SUCCESS),

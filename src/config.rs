@@ -2,6 +2,8 @@
 
 mod client;
 mod database;
+mod effective;
+mod environment;
 pub mod exit_code;
 mod limits;
 mod serve;
@@ -9,12 +11,15 @@ pub mod terminal;
 mod tls;
 mod user;
 
-use clap::{Parser, Subcommand};
+use std::env;
+
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing::level_filters::LevelFilter;
 
 pub use self::{
-    client::{Connection, ExportArgs, HealthArgs, ImportArgs, ImportModeName},
+    client::{Connection, ExportArgs, HealthArgs, ImportArgs, ImportModeName, TOKEN_VARIABLE},
     database::{Database, MigrateArgs},
+    environment::UnknownVariable,
     limits::Limits,
     serve::ServeArgs,
     tls::{ClientTls, ServerTls},
@@ -43,8 +48,23 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// Parses the arguments and environment of the process: a flag takes precedence over its variable, and the variable over
+    /// the default. Exits for `--help`, `--version` and errors.
+    pub fn of_process() -> (Self, ArgMatches) {
+        let mut command = environment::prepared(Self::command(), env::args_os());
+        let parsed = command
+            .try_get_matches_from_mut(env::args_os())
+            .and_then(|matches| Ok((Self::from_arg_matches(&matches)?, matches)));
+        parsed.unwrap_or_else(|error| environment::with_tips(error, &mut command).exit())
+    }
+
+    /// Returns the variables of the process that look like those of flags, but are none.
+    pub fn unknown_variables() -> Vec<UnknownVariable> {
+        environment::unknown_variables(&Self::command(), env::vars_os())
+    }
+
     /// Returns the subcommand; `serve` where none is given.
-    pub fn command(self) -> Command {
+    pub fn into_command(self) -> Command {
         self.command.unwrap_or(Command::Serve(self.serve))
     }
 }

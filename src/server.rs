@@ -99,9 +99,9 @@ pub async fn run(
         batchers: Batchers::new(db.clone()),
         session_hours: limits.session_hours,
         stream_limits: limits.streams(),
-        imports: FairSemaphore::new("imports", limits.imports, limits.share()),
+        imports: FairSemaphore::new("imports", limits.imports(), limits.share()),
         import_starts: FairSemaphore::new("imports that start", IMPORT_STARTS_MAX, limits.share()),
-        exports: FairSemaphore::new("exports", limits.exports, limits.share()),
+        exports: FairSemaphore::new("exports", limits.exports(), limits.share()),
         stopping: stopping.clone(),
     };
     let (health, health_service) = tonic_health::server::health_reporter();

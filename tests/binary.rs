@@ -1,5 +1,7 @@
 //! Tests the binary: output, exit codes, signals, files on disk and logs.
 
+#[path = "binary/configuration.rs"]
+mod configuration;
 #[path = "binary/database_wait.rs"]
 mod database_wait;
 #[path = "binary/deployment.rs"]
@@ -193,26 +195,6 @@ async fn second_service_on_the_same_data_dir_or_port_fails_and_the_first_keeps_s
     assert!(!other.path("data").exists(), "a service that cannot listen must not create its data directory");
     create_issue(&service, &service.admin_token(), "still there").await;
     assert_eq!(service.stop().code(), Some(0));
-}
-
-#[test]
-fn invalid_flags_are_rejected_before_anything_starts() {
-    let dir = Dir::new();
-    for (args, why) in [
-        (&["--imports", "5", "--pool-connections", "5"][..], "must be less than --pool-connections"),
-        (&["--imports", "3", "--exports", "2", "--pool-connections", "5"], "must be less than --pool-connections"),
-        (&["--user-share-percent", "10", "--message-bytes", "67108864"], "must be twice --message-bytes"),
-        (&["--imports", "0"], "--imports"),
-        (&["--exports", "0"], "--exports"),
-        (&["--pool-connections", "1"], "--pool-connections"),
-        (&["--bcrypt-cost", "3"], "--bcrypt-cost"),
-        (&["--listen", "localhost"], "--listen"),
-        (&["--colour", "red"], "--colour"),
-    ] {
-        let output = run(&[&["--data-dir", &dir.data()], args].concat());
-        assert_refused(&output, why);
-        assert!(!dir.path("data").exists(), "{args:?}");
-    }
 }
 
 #[test]

@@ -24,7 +24,7 @@ use super::{
     printable,
 };
 use crate::{
-    config::{ClientTls, Connection},
+    config::{ClientTls, Connection, TOKEN_VARIABLE},
     error::ERROR_DOMAIN,
     tls::{
         pem,
@@ -32,7 +32,6 @@ use crate::{
     },
 };
 
-const TOKEN_VARIABLE: &str = "ISSUE_TRACKER_TOKEN";
 /// Time allowed for TCP and TLS handshakes, and without TLS for the server's first HTTP/2 frame.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// HTTP/2 keep-alive: a silent server is considered lost after the sum of the two.

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context;
+use clap::{ArgMatches, CommandFactory};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::TcpListener,
@@ -16,10 +17,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::bootstrap::{create_first_administrator, prepare_private_database};
+use super::{
+    bootstrap::{create_first_administrator, prepare_private_database},
+    stdout::print,
+};
 use crate::{
     backoff::{Backoff, random},
-    config::{Limits, ServeArgs, exit_code},
+    config::{Cli, Limits, ServeArgs, exit_code},
     db::{
         ConnectionString, Db,
         migrate::{migrate, unavailability},
@@ -39,6 +43,12 @@ const PREPARE_BACKOFF: Backoff = Backoff { first: Duration::from_millis(200), ma
 const WAIT_LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the address is not printed because the first probe of a prepared database has not succeeded.
 const FIRST_PROBE_MAX: Duration = Duration::from_secs(2);
+
+/// Prints the effective configuration. Fails if values exclude each other. `matches`: those of the program's arguments.
+pub fn print_config(args: &ServeArgs, matches: &ArgMatches) -> anyhow::Result<()> {
+    print(args.effective(&Cli::command(), matches).as_bytes())?;
+    args.check()
+}
 
 /// Serves until SIGINT or SIGTERM. Prints the address, and on a private database the first calls to try.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {

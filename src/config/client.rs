@@ -2,12 +2,15 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, ValueEnum, builder::BoolishValueParser, value_parser};
+use clap::{ArgAction, Args, ValueEnum, builder::BoolishValueParser, value_parser};
 use http::Uri;
 use uuid::Uuid;
 
-use super::{ClientTls, database::DataDir};
+use super::{ClientTls, database::DataDir, serve::parse_listen};
 use crate::pb;
+
+/// The environment variable with the token itself. A flag would show it in the list of processes.
+pub const TOKEN_VARIABLE: &str = "ISSUE_TRACKER_TOKEN";
 
 #[derive(Debug, Args)]
 pub struct HealthArgs {
@@ -15,7 +18,8 @@ pub struct HealthArgs {
     #[arg(long, env = "ISSUE_TRACKER_SERVER", value_name = "ADDRESS", value_parser = parse_server)]
     pub server: Option<Uri>,
     /// Address that a service on this machine listens on
-    #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
+    #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS",
+        value_parser = parse_listen)]
     pub listen: SocketAddr,
     /// Name to check, such as issuetracker.writes [default: the service as a whole]
     #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME")]
@@ -37,11 +41,13 @@ pub struct Connection {
     #[command(flatten, next_help_heading = "Connection")]
     pub data_dir: DataDir,
     /// Time without progress after which retries end, in seconds; at most 5 until the service responds
-    #[arg(long, default_value_t = 300, value_name = "SECONDS", value_parser = value_parser!(u64).range(0..=604_800),
-        help_heading = "Connection")]
+    #[arg(long, env = "ISSUE_TRACKER_RETRY_SECONDS", default_value_t = 300, value_name = "SECONDS",
+        value_parser = value_parser!(u64).range(0..=604_800), help_heading = "Connection")]
     retry_seconds: u64,
     /// Send the token unencrypted to another machine
-    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new(), help_heading = "TLS")]
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_name = "BOOL", default_value = "false",
+        default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set,
+        value_parser = BoolishValueParser::new(), help_heading = "TLS")]
     pub insecure_plaintext: bool,
     #[command(flatten)]
     pub tls: ClientTls,
@@ -237,7 +243,7 @@ mod tests {
 
     fn import(args: &[&str]) -> Result<Box<ImportArgs>, String> {
         let all = ["issue-tracker", "import", "issues.csv"].iter().chain(args);
-        match Cli::try_parse_from(all).map_err(|error| error.to_string())?.command() {
+        match Cli::try_parse_from(all).map_err(|error| error.to_string())?.into_command() {
             Command::Import(args) => Ok(args),
             other => panic!("{other:?}"),
         }

@@ -6,6 +6,8 @@ use anyhow::Context;
 use clap::Args;
 use secrecy::SecretString;
 
+use super::effective::Derived;
+
 /// An external database, or the private one in the data directory.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Database")]
@@ -39,6 +41,12 @@ impl DataDir {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let data_home = variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")));
         Ok(data_home.context("no home directory for the default data directory; set --data-dir")?.join("issue-tracker"))
+    }
+
+    /// Returns the default. `None` if there is none.
+    pub(super) fn derived(&self) -> Option<Derived> {
+        let value = self.path().ok()?.display().to_string();
+        Some(Derived { flag: "data-dir", value, from: Some("the user and $HOME") })
     }
 }
 

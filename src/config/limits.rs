@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
 use clap::{Args, value_parser};
 
-use super::user::BcryptCost;
+use super::{effective::Derived, user::BcryptCost};
 use crate::{
     auth::throttle::FreeFailures,
     db::{PoolOptions, StorageLimits},
@@ -22,12 +21,22 @@ const DECODED_HEADERS_MULTIPLE: u32 = 8;
 /// The memory of a call beside its request.
 const LARGEST_RESPONSE_KIB: u32 = 4 * 1024;
 
+// Defaults of flags that constrain each other. A default gives way to the values that are set.
+const POOL_CONNECTIONS: u32 = 20;
+const POOL_CONNECTIONS_MAX: u32 = 1_000;
+const IMPORTS: u32 = 10;
+const EXPORTS: u32 = 4;
+/// Connections that the default of `--pool-connections` leaves to calls that are no imports and exports.
+const OTHER_CONNECTIONS: u32 = POOL_CONNECTIONS - IMPORTS - EXPORTS;
+const AGE_GRACE_SECONDS: u64 = 3_600;
+const IMPORT_ERROR_DAYS: i32 = 30;
+
 #[derive(Clone, Debug, Args)]
 pub struct Limits {
-    /// Maximum connections to the database
-    #[arg(long, env = "ISSUE_TRACKER_POOL_CONNECTIONS", default_value_t = 20, value_name = "N",
-        value_parser = value_parser!(u32).range(2..=1000), help_heading = "Database")]
-    pool_connections: u32,
+    /// Maximum connections to the database [default: 20, more with many --imports or --exports]
+    #[arg(long, env = "ISSUE_TRACKER_POOL_CONNECTIONS", value_name = "N",
+        value_parser = value_parser!(u32).range(3..=i64::from(POOL_CONNECTIONS_MAX)), help_heading = "Database")]
+    pool_connections: Option<u32>,
     /// Maximum time a call waits for a database connection, in milliseconds
     #[arg(long, env = "ISSUE_TRACKER_POOL_WAIT_MS", default_value_t = 2_000, value_name = "MS",
         value_parser = value_parser!(u64).range(1..=60_000), help_heading = "Database")]
@@ -57,14 +66,16 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_HEADER_BYTES", default_value_t = 16_384, value_name = "BYTES",
         value_parser = value_parser!(u32).range(4_096..=1_048_576), help_heading = "Requests")]
     header_bytes: u32,
-    /// Maximum concurrent ImportIssues and RevertImport calls; each holds a database connection
-    #[arg(long, env = "ISSUE_TRACKER_IMPORTS", default_value_t = 10, value_name = "N",
+    /// Maximum concurrent ImportIssues and RevertImport calls; each holds a database connection [default: 10, fewer with
+    /// few --pool-connections or --requests]
+    #[arg(long, env = "ISSUE_TRACKER_IMPORTS", value_name = "N",
         value_parser = value_parser!(u32).range(1..=999), help_heading = "Requests")]
-    pub imports: u32,
-    /// Maximum concurrent ExportIssues calls; each holds a database connection
-    #[arg(long, env = "ISSUE_TRACKER_EXPORTS", default_value_t = 4, value_name = "N",
+    imports: Option<u32>,
+    /// Maximum concurrent ExportIssues calls; each holds a database connection [default: 4, fewer with few
+    /// --pool-connections or --requests]
+    #[arg(long, env = "ISSUE_TRACKER_EXPORTS", value_name = "N",
         value_parser = value_parser!(u32).range(1..=999), help_heading = "Requests")]
-    pub exports: u32,
+    exports: Option<u32>,
     /// Maximum duration of an import, in seconds; it can be resumed
     #[arg(long, env = "ISSUE_TRACKER_IMPORT_SECONDS", default_value_t = 86_400, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Requests")]
@@ -84,7 +95,7 @@ pub struct Limits {
     connections: u32,
     /// Maximum concurrent calls of one connection; excess calls wait in the client
     #[arg(long, env = "ISSUE_TRACKER_STREAMS", default_value_t = 256, value_name = "N",
-        value_parser = value_parser!(u32).range(1..=10_000), help_heading = "Connections")]
+        value_parser = value_parser!(u32).range(2..=10_000), help_heading = "Connections")]
     streams: u32,
     /// Time without a call after which a connection is closed, in seconds
     #[arg(long, env = "ISSUE_TRACKER_IDLE_SECONDS", default_value_t = 300, value_name = "SECONDS",
@@ -94,10 +105,11 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_AGE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Connections")]
     age_seconds: u64,
-    /// Time that a connection's calls have to finish after its maximum age, in seconds
-    #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", default_value_t = 3_600, value_name = "SECONDS",
+    /// Time that a connection's calls have to finish after its maximum age, in seconds [default: 3,600, at least
+    /// --export-seconds]
+    #[arg(long, env = "ISSUE_TRACKER_AGE_GRACE_SECONDS", value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=604_800), help_heading = "Connections")]
-    age_grace_seconds: u64,
+    age_grace_seconds: Option<u64>,
     /// Interval of HTTP/2 pings, and time to acknowledge one, in seconds
     #[arg(long, env = "ISSUE_TRACKER_KEEPALIVE_SECONDS", default_value_t = 30, value_name = "SECONDS",
         value_parser = value_parser!(u64).range(1..=3_600), help_heading = "Connections")]
@@ -122,10 +134,10 @@ pub struct Limits {
     #[arg(long, env = "ISSUE_TRACKER_IMPORT_ERRORS", default_value_t = 50_000, value_name = "N",
         value_parser = value_parser!(i64).range(10_000..=100_000_000), help_heading = "Storage")]
     import_errors: i64,
-    /// Days for which the row errors of an import are stored after it has ended
-    #[arg(long, env = "ISSUE_TRACKER_IMPORT_ERROR_DAYS", default_value_t = 30, value_name = "DAYS",
+    /// Days for which the row errors of an import are stored after it has ended [default: 30, at most --import-days]
+    #[arg(long, env = "ISSUE_TRACKER_IMPORT_ERROR_DAYS", value_name = "DAYS",
         value_parser = value_parser!(i32).range(1..=3_650), help_heading = "Storage")]
-    import_error_days: i32,
+    import_error_days: Option<i32>,
     /// Days for which an import can be read and reverted after it has ended
     #[arg(long, env = "ISSUE_TRACKER_IMPORT_DAYS", default_value_t = 90, value_name = "DAYS",
         value_parser = value_parser!(i32).range(1..=3_650), help_heading = "Storage")]
@@ -152,34 +164,122 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Validates combinations of limits. Fails if imports and exports could hold all database connections, or one user could
-    /// not send the largest request and receive its response.
-    pub fn check(&self) -> anyhow::Result<()> {
-        if self.imports + self.exports >= self.pool_connections {
-            bail!(
-                "--imports {} and --exports {}: together they must be less than --pool-connections {}, as each import \
-                 and export holds a connection",
-                self.imports,
-                self.exports,
-                self.pool_connections
-            );
-        }
+    /// Returns what is impossible about the combination of limits, each with a remedy.
+    pub fn problems(&self) -> Vec<String> {
+        [self.connections_problem(), self.request_slots_problem(), self.memory_problem(), self.import_errors_problem()]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// Imports and exports could hold all database connections.
+    fn connections_problem(&self) -> Option<String> {
+        let (imports, exports, connections) = (self.imports(), self.exports(), self.pool_connections());
+        (imports + exports >= connections).then(|| {
+            format!(
+                "--imports {imports} and --exports {exports}: together they must be less than --pool-connections \
+                 {connections}, as each import and export holds a connection; lower them, or raise --pool-connections"
+            )
+        })
+    }
+
+    /// Imports and exports could hold all request slots.
+    fn request_slots_problem(&self) -> Option<String> {
+        let (imports, exports) = (self.imports(), self.exports());
+        // Without either, the least that is possible is one of each, however few requests there are.
+        let is_set = self.imports.is_some() || self.exports.is_some();
+        (is_set && imports + exports >= self.requests).then(|| {
+            format!(
+                "--imports {imports} and --exports {exports}: together they must be less than --requests {}, as each \
+                 import and export is a request; lower them, or raise --requests",
+                self.requests
+            )
+        })
+    }
+
+    /// One user could not send the largest request and receive its response.
+    fn memory_problem(&self) -> Option<String> {
         let memory_kib = self.share().of(MESSAGE_MEMORY_KIB);
         // Compressed and decompressed, and the response that memory is reserved for.
-        if memory_kib < 2 * self.message_bytes.div_ceil(1024) + LARGEST_RESPONSE_KIB {
-            bail!(
+        (memory_kib < 2 * self.message_bytes.div_ceil(1024) + LARGEST_RESPONSE_KIB).then(|| {
+            format!(
                 "--user-share-percent {}: one user could have {memory_kib} KiB for messages, which must be twice \
-                 --message-bytes {} and {LARGEST_RESPONSE_KIB} KiB",
-                self.user_share_percent,
-                self.message_bytes
-            );
-        }
-        Ok(())
+                 --message-bytes {} and {LARGEST_RESPONSE_KIB} KiB; raise --user-share-percent, or lower --message-bytes",
+                self.user_share_percent, self.message_bytes
+            )
+        })
+    }
+
+    fn import_errors_problem(&self) -> Option<String> {
+        let days = self.import_error_days();
+        (days > self.import_days).then(|| {
+            format!(
+                "--import-error-days {days}: must be at most --import-days {}, as an import is removed with its row \
+                 errors; lower --import-error-days, or raise --import-days",
+                self.import_days
+            )
+        })
+    }
+
+    /// Returns the values of the flags whose defaults follow from other flags.
+    pub(super) fn derived(&self) -> Vec<Derived> {
+        let derived = |flag, value: u64, default: u64, from| Derived {
+            flag,
+            value: value.to_string(),
+            from: (value != default).then_some(from),
+        };
+        vec![
+            derived(
+                "pool-connections",
+                self.pool_connections().into(),
+                POOL_CONNECTIONS.into(),
+                "--imports and --exports",
+            ),
+            derived("imports", self.imports().into(), IMPORTS.into(), "--pool-connections, --requests and --exports"),
+            derived("exports", self.exports().into(), EXPORTS.into(), "--pool-connections, --requests and --imports"),
+            derived("age-grace-seconds", self.age_grace_seconds(), AGE_GRACE_SECONDS, "--export-seconds"),
+            derived(
+                "import-error-days",
+                self.import_error_days().unsigned_abs().into(),
+                IMPORT_ERROR_DAYS.unsigned_abs().into(),
+                "--import-days",
+            ),
+        ]
+    }
+
+    fn pool_connections(&self) -> u32 {
+        let streams = self.imports.unwrap_or(IMPORTS) + self.exports.unwrap_or(EXPORTS);
+        self.pool_connections.unwrap_or((streams + OTHER_CONNECTIONS).clamp(POOL_CONNECTIONS, POOL_CONNECTIONS_MAX))
+    }
+
+    /// Returns how many imports and RevertImports may run concurrently. The default leaves a connection and a request slot to
+    /// other calls, if there are three or more of both.
+    pub fn imports(&self) -> u32 {
+        let total = self.pool_connections().min(self.requests);
+        let exports = self.exports.unwrap_or(1);
+        let default = IMPORTS.min(total / 2).min(total.saturating_sub(1 + exports)).max(1);
+        self.imports.unwrap_or(default)
+    }
+
+    /// Returns how many exports may run concurrently. The default is as that of [`Self::imports`].
+    pub fn exports(&self) -> u32 {
+        let total = self.pool_connections().min(self.requests);
+        let default = EXPORTS.min(total / 5).min(total.saturating_sub(1 + self.imports())).max(1);
+        self.exports.unwrap_or(default)
+    }
+
+    /// Returns how long the calls of a connection may continue after its maximum age. By default as long as any export.
+    fn age_grace_seconds(&self) -> u64 {
+        self.age_grace_seconds.unwrap_or(AGE_GRACE_SECONDS.max(self.export_seconds))
+    }
+
+    fn import_error_days(&self) -> i32 {
+        self.import_error_days.unwrap_or(IMPORT_ERROR_DAYS.min(self.import_days))
     }
 
     pub fn pool(&self) -> PoolOptions {
         PoolOptions {
-            connections_max: self.pool_connections,
+            connections_max: self.pool_connections(),
             wait_max: Duration::from_millis(self.pool_wait_ms),
             statement_max: Duration::from_millis(self.statement_ms),
             share: self.share(),
@@ -192,7 +292,7 @@ impl Limits {
             response_bytes_per_user_max: self.stored_response_bytes,
             labels_max: self.labels,
             import_errors_per_user_max: self.import_errors,
-            import_error_days: self.import_error_days,
+            import_error_days: self.import_error_days(),
             import_days: self.import_days,
             audit_days: self.audit_days,
         }
@@ -213,7 +313,7 @@ impl Limits {
             connections_max: self.connections as usize,
             idle_max: Duration::from_secs(self.idle_seconds),
             age_max: Duration::from_secs(self.age_seconds),
-            age_grace: Duration::from_secs(self.age_grace_seconds),
+            age_grace: Duration::from_secs(self.age_grace_seconds()),
             keepalive_interval: Duration::from_secs(self.keepalive_seconds),
             keepalive_timeout: Duration::from_secs(self.keepalive_seconds),
             streams_max: self.streams,

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, builder::BoolishValueParser};
+use clap::{ArgAction, Args, builder::BoolishValueParser};
 
 use crate::transport::tls;
 
@@ -10,20 +10,43 @@ use crate::transport::tls;
 #[derive(Debug, Args)]
 pub struct ServerTls {
     /// PEM file with the certificate chain of the service; reloaded when it changes
-    #[arg(long, env = "ISSUE_TRACKER_TLS_CERT", value_name = "FILE", requires = "tls_key", help_heading = "TLS")]
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CERT", value_name = "FILE", help_heading = "TLS")]
     pub tls_cert: Option<PathBuf>,
     /// PEM file with the private key of --tls-cert
-    #[arg(long, env = "ISSUE_TRACKER_TLS_KEY", value_name = "FILE", requires = "tls_cert", help_heading = "TLS")]
+    #[arg(long, env = "ISSUE_TRACKER_TLS_KEY", value_name = "FILE", help_heading = "TLS")]
     pub tls_key: Option<PathBuf>,
     /// PEM file with the authorities that must have signed client certificates (mutual TLS)
-    #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert", help_heading = "TLS")]
+    #[arg(long, env = "ISSUE_TRACKER_TLS_CLIENT_CA", value_name = "FILE", help_heading = "TLS")]
     pub tls_client_ca: Option<PathBuf>,
     /// Accept plaintext connections from other machines
-    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_parser = BoolishValueParser::new(), help_heading = "TLS")]
+    #[arg(long, env = "ISSUE_TRACKER_INSECURE_PLAINTEXT", value_name = "BOOL", default_value = "false",
+        default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set,
+        value_parser = BoolishValueParser::new(), help_heading = "TLS")]
     pub insecure_plaintext: bool,
 }
 
 impl ServerTls {
+    /// Returns which files are missing, each with a remedy.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let (has_certificate, has_key) = (self.tls_cert.is_some(), self.tls_key.is_some());
+        if has_certificate && !has_key {
+            problems.push("--tls-cert: has no private key; set --tls-key too".to_owned());
+        }
+        if has_key && !has_certificate {
+            problems.push("--tls-key: has no certificate; set --tls-cert too".to_owned());
+        }
+        if self.tls_client_ca.is_some() && !has_certificate {
+            problems.push("--tls-client-ca: requires TLS; set --tls-cert and --tls-key too".to_owned());
+        }
+        problems
+    }
+
+    /// Returns whether a file for TLS is set, even if another one is missing.
+    pub fn is_wanted(&self) -> bool {
+        self.tls_cert.is_some() || self.tls_key.is_some()
+    }
+
     /// Returns the files of the certificate. `None` without TLS.
     pub fn files(&self) -> Option<tls::Files> {
         Some(tls::Files {

@@ -28,6 +28,11 @@ const UNSUPPORTED: [&str; 9] = [
     "ssl_min_protocol_version",
 ];
 
+/// The parameter with the password.
+const PASSWORD: &str = "password";
+/// What is shown instead of a password.
+const HIDDEN: &str = "***";
+
 /// A database and how to connect to it.
 #[derive(Clone)]
 pub struct ConnectionString {
@@ -56,29 +61,91 @@ impl FromStr for ConnectionString {
 
     /// Parses a connection string, and reads the files that it names. Errors quote neither the text nor the files.
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (rest, parameters) = Parameters::take_from(text)?;
-        // The message of the parser can quote the password.
-        let mut config: Config = rest.parse().map_err(|_| anyhow!(UNREADABLE))?;
-        let mode = parameters.mode()?;
-        config.ssl_mode(match mode {
-            Mode::Disable => SslMode::Disable,
-            Mode::Prefer => SslMode::Prefer,
-            Mode::Require | Mode::VerifyCa | Mode::VerifyFull => SslMode::Require,
-        });
-        if mode == Mode::Disable || is_on_sockets(&config) {
-            return Ok(config.into());
-        }
-        if mode != Mode::Prefer && config.get_hosts().iter().any(is_socket) {
-            bail!("sslmode={mode} is not possible on a Unix socket, and the database URL names one beside other hosts");
-        }
-        if config.get_hosts().is_empty() {
-            // Certificates are verified against the host name.
-            for address in config.get_hostaddrs().to_vec() {
-                config.host(address.to_string());
-            }
-        }
-        Ok(Self { config, connector: tls::connector(&parameters.verify(mode)?, parameters.files)? })
+        let (config, tls) = parse(text)?;
+        let Some((verify, files)) = tls else { return Ok(config.into()) };
+        Ok(Self { config, connector: tls::connector(&verify, files)? })
     }
+}
+
+impl ConnectionString {
+    /// Fails as parsing does, but does not read the files that the text names.
+    pub fn check(text: &str) -> anyhow::Result<()> {
+        parse(text).map(drop)
+    }
+}
+
+/// Returns the configuration, and what TLS needs if it is possible.
+fn parse(text: &str) -> anyhow::Result<(Config, Option<(Verify, Files)>)> {
+    let (rest, parameters) = Parameters::take_from(text)?;
+    // The message of the parser can quote the password.
+    let mut config: Config = rest.parse().map_err(|_| anyhow!(UNREADABLE))?;
+    if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+        bail!("the database URL names no host; expected postgresql://user:password@host/database");
+    }
+    let mode = parameters.mode()?;
+    config.ssl_mode(match mode {
+        Mode::Disable => SslMode::Disable,
+        Mode::Prefer => SslMode::Prefer,
+        Mode::Require | Mode::VerifyCa | Mode::VerifyFull => SslMode::Require,
+    });
+    if mode == Mode::Disable || is_on_sockets(&config) {
+        return Ok((config, None));
+    }
+    if mode != Mode::Prefer && config.get_hosts().iter().any(is_socket) {
+        bail!("sslmode={mode} is not possible on a Unix socket, and the database URL names one beside other hosts");
+    }
+    if config.get_hosts().is_empty() {
+        // Certificates are verified against the host name.
+        for address in config.get_hostaddrs().to_vec() {
+            config.host(address.to_string());
+        }
+    }
+    Ok((config, Some((parameters.verify(mode)?, parameters.files))))
+}
+
+/// Returns a connection string without its password, or `***` if it cannot be parsed.
+pub fn without_password(text: &str) -> String {
+    let shown = match ConnectionString::check(text) {
+        Err(_) => None,
+        Ok(()) if is_url(text) => Some(url_without_password(text)),
+        Ok(()) => pairs_without_password(text),
+    };
+    shown.unwrap_or_else(|| HIDDEN.to_owned())
+}
+
+fn is_url(text: &str) -> bool {
+    ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme))
+}
+
+/// Takes a URL that was parsed: the first `@` ends the credentials.
+fn url_without_password(url: &str) -> String {
+    let authority = url.find("://").map_or(0, |at| at + 3);
+    let (credentials, rest) = url.split_at(url.find('@').unwrap_or(authority));
+    let (base, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let mut shown = match credentials[authority..].split_once(':') {
+        Some((user, _)) => format!("{}{user}:{HIDDEN}{base}", &credentials[..authority]),
+        None => format!("{credentials}{base}"),
+    };
+    for (n, pair) in query.split('&').filter(|pair| !pair.is_empty()).enumerate() {
+        shown.push(if n == 0 { '?' } else { '&' });
+        let key = pair.split('=').next().unwrap_or(pair);
+        let is_password = percent_decode_str(key).decode_utf8_lossy() == PASSWORD;
+        shown += &if is_password { format!("{key}={HIDDEN}") } else { pair.to_owned() };
+    }
+    shown
+}
+
+/// Returns `None` for text that is not completely pairs.
+fn pairs_without_password(pairs: &str) -> Option<String> {
+    let mut shown = String::new();
+    let mut rest = pairs;
+    while let Some((key, _, after)) = first_pair(rest) {
+        let pair = rest[..rest.len() - after.len()].trim();
+        let separator = if shown.is_empty() { "" } else { " " };
+        shown += &if key == PASSWORD { format!("{separator}{key}={HIDDEN}") } else { format!("{separator}{pair}") };
+        rest = after;
+    }
+    rest.trim().is_empty().then_some(shown)
 }
 
 /// Returns whether all hosts are Unix sockets. PostgreSQL does not offer TLS on these.
@@ -128,8 +195,7 @@ impl Parameters {
     /// Returns the text without the parameters, and the parameters. The last of equal ones wins.
     fn take_from(text: &str) -> anyhow::Result<(String, Self)> {
         let mut parameters = Self::default();
-        let is_url = ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme));
-        let rest = if is_url { parameters.take_from_url(text)? } else { parameters.take_from_pairs(text)? };
+        let rest = if is_url(text) { parameters.take_from_url(text)? } else { parameters.take_from_pairs(text)? };
         Ok((rest, parameters))
     }
 
@@ -140,7 +206,12 @@ impl Parameters {
         if url[authority..].find('/').is_some_and(|slash| authority + slash < behind_user) {
             bail!("the database URL has an @ after a /; encode them as %40 and %2F in names and values");
         }
-        let Some(question_mark) = url[behind_user..].find('?').map(|at| behind_user + at) else {
+        let question_mark = url[behind_user..].find('?').map(|at| behind_user + at);
+        let after_credentials = &url[behind_user..question_mark.unwrap_or(url.len())];
+        if after_credentials.matches('@').count() > 1 {
+            bail!("the database URL has more than one @ before its parameters; encode those of the password as %40");
+        }
+        let Some(question_mark) = question_mark else {
             return Ok(url.to_owned());
         };
         let mut kept = Vec::new();
@@ -255,9 +326,44 @@ mod tests {
     }
 
     #[test]
+    fn host_is_required() {
+        for text in ["", " ", "user=u dbname=d", "postgresql:///d", "postgresql://?user=u"] {
+            assert!(error(text).contains("names no host"), "{text}");
+        }
+    }
+
+    #[test]
     fn address_beside_a_socket_uses_the_mode() {
         let text = "host=/var/run/postgresql hostaddr=10.0.0.1 user=u sslmode=verify-full";
         assert!(error(text).contains("is not possible on a Unix socket"));
+    }
+
+    #[test]
+    fn password_is_hidden_and_the_rest_is_shown() {
+        for (text, shown) in [
+            ("postgresql://u:sesame@h:1/d", "postgresql://u:***@h:1/d"),
+            ("postgres://u:ses:ame%40@h,h2/d?sslmode=require", "postgres://u:***@h,h2/d?sslmode=require"),
+            ("postgres://u:sesame?a=b@h/d", "postgres://u:***@h/d"),
+            (
+                "postgresql://u@h/d?connect_timeout=3&password=sesame",
+                "postgresql://u@h/d?connect_timeout=3&password=***",
+            ),
+            ("postgresql://h/d?pass%77ord=sesame&user=u", "postgresql://h/d?pass%77ord=***&user=u"),
+            ("postgresql://u@h/d", "postgresql://u@h/d"),
+            ("host=h password=sesame user=u", "host=h password=*** user=u"),
+            ("host=h password = 'ses\\'ame x=y' sslmode=disable", "host=h password=*** sslmode=disable"),
+            ("password=ses\\ ame host='/a b'", "password=*** host='/a b'"),
+            // These cannot be parsed.
+            ("postgresql://u:p@sesame@h/d", "***"),
+            ("postgresql://u:p@sesame/x@h/d", "***"),
+            ("postgresql://u:sesame@h:port/d", "***"),
+            ("host=h password='sesame", "***"),
+            ("host=h password=x sesame", "***"),
+            ("sesame", "***"),
+            ("", "***"),
+        ] {
+            assert_eq!(without_password(text), shown, "{text}");
+        }
     }
 
     #[test]

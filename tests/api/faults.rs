@@ -94,9 +94,9 @@ fn assert_unavailable<T: std::fmt::Debug>(result: Result<T, Status>) {
 #[tokio::test]
 async fn exhausted_pool_fails_calls_until_a_connection_is_free() {
     let tracker =
-        Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1", "--pool-wait-ms", "1500"])).await;
+        Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1", "--pool-wait-ms", "1500"])).await;
     let first = tracker.member.file("first").await;
-    let held = tracker.hold_connections(2).await;
+    let held = tracker.hold_connections(3).await;
 
     assert_overloaded(try_get(&tracker.member, &first).await);
     assert_overloaded(try_file(&tracker.member, "third").await);
@@ -185,7 +185,7 @@ async fn statement_timeout_rolls_back_the_whole_transaction() {
 
 /// Starts a tracker whose statement timeout no test reaches, with so few connections that a leaked one is noticed.
 async fn tracker_without_statement_timeout() -> Tracker {
-    let args = ["--statement-ms", "600000", "--pool-connections", "2", "--imports", "1"];
+    let args = ["--statement-ms", "600000", "--pool-connections", "3", "--imports", "1"];
     Tracker::start_with(limits(&args)).await
 }
 

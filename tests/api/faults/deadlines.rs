@@ -162,7 +162,7 @@ async fn cancelled_statements_keep_their_sessions() {
 
 #[tokio::test]
 async fn cancellation_does_not_reach_the_next_statement_of_the_session() {
-    let tracker = Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1"])).await;
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1"])).await;
     // The statement ends shortly before or after it is cancelled.
     for milliseconds in (90..120).cycle().take(60) {
         let conn = tracker.db.conn().await.unwrap();
@@ -171,7 +171,7 @@ async fn cancellation_does_not_reach_the_next_statement_of_the_session() {
         assert!(began.is_err());
         drop(conn);
 
-        for conn in tracker.hold_connections(2).await {
+        for conn in tracker.hold_connections(3).await {
             conn.query("SELECT pg_sleep(0.01)", &[]).await.unwrap();
         }
     }

@@ -140,12 +140,13 @@ async fn assert_connections_wait_for_locks(tracker: &Tracker, issue: &Issue) {
 
 #[tokio::test]
 async fn connections_wait_for_locks_as_usual_after_completed_and_cancelled_mutations() {
-    let tracker = Tracker::start_with(limits(&["--pool-connections", "2", "--imports", "1"])).await;
+    let tracker = Tracker::start_with(limits(&["--pool-connections", "3", "--imports", "1"])).await;
+    let _held = tracker.hold_connections(1).await;
     let mut issues = Vec::new();
     for _ in 0..5 {
         issues.push(tracker.member.file("crash").await);
     }
-    // Two deletions need both connections.
+    // Two deletions need both of the other connections.
     let slow = "CREATE FUNCTION sleep() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN PERFORM pg_sleep(0.08); RETURN new; END $$;
         CREATE TRIGGER sleep BEFORE UPDATE ON issues FOR EACH ROW EXECUTE FUNCTION sleep()";
