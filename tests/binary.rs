@@ -6,6 +6,8 @@ mod configuration;
 mod database_wait;
 #[path = "binary/deployment.rs"]
 mod deployment;
+#[path = "binary/documented_flags.rs"]
+mod documented_flags;
 #[path = "binary/file_descriptors.rs"]
 mod file_descriptors;
 #[path = "binary/import_recovery.rs"]
