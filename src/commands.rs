@@ -2,7 +2,9 @@
 //! [`crate::client`].
 
 mod bootstrap;
+mod completions;
 mod health;
+mod man;
 mod migrate;
 mod serve;
 mod stdout;
@@ -34,6 +36,8 @@ pub async fn run() -> ExitCode {
         Command::Health(args) => health::health(args).await,
         Command::Import(args) => return client::import(*args).await,
         Command::Export(args) => return client::export(args).await,
+        Command::Completions(args) => completions::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => man::man(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("issue-tracker: {error:#}");

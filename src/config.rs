@@ -13,7 +13,8 @@ mod user;
 
 use std::env;
 
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
 use tracing::level_filters::LevelFilter;
 
 pub use self::{
@@ -91,4 +92,21 @@ pub enum Command {
     ///
     /// Exit codes: 0, the file is complete; 2, the export failed; 130 or 143, a signal interrupted it.
     Export(ExportArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page of the program or a command, in roff
+    Man(ManArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Shell that runs the script
+    pub shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Command that the page describes, such as import or user create [default: the program]
+    #[arg(value_name = "COMMAND")]
+    pub command: Vec<String>,
 }

@@ -1,5 +1,7 @@
 //! Tests the binary: output, exit codes, signals, files on disk and logs.
 
+#[path = "binary/command_line.rs"]
+mod command_line;
 #[path = "binary/configuration.rs"]
 mod configuration;
 #[path = "binary/database_wait.rs"]
