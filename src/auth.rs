@@ -41,7 +41,8 @@ const TOKENS_CACHED_MAX: u64 = 10_000;
 /// Tokens are looked up by one statement at a time, which leaves the other connections of this pool to logins: users can
 /// sign in during a flood of invalid tokens. Requests that wait for a look-up have no request slot yet, so they have a
 /// limit of their own. Abandoned look-ups cost no connection either: any client can abandon requests.
-const LOOKUPS: Bounds = Bounds { items_max: 256, batches_max: 1, waiting_max: 4_096, runs_inline: false };
+const LOOKUPS: Bounds =
+    Bounds { name: "token_lookup", items_max: 256, batches_max: 1, waiting_max: 4_096, runs_inline: false };
 /// 256 random bits.
 const TOKEN_BYTES: usize = 32;
 /// The prefix of all tokens, by which leaked ones are recognized.

@@ -11,6 +11,6 @@ mod semaphore;
 pub use self::{
     flow::{Flow, SharePercent},
     queue::FairQueue,
-    refusals::Refusal,
+    refusals::{Refusal, RefusalCounters},
     semaphore::{FairPermit, FairSemaphore},
 };

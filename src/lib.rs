@@ -36,6 +36,8 @@ pub mod hash;
 #[cfg(feature = "internals")]
 pub mod limits;
 #[cfg(feature = "internals")]
+pub mod metrics;
+#[cfg(feature = "internals")]
 pub mod middleware;
 #[cfg(feature = "internals")]
 pub mod postgres;
@@ -76,6 +78,8 @@ mod filter;
 mod hash;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod limits;
+#[cfg(all(feature = "server", not(feature = "internals")))]
+mod metrics;
 #[cfg(all(feature = "server", not(feature = "internals")))]
 mod middleware;
 #[cfg(all(feature = "server", not(feature = "internals")))]

@@ -5,24 +5,25 @@
 //!
 //! 1. [`early_response`] reads the rest of a request before a response that was made without it, so that its stream is not
 //!    reset.
-//! 2. [`protocol`] refuses what is not gRPC with an HTTP status.
-//! 3. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
-//! 4. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
-//! 5. [`call_log`] logs the call at the level debug.
-//! 6. [`metadata_limit`] refuses calls with too much metadata.
-//! 7. [`deadline`] limits the time of everything below, waiting included.
-//! 8. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
-//! 9. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
-//!    so that health checks and logins work under load, and unauthenticated load takes no slots from callers.
-//! 10. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
-//! 11. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
-//! 12. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
+//! 2. [`method_policy`] looks up what `proto/` declares about the method. All layers below decide by it.
+//! 3. [`call_metrics`] records the call, with the status that the client receives: also calls that a layer below refuses.
+//! 4. [`protocol`] refuses what is not gRPC with an HTTP status.
+//! 5. [`error_mapping`] turns the errors of all layers below, and those of tonic, into the statuses of the contract.
+//! 6. [`call_log`] logs the call at the level debug.
+//! 7. [`metadata_limit`] refuses calls with too much metadata.
+//! 8. [`deadline`] limits the time of everything below, waiting included.
+//! 9. [`draining`] refuses new calls while the server stops. This works even if nothing else in the server does.
+//! 10. [`unauthenticated_limits`] limits calls without credentials per client and per connection. They take no request slot,
+//!     so that health checks and logins work under load, and unauthenticated load takes no slots from callers.
+//! 11. [`admission::LoadSheddingLayer`] refuses calls while there is no free request slot, before they cost a token look-up.
+//! 12. [`authentication`] identifies the caller. It comes before a slot is taken: invalid tokens take no slot.
+//! 13. [`authorization`] compares the caller's role with the required one: after authentication, before the message is read,
 //!     let alone validated.
-//! 13. [`reauthentication`] repeats 11 and 12 for streams, every second, and ends streams that would fail now.
-//! 14. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
-//! 15. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
+//! 14. [`reauthentication`] repeats 12 and 13 for streams, every second, and ends streams that would fail now.
+//! 15. [`buffering`] buffers the request message and the response within a memory budget, which callers share.
+//! 16. [`admission::AdmissionLayer`] takes a request slot, of which callers have shares: once the message is complete, so that
 //!     a slow client holds none, and until the response is buffered or its stream ends.
-//! 16. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
+//! 17. [`retry`] repeats calls that failed for a transient reason. It needs the buffered message.
 //!
 //! A new RPC, streaming or not, needs no change here: everything about it is declared in `proto/`.
 //!
@@ -35,6 +36,7 @@ pub mod authorization;
 mod body;
 pub mod buffering;
 pub mod call_log;
+pub mod call_metrics;
 mod compression;
 pub mod deadline;
 pub mod draining;

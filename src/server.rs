@@ -28,6 +28,7 @@ use crate::{
     },
     error::{Error, Result},
     fairness::FairSemaphore,
+    metrics,
     middleware::{
         RequestLimits,
         admission::{AdmissionLayer, LoadSheddingLayer, RequestSlots},
@@ -35,6 +36,7 @@ use crate::{
         authorization::AuthorizationLayer,
         buffering::{BufferingLayer, UNAUTHENTICATED_MESSAGE_BYTES_MAX},
         call_log::CallLogLayer,
+        call_metrics::CallMetricsLayer,
         deadline::DeadlineLayer,
         draining::DrainingLayer,
         early_response::EarlyResponseLayer,
@@ -67,6 +69,8 @@ const WRITES_SERVICE: &str = "issuetracker.writes";
 const PRUNE_INTERVAL: Duration = Duration::from_secs(300);
 /// How often interrupted deletions of labels are looked for.
 const RESUME_INTERVAL: Duration = Duration::from_secs(30);
+/// The name of stored responses in log lines about pruning, and in metrics.
+const REQUEST_IDS: &str = "request ids";
 /// The pause between two statements that delete expired rows: leaves the database to the calls.
 const PRUNE_PAUSE: Duration = Duration::from_millis(200);
 /// How often such a statement is retried, with these delays, before the rows wait for the next time.
@@ -168,9 +172,10 @@ pub fn middleware_stack(
     let slots = Arc::new(RequestSlots::new("request slots", limits.requests_max, limits.share));
     ServiceBuilder::new()
         .layer(EarlyResponseLayer)
+        .layer(MethodPolicyLayer::new(methods))
+        .layer(CallMetricsLayer)
         .layer(ProtocolLayer)
         .layer(ErrorMappingLayer)
-        .layer(MethodPolicyLayer::new(methods))
         .layer(CallLogLayer)
         .layer(MetadataLimitLayer::new(limits.metadata_bytes_max))
         .layer(DeadlineLayer::new(limits.deadline_default))
@@ -273,22 +278,16 @@ async fn prune(db: Db) {
         if db.watch_health().wait_for(|health| health.writes).await.is_err() {
             return;
         }
-        for (what, pruned) in [
-            ("request ids", pruned_requests(&db).await),
-            ("response budgets", pruned(&db, async |conn, _| prune_response_budgets(conn).await).await),
-            (
-                "import errors",
-                pruned(&db, async |conn, limits| prune_import_errors(conn, limits.import_error_days).await).await,
-            ),
-            ("staged files of imports", pruned(&db, async |conn, _| prune_import_staging(conn).await).await),
-            ("imports", pruned(&db, async |conn, limits| prune_imports(conn, limits.import_days).await).await),
-            ("tokens", pruned(&db, async |conn, _| prune_tokens(conn).await).await),
-            ("audit events", pruned(&db, async |conn, limits| prune_audit_events(conn, limits.audit_days).await).await),
-        ] {
-            if let Err(error) = pruned {
-                tracing::warn!(code = ?error.code(), what, "pruning failed");
-            }
-        }
+        report_pruning(REQUEST_IDS, pruned_requests(&db).await);
+        prune_data(&db, "response budgets", async |conn, _| prune_response_budgets(conn).await).await;
+        prune_data(&db, "import errors", async |conn, limits| {
+            prune_import_errors(conn, limits.import_error_days).await
+        })
+        .await;
+        prune_data(&db, "staged files of imports", async |conn, _| prune_import_staging(conn).await).await;
+        prune_data(&db, "imports", async |conn, limits| prune_imports(conn, limits.import_days).await).await;
+        prune_data(&db, "tokens", async |conn, _| prune_tokens(conn).await).await;
+        prune_data(&db, "audit events", async |conn, limits| prune_audit_events(conn, limits.audit_days).await).await;
     }
 }
 
@@ -318,22 +317,43 @@ async fn pruned_requests(db: &Db) -> Result<()> {
     loop {
         let hours = db.storage_limits().response_hours;
         let outcome = async { prune_requests(&db.conn().await?, hours, begin).await }.await;
-        match paced(outcome, &mut failures).await? {
-            Some(PrunedRequests { count: 0, .. }) => return Ok(()),
-            Some(PrunedRequests { last_time, .. }) => begin = last_time,
-            None => {}
+        let Some(PrunedRequests { count, last_time }) = paced(outcome, &mut failures).await? else { continue };
+        count_pruned(REQUEST_IDS, count);
+        if count == 0 {
+            return Ok(());
         }
+        begin = last_time;
     }
 }
 
-/// Repeats `prune` until it deletes nothing.
-async fn pruned(db: &Db, prune: impl AsyncFn(&Conn, StorageLimits) -> Result<u64>) -> Result<()> {
-    let mut failures = 0;
-    loop {
-        let outcome = async { prune(&db.conn().await?, db.storage_limits()).await }.await;
-        if paced(outcome, &mut failures).await? == Some(0) {
-            return Ok(());
+/// Repeats `prune` until it deletes nothing. `what`: the name of the data in log lines and metrics.
+async fn prune_data(db: &Db, what: &str, prune: impl AsyncFn(&Conn, StorageLimits) -> Result<u64>) {
+    let pruned = async {
+        let mut failures = 0;
+        loop {
+            let outcome = async { prune(&db.conn().await?, db.storage_limits()).await }.await;
+            let Some(count) = paced(outcome, &mut failures).await? else { continue };
+            count_pruned(what, count);
+            if count == 0 {
+                return Ok(());
+            }
         }
+    };
+    report_pruning(what, pruned.await);
+}
+
+fn count_pruned(what: &str, count: u64) {
+    if let Some(metrics) = metrics::get() {
+        metrics.pruned_rows.with_label_values(&[what]).inc_by(count);
+    }
+}
+
+fn report_pruning(what: &str, pruned: Result<()>) {
+    if let Some(metrics) = metrics::get() {
+        metrics.prune_failures.with_label_values(&[what]).inc_by(pruned.is_err().into());
+    }
+    if let Err(error) = pruned {
+        tracing::warn!(code = ?error.code(), what, "pruning failed");
     }
 }
 

@@ -14,6 +14,8 @@ mod documented_flags;
 mod file_descriptors;
 #[path = "binary/import_recovery.rs"]
 mod import_recovery;
+#[path = "binary/metrics.rs"]
+mod metrics;
 #[path = "binary/private_database.rs"]
 mod private_database;
 #[path = "binary/retention.rs"]

@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::Semaphore, time::timeout};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    fairness::{Refusal, RefusalCounters},
+};
 
 /// How long a password waits for a thread.
 const WAIT_MAX: Duration = Duration::from_secs(5);
@@ -31,6 +34,7 @@ pub struct Passwords {
     unrecognized: Arc<Semaphore>,
     recognized_waiting: Semaphore,
     unrecognized_waiting: Semaphore,
+    refusals: RefusalCounters,
 }
 
 impl Passwords {
@@ -40,6 +44,7 @@ impl Passwords {
             unrecognized: Arc::new(Semaphore::new(threads_max)),
             recognized_waiting: Semaphore::new(threads_max * RECOGNIZED_WAITING_PER_THREAD_MAX),
             unrecognized_waiting: Semaphore::new(threads_max * UNRECOGNIZED_WAITING_PER_THREAD_MAX),
+            refusals: RefusalCounters::new("password threads"),
         }
     }
 
@@ -51,12 +56,15 @@ impl Passwords {
         lane: Lane,
         work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
     ) -> Result<T> {
-        let busy = || Error::Exhausted("too many concurrent password checks; try again".to_owned());
+        let busy = |refusal| {
+            self.refusals.count(refusal);
+            Error::Exhausted("too many concurrent password checks; try again".to_owned())
+        };
         let waiting = match lane {
             Lane::Recognized => &self.recognized_waiting,
             Lane::Unrecognized => &self.unrecognized_waiting,
         };
-        let _waiting = waiting.try_acquire().map_err(|_| busy())?;
+        let _waiting = waiting.try_acquire().map_err(|_| busy(Refusal::Total))?;
         let permits = async {
             let of_lane = match lane {
                 Lane::Recognized => None,
@@ -64,7 +72,7 @@ impl Passwords {
             };
             (of_lane, Arc::clone(&self.threads).acquire_owned().await)
         };
-        let permits = timeout(WAIT_MAX, permits).await.map_err(|_| busy())?;
+        let permits = timeout(WAIT_MAX, permits).await.map_err(|_| busy(Refusal::Wait))?;
         tokio::task::spawn_blocking(move || {
             // The work continues if its caller disconnects, so it keeps the permits.
             let _permits = permits;

@@ -34,6 +34,7 @@ use uuid::Uuid;
 
 use crate::{
     error::{Error, Result},
+    metrics,
     transport::client_address::ClientAddress,
 };
 
@@ -106,10 +107,12 @@ impl LoginLimits {
         let mut counts = lock(&self.counts);
         let delay = counts.delay(self.free, pair, now);
         if !delay.is_zero() {
+            metrics::count(|metrics| &metrics.password_checks.throttled);
             return Err(Error::TooManyTries { delay });
         }
         let in_flight = counts.in_flight.entry(pair).or_default();
         if *in_flight >= CONCURRENT_ATTEMPTS_MAX {
+            metrics::count(|metrics| &metrics.password_checks.concurrent);
             let message = format!(
                 "too many concurrent password checks of this user (limit {CONCURRENT_ATTEMPTS_MAX}); try again"
             );
@@ -153,6 +156,7 @@ impl Attempt {
 
     /// Reports that the password was correct: the pair's failures are deleted, and it is recognized from now on.
     pub fn succeeded(&mut self) {
+        metrics::count(|metrics| &metrics.password_checks.correct);
         self.take_back();
         let mut counts = lock(&self.counts);
         counts.pairs.entries.remove(&self.pair);
@@ -162,6 +166,7 @@ impl Attempt {
 
     /// Reports that the password was not checked.
     pub fn unchecked(&mut self) {
+        metrics::count(|metrics| &metrics.password_checks.unchecked);
         self.take_back();
     }
 
@@ -181,6 +186,7 @@ impl Drop for Attempt {
         if self.settled {
             return;
         }
+        metrics::count(|metrics| &metrics.password_checks.wrong);
         // The failure happens now, not when the attempt began.
         let now = Instant::now();
         counts.pairs.touch(self.pair, now);

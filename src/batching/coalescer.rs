@@ -20,7 +20,8 @@ use tokio::sync::oneshot;
 
 use crate::{
     error::{Error, Result},
-    fairness::{FairQueue, Flow, SharePercent},
+    fairness::{FairQueue, Flow, Refusal, RefusalCounters, SharePercent},
+    metrics::{self, Histogram, ResourceUsage, Timer},
 };
 
 /// The part of the waiting calls that may be those of one flow.
@@ -59,6 +60,8 @@ pub enum BatchAffinity<K> {
 /// The bounds of a [`Coalescer`].
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
+    /// The name of the batches in metrics.
+    pub name: &'static str,
     /// Maximum items of a batch.
     pub items_max: usize,
     /// Maximum concurrent batches.
@@ -80,6 +83,24 @@ struct Inner<I, O, K> {
     run_individually: RunIndividually<I, O>,
     bounds: Bounds,
     state: Mutex<State<I, O>>,
+    batch_metrics: Option<BatchMetrics>,
+    refusals: RefusalCounters,
+}
+
+struct BatchMetrics {
+    size: Histogram,
+    duration: Histogram,
+}
+
+impl BatchMetrics {
+    /// Returns `None` if metrics are not enabled.
+    fn of(name: &str) -> Option<Self> {
+        let batches = &metrics::get()?.batches;
+        Some(Self {
+            size: batches.size.with_label_values(&[name]),
+            duration: batches.duration.with_label_values(&[name]),
+        })
+    }
 }
 
 struct State<I, O> {
@@ -106,7 +127,25 @@ where
         run_individually: RunIndividually<I, O>,
     ) -> Self {
         let state = Mutex::new(State { waiting: FairQueue::default(), batches_in_flight: 0 });
-        Self { inner: Arc::new(Inner { affinity, run_batch, run_individually, bounds, state }) }
+        let queue = format!("{} queue", bounds.name);
+        let inner = Arc::new(Inner {
+            affinity,
+            run_batch,
+            run_individually,
+            bounds,
+            state,
+            batch_metrics: BatchMetrics::of(bounds.name),
+            refusals: RefusalCounters::new(&queue),
+        });
+        if let Some(metrics) = metrics::get() {
+            let observed = Arc::downgrade(&inner);
+            metrics.resources.observe(&queue, u32::try_from(bounds.waiting_max).unwrap_or(u32::MAX), move || {
+                let in_use = u32::try_from(observed.upgrade()?.lock().waiting.len()).unwrap_or(u32::MAX);
+                // No call waits for a place in the queue.
+                Some(ResourceUsage { in_use, waiting: 0 })
+            });
+        }
+        Self { inner }
     }
 
     /// Executes the item in the next batch that has room for it. If the future is dropped before that batch starts, the
@@ -134,6 +173,7 @@ where
         let share = WAITING_SHARE.of(u32::try_from(waiting_max).unwrap_or(u32::MAX)) as usize;
         let has_used_up_share = flow != Flow::Internal && state.waiting.len_of(flow) >= share;
         if state.waiting.len() >= waiting_max || has_used_up_share {
+            self.inner.refusals.count(if has_used_up_share { Refusal::Share } else { Refusal::Total });
             return Err(Error::Exhausted(format!(
                 "too many calls of this kind wait (limit {waiting_max}, for one caller {share})"
             )));
@@ -165,8 +205,8 @@ where
     K: Copy + Eq + Hash + Send + 'static,
 {
     inner: Arc<Inner<I, O, K>>,
-    /// `None` when it has ended.
-    running: Option<BatchInFlight<O>>,
+    /// `None` when it has ended. With the timer of its duration.
+    running: Option<(BatchInFlight<O>, Timer)>,
 }
 
 type BatchInFlight<O> = CatchUnwind<AssertUnwindSafe<BoxFuture<'static, Result<Vec<Outcome<O>>>>>>;
@@ -178,19 +218,26 @@ where
     K: Copy + Eq + Hash + Send + 'static,
 {
     async fn run(inner: Arc<Inner<I, O, K>>, flow: Flow, item: I) -> Result<O> {
+        let timer = inner.begin_batch(1);
         let running = AssertUnwindSafe((inner.run_batch)(vec![item.clone()])).catch_unwind();
-        let mut batch = Self { inner: Arc::clone(&inner), running: Some(running) };
+        let mut batch = Self { inner: Arc::clone(&inner), running: Some((running, timer)) };
         let outcomes = match &mut batch.running {
-            Some(running) => running.await,
+            Some((running, _)) => running.await,
             None => return Err(Error::Internal("a batch has no future")),
         };
         batch.running = None;
         drop(batch);
         match outcomes.unwrap_or(Err(Error::Internal("a batch panicked"))).map(|mut outcomes| outcomes.pop()) {
             Ok(Some(Outcome::Done(outcome))) => outcome,
-            Ok(Some(Outcome::Individual)) => (inner.run_individually)(flow, item).await,
+            Ok(Some(Outcome::Individual)) => {
+                metrics::count(|metrics| &metrics.retries.batch_left);
+                (inner.run_individually)(flow, item).await
+            }
             Ok(None) => Err(Error::Internal("a batch ended without an outcome")),
-            Err(error) if error.is_undone() => (inner.run_individually)(flow, item).await,
+            Err(error) if error.is_undone() => {
+                metrics::count(|metrics| &metrics.retries.batch_failed);
+                (inner.run_individually)(flow, item).await
+            }
             Err(error) => Err(error),
         }
     }
@@ -216,7 +263,7 @@ where
         runtime.spawn(async move {
             // The caller has stopped waiting. The batch counts as in flight until it has ended, so that calls with short
             // deadlines do not run more batches than may be in flight.
-            if let Some(running) = running {
+            if let Some((running, _timer)) = running {
                 let _ = tokio::time::timeout(CANCELLABLE_AFTER, running).await;
             }
             inner.run_batches().await;
@@ -228,6 +275,13 @@ impl<I, O, K> Inner<I, O, K> {
     fn lock(&self) -> MutexGuard<'_, State<I, O>> {
         // A panic of another holder leaves the state valid.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records the size of a batch. Returns the timer of its duration.
+    fn begin_batch(&self, size: usize) -> Timer {
+        let metrics = self.batch_metrics.as_ref();
+        metrics.iter().for_each(|metrics| metrics.size.observe(size as f64));
+        Timer::start(metrics.map(|metrics| metrics.duration.clone()))
     }
 }
 
@@ -284,12 +338,18 @@ where
                     match outcome {
                         // Sending fails if the caller has stopped waiting.
                         Outcome::Done(outcome) => drop(call.outcome.send(outcome)),
-                        Outcome::Individual => self.spawn_individually(call),
+                        Outcome::Individual => {
+                            metrics::count(|metrics| &metrics.retries.batch_left);
+                            self.spawn_individually(call);
+                        }
                     }
                 }
             }
             // One item made the whole batch fail: each is executed individually.
-            Err(error) if error.is_undone() => calls.into_iter().for_each(|call| self.spawn_individually(call)),
+            Err(error) if error.is_undone() => {
+                metrics::count_by(|metrics| &metrics.retries.batch_failed, calls.len() as u64);
+                calls.into_iter().for_each(|call| self.spawn_individually(call));
+            }
             Err(error) => {
                 for call in calls {
                     let _ = call.outcome.send(Err(error.clone()));
@@ -312,6 +372,7 @@ where
 
     /// Runs a batch. A panic fails this batch only.
     async fn outcomes(&self, items: Vec<I>) -> Result<Vec<Outcome<O>>> {
+        let _timer = self.begin_batch(items.len());
         let batch = AssertUnwindSafe(async { (self.run_batch)(items).await });
         batch.catch_unwind().await.unwrap_or(Err(Error::Internal("a batch panicked")))
     }

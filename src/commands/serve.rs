@@ -30,6 +30,7 @@ use crate::{
         users,
     },
     error::Result,
+    metrics::{self, listener::MetricsListener},
     postgres::{Cluster, Durability},
     server,
     transport::{listener::Listener, tls::Acceptor},
@@ -61,11 +62,22 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     // First: an address in use fails before anything else starts.
     let tcp = TcpListener::bind(args.listen).await.with_context(|| format!("cannot listen on {}", args.listen))?;
     let listener = Listener { tcp, tls };
+    // Until the service has stopped.
+    let _metrics = start_metrics(args.metrics_listen).await?;
     let stop = stop_at_signals()?;
     match &args.database.database_url {
         Some(url) => serve_external(&args, url, listener, stop).await,
         None => serve_with_cluster(&args, listener, stop).await,
     }
+}
+
+/// Enables metrics and listens for Prometheus, if there is an address for it, which is printed.
+async fn start_metrics(address: Option<SocketAddr>) -> anyhow::Result<Option<MetricsListener>> {
+    let Some(address) = address else { return Ok(None) };
+    metrics::enable(server::methods()?.names())?;
+    let (listener, address) = MetricsListener::start(address).await?;
+    println!("metrics on http://{address}/metrics");
+    Ok(Some(listener))
 }
 
 /// Serves with the private PostgreSQL, which stops with the service.

@@ -21,6 +21,9 @@ pub struct ServeArgs {
     #[arg(long, env = "ISSUE_TRACKER_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS",
         value_parser = parse_listen)]
     pub listen: SocketAddr,
+    /// Address to serve metrics for Prometheus on, unencrypted; off without it
+    #[arg(long, env = "ISSUE_TRACKER_METRICS_LISTEN", value_name = "ADDRESS")]
+    pub metrics_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub tls: ServerTls,
     #[command(flatten)]

@@ -28,11 +28,14 @@ use crate::{
     },
     error::{Error, Result},
     fairness::Flow,
+    metrics,
     pb::{Comment, Issue, IssueView},
 };
 
-/// Batches share the pool with all other requests. More concurrent batches would only make each smaller.
-const BOUNDS: Bounds = Bounds { items_max: 64, batches_max: 2, waiting_max: 4_096, runs_inline: true };
+/// Returns the bounds of a batcher. Batches share the pool with all other requests: more concurrent batches would only make each smaller.
+const fn bounds(name: &'static str) -> Bounds {
+    Bounds { name, items_max: 64, batches_max: 2, waiting_max: 4_096, runs_inline: true }
+}
 
 /// How long a user is remembered whose responses exceeded a budget.
 const OVER_BUDGET_REMEMBERED: Duration = Duration::from_secs(10);
@@ -120,9 +123,9 @@ impl Batchers {
         Self {
             gets: get_batcher(&db),
             lists: list_reads(&db),
-            creates: mutation_batcher(&db),
-            updates: mutation_batcher(&db),
-            comments: mutation_batcher(&db),
+            creates: mutation_batcher("create_issue", &db),
+            updates: mutation_batcher("update_issue", &db),
+            comments: mutation_batcher("create_comment", &db),
             db,
         }
     }
@@ -156,7 +159,7 @@ impl Batchers {
 fn get_batcher(db: &Db) -> Coalescer<(Uuid, IssueView), Issue, ()> {
     let (batch_db, individual_db) = (db.clone(), db.clone());
     Coalescer::new(
-        BOUNDS,
+        bounds("get_issue"),
         |_| BatchAffinity::Any,
         Box::new(move |requested| {
             let db = batch_db.clone();
@@ -187,11 +190,11 @@ fn list_reads(db: &Db) -> SharedReads<(Flow, IssueList), Page<Issue>> {
     }))
 }
 
-fn mutation_batcher<M: BatchMutation>(db: &Db) -> MutationBatcher<M> {
+fn mutation_batcher<M: BatchMutation>(name: &'static str, db: &Db) -> MutationBatcher<M> {
     let (batch_db, individual_db) = (db.clone(), db.clone());
     let over_budget = Arc::<UsersOverBudget>::default();
     Coalescer::new(
-        BOUNDS,
+        bounds(name),
         |call: &MutationCall<M>| call.mutation.affinity(),
         Box::new(move |calls| {
             let (db, over_budget) = (batch_db.clone(), Arc::clone(&over_budget));
@@ -243,6 +246,7 @@ async fn mutate_batch<M: BatchMutation>(
         let acquired = acquired?;
         if acquired.contains(&KeyLock::Unavailable) {
             // Repeated without these calls. Other keys may be unavailable by then, but the calls become fewer each time.
+            metrics::count(|metrics| &metrics.retries.request_id_in_use);
             tx.restart()?;
             let mut acquired = acquired.into_iter();
             for lock in locks.iter_mut().filter(|lock| **lock == KeyLock::Acquired) {
@@ -257,6 +261,7 @@ async fn mutate_batch<M: BatchMutation>(
         let uncharged =
             response_budget::charge_batch(&tx, stored.iter().map(StoredResponse::size), budget_bytes).await?;
         if !uncharged.is_empty() {
+            metrics::count(|metrics| &metrics.retries.response_budget);
             tx.restart()?;
             over_budget.add(&uncharged);
             for (call, lock) in calls.iter().zip(&mut locks) {

@@ -4,16 +4,17 @@ use std::{future::Future, ops::Deref, pin::pin, sync::Arc, task::Poll};
 
 use futures_util::TryStreamExt;
 use tokio::{sync::oneshot, time::sleep};
-use tokio_postgres::{Client, CopyInSink, Row, Statement, types::ToSql};
+use tokio_postgres::{Client, CopyInSink, Row, types::ToSql};
 
 use super::{
     manager::Manager,
     page::{Page, PageBounds},
-    session::ABANDONED_MAX,
+    session::{ABANDONED_MAX, PreparedStatement},
 };
 use crate::{
     error::{Error, Result},
     fairness::FairPermit,
+    metrics::{self, Timer},
 };
 
 pub type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -64,25 +65,25 @@ impl Conn {
     /// Returns all rows.
     pub async fn query(&self, sql: &str, params: Params<'_>) -> Result<Vec<Row>> {
         let statement = self.statement(sql).await?;
-        self.run(self.client().query(&statement, params)).await
+        self.run_statement(&statement, self.client().query(&*statement, params)).await
     }
 
     /// Returns the only row. Zero rows or several are an error.
     pub async fn query_one(&self, sql: &str, params: Params<'_>) -> Result<Row> {
         let statement = self.statement(sql).await?;
-        self.run(self.client().query_one(&statement, params)).await
+        self.run_statement(&statement, self.client().query_one(&*statement, params)).await
     }
 
     /// Returns the row, or `None` if there is none. Several rows are an error.
     pub async fn query_opt(&self, sql: &str, params: Params<'_>) -> Result<Option<Row>> {
         let statement = self.statement(sql).await?;
-        self.run(self.client().query_opt(&statement, params)).await
+        self.run_statement(&statement, self.client().query_opt(&*statement, params)).await
     }
 
     /// Returns the number of affected rows.
     pub async fn execute(&self, sql: &str, params: Params<'_>) -> Result<u64> {
         let statement = self.statement(sql).await?;
-        self.run(self.client().execute(&statement, params)).await
+        self.run_statement(&statement, self.client().execute(&*statement, params)).await
     }
 
     /// Reads rows until there are `rows_max` or their sizes exceed `bytes_max`; at least one row if there is any.
@@ -103,14 +104,14 @@ impl Conn {
     /// As [`Conn::query_page`], for a prepared statement.
     pub(super) async fn query_prepared_page<T>(
         &self,
-        statement: &Statement,
+        statement: &PreparedStatement,
         params: Params<'_>,
         bounds: PageBounds,
         from_row: impl Fn(&Row) -> Result<T>,
         size: impl Fn(&T) -> usize,
     ) -> Result<Page<T>> {
         let read = async {
-            let mut rows = pin!(self.client().query_raw(statement, params.iter().copied()).await?);
+            let mut rows = pin!(self.client().query_raw(&**statement, params.iter().copied()).await?);
             let mut items = Vec::new();
             let mut bytes = 0;
             while let Some(row) = rows.try_next().await? {
@@ -129,7 +130,7 @@ impl Conn {
             }
             Ok(Page { items, more: false })
         };
-        self.run(read).await
+        self.run_statement(statement, read).await
     }
 
     /// Prepares statements, so that those that are polled together afterwards reach the server in that order.
@@ -140,10 +141,10 @@ impl Conn {
         Ok(())
     }
 
-    /// Returns a sink for rows in the format of COPY.
+    /// Returns a sink for rows in the format of COPY. Its duration is not measured: see [`Conn::start_timer`].
     pub async fn copy_in(&self, sql: &str) -> Result<CopyInSink<bytes::Bytes>> {
         let statement = self.statement(sql).await?;
-        self.run(self.client().copy_in(&statement)).await
+        self.run(self.client().copy_in(&*statement)).await
     }
 
     /// Commits the transaction that was begun with [`Conn::enqueue`]. If the connection is lost meanwhile, the outcome is
@@ -157,7 +158,12 @@ impl Conn {
 
     /// Executes a command that is not prepared, such as ROLLBACK.
     pub(super) async fn execute_command(&self, command: &str) -> Result<()> {
-        self.run(self.client().batch_execute(command)).await
+        self.run_with(self.start_timer(command), self.client().batch_execute(command)).await
+    }
+
+    /// Measures the duration of a statement until the result is dropped.
+    pub(super) fn start_timer(&self, sql: &str) -> Timer {
+        Timer::start(metrics::get().map(|metrics| metrics.database.statement_duration(sql)))
     }
 
     /// Waits for the response of a statement, or for a part of it: a row, or room for rows of COPY. Whatever is not awaited
@@ -165,7 +171,27 @@ impl Conn {
     ///
     /// A caller that stops waiting (its deadline has passed, its client is gone) drops the future, and the statement
     /// stays counted as in flight until it has ended: see [`Conn::drop`].
-    pub(super) async fn run<T, E: Into<Error>>(&self, response: impl Future<Output = Result<T, E>>) -> Result<T> {
+    pub(super) fn run<T, E: Into<Error>>(
+        &self,
+        response: impl Future<Output = Result<T, E>>,
+    ) -> impl Future<Output = Result<T>> {
+        self.run_with(Timer::none(), response)
+    }
+
+    /// As [`Conn::run`], for the whole response of a prepared statement. Measures the time from now.
+    pub(super) fn run_statement<T, E: Into<Error>>(
+        &self,
+        statement: &PreparedStatement,
+        response: impl Future<Output = Result<T, E>>,
+    ) -> impl Future<Output = Result<T>> {
+        self.run_with(statement.start_timer(), response)
+    }
+
+    async fn run_with<T, E: Into<Error>>(
+        &self,
+        _timer: Timer,
+        response: impl Future<Output = Result<T, E>>,
+    ) -> Result<T> {
         if self.client().is_closed() {
             // The statement is not sent: nothing is written, whatever the commit mode.
             return Err(Error::ConnectionLost);
@@ -186,7 +212,7 @@ impl Conn {
     }
 
     /// Returns the prepared statement, and prepares it if this connection has not yet.
-    pub(super) async fn statement(&self, sql: &str) -> Result<Statement> {
+    pub(super) async fn statement(&self, sql: &str) -> Result<PreparedStatement> {
         match self.checkout.session.prepared(sql) {
             Some(statement) => Ok(statement),
             None => {
@@ -200,7 +226,7 @@ impl Conn {
     /// Prepares a statement that is not kept.
     ///
     /// In a task of its own: if it were abandoned halfway, the server would keep a statement that nothing closes.
-    pub(super) async fn statement_once(&self, sql: &str) -> Result<Statement> {
+    pub(super) async fn statement_once(&self, sql: &str) -> Result<PreparedStatement> {
         let (mut sender, prepared) = oneshot::channel();
         let (checkout, sql) = (Arc::clone(&self.checkout), sql.to_owned());
         tokio::spawn(async move {

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fairness::Flow,
+    metrics,
 };
 
 /// The idempotency key of a mutation.
@@ -102,7 +103,7 @@ impl Db {
         let mut lock_wait = LockWait::Brief;
         loop {
             match db.try_mutate(caller_id, options, work.clone(), lock_wait).await {
-                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = LockWait::Full,
+                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = retry_with_lock_wait(),
                 outcome => return outcome,
             }
         }
@@ -166,7 +167,7 @@ impl Db {
             let conn = db.mutation_conn(CommitMode::EachStatement, lock_wait).await?;
             let brief = (lock_wait == LockWait::Brief).then(|| BriefLockWaits::on(&conn)).transpose()?;
             match work.clone()(&conn).await {
-                Err(Error::LockTimeout) if brief.is_some() => lock_wait = LockWait::Full,
+                Err(Error::LockTimeout) if brief.is_some() => lock_wait = retry_with_lock_wait(),
                 outcome => return outcome,
             }
         }
@@ -180,11 +181,17 @@ impl Db {
         loop {
             let tx = db.begin_mutation(lock_wait).await?;
             match find_response(&tx, caller_id, key, options.validate_only).await {
-                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = LockWait::Full,
+                Err(Error::LockTimeout) if lock_wait == LockWait::Brief => lock_wait = retry_with_lock_wait(),
                 found => return Ok(found?.is_some()),
             }
         }
     }
+}
+
+/// Returns how the second attempt of a mutation waits for locks, and counts it.
+fn retry_with_lock_wait() -> LockWait {
+    metrics::count(|metrics| &metrics.retries.lock_wait);
+    LockWait::Full
 }
 
 const LOCK_KEY: &str = "-- lock_idempotency_key

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     backoff::{Backoff, random},
     error::{Error, refusals::count_refused_connection},
+    metrics,
 };
 
 /// Time allowed for the first attempt. What is sent on a new connection can be lost; a busy server needs longer for one.
@@ -113,6 +114,7 @@ where
     loop {
         match connect().await {
             Err(error) if is_closed(&error) && failures + 1 < CONNECT_ATTEMPTS_MAX => {
+                metrics::count(|metrics| &metrics.retries.connection_closed);
                 tokio::time::sleep(CONNECT_BACKOFF.delay(failures, random())).await;
                 failures += 1;
             }

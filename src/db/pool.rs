@@ -1,6 +1,9 @@
 //! The pool of connections, which callers share, and permits for work that takes its connections for long.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use tokio::{sync::watch, time::Instant};
 
@@ -16,6 +19,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     fairness::{FairPermit, FairSemaphore, Flow, SharePercent},
+    metrics::{self, PoolMetrics, PoolUsage},
 };
 
 /// How long a call waits before the pool looks again whether a new connection must be made. It does so only when a call begins
@@ -102,8 +106,33 @@ struct Shared {
     health: watch::Receiver<Health>,
     options: PoolOptions,
     connections: FairSemaphore,
-    lock_permits: FairSemaphore,
-    heavy_permits: FairSemaphore,
+    work: WorkPermits,
+    metrics: Option<PoolMetrics>,
+}
+
+impl Shared {
+    fn usage(&self) -> PoolUsage {
+        let bb8::State { connections, idle_connections, .. } = self.pool.state();
+        let used = connections.saturating_sub(idle_connections);
+        PoolUsage { idle: idle_connections, used, pending: self.connections.waiting_count() }
+    }
+
+    fn count_timeout(&self) {
+        self.metrics.iter().for_each(|metrics| metrics.timeouts.inc());
+    }
+}
+
+/// Permits for work that takes connections for long.
+#[derive(Clone)]
+struct WorkPermits {
+    lock_waits: FairSemaphore,
+    heavy_queries: FairSemaphore,
+}
+
+/// The names of a pool, in metrics, and of the permits for its connections, in log lines and metrics.
+struct PoolNames {
+    pool: &'static str,
+    connections: &'static str,
 }
 
 impl Db {
@@ -132,18 +161,29 @@ impl Db {
         let manager = Manager::new(config, connector, prepared);
         let (health_found, health) = watch::channel(Health { reads: prepared, writes: prepared });
         tokio::spawn(probe::run(manager.clone(), health_found));
-        Self::with_manager("database connections", manager, health, options)
+        let (connections, share) = (options.connections_max, options.share);
+        let work = WorkPermits {
+            lock_waits: FairSemaphore::new("row lock waiters", connections / 2, share),
+            heavy_queries: FairSemaphore::new("reports, searches and large batches", connections / 4, share),
+        };
+        let names = PoolNames { pool: "main", connections: "database connections" };
+        let db = Self::with_manager(names, manager, health, options, work);
+        if let Some(metrics) = metrics::get() {
+            let observed = Arc::downgrade(&db.shared);
+            metrics.database.observe_availability(move || {
+                let Health { reads, writes } = *observed.upgrade()?.health.borrow();
+                Some([reads, writes])
+            });
+        }
+        db
     }
 
     /// Returns a separate pool on the same database, for authentication.
     pub fn for_auth(&self) -> Self {
         let options = PoolOptions { connections_max: AUTH_CONNECTIONS_MAX, ..self.shared.options.clone() };
-        Self::with_manager(
-            "database connections for authentication",
-            self.shared.manager.clone(),
-            self.shared.health.clone(),
-            options,
-        )
+        let Shared { manager, health, work, .. } = &*self.shared;
+        let names = PoolNames { pool: "authentication", connections: "database connections for authentication" };
+        Self::with_manager(names, manager.clone(), health.clone(), options, work.clone())
     }
 
     /// Returns the same pool as this flow uses it.
@@ -151,12 +191,12 @@ impl Db {
         Self { flow, ..self.clone() }
     }
 
-    /// `name`: the name of the connections in log lines.
     fn with_manager(
-        name: &'static str,
+        names: PoolNames,
         manager: Manager,
         health: watch::Receiver<Health>,
         options: PoolOptions,
+        work: WorkPermits,
     ) -> Self {
         let pool = bb8::Pool::builder()
             .max_size(options.connections_max)
@@ -167,16 +207,21 @@ impl Db {
             .retry_connection(true)
             .build_unchecked(manager.clone());
         let (connections, share) = (options.connections_max, options.share);
-        let shared = Shared {
-            pool,
-            manager,
-            health,
-            connections: FairSemaphore::new(name, connections, share),
-            lock_permits: FairSemaphore::new("row lock waiters", connections / 2, share),
-            heavy_permits: FairSemaphore::new("reports, searches and large batches", connections / 4, share),
-            options,
-        };
-        Self { shared: Arc::new(shared), flow: Flow::Internal, storage_limits: StorageLimits::NONE }
+        let shared = Arc::new_cyclic(|shared: &Weak<Shared>| {
+            let shared = Weak::clone(shared);
+            let usage = move || Some(shared.upgrade()?.usage());
+            let metrics = metrics::get().map(|metrics| metrics.database.observe_pool(names.pool, connections, usage));
+            Shared {
+                pool,
+                manager,
+                health,
+                connections: FairSemaphore::new(names.connections, connections, share),
+                work,
+                options,
+                metrics,
+            }
+        });
+        Self { shared, flow: Flow::Internal, storage_limits: StorageLimits::NONE }
     }
 
     /// Returns the pool with limits on stored data. A new pool has none.
@@ -205,7 +250,7 @@ impl Db {
     /// As [`Db::conn`], for a query that can run for seconds. Three quarters of the connections stay free for other work.
     pub async fn heavy_conn(&self) -> Result<Conn> {
         let refused = "too many concurrent reports, searches and reads of large batches; try again";
-        let permit = self.acquire(&self.shared.heavy_permits, refused).await?;
+        let permit = self.acquire(&self.shared.work.heavy_queries, refused).await?;
         self.checkout(CommitMode::Explicit, Some(permit)).await
     }
 
@@ -216,7 +261,7 @@ impl Db {
             LockWait::Brief => None,
             LockWait::Full => {
                 let refused = "too many requests wait for row locks; try again";
-                Some(self.acquire(&self.shared.lock_permits, refused).await?)
+                Some(self.acquire(&self.shared.work.lock_waits, refused).await?)
             }
         };
         self.checkout(commit_mode, permit).await
@@ -229,7 +274,7 @@ impl Db {
 
     /// `of_work`: the permit for the kind of work, which is held until the session has returned to the pool.
     async fn checkout(&self, commit_mode: CommitMode, of_work: Option<FairPermit>) -> Result<Conn> {
-        let Shared { pool, manager, connections, options, .. } = &*self.shared;
+        let Shared { pool, manager, connections, options, metrics, .. } = &*self.shared;
         if !manager.availability().is_prepared() {
             return Err(Error::Unavailable);
         }
@@ -238,7 +283,7 @@ impl Db {
         let refused = "too many requests wait for a database connection; try again";
         let permit = tokio::select! {
             biased;
-            permit = self.acquire(connections, refused) => permit?,
+            permit = self.acquire(connections, refused) => permit.inspect_err(|_| self.shared.count_timeout())?,
             Ok(_) = up.wait_for(|up| !up) => return Err(Error::Unavailable),
         };
         waited += began.elapsed();
@@ -255,11 +300,17 @@ impl Db {
                 Ok(session) if session.client().is_closed() || session.is_outdated() => continue,
                 // Another connection was lost without being closed: this one may be lost too.
                 Ok(session) if session.is_suspect() && !session.validate().await => continue,
-                Ok(session) => return Ok(Conn::new(session, commit_mode, [Some(permit), of_work])),
+                Ok(session) => {
+                    metrics.iter().for_each(|metrics| metrics.wait_time.observe(waited.as_secs_f64()));
+                    return Ok(Conn::new(session, commit_mode, [Some(permit), of_work]));
+                }
                 // No connection could be made, although this caller has a permit for one and the database is not known to be
                 // unavailable.
                 Err(bb8::RunError::TimedOut) if waited < options.wait_max => continue,
-                Err(bb8::RunError::TimedOut) => return Err(Error::Unavailable),
+                Err(bb8::RunError::TimedOut) => {
+                    self.shared.count_timeout();
+                    return Err(Error::Unavailable);
+                }
                 Err(bb8::RunError::User(error)) => return Err(error),
             }
         }

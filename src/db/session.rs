@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -17,7 +18,10 @@ use super::{
     availability::Availability,
     cancellation::Canceller,
 };
-use crate::error::Result;
+use crate::{
+    error::Result,
+    metrics::{self, Histogram, Timer},
+};
 
 /// Maximum prepared statements of a connection. Only the shapes of filters are more than a few dozen; past the bound, an
 /// arbitrary statement makes room for a new one.
@@ -35,11 +39,33 @@ const AFTER_CANCELLATION: &str = "-- after_cancellation\nRESET lock_timeout";
 /// Time allowed for the response of a suspect session.
 const VALIDATION_MAX: Duration = Duration::from_secs(1);
 
+/// A prepared statement, with the histogram of its durations if metrics are enabled.
+#[derive(Clone)]
+pub(super) struct PreparedStatement {
+    statement: Statement,
+    duration: Option<Histogram>,
+}
+
+impl PreparedStatement {
+    /// Measures the duration of the statement until the result is dropped.
+    pub(super) fn start_timer(&self) -> Timer {
+        Timer::start(self.duration.clone())
+    }
+}
+
+impl Deref for PreparedStatement {
+    type Target = Statement;
+
+    fn deref(&self) -> &Statement {
+        &self.statement
+    }
+}
+
 /// A connection to the server with its prepared statements.
 pub struct Session {
     client: Client,
     canceller: Canceller,
-    statements: Mutex<HashMap<String, Statement>>,
+    statements: Mutex<HashMap<String, PreparedStatement>>,
     /// Statements that were sent and whose response has not arrived. After the checkout has ended: statements whose
     /// callers have stopped waiting.
     statements_in_flight: AtomicU32,
@@ -181,12 +207,12 @@ impl Session {
     }
 
     /// Returns the statement if it is prepared and kept.
-    pub(super) fn prepared(&self, sql: &str) -> Option<Statement> {
+    pub(super) fn prepared(&self, sql: &str) -> Option<PreparedStatement> {
         self.lock_statements().get(sql).cloned()
     }
 
     /// Keeps a prepared statement.
-    pub(super) fn keep(&self, sql: &str, statement: &Statement) {
+    pub(super) fn keep(&self, sql: &str, statement: &PreparedStatement) {
         let mut statements = self.lock_statements();
         if statements.len() >= STATEMENTS_PER_CONNECTION_MAX
             && let Some(any) = statements.keys().next().cloned()
@@ -197,16 +223,17 @@ impl Session {
     }
 
     /// Prepares a statement that lives as long as the result.
-    pub(super) async fn prepare(&self, sql: &str) -> Result<Statement> {
+    pub(super) async fn prepare(&self, sql: &str) -> Result<PreparedStatement> {
         // Preparing can wait for a lock on a table, too.
         let _awaited = self.await_response();
         self.begin_statement();
         let statement = self.client.prepare(sql).await;
         self.end_statement();
-        Ok(statement?)
+        let duration = metrics::get().map(|metrics| metrics.database.statement_duration(sql));
+        Ok(PreparedStatement { statement: statement?, duration })
     }
 
-    fn lock_statements(&self) -> MutexGuard<'_, HashMap<String, Statement>> {
+    fn lock_statements(&self) -> MutexGuard<'_, HashMap<String, PreparedStatement>> {
         // A panic of another holder leaves the map valid.
         self.statements.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -71,7 +71,7 @@ impl Tx {
         // Prepared first, so that nothing delays the statement when the COMMIT is sent.
         let statement = self.conn.statement(sql).await?;
         let conn = &self.conn;
-        let written = conn.run(conn.client().execute(&statement, params));
+        let written = conn.run_statement(&statement, conn.client().execute(&*statement, params));
         let (written, committed) = tokio::join!(biased; written, conn.commit());
         // If the statement fails, the server rolls back at the COMMIT. If the connection is lost, the outcome depends on
         // whether the COMMIT was sent.

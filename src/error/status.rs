@@ -15,6 +15,7 @@ use super::{
     refusals::count_call_refusal,
     text::{indices, named},
 };
+use crate::metrics;
 
 /// `ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "issuetracker";
@@ -24,6 +25,9 @@ pub const RETRY_DELAY: Duration = Duration::from_millis(500);
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         log(&error);
+        if let Some(metrics) = metrics::get() {
+            metrics.errors.with_label_values(&[error.reason()]).inc();
+        }
         let message = error.to_string();
         let code = error.code();
         let mut details = vec![ErrorInfo::new(error.reason(), ERROR_DOMAIN, error.metadata()).into()];

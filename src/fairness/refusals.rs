@@ -9,6 +9,7 @@ use std::{
 use tokio::time::{Instant, sleep_until};
 
 use super::flow::Flow;
+use crate::metrics::{self, IntCounter};
 
 /// Minimum time between two log lines about one flow.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -36,10 +37,33 @@ impl Refusal {
     }
 }
 
-/// Counts the refusals of each flow since the last log line about it.
+/// Counts the refusals of a resource by their reasons, for the metrics.
+pub struct RefusalCounters(Option<[IntCounter; 3]>);
+
+impl RefusalCounters {
+    /// `resource`: its name in the metrics.
+    pub fn new(resource: &str) -> Self {
+        let reasons = [Refusal::Share, Refusal::Total, Refusal::Wait].map(Refusal::as_str);
+        Self(metrics::get().map(|metrics| metrics.resources.refusal_counters(resource, reasons)))
+    }
+
+    pub fn count(&self, refusal: Refusal) {
+        if let Some([share, total, wait]) = &self.0 {
+            let counter = match refusal {
+                Refusal::Share => share,
+                Refusal::Total => total,
+                Refusal::Wait => wait,
+            };
+            counter.inc();
+        }
+    }
+}
+
+/// Counts the refusals of each flow since the last log line about it, and all of them for the metrics.
 pub(super) struct RefusalLog {
     /// The name of the resource in log lines.
     resource: &'static str,
+    counters: RefusalCounters,
     flows: Arc<Mutex<HashMap<Flow, Refused>>>,
 }
 
@@ -62,12 +86,13 @@ enum Due {
 
 impl RefusalLog {
     pub fn new(resource: &'static str) -> Self {
-        Self { resource, flows: Arc::default() }
+        Self { resource, counters: RefusalCounters::new(resource), flows: Arc::default() }
     }
 
     /// Logs a refusal now if the last line about the flow is a minute old, else one minute after that line, together with all
     /// refusals until then.
     pub fn record(&self, flow: Flow, refusal: Refusal) {
+        self.counters.count(refusal);
         match self.count(flow, refusal) {
             Due::Now => log(self.resource, flow, refusal, 1),
             Due::At(time) => {

@@ -15,6 +15,7 @@ use super::{
     flow::{Flow, SharePercent},
     refusals::{Refusal, RefusalLog},
 };
+use crate::metrics::{self, ResourceUsage};
 
 /// If no waiter was granted a permit for this long, the interval between two grants is taken to be at least that time divided
 /// by the number of permits. Longer than a busy machine takes to open the first connections of a pool.
@@ -76,7 +77,7 @@ struct Progress {
 }
 
 impl FairSemaphore {
-    /// `resource`: its name in log lines.
+    /// `resource`: its name in log lines and metrics.
     pub fn new(resource: &'static str, permits: u32, share: SharePercent) -> Self {
         let permits = permits.max(1);
         let state = State {
@@ -87,7 +88,17 @@ impl FairSemaphore {
             progress: Progress { interval: Duration::ZERO, time: Instant::now(), is_whole_interval: false },
         };
         let (share_max, refusals) = (share.of(permits), RefusalLog::new(resource));
-        Self { inner: Arc::new(Inner { permits, share_max, refusals, state: Mutex::new(state) }) }
+        let inner = Arc::new(Inner { permits, share_max, refusals, state: Mutex::new(state) });
+        if let Some(metrics) = metrics::get() {
+            let observed = Arc::downgrade(&inner);
+            metrics.resources.observe(resource, permits, move || Some(observed.upgrade()?.usage()));
+        }
+        Self { inner }
+    }
+
+    /// Returns how many calls wait for a permit.
+    pub fn waiting_count(&self) -> usize {
+        self.inner.usage().waiting
     }
 
     /// Returns how many permits one flow may hold.
@@ -144,6 +155,12 @@ impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic of another holder leaves the state valid.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn usage(&self) -> ResourceUsage {
+        let state = self.lock();
+        let waiting = state.waiting.values().map(|flow| flow.waiters.len()).sum();
+        ResourceUsage { in_use: self.permits - state.free, waiting }
     }
 }
 

@@ -13,14 +13,18 @@ use prost_types::FileDescriptorSet;
 use tower::{Layer, Service};
 
 use super::method_table::{METHODS, MethodPolicy, RequiredRole};
-use crate::pb::Role;
+use crate::{metrics, pb::Role};
 
 /// The largest response of a mutation that declares no size.
 const SMALL_RESPONSE_BYTES_MAX: usize = 4 * 1024;
+/// The index of all methods that are not in the table.
+const UNKNOWN_METHOD: u16 = 0;
 
 /// What the layers know about the method of a request. It is in the extensions of each request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallPolicy {
+    /// The index of the method in [`MethodTable::names`].
+    pub method: u16,
     /// Whether the method belongs to this service. Health, reflection and methods that do not exist do not.
     pub is_own: bool,
     /// Whether the request is a stream of messages.
@@ -60,6 +64,7 @@ impl ResponseSize {
 impl CallPolicy {
     /// The policy of methods of other packages that are not in the table.
     const UNKNOWN: Self = Self {
+        method: UNKNOWN_METHOD,
         is_own: false,
         client_streaming: true,
         server_streaming: true,
@@ -100,6 +105,7 @@ impl CallPolicy {
 impl From<&MethodPolicy> for CallPolicy {
     fn from(declared: &MethodPolicy) -> Self {
         Self {
+            method: UNKNOWN_METHOD,
             is_own: true,
             client_streaming: declared.client_streaming,
             server_streaming: declared.server_streaming,
@@ -118,6 +124,7 @@ impl From<&MethodPolicy> for CallPolicy {
 #[derive(Clone, Debug)]
 pub struct MethodTable {
     policies: HashMap<String, CallPolicy>,
+    names: Vec<String>,
     /// How the paths of this package's methods begin: `/issuetracker.v1.`.
     own_prefix: Option<String>,
 }
@@ -126,10 +133,18 @@ impl MethodTable {
     /// Returns the methods of this service.
     pub fn of_own_methods() -> Self {
         let package = METHODS.first().and_then(|method| method.service.rsplit_once('.'));
-        Self {
-            policies: METHODS.iter().map(|method| (method.path.to_owned(), method.into())).collect(),
+        let empty = Self {
+            policies: HashMap::new(),
+            names: vec![metrics::OTHER.to_owned()],
             own_prefix: package.map(|(package, _)| format!("/{package}.")),
-        }
+        };
+        METHODS.iter().fold(empty, |table, method| table.with_method(method.path, method.into()))
+    }
+
+    /// Returns the names of the methods, such as `issuetracker.v1.IssueService/GetIssue`, by [`CallPolicy::method`]. The first
+    /// one stands for methods that are not in the table.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
     /// Adds the methods of another package, such as gRPC health, from its encoded descriptors. They need no credentials.
@@ -152,7 +167,11 @@ impl MethodTable {
 
     /// Adds one method.
     pub fn with_method(mut self, path: impl Into<String>, policy: CallPolicy) -> Self {
-        self.policies.insert(path.into(), policy);
+        let path = path.into();
+        // A table of more methods would call the others unknown.
+        let method = u16::try_from(self.names.len()).unwrap_or(UNKNOWN_METHOD);
+        self.names.push(path.trim_start_matches('/').to_owned());
+        self.policies.insert(path, CallPolicy { method, ..policy });
         self
     }
 
@@ -221,6 +240,17 @@ mod tests {
         let watch = table.policy("/grpc.health.v1.Health/Watch");
         assert!(!watch.client_streaming && watch.server_streaming);
         assert!(table.policy("/issuetracker.v1.IssueService/GetIssue").only_reads);
+    }
+
+    #[test]
+    fn methods_are_named_by_their_index() {
+        let table = MethodTable::of_own_methods().with_third_party(tonic_health::pb::FILE_DESCRIPTOR_SET).unwrap();
+        let name = |path: &str| &*table.names()[usize::from(table.policy(path).method)];
+        for method in ["issuetracker.v1.IssueService/GetIssue", "grpc.health.v1.Health/Check"] {
+            assert_eq!(name(&format!("/{method}")), method);
+        }
+        assert_eq!(name("/issuetracker.v1.IssueService/Nothing"), "_OTHER");
+        assert_eq!(table.names().len(), table.policies.len() + 1);
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::{
     auth::Caller,
     backoff::{Backoff, random},
     error::{Error, Result, Retry},
+    metrics,
     transport::client_address::ClientAddress,
 };
 
@@ -97,6 +98,7 @@ where
                 false => Ok(response),
             };
         };
+        attempts.count_retry(error);
         sleep(delay).await;
         request = repeat.request();
     }
@@ -159,6 +161,16 @@ impl Attempts {
             None => error.retry() == Retry::Again && self.count < ATTEMPTS_MAX,
         };
         is_retried.then(|| BACKOFF.delay(self.count, random()))
+    }
+
+    /// Counts the retry after `error` for the metrics.
+    fn count_retry(&self, error: &Error) {
+        metrics::count(|metrics| match error {
+            _ if self.unknown_since.is_some() => &metrics.retries.outcome_unknown,
+            Error::Conflict(_) => &metrics.retries.conflict,
+            Error::ReadOnly => &metrics.retries.read_only,
+            _ => &metrics.retries.connection_lost,
+        });
     }
 }
 

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    fairness::{Refusal, RefusalCounters},
     transport::{activity::CallHandle, client_address::ClientAddress},
 };
 
@@ -68,7 +69,18 @@ where
 
 /// The unauthenticated streams in flight.
 #[derive(Clone, Default)]
-struct Streams(Arc<Mutex<Counts>>);
+struct Streams(Arc<StreamCounts>);
+
+struct StreamCounts {
+    counts: Mutex<Counts>,
+    refusals: RefusalCounters,
+}
+
+impl Default for StreamCounts {
+    fn default() -> Self {
+        Self { counts: Mutex::default(), refusals: RefusalCounters::new("unauthenticated calls") }
+    }
+}
 
 #[derive(Default)]
 struct Counts {
@@ -84,34 +96,40 @@ impl Streams {
         if policy.role().is_some() {
             return Ok(None);
         }
-        let too_many = || Error::Exhausted("too many concurrent calls without credentials; try again".to_owned());
+        let too_many = |refusal| {
+            self.0.refusals.count(refusal);
+            Error::Exhausted("too many concurrent calls without credentials; try again".to_owned())
+        };
         let call =
             request.extensions().get::<CallHandle>().ok_or(Error::Internal("a request without a call handle"))?;
         if !call.try_enter_unauthenticated() {
-            return Err(too_many());
+            return Err(too_many(Refusal::Share));
         }
         if !policy.is_streaming() {
             return Ok(None);
         }
-        self.try_enter(call.client_address()).map(Some).ok_or_else(too_many)
+        self.try_enter(call.client_address()).map(Some).map_err(too_many)
     }
 
-    /// Returns `None` if the client has 64 streams, or all clients together have 1,024.
-    fn try_enter(&self, client: ClientAddress) -> Option<Stream> {
+    /// Fails with `Share` if the client has 64 streams, and with `Total` if all clients together have 1,024.
+    fn try_enter(&self, client: ClientAddress) -> Result<Stream, Refusal> {
         let client = client.network();
         let mut counts = self.lock();
         let of_client = counts.of_clients.get(&client).copied().unwrap_or(0);
-        if of_client >= STREAMS_PER_CLIENT_MAX || counts.all >= STREAMS_MAX {
-            return None;
+        if of_client >= STREAMS_PER_CLIENT_MAX {
+            return Err(Refusal::Share);
+        }
+        if counts.all >= STREAMS_MAX {
+            return Err(Refusal::Total);
         }
         counts.all += 1;
         counts.of_clients.insert(client, of_client + 1);
-        Some(Stream { streams: self.clone(), client })
+        Ok(Stream { streams: self.clone(), client })
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
         // The counts are consistent even if a holder of the lock has panicked.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -138,7 +156,7 @@ impl Drop for Stream {
 mod tests {
     use super::*;
 
-    fn enter(streams: &Streams, address: &str) -> Option<Stream> {
+    fn enter(streams: &Streams, address: &str) -> Result<Stream, Refusal> {
         streams.try_enter(ClientAddress(address.parse().unwrap()))
     }
 
@@ -147,11 +165,11 @@ mod tests {
         let streams = Streams::default();
         let mut held: Vec<_> =
             (0..STREAMS_PER_CLIENT_MAX).map(|nth| enter(&streams, &format!("2001:db8::{nth}")).unwrap()).collect();
-        assert!(enter(&streams, "2001:db8::ffff").is_none());
+        assert!(enter(&streams, "2001:db8::ffff").is_err_and(|refusal| refusal == Refusal::Share));
         held.push(enter(&streams, "203.0.113.9").unwrap());
         held.remove(0);
         held.push(enter(&streams, "2001:db8::ffff").unwrap());
-        assert!(enter(&streams, "2001:db8::ffff").is_none());
+        assert!(enter(&streams, "2001:db8::ffff").is_err_and(|refusal| refusal == Refusal::Share));
         held.clear();
         assert!(streams.lock().of_clients.is_empty() && streams.lock().all == 0);
     }
@@ -161,9 +179,9 @@ mod tests {
         let streams = Streams::default();
         let mut held: Vec<_> =
             (0..STREAMS_MAX).map(|nth| enter(&streams, &format!("10.0.{}.{}", nth / 64, 1)).unwrap()).collect();
-        assert!(enter(&streams, "10.1.0.1").is_none());
+        assert!(enter(&streams, "10.1.0.1").is_err_and(|refusal| refusal == Refusal::Total));
         held.pop();
         held.push(enter(&streams, "10.1.0.1").unwrap());
-        assert!(enter(&streams, "10.1.0.2").is_none());
+        assert!(enter(&streams, "10.1.0.2").is_err());
     }
 }

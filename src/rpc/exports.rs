@@ -14,6 +14,7 @@ use crate::{
     error::Result,
     fairness::FairPermit,
     filter::Filter,
+    metrics,
     pb::ExportIssuesResponse,
 };
 
@@ -42,6 +43,7 @@ pub struct ExportOptions {
 pub fn start(db: Db, options: ExportOptions, permit: FairPermit, stopping: CancellationToken) -> ExportStream {
     respond(EXPORT_CHUNKS_BUFFERED_MAX, stopping, |responses| async move {
         let _permit = permit;
+        let _in_progress = metrics::in_progress(|metrics| &metrics.exports.in_progress);
         export(&db, &options, &responses).await
     })
 }
@@ -55,25 +57,30 @@ async fn send_chunks(db: &Db, options: &ExportOptions, responses: &ResponseSende
     let mut session = ExportSession::open(db, &options.filter, options.show_deleted).await?;
     let mut writer = ExportWriter::new(options.escape_formulas)?;
     let mut stall_timeout = StallTimeout::new(&EXPORT_RATE_MIN);
+    let mut sent_rows = 0;
     while let Some(row) = session.next().await? {
         if let Some(chunk) = writer.write(&row)? {
-            send(responses, &mut stall_timeout, chunk).await?;
+            send(responses, &mut stall_timeout, chunk, &mut sent_rows).await?;
         }
     }
     session.finish().await?;
     let last = writer.finish()?;
-    if last.data.is_empty() { Ok(()) } else { send(responses, &mut stall_timeout, last).await }
+    if last.data.is_empty() { Ok(()) } else { send(responses, &mut stall_timeout, last, &mut sent_rows).await }
 }
 
 async fn send(
     responses: &ResponseSender<ExportIssuesResponse>,
     stall_timeout: &mut StallTimeout,
     chunk: ExportChunk,
+    sent_rows: &mut u64,
 ) -> Result<()> {
     let ExportChunk { data, row_count } = chunk;
     let bytes = data.len() as u64;
     let response = ExportIssuesResponse { data, row_count: row_count.cast_signed() };
     stall_timeout.wait(responses.send(response), "no response read").await??;
     stall_timeout.add_bytes(bytes);
+    metrics::count_by(|metrics| &metrics.exports.bytes, bytes);
+    metrics::count_by(|metrics| &metrics.exports.rows, row_count - *sent_rows);
+    *sent_rows = row_count;
     Ok(())
 }

@@ -28,7 +28,7 @@ use super::{
     eviction::ConnectionRegistry,
     tls,
 };
-use crate::backoff::random;
+use crate::{backoff::random, metrics};
 
 /// Time allowed for the TLS handshake.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -124,16 +124,21 @@ where
         let activity = Activity::new(unauthenticated_max.max(UNAUTHENTICATED_CALLS_PER_CLIENT_MAX));
         let registered = self.registry.register(activity);
         let activity = Arc::clone(&registered.activity);
+        let _open = metrics::in_progress(|metrics| &metrics.connections.open);
         let Some(tls) = &self.tls else {
             return self.serve_http2(stream, peer, activity, is_late).await;
         };
         // TLS itself reports certificates that either side refuses.
         let accepted = tokio::select! {
             accepted = timeout(HANDSHAKE_MAX, tls.accept(stream)) => accepted,
-            () = activity.evicted.notified() => return,
+            () = activity.evicted.notified() => {
+                metrics::count(|metrics| &metrics.connections.evicted);
+                return;
+            }
         };
-        if let Ok(Ok(stream)) = accepted {
-            self.serve_http2(stream, peer, activity, is_late).await;
+        match accepted {
+            Ok(Ok(stream)) => self.serve_http2(stream, peer, activity, is_late).await,
+            Ok(Err(_)) | Err(_) => metrics::count(|metrics| &metrics.connections.refused_tls),
         }
     }
 
@@ -160,6 +165,9 @@ where
             () = activity.evicted.notified() => true,
             _ = until_inactive(&activity, self.limits.idle_max) => false,
         };
+        if is_evicted {
+            metrics::count(|metrics| &metrics.connections.evicted);
+        }
         connection.as_mut().graceful_shutdown();
         // Calls in flight may finish. How long a shutdown may take is up to the caller of `serve`.
         tokio::select! {

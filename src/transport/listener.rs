@@ -15,6 +15,7 @@ use super::{
     connection::{CLOSE_GRACE, ConnectionLimits, ConnectionServer},
     tls,
 };
+use crate::metrics;
 
 /// How long the server waits after a failed accept, for example when the process has no free file descriptor.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -89,6 +90,7 @@ where
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(kind = ?error.kind(), "accept failed");
+                    metrics::count(|metrics| &metrics.connections.refused_accept);
                     // Without free file descriptors, capacity ends before the maximum of connections is reached.
                     server.evict();
                     sleep(ACCEPT_RETRY_DELAY).await;
@@ -96,7 +98,11 @@ where
                 }
             };
             // Without capacity nothing more is accepted: further connections wait in the kernel.
-            let Some(permit) = server.acquire_permit().await else { continue };
+            let Some(permit) = server.acquire_permit().await else {
+                metrics::count(|metrics| &metrics.connections.refused_limit);
+                continue;
+            };
+            metrics::count(|metrics| &metrics.connections.accepted);
             let is_late = shutdown.is_cancelled();
             let tracker = if is_late { &trackers.during_shutdown } else { &trackers.before_shutdown };
             let server = Arc::clone(&server);

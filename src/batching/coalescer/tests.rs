@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 
 use super::*;
 
-const BOUNDS: Bounds = Bounds { items_max: 4, batches_max: 1, waiting_max: 100, runs_inline: true };
+const BOUNDS: Bounds = Bounds { name: "test", items_max: 4, batches_max: 1, waiting_max: 100, runs_inline: true };
 
 /// Doubles numbers. 13 fails the whole batch, 14 fails alone, 15 is executed individually. Each batch takes a permit.
 fn doubler(bounds: Bounds, permits: Arc<Semaphore>, batches: Arc<Mutex<Vec<Vec<u32>>>>) -> Coalescer<u32, u32, u32> {
@@ -312,7 +312,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
-            let bounds = Bounds { items_max, batches_max, waiting_max: 100, runs_inline };
+            let bounds = Bounds { name: "test", items_max, batches_max, waiting_max: 100, runs_inline };
             let coalescer = Arc::new(doubler(bounds, Arc::new(Semaphore::new(1_000)), Arc::default()));
             let calls: Vec<_> = items
                 .iter()

@@ -19,6 +19,7 @@ use crate::{
     csv::{Batch, BatchReader, Header, RowError},
     db::{Db, conn::ExclusiveConn},
     error::{Error, Result, quote},
+    metrics,
     pb::{ImportProgress, ImportState, ImportSummary},
 };
 
@@ -181,6 +182,7 @@ impl ImportRun {
         for _ in 0..ATTEMPTS_MAX {
             match self.try_write_batch(batch).await {
                 Err(error) if is_conflict(&error) => {
+                    metrics::count(|metrics| &metrics.retries.import_conflict);
                     self.conn.execute_command("ROLLBACK").await?;
                     self.references.clear();
                 }
@@ -240,6 +242,7 @@ impl ImportRun {
     /// Moves to the checkpoint after a batch that was written.
     fn advance(&mut self, next: Checkpoint, batch: &Batch) -> Result<()> {
         self.header = Some(header(batch)?);
+        metrics::count_by(|metrics| &metrics.imports.rows, next.row_count - self.checkpoint.row_count);
         self.checkpoint = next;
         self.parsed.add(batch);
         Ok(())

@@ -45,6 +45,7 @@ async fn copy_issues(db: &Conn, spec: &ImportSpec, inserts: &[InsertRow<'_>]) ->
     if inserts.is_empty() {
         return Ok(());
     }
+    let _timer = db.start_timer(SQL);
     let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &TYPES));
     for InsertRow { row, id, status, create_time, close_time, assignee_id, .. } in inserts {
         let priority = if row.priority == Priority::Unspecified { spec.default_priority } else { row.priority };
@@ -74,6 +75,7 @@ async fn copy_labels(db: &Conn, inserts: &[InsertRow<'_>]) -> Result<()> {
     if count == 0 {
         return Ok(());
     }
+    let _timer = db.start_timer(SQL);
     let mut writer = Box::pin(BinaryCopyInWriter::new(db.copy_in(SQL).await?, &[Type::UUID, Type::UUID]));
     for insert in inserts {
         for label_id in &insert.label_ids {

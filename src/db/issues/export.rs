@@ -15,6 +15,7 @@ use crate::{
     },
     error::{Error, Result},
     filter::Filter,
+    metrics::Timer,
 };
 
 /// An export. Rows are read as they are requested: while none is requested, the database waits.
@@ -24,6 +25,8 @@ pub struct ExportSession {
     conn: ExclusiveConn,
     labels: LabelNames,
     columns: ExportColumns,
+    /// Of the query, which lasts as long as the client reads.
+    _timer: Timer,
     rows: Pin<Box<RowStream>>,
     row: Option<Row>,
     /// The names of the labels of `row`.
@@ -54,8 +57,9 @@ impl ExportSession {
         let labels = LabelNames::load(&conn).await?;
         let statement = conn.statement(&sql).await?;
         let columns = ExportColumns::of(&statement)?;
-        let rows = Box::pin(conn.run(conn.client().query_raw(&statement, params.iter().copied())).await?);
-        Ok(Self { conn, labels, columns, rows, row: None, label_names: String::new() })
+        let timer = statement.start_timer();
+        let rows = Box::pin(conn.run(conn.client().query_raw(&*statement, params.iter().copied())).await?);
+        Ok(Self { conn, labels, columns, _timer: timer, rows, row: None, label_names: String::new() })
     }
 
     /// Returns the next row, or `None` at the end.

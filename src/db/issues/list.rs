@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::OnceLock};
 
 use prost::Message;
-use tokio_postgres::{Row, Statement, types::ToSql};
+use tokio_postgres::{Row, types::ToSql};
 use uuid::Uuid;
 
 use super::{get::VIEW_COMMENT_BOUNDS, row::IssueColumns};
@@ -13,6 +13,7 @@ use crate::{
         conn::{Conn, Params},
         labels,
         page::{Page, PageBounds},
+        session::PreparedStatement,
     },
     error::Result,
     filter::{Filter, LabelRef, Term, UserRef},
@@ -114,7 +115,12 @@ pub async fn add_comments(db: &Conn, issues: &mut [Issue], ids: &[Uuid], bytes_m
 ///
 /// Many issues have few different labels: these are read once, after the issues, so that labels are never older than the
 /// version of their issue.
-async fn query_issues(db: &Conn, statement: &Statement, params: Params<'_>, bounds: PageBounds) -> Result<Page<Issue>> {
+async fn query_issues(
+    db: &Conn,
+    statement: &PreparedStatement,
+    params: Params<'_>,
+    bounds: PageBounds,
+) -> Result<Page<Issue>> {
     const LABELS: &str = "-- labels_of_page
         SELECT id, name, description FROM labels WHERE id = ANY ($1) ORDER BY lower(name)";
     let columns: OnceLock<IssueColumns> = OnceLock::new();

@@ -18,6 +18,7 @@ use crate::{
     },
     error::{Error, Result, Violation, quote},
     fairness::{FairPermit, FairSemaphore, Flow},
+    metrics,
     pb::{
         ImportChunk, ImportIssuesRequest, ImportIssuesResponse, ImportRowError, import_issues_request,
         import_issues_response::Message,
@@ -77,6 +78,7 @@ pub(super) async fn import(
     let _permit = permit(imports, Flow::User(caller_id))?;
     drop(start);
     let mut responses = Responses { sender, stall_timeout: StallTimeout::new(&IMPORT_RATE_MIN) };
+    let _in_progress = metrics::in_progress(|metrics| &metrics.imports.in_progress);
     let run = match ImportRun::start(db, Arc::clone(&spec)).await? {
         Started::Running(run) => *run,
         Started::AlreadyFinished(summary) => return responses.send(Message::Summary(summary)).await,
@@ -108,6 +110,7 @@ impl Chunks {
             Some(import_issues_request::Message::Chunk(chunk)) => {
                 // Bytes received before count too: after a cut, a client may send the file from its start.
                 self.stall_timeout.add_bytes(chunk.data.len() as u64);
+                metrics::count_by(|metrics| &metrics.imports.bytes, chunk.data.len() as u64);
                 new_bytes(&chunk, received).map(Some)
             }
             Some(import_issues_request::Message::Options(_)) => {

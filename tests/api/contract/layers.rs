@@ -7,11 +7,12 @@ use std::{fs, path::Path};
 use module_graph::ModuleGraph;
 
 /// The modules of `src/`. Each imports only from the modules before it.
-const LAYERS: [&str; 21] = [
+const LAYERS: [&str; 22] = [
     "pb",
     "hash",
     "limits",
     "backoff",
+    "metrics",
     "fairness",
     "error",
     "tls",

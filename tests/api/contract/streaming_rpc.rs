@@ -114,6 +114,7 @@ struct StreamServer {
 impl StreamServer {
     async fn start(tracker: &Tracker) -> Self {
         let policy = CallPolicy {
+            method: 0,
             is_own: true,
             client_streaming: false,
             server_streaming: true,

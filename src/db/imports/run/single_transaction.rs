@@ -20,6 +20,7 @@ use crate::{
     },
     error::{Error, Result},
     fairness::Flow,
+    metrics,
     pb::{ImportMode, ImportProgress, ImportState, ImportSummary},
 };
 
@@ -88,6 +89,7 @@ impl ImportRun {
         for _ in 0..ATTEMPTS_MAX {
             match self.try_write(staged, report).await {
                 Err(error) if is_conflict(&error) => {
+                    metrics::count(|metrics| &metrics.retries.import_conflict);
                     self.conn.execute_command("ROLLBACK").await?;
                     self.go_to_start();
                 }
