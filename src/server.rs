@@ -317,12 +317,13 @@ async fn pruned_requests(db: &Db) -> Result<()> {
     loop {
         let hours = db.storage_limits().response_hours;
         let outcome = async { prune_requests(&db.conn().await?, hours, begin).await }.await;
-        let Some(PrunedRequests { count, last_time }) = paced(outcome, &mut failures).await? else { continue };
+        let Some(PrunedRequests { count, last_time }) = succeeded(outcome, &mut failures).await? else { continue };
         count_pruned(REQUEST_IDS, count);
         if count == 0 {
             return Ok(());
         }
         begin = last_time;
+        tokio::time::sleep(PRUNE_PAUSE).await;
     }
 }
 
@@ -332,11 +333,12 @@ async fn prune_data(db: &Db, what: &str, prune: impl AsyncFn(&Conn, StorageLimit
         let mut failures = 0;
         loop {
             let outcome = async { prune(&db.conn().await?, db.storage_limits()).await }.await;
-            let Some(count) = paced(outcome, &mut failures).await? else { continue };
+            let Some(count) = succeeded(outcome, &mut failures).await? else { continue };
             count_pruned(what, count);
             if count == 0 {
                 return Ok(());
             }
+            tokio::time::sleep(PRUNE_PAUSE).await;
         }
     };
     report_pruning(what, pruned.await);
@@ -357,13 +359,12 @@ fn report_pruning(what: &str, pruned: Result<()>) {
     }
 }
 
-/// Waits before the next statement that deletes expired rows. Returns `None` for a failure after which it is to be retried, for
-/// example because the pool is exhausted: rows expire as fast as they were written, also while the database is overloaded.
-async fn paced<T>(outcome: Result<T>, failures: &mut u32) -> Result<Option<T>> {
+/// Returns `None`, after a delay, for a failure after which a deletion of expired rows is to be retried, for example because the
+/// pool is exhausted: rows expire as fast as they were written, also while the database is overloaded.
+async fn succeeded<T>(outcome: Result<T>, failures: &mut u32) -> Result<Option<T>> {
     match outcome {
         Ok(pruned) => {
             *failures = 0;
-            tokio::time::sleep(PRUNE_PAUSE).await;
             Ok(Some(pruned))
         }
         Err(_) if *failures < PRUNE_RETRIES_MAX => {
